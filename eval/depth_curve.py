@@ -1,0 +1,78 @@
+"""Held-out likelihood by number of core iterations K.
+
+python eval/depth_curve.py RUN --data DIR [--k 1,2,4,8,16,32] [--draws 4] [--json OUT]
+
+Prints nats per token, bits per byte, standard error and FLOPs per token for each K. A checkpoint whose inference starts
+from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.data import open_data, validation_batches
+from recurrent_db.files import write_atomic
+from recurrent_db.likelihood import score
+from recurrent_db.loading import load_with_config
+from recurrent_db.recurrence import DenoiseWalk
+
+
+@dataclass
+class Args:
+    """Score a run's newest good checkpoint on held-out text at several numbers of iterations."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint folder."""
+    data: Path
+    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    k: str = "1,2,4,8,16,32"
+    """Numbers of core iterations, separated by commas."""
+    draws: int = 4
+    """Noise draws in the mixture of a likelihood (log-mean-exp)."""
+    tokens: int = 65536
+    """Held-out tokens to score, spread evenly over the split; 0 scores all of it."""
+    batch_size: int = 16
+    """Sequences at once."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or auto."""
+    json: Path | None = None
+    """File to write the result to."""
+
+
+def main(args: Args) -> int:
+    ks = parse_ints(args.k, "--k", least=1)
+    parse_ints(f"{args.draws},{args.batch_size}", "--draws and --batch-size", least=1)
+    model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
+    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
+    batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))
+    bar = tqdm(batches, desc="scoring", unit="batch", disable=None, leave=False)
+    scores = score(model, bar, ks, tokenizer.byte_lengths(), args.draws, args.seed)
+    walk = model.recurrence
+    result = {
+        **scores.to_json(),
+        "sigma": walk.density.sigma_max if isinstance(walk, DenoiseWalk) else None,
+        "objective": config.objective.name,
+        "checkpoint": str(checkpoint),
+        "seed": args.seed,
+    }
+    print(f"{checkpoint}: {config.objective.name}, {scores.tokens:,} held-out tokens, {scores.draws} draws")
+    print(f"{'K':>4} {'nats/token':>11} {'stderr':>7} {'bits/byte':>10} {'FLOPs/token':>12}")
+    for k, s in scores.by_k.items():
+        print(f"{k:>4} {s.nll:>11.4f} {s.stderr:>7.4f} {s.bits_per_byte:>10.4f} {s.flops_per_token:>12.3e}")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.json, json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

@@ -1,0 +1,379 @@
+"""The lm-eval harness on a checkpoint, with tasks that need no network.
+
+python eval/lm_eval_cli.py --model_args checkpoint=RUN,k=8 --tasks NAMES [--data DIR] [the harness's own options]
+
+--model is recurrent_db unless another is named. Its model arguments: checkpoint (run directory or checkpoint folder), k
+(core iterations, default 8), draws (noise draws in a likelihood, default 1), max_length (tokens, default the model's
+window), dtype (float32 or bfloat16), seed (of the noise, default 0). --batch_size is auto and --device is auto unless
+given.
+
+Tasks with --data DIR:
+  heldout_cloze           made from the held-out text of a data directory (train/prepare_data.py); chance is 0.25
+  arc_easy, piqa          DIR/arc_easy_validation.jsonl, DIR/piqa_validation.jsonl (and _train, _test where there)
+  blimp_PARADIGM, blimp   DIR/blimp/PARADIGM.jsonl; the group averages the paradigms that are there
+The prompts and metrics are the harness's own. Every other name, and these without --data, is the harness's task of that
+name, which downloads its data.
+
+The harness's options follow; --output_path writes the results as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Read when tqdm is first imported; the harness's bars know nothing of terminals.
+os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+
+import argparse
+import contextlib
+import fnmatch
+import hashlib
+import io
+import json
+import logging
+import logging.handlers
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from recurrent_db.commandline import guard
+from recurrent_db.data.shards import MANIFEST
+from recurrent_db.errors import UserError
+from recurrent_db.heldout_task import write_heldout_task
+
+T = TypeVar("T")
+
+MODEL = "recurrent_db"
+TASKS = Path(__file__).resolve().parent / "tasks"
+PARADIGMS = 67
+"""All of BLiMP."""
+
+# Fields of the harness's configuration that `simple_evaluate` takes under the same name.
+PASSED_ON = (
+    "model", "model_args", "tasks", "num_fewshot", "batch_size", "max_batch_size", "device", "use_cache", "limit",
+    "samples", "check_integrity", "write_out", "log_samples", "system_instruction", "apply_chat_template",
+    "fewshot_as_multiturn", "gen_kwargs", "predict_only", "confirm_run_unsafe_code", "metadata",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
+    """The harness's options and ours (--data). Raises UserError in one line where the harness prints its usage."""
+    ours = _Parser(add_help=False, allow_abbrev=False)
+    ours.add_argument("--data", type=Path)
+    known, rest = ours.parse_known_args(list(argv))
+    from lm_eval._cli import HarnessCLI
+
+    if not rest or rest[0] not in ("run", "ls", "validate"):
+        if not rest or {"-h", "--help"} & set(rest):
+            print(__doc__)
+            rest = ["--help"]
+        rest = ["run", *rest]
+    stderr, saved = io.StringIO(), sys.argv
+    try:
+        sys.argv = ["lm_eval_cli.py", *rest]
+        with contextlib.redirect_stderr(stderr):
+            return HarnessCLI().parse_args(), known.data
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(stderr.getvalue().strip().rsplit("error: ", 1)[-1]) from None
+    finally:
+        sys.argv = saved
+
+
+def complete(args: argparse.Namespace, file: dict[str, Any]) -> None:
+    """Fill in defaults for our model in place, where neither the options nor a --config ``file`` set them."""
+    if args.model is None and "model" not in file:
+        args.model = MODEL
+    if (args.model or file.get("model")) != MODEL:
+        return
+    model_args = args.model_args or {}
+    for name, default in (("device", "auto"), ("batch_size", "auto"), ("max_batch_size", None)):
+        given = getattr(args, name, None)
+        if name in model_args:
+            if given is not None:
+                raise UserError(f"{name} is given twice, as --{name} and in --model_args")
+            given = model_args.pop(name)
+        if given is None and name not in file:
+            given = default
+        if given is not None:
+            setattr(args, name, given)
+    if args.use_cache:
+        # The harness's cache knows a request but not whose answer it holds.
+        from recurrent_db.checkpoint import find_checkpoint
+
+        checkpoint = find_checkpoint(Path(str(model_args.get("checkpoint", "")))).resolve()
+        owner = json.dumps([str(checkpoint), {**model_args, "checkpoint": ""}], sort_keys=True, default=str)
+        args.use_cache += "-" + hashlib.sha256(owner.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks without a network
+
+
+def _read_yaml(name: str, **values: str) -> dict[str, Any]:
+    import yaml
+
+    text = (TASKS / f"{name}.yaml").read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"{{{key}}}", value)
+    return yaml.safe_load(text)
+
+
+def _check_rows(path: Path, fields: Sequence[str]) -> None:
+    """Raise UserError unless the file is JSONL whose first row has ``fields``."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline() or "null")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not JSONL: its first line is no JSON object") from None
+    missing = [field for field in fields if not isinstance(row, dict) or field not in row]
+    if missing:
+        raise UserError(f"{path}: its rows lack {', '.join(missing)}")
+
+
+def _localize(config: dict[str, Any], folder: Path, fields: Sequence[str]) -> dict[str, Any]:
+    """A task whose data files are absolute paths in ``folder``; splits without a file are left out.
+
+    Raises:
+        UserError: no file to evaluate on, or one with other rows.
+    """
+    files: dict[str, str] = config["dataset_kwargs"]["data_files"]
+    there = {split: (folder / name).resolve() for split, name in files.items() if (folder / name).is_file()}
+    splits = {name: config.get(f"{name}_split") for name in ("training", "validation", "test")}
+    if not any(splits[name] in there for name in ("validation", "test")):
+        wanted = " or ".join(files[s] for n, s in splits.items() if s in files and n != "training")
+        raise UserError(f"task {config['task']}: there is no {wanted} in {folder}")
+    for path in there.values():
+        _check_rows(path, fields)
+    config["dataset_kwargs"]["data_files"] = {split: str(path) for split, path in there.items()}
+    for name, split in splits.items():
+        if split not in there:
+            config[f"{name}_split"] = None
+    return config
+
+
+def _blimp(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    """The group and its paradigms, or those that the name or pattern ``wanted`` means."""
+    names = sorted(path.stem for path in (folder / "blimp").glob("*.jsonl"))
+    chosen = names if wanted == "blimp" else [name for name in names if fnmatch.fnmatch(f"blimp_{name}", wanted)]
+    if not chosen:
+        what = wanted.removeprefix("blimp_") if wanted.startswith("blimp_") else "*"
+        raise UserError(f"task {wanted}: there is no blimp/{what}.jsonl in {folder}")
+    fields = ("sentence_good", "sentence_bad")
+    tasks = [_localize(_read_yaml("blimp", name=name), folder, fields) for name in chosen]
+    if wanted != "blimp":
+        return tasks
+    if len(names) < PARADIGMS:
+        logging.getLogger("lm_eval").warning("blimp: %s has %d of the %d paradigms", folder, len(names), PARADIGMS)
+    return [{**_read_yaml("blimp_group"), "task": [task["task"] for task in tasks]}, *tasks]
+
+
+def _heldout(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    path = write_heldout_task(folder)
+    return [_localize(_read_yaml("heldout_cloze"), path.parent, ("context", "choices", "label"))]
+
+
+def _arc_easy(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    return [_localize(_read_yaml("arc_easy"), folder, ("question", "choices", "answerKey"))]
+
+
+def _piqa(folder: Path, wanted: str) -> list[dict[str, Any]]:
+    return [_localize(_read_yaml("piqa"), folder, ("goal", "sol1", "sol2", "label"))]
+
+
+OFFLINE: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
+    "heldout_cloze": _heldout,
+    "arc_easy": _arc_easy,
+    "piqa": _piqa,
+    "blimp": _blimp,
+    "blimp_*": _blimp,
+}
+
+
+def maker(name: str) -> Callable[[Path, str], list[dict[str, Any]]] | None:
+    """Who makes the offline task of this name; None for the harness's other tasks."""
+    return next((make for pattern, make in OFFLINE.items() if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def offline_tasks(names: Sequence[str], data: Path | None) -> list[dict[str, Any]]:
+    """Configurations of those of ``names`` that are offline tasks and have --data.
+
+    Raises:
+        UserError: --data is missing where it is needed, is no folder, or lacks a task's files.
+    """
+    if data is None:
+        if "heldout_cloze" in names:
+            raise UserError("task heldout_cloze needs --data DIR, a folder made by train/prepare_data.py")
+        return []
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    configs: dict[str, dict[str, Any]] = {}
+    for name in names:
+        make = maker(name)
+        if make is None:
+            continue
+        if make is not _heldout and (data / MANIFEST).is_file():
+            raise UserError(f"task {name} reads benchmark JSONL, but --data {data} holds token shards")
+        configs.update((config.get("group") or config["task"], config) for config in make(data, name))
+    return list(configs.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+@contextlib.contextmanager
+def quiet_harness() -> Iterator[None]:
+    """The harness's warnings only, and none when the run ends in a user's mistake, which is one line.
+
+    LMEVAL_LOG_LEVEL brings its own logging back.
+    """
+    if os.environ.get("LMEVAL_LOG_LEVEL"):
+        from lm_eval.utils import setup_logging
+
+        setup_logging()
+        yield
+        return
+    logger = logging.getLogger("lm_eval")
+    printer = logging.StreamHandler(sys.stderr)
+    printer.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    held = logging.handlers.MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, target=printer, flushOnClose=False)
+    logger.addHandler(held)
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+        held.flush()
+    finally:
+        logger.removeHandler(held)
+
+
+def harness_errors(action: Callable[[], T], *kinds: type[Exception]) -> T:
+    """Run ``action``, with exceptions of these kinds, which the harness raises for mistakes, as UserError."""
+    try:
+        return action()
+    except kinds as error:
+        raise UserError(f"lm-eval: {error.args[0] if isinstance(error, KeyError) and error.args else error}") from None
+
+
+def check_output(path: str | None) -> None:
+    """Raise UserError where results could not be written, which the harness finds out after the run."""
+    if path is None:
+        return
+    folder = Path(path).parent if path.endswith(".json") else Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--output_path {path}: {error.strerror or error}") from None
+
+
+def evaluate(config: Any, folder: Path) -> None:
+    """What the harness's own ``run`` does, with the tasks of ``folder`` alone: indexing its 14,000 takes a while."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table, sanitize_model_name
+
+    tracker = EvaluationTracker(output_path=config.output_path)
+    results = simple_evaluate(
+        **{name: getattr(config, name) for name in PASSED_ON},
+        **config.cache_requests,
+        **dict(
+            zip(
+                ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"),
+                config.seed or [None] * 4,
+                strict=True,
+            )
+        ),
+        evaluation_tracker=tracker,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False, metadata=config.metadata),
+    )
+    if results is None:
+        return
+    samples = results.pop("samples") if config.log_samples else None
+    # The harness names a model's folder of results after arguments that ours does not have.
+    name = str(config.model_args.get("checkpoint", config.model))
+    tracker.general_config_tracker.model_name = name
+    tracker.general_config_tracker.model_name_sanitized = sanitize_model_name(name)
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, rows in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=rows)
+    if config.show_config:
+        print(json.dumps(results, indent=2, default=str, ensure_ascii=False))
+    print(
+        f"{config.model} ({config.model_args}), gen_kwargs: ({config.gen_kwargs}), limit: {config.limit}, "
+        f"num_fewshot: {config.num_fewshot}, batch_size: {config.batch_size}"
+    )
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+
+
+def run(args: argparse.Namespace, data: Path | None) -> None:
+    """The harness's ``run``, with the offline tasks among its tasks."""
+    if args.tasks and all(maker(name) for name in args.tasks) and data is not None:
+        # Read on import. Nothing is downloaded, and no name of ours is looked up elsewhere.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import lm_eval.models  # noqa: F401  the harness's own models keep their names
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    import recurrent_db.lm_eval_model  # noqa: F401  registers recurrent_db
+
+    def configure() -> Any:
+        complete(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})
+        return EvaluatorConfig.from_cli(args)
+
+    config = harness_errors(configure, ValueError, TypeError, FileNotFoundError)
+    check_output(config.output_path)
+    given = [config.tasks] if isinstance(config.tasks, str) else config.tasks
+    names = [name for names in given for name in names.split(",") if name]
+    if not names:
+        raise UserError("--tasks names no task; offline ones are " + ", ".join(OFFLINE))
+    offline = offline_tasks(names, data)
+    services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
+    load_errors = (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
+    with tempfile.TemporaryDirectory(prefix="lm-eval-") as temporary:
+        for task in offline:
+            text = json.dumps(task)  # which is YAML
+            (Path(temporary) / f"{task.get('group') or task['task']}.yaml").write_text(text, encoding="utf-8")
+        if offline and all(maker(name) for name in names) and not any(services):
+            datasets.config.HF_DATASETS_CACHE = Path(temporary) / "cache"
+            available = [task.get("group") or task["task"] for task in offline]
+            config.tasks = list(dict.fromkeys(hit for name in names for hit in fnmatch.filter(available, name)))
+            harness_errors(lambda: evaluate(config, Path(temporary)), *load_errors)
+        else:
+            if offline:
+                args.include_path = [*([config.include_path] if config.include_path else []), temporary]
+            harness_errors(lambda: args.func(args), ValueError, KeyError, *load_errors)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, data = parse(sys.argv[1:] if argv is None else argv)
+    with quiet_harness():
+        if args.command == "run":
+            run(args, data)
+        else:
+            args.func(args)
+    return 0
+
+
+if __name__ == "__main__":
+    guard(main)

@@ -1,0 +1,260 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all, checked before they are believed.
+
+A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds everything that rebuilds the model (weights, averaged weights,
+configuration, tokenizer) and everything that continues training (optimizer state, counters, the objective's state). It
+is written into a hidden folder, flushed to disk and renamed; ``manifest.json`` lists the size and SHA-256 of each file.
+Randomness has no state to save: see `rng`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recurrent_db.config import Config, config_from_json, to_dict
+from recurrent_db.errors import UserError
+from recurrent_db.files import file_digest
+from recurrent_db.optim import EMA
+from recurrent_db.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """The counters of a run. All of them are cumulative over resumptions."""
+
+    step: int = 0
+    tokens: int = 0
+    flops_forward: float = 0.0
+    flops_backward: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    @property
+    def flops(self) -> float:
+        return self.flops_forward + self.flops_backward
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer state by parameter name
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors named ``<entry>/<parameter name>``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{entry}/{names[id(p)]}": value.contiguous()
+        for p, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put `optimizer_tensors`'s result back, on the parameters' devices."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        entry, name = key.split("/", 1)
+        parameter = parameters[name]
+        # Fused AdamW keeps its step counter on the parameter's device.
+        optimizer.state.setdefault(parameter, {})[entry] = value.to(parameter.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    run_dir: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    state: TrainState,
+    objective_state: dict[str, Any],
+) -> Path:
+    """Write a checkpoint of ``state.step`` and remove all but the newest ``config.run.keep``.
+
+    Raises:
+        UserError: when the disk is full or the folder cannot be written; older checkpoints stay as they are.
+    """
+    folder = run_dir / "checkpoints"
+    target = folder / f"step-{state.step:08d}"
+    if target.exists():
+        return target
+    temporary = folder / f".writing-{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(dict(model.state_dict()), temporary / "model.safetensors")
+        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        if ema is not None:
+            save_file(ema.shadow, temporary / "ema.safetensors")
+        (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
+        training = {
+            "counters": vars(state),
+            "objective": objective_state,
+            "ema_updates": ema.updates if ema is not None else 0,
+        }
+        (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
+        files = sorted(p for p in temporary.iterdir())
+        listing = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+        manifest = {"format": FORMAT, "step": state.step, "tokenizer": tokenizer.hash, "files": listing}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (*files, temporary / MANIFEST, temporary):
+            _fsync(path)
+        temporary.rename(target)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write checkpoint {target}: {reason}; earlier checkpoints are intact") from None
+    for old in list_checkpoints(run_dir)[: -config.run.keep]:
+        # Renamed first: a half-deleted folder must not look like a checkpoint.
+        doomed = old.with_name(f".deleting-{old.name}")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, good or not."""
+    return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for pattern in (".writing-*", ".deleting-*"):
+        for path in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for name in ("model.safetensors", "config.json", "tokenizer.model", "state.json"):
+            if name not in files:
+                return f"{name} is not listed"
+        for name, entry in files.items():
+            path = checkpoint / name
+            if Path(name).name != name or path.is_symlink():
+                return f"{name!r} is not a plain file name"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if file_digest(path) != entry["sha256"]:
+                return f"{name} was altered (checksum)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
+    """The checkpoint that a run directory (or a checkpoint's own folder) stands for: its newest good one.
+
+    With ``fall_back`` a damaged newest checkpoint is passed over with a line on standard error.
+
+    Raises:
+        UserError: when there is none, or the newest is damaged and ``fall_back`` is off.
+    """
+    if not path.exists():
+        raise UserError(f"no run directory or checkpoint {path}")
+    candidates = [path] if (path / MANIFEST).exists() else list_checkpoints(path)[::-1]
+    if not candidates:
+        raise UserError(f"{path} holds no checkpoint")
+    for candidate in candidates:
+        problem = fault(candidate)
+        if problem is None:
+            return candidate
+        if not fall_back:
+            raise UserError(f"checkpoint {candidate} is damaged: {problem}; --resume last-good takes the one before")
+        print(f"warning: checkpoint {candidate} is damaged: {problem}; trying the one before", file=sys.stderr)
+    raise UserError(f"{path} holds no undamaged checkpoint ({candidates[0].name}: {fault(candidates[0])})")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was found good; tensors are read when asked for."""
+
+    path: Path
+
+    def config(self) -> Config:
+        return config_from_json((self.path / "config.json").read_text(encoding="utf-8"), str(self.path / "config.json"))
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
+
+    def weights(self, averaged: bool = False) -> dict[str, Tensor]:
+        """Parameters by name, on the CPU; with ``averaged`` their moving average where one was kept."""
+        average = self.path / "ema.safetensors"
+        return load_file(average if averaged and average.exists() else self.path / "model.safetensors")
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return load_file(self.path / "optimizer.safetensors")
+
+    def training(self) -> tuple[TrainState, dict[str, Any], int]:
+        """Counters, the objective's state, and how often the average was updated."""
+        values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        return TrainState(**values["counters"]), values["objective"], values["ema_updates"]
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
+    """Copy weights into a model by name.
+
+    Parameters whose names start with one of ``allow_new`` may be absent on either side (then they keep their values, or
+    are left out).
+
+    Raises:
+        UserError: for a missing or unknown parameter or a shape that differs, naming the first.
+    """
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() | weights.keys():
+        if name.startswith(allow_new or ("\0",)) and (name not in parameters or name not in weights):
+            continue
+        if name not in weights:
+            raise UserError(f"{source} has no parameter {name}: it was made with another model shape")
+        if name not in parameters:
+            raise UserError(f"{source} has a parameter {name} that this model lacks: it was made with another shape")
+        if parameters[name].shape != weights[name].shape:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(weights[name].shape)}, this model needs {tuple(parameters[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name in weights:
+                parameter.copy_(weights[name])

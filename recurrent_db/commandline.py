@@ -1,0 +1,113 @@
+"""What every command of the project shares: typed arguments, one-line errors, exit status 2.
+
+A command is a dataclass of arguments plus a function; ``run_command(Args, main)`` parses, runs and turns a
+user's mistake into one line on standard error. Parsing is tyro's; only its error boxes are folded into a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from recurrent_db.errors import UserError
+
+Args = TypeVar("Args")
+
+_BOX = re.compile(r"[╭╮╰╯│─]+")
+
+
+def fold_error_box(text: str) -> str:
+    """Fold tyro's boxed message into one line: the message, then its suggestions where it has any."""
+    message: list[str] = []
+    hints: list[str] = []
+    section = message
+    for raw in text.splitlines()[1:]:
+        if set(raw.strip()) <= set("│─╰╯ ╭╮"):
+            section = []  # past the message: helptext, which --help shows better
+            continue
+        line = " ".join(_BOX.sub(" ", raw).split())
+        if line.startswith("Perhaps you meant"):
+            section = hints
+        elif section is not hints:
+            section.append(line)
+        elif line.startswith("--"):
+            hints.append(line.split()[0])
+    folded = " ".join(message) or "bad arguments"
+    return folded + (f"; did you mean {' or '.join(hints[:2])}?" if hints else "")
+
+
+def parse(
+    kind: type[Args], argv: Sequence[str] | None = None, default: Args | None = None, prog: str | None = None
+) -> Args:
+    """Parse ``argv`` (``sys.argv[1:]`` by default) into the dataclass ``kind``.
+
+    Booleans are written ``--flag True`` or ``--flag true``. ``--help`` prints and exits 0.
+
+    Raises:
+        UserError: for an unknown option, a bad value or a missing argument, in one line.
+    """
+    words = [
+        {"true": "True", "false": "False", "none": "None"}.get(w, w) for w in (sys.argv[1:] if argv is None else argv)
+    ]
+    stderr = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, args=words, prog=prog, config=(tyro.conf.FlagConversionOff,), **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(fold_error_box(stderr.getvalue())) from None
+
+
+def fail(message: str) -> NoReturn:
+    """Print ``message`` as one line and leave with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def guard(action: Callable[[], int | None]) -> NoReturn:
+    """Run ``action``; a `UserError`, a full disk, an unwritable path or Ctrl-C ends in one line instead of a traceback."""
+    try:
+        raise SystemExit(action() or 0)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader (head, less) went away: not a mistake. Point stdout at nothing so that the exit flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"no space left on the disk of {error.filename or 'the output folder'}; what was complete is kept")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fail(f"cannot write {error.filename}: {error.strerror}")
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            fail(f"{error.filename}: {error.strerror}")
+        raise
+
+
+def run_command(kind: type[Args], main: Callable[[Args], int | None]) -> NoReturn:
+    """Parse the command line into ``kind``, run ``main`` on it and exit."""
+    guard(lambda: main(parse(kind)))
+
+
+def parse_ints(text: str, option: str, least: int) -> list[int]:
+    """Integers separated by commas, in rising order without repeats. Raises `UserError` for anything else."""
+    try:
+        values = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers separated by commas, got {text!r}") from None
+    if values[0] < least:
+        raise UserError(f"{option} must be {least} or more, got {values[0]}")
+    return values

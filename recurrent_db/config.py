@@ -1,0 +1,436 @@
+"""The configuration of a run: typed dataclasses, read from TOML, overridden by dotted options.
+
+``load_config(path, ["--optim.lr", "3e-4"])`` is what every script calls. Unknown keys are refused with a
+suggestion, values are checked by ``validate``, and the resolved result is saved beside the weights as JSON.
+Shares are fractions of the budget, so that one file serves any budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import tyro
+
+from recurrent_db.commandline import parse
+from recurrent_db.errors import UserError
+
+T = TypeVar("T")
+
+ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-paper"]
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the network: prelude -> core x K -> coda."""
+
+    vocab_size: int = 0
+    """Rows of the embedding table; 0 takes the tokenizer's."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    n_heads: int = 4
+    """Attention heads; must divide d_model into an even head size."""
+    n_prelude: int = 1
+    """Blocks before the recurrence."""
+    n_core: int = 2
+    """Blocks of the weight-tied core."""
+    n_coda: int = 1
+    """Blocks after the recurrence."""
+    d_mlp: int = 352
+    """Hidden width of the gated MLP (gate and up each have this many columns)."""
+    max_seq_len: int = 128
+    """Longest context in tokens that scoring and generation use."""
+    injection: Literal["linear", "diagonal", "add"] = "linear"
+    """How the core sees the prelude's output: Huginn's linear adapter on [state, e], a per-channel decay on the state
+    plus a projection of e (Parcae, arXiv 2604.12946), or a plain sum."""
+    noise_conditioning: bool | None = None
+    """AdaLN on the core from the noise level; None lets the objective decide."""
+    d_condition: int = 128
+    """Width of the noise embedding."""
+    expected_depth: int = 32
+    """Mean recurrence r that scales the output projections at initialisation."""
+    rope_base: float = 50_000.0
+    """Base of the rotary position embedding."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+
+
+@dataclass
+class UnrolledConfig:
+    """Huginn's training: sampled depth, truncated backpropagation through time."""
+
+    mean_depth: int = 32
+    """Mean r of the log-normal Poisson depth sampler, in core iterations."""
+    depth_sigma: float = 0.5
+    """Standard deviation s of ln(depth) in the sampler."""
+    truncation: int = 8
+    """Iterations at the end that carry gradient; 0 backpropagates through all of them (full BPTT)."""
+
+
+@dataclass
+class DenoiseConfig:
+    """One noise-conditioned pass a step (DiffusionBlocks, arXiv 2506.14202)."""
+
+    density: Literal["log-normal", "log-uniform"] = "log-normal"
+    """Law of the training noise level sigma."""
+    p_mean: float = -0.4
+    """Mean of ln sigma before truncation."""
+    p_std: float = 1.0
+    """Standard deviation of ln sigma before truncation."""
+    sigma_min: float = 0.02
+    """Smallest noise level."""
+    sigma_max: float = 20.0
+    """Largest noise level: where the target is invisible and the read-out is a next-token prediction."""
+    atom: float = 0.5
+    """Probability of drawing exactly sigma_max instead of from the density."""
+    draw: Literal["batch", "sequence", "token"] = "sequence"
+    """One noise level per batch, per sequence or per token."""
+    sd: float = 0.0
+    """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true one,
+    target_norm / sqrt(d_model). The paper prints 0.5."""
+    target_norm: float = 1.0
+    """Norm of the clean target (an L2-normalised embedding row times this)."""
+    bridge: Literal["soft", "hard", "sample"] = "soft"
+    """From a read-out back to an estimate of the target during a walk: expected row, most likely row, sampled row."""
+    sampler: Literal["euler", "heun", "ancestral"] = "euler"
+    """Step of the walk from one noise level to the next."""
+    grid: Literal["equal-probability", "karras", "log-uniform"] = "equal-probability"
+    """Noise levels of a K-step walk, from sigma_max down."""
+
+
+PAPER_DENOISE: dict[str, Any] = {
+    "density": "log-normal", "p_mean": -1.2, "p_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "atom": 0.0,
+    "draw": "sequence", "sd": 0.5, "target_norm": 1.0,
+}  # fmt: skip
+"""The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What a training step computes."""
+
+    name: ObjectiveName = "denoise"
+    """next_token (flat control), unrolled (Huginn), denoise, or denoise-paper (the paper's constants)."""
+    unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
+    denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
+
+
+@dataclass
+class DataConfig:
+    """Token shards made by train/prepare_data.py."""
+
+    path: str = ""
+    """Folder of shards."""
+    val_path: str = ""
+    """Another folder whose validation split is scored; empty takes data.path."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Weights by source; empty draws in proportion to size."""
+    sequence_length: int = 128
+    """Tokens in a training sequence."""
+    batch_size: int = 16
+    """Sequences in an optimizer step, over all processes."""
+    micro_batch_size: int = 0
+    """Sequences in one forward pass of one process; 0 takes the whole share at once."""
+    verify: bool = True
+    """Check the checksums of the shards before training."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, clipping, averaging."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on the matrices of linear layers; norms, biases and embeddings have none."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    ema_decay: float = 0.0
+    """Per-step decay of the weight average that is scored and saved beside the weights; 0 keeps none."""
+    max_skipped: int = 20
+    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the share of the budget that is spent."""
+
+    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    """Warm-up, stable, decay; or warm-up and half a cosine; or warm-up and constant."""
+    warmup: float = 0.03
+    """Share of the budget for the linear warm-up."""
+    decay: float = 0.3
+    """Share of the budget for wsd's final linear decay."""
+    final: float = 0.0
+    """Final rate as a share of the peak."""
+
+
+@dataclass
+class BudgetConfig:
+    """When to stop; the first limit that is reached ends the run. At least one must be set."""
+
+    flops: float | None = None
+    """Model FLOPs, forward and backward."""
+    tokens: float | None = None
+    """Training tokens."""
+    steps: float | None = None
+    """Optimizer steps."""
+    seconds: float | None = None
+    """Seconds of training (evaluation and checkpoints not counted)."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out scoring during training."""
+
+    points: int = 5
+    """Evaluations, evenly spaced over the budget, the last one at its end; 0 turns them off."""
+    k: list[int] = field(default_factory=lambda: [1, 4])
+    """Numbers of core iterations to score at."""
+    tokens: int = 16_384
+    """Held-out tokens scored at each evaluation."""
+    batch_size: int = 16
+    """Sequences scored at once."""
+    draws: int = 1
+    """Noise draws averaged for one likelihood (log-mean-exp)."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what it leaves."""
+
+    dir: str = ""
+    """Run directory; it must not exist unless --resume or --overwrite is given."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto (cuda where there is one)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
+    threads: int = 0
+    """CPU threads; 0 keeps PyTorch's choice."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 10
+    """Optimizer steps between writes of metrics.jsonl and updates of the progress bar."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also log to Weights & Biases."""
+    wandb_project: str = "recurrent_db"
+    """Project name there."""
+
+
+@dataclass
+class InitConfig:
+    """Where the first weights come from."""
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """Run directory (or checkpoint) whose weights training starts from; empty draws them from the seed."""
+
+
+@dataclass
+class Config:
+    """Pretrain a looped language model. The first argument is a TOML file; dotted options override it.
+
+    `--resume` continues the run directory from its newest good checkpoint, `--overwrite` replaces it.
+    """
+
+    seed: int = 0
+    """Seed of everything random: weights, data order, depth, noise."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Check a TOML or JSON value against a field's type. An int is accepted for a float, and 4e6 for an int."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"config key {where} is a table, not {value!r}")
+        return from_dict(typing.cast(type, kind), value, where + ".")
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _convert(value, choices[0], where)
+    if origin is Literal:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"config key {where} = {value!r} is none of {', '.join(map(str, choices))}{hint}")
+        return value
+    if origin is types.UnionType:
+        return None if value is None else _convert(value, choices[0], where)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, choices[0], where) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(name): _convert(item, choices[1], where) for name, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(kind, type) or not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        name = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
+        raise UserError(f"config key {where} = {value!r} must be of type {name}")
+    return value
+
+
+def _key(name: str) -> str:
+    return name.rstrip("_")  # `from_` is written `from`
+
+
+def from_dict(kind: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """Build the dataclass ``kind`` from nested tables.
+
+    Raises:
+        UserError: for an unknown key (with a suggestion) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {_key(f.name): f.name for f in dataclasses.fields(typing.cast(Any, kind))}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown config key {prefix + key!r}{_suggest(key, list(fields))}")
+    return kind(**{fields[key]: _convert(value, hints[fields[key]], prefix + key) for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `from_dict`: nested tables of plain values, ready for JSON."""
+    return {
+        _key(f.name): to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else value
+        for f in dataclasses.fields(config)
+    }
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file. Raises `UserError` when it is missing, unreadable or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
+    """Read a TOML file, apply dotted command-line overrides, resolve the objective's preset and validate.
+
+    Raises:
+        UserError: one line that names the key.
+    """
+    config = from_dict(Config, read_toml(path)) if path else Config()
+    config = parse(Config, list(overrides), default=config, prog=prog)
+    resolve(config)
+    validate(config)
+    return config
+
+
+def config_from_json(text: str, source: str) -> Config:
+    """The configuration saved beside a checkpoint. ``source`` names it in errors."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source} does not hold a configuration")
+    config = from_dict(Config, values)
+    validate(config)
+    return config
+
+
+def resolve(config: Config) -> None:
+    """Fill in what one choice implies for another, in place."""
+    if config.objective.name == "denoise-paper":
+        config.objective.denoise = dataclasses.replace(config.objective.denoise, **PAPER_DENOISE)
+    if config.model.noise_conditioning is None:
+        config.model.noise_conditioning = config.objective.name.startswith("denoise")
+
+
+def validate(config: Config) -> None:
+    """Refuse values that cannot work, in one line each. Raises `UserError`."""
+    model, denoise, unrolled, data = config.model, config.objective.denoise, config.objective.unrolled, config.data
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    def positive(section: Any, prefix: str, *names: str) -> None:
+        for name in names:
+            value = getattr(section, name)
+            need(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}")
+
+    positive(model, "model", "d_model", "n_heads", "n_core", "d_mlp", "max_seq_len", "d_condition", "expected_depth",
+             "rope_base", "norm_eps")  # fmt: skip
+    need(model.vocab_size >= 0, f"model.vocab_size must be 0 (the tokenizer's) or more, got {model.vocab_size}")
+    need(min(model.n_prelude, model.n_coda) >= 0, "model.n_prelude and model.n_coda must be 0 or more")
+    need(
+        model.d_model % model.n_heads == 0,
+        f"model.d_model = {model.d_model} is not divisible by model.n_heads = {model.n_heads}",
+    )
+    need(
+        model.d_model // model.n_heads % 2 == 0,
+        f"the head size {model.d_model // model.n_heads} (model.d_model / model.n_heads) must be even for RoPE",
+    )
+    need(
+        not config.objective.name.startswith("denoise") or model.noise_conditioning is not False,
+        "objective denoise needs model.noise_conditioning = true",
+    )
+    positive(unrolled, "objective.unrolled", "mean_depth")
+    need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
+    need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")
+    positive(denoise, "objective.denoise", "p_std", "sigma_min", "sigma_max", "target_norm")
+    need(
+        denoise.sigma_min < denoise.sigma_max,
+        f"objective.denoise.sigma_min = {denoise.sigma_min} must be below sigma_max = {denoise.sigma_max}",
+    )
+    need(0 <= denoise.atom <= 1, f"objective.denoise.atom must be in [0, 1], got {denoise.atom}")
+    need(denoise.sd >= 0, f"objective.denoise.sd must be 0 (the true one) or more, got {denoise.sd}")
+    positive(data, "data", "sequence_length", "batch_size")
+    need(data.micro_batch_size >= 0, f"data.micro_batch_size must be 0 or more, got {data.micro_batch_size}")
+    need(
+        data.sequence_length <= model.max_seq_len,
+        f"data.sequence_length = {data.sequence_length} is above model.max_seq_len = {model.max_seq_len}",
+    )
+    for name, weight in data.mixture.items():
+        need(weight >= 0, f"data.mixture.{name} must be 0 or more, got {weight}")
+    optim, schedule, run = config.optim, config.schedule, config.run
+    positive(optim, "optim", "lr", "eps", "clip_norm", "max_skipped")
+    for name in ("beta1", "beta2", "ema_decay"):
+        need(0 <= getattr(optim, name) < 1, f"optim.{name} must be in [0, 1), got {getattr(optim, name)}")
+    need(optim.weight_decay >= 0, f"optim.weight_decay must be 0 or more, got {optim.weight_decay}")
+    for name in ("warmup", "decay", "final"):
+        need(0 <= getattr(schedule, name) <= 1, f"schedule.{name} must be in [0, 1], got {getattr(schedule, name)}")
+    positive(config.budget, "budget", "flops", "tokens", "steps", "seconds")
+    need(config.eval.points >= 0, f"eval.points must be 0 or more, got {config.eval.points}")
+    positive(config.eval, "eval", "tokens", "batch_size", "draws")
+    need(bool(config.eval.k), "eval.k must name at least one number of iterations")
+    need(min(config.eval.k) >= 1, f"eval.k must be 1 or more, got {min(config.eval.k)}")
+    positive(run, "run", "checkpoint_every", "keep", "log_every")
+    need(run.threads >= 0, f"run.threads must be 0 or more, got {run.threads}")

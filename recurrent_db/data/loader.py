@@ -1,0 +1,305 @@
+"""Token shards -> batches: which tokens form sample p of a run, for every number of processes.
+
+Shapes: B sequences, T positions.
+
+A source is cut into sequences: sequence j is tokens j*T to j*T + T inclusive, T inputs and, shifted by one, T targets.
+Sample p of a run (p counts sequences from its start) is a pure function of (seed, p):
+
+    p -> source      exact shares, by floors of p times a fraction
+      -> n           this is the n-th sample drawn from that source
+      -> epoch       n // N, where N is its number of sequences
+      -> sequence    a keyed permutation of range(N) at n % N, with a new key every epoch
+
+Nothing is stored or drawn: a resumed run, and a run on another number of processes, sees the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import overload
+
+import numpy as np
+import torch
+
+from recurrent_db.data.shards import TokenData
+from recurrent_db.errors import UserError
+
+_ROUNDS = 6
+_MASK = (1 << 64) - 1
+
+
+@dataclass
+class Batch:
+    """B packed sequences of T tokens, and who they are."""
+
+    tokens_BT: torch.Tensor
+    """int64: input tokens."""
+    targets_BT: torch.Tensor
+    """int64: the token after each input token."""
+    doc_ids_BT: torch.Tensor
+    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends."""
+    sample_index_B: torch.Tensor
+    """int64: each sequence's global position p in the run; randomness is keyed by it."""
+
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``; ``sample_index_B`` stays on the CPU, where the draws that it keys are made."""
+        return Batch(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.targets_BT.to(device, non_blocking=True),
+            self.doc_ids_BT.to(device, non_blocking=True),
+            self.sample_index_B,
+        )
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Sequences ``start`` to ``stop`` of the batch, as views."""
+        return Batch(*(getattr(self, part.name)[start:stop] for part in fields(self)))
+
+
+def _mix(value: int) -> int:
+    """One step of splitmix64 (Steele, Lea and Flood, 2014): 64 well mixed bits from 64 bits."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@overload
+def permute(index: int, n: int, key: int) -> int: ...
+@overload
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray: ...
+def permute(index: int | np.ndarray, n: int, key: int) -> int | np.ndarray:
+    """A permutation of range(n), chosen by ``key``, at any index: O(1) memory, no table.
+
+    A balanced Feistel network permutes the smallest range of 4^h numbers that holds n; a result outside range(n) is
+    put in again until it falls inside (cycle walking: fewer than 4 passes on average).
+
+    Args:
+        index: in range(n); an int, or an array of integers of any shape.
+        key: any int; the low 64 bits count.
+
+    Returns:
+        an int, or an int64 array of the same shape.
+
+    Raises:
+        ValueError: an index outside range(n).
+    """
+    values = np.array(index, dtype=np.int64).reshape(-1)
+    if len(values) and (values.min() < 0 or values.max() >= n):
+        raise ValueError(f"index outside range({n})")
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = [np.uint64(_mix((key + number * 0xD1B54A32D192ED03) & _MASK)) for number in range(_ROUNDS)]
+    result = values.astype(np.uint64)
+    todo = np.arange(len(result))
+    while len(todo):
+        x = result[todo]
+        left, right = x >> half, x & mask
+        for round_key in keys:
+            mixed = (right ^ round_key) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        result[todo] = (left << half) | right
+        todo = todo[result[todo] >= np.uint64(n)]
+    if np.ndim(index) == 0:
+        return int(result[0])
+    return result.astype(np.int64).reshape(np.shape(index))
+
+
+@lru_cache(maxsize=256)
+def _epoch_key(seed: int, source: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{source}/{epoch}".encode()).digest()[:8], "big")
+
+
+def _fraction(part: float, whole: float) -> tuple[int, int]:
+    """part / whole as integers (a, b) with b <= 2^31, exact when both are whole numbers in that range."""
+    if isinstance(part, int) and isinstance(whole, int):
+        common = math.gcd(part, whole)
+        if whole // common <= 1 << 31:
+            return part // common, whole // common
+    return min(1 << 31, round(part / whole * (1 << 31))), 1 << 31
+
+
+def _floor_share(positions: np.ndarray, a: int, b: int) -> np.ndarray:
+    """floor(positions * a / b) without overflow, for 0 <= a <= b <= 2^31."""
+    cycles, rest = np.divmod(positions, b)
+    return cycles * a + rest * a // b
+
+
+def _cut(rows: np.ndarray, eos_id: int, positions: np.ndarray) -> Batch:
+    """(B, T + 1) ids -> Batch."""
+    tokens_BT1 = torch.from_numpy(rows)
+    ended = rows[:, :-1] == eos_id
+    doc_ids = np.zeros(ended.shape, dtype=np.int32)
+    np.cumsum(ended[:, :-1], axis=1, out=doc_ids[:, 1:])
+    return Batch(
+        tokens_BT1[:, :-1].contiguous(),
+        tokens_BT1[:, 1:].contiguous(),
+        torch.from_numpy(doc_ids),
+        torch.from_numpy(positions.astype(np.int64)),
+    )
+
+
+class Loader:
+    """Batches of a run, addressed by optimizer step; it has no state to save.
+
+    Args:
+        data: the training split.
+        sequence_length: T, in tokens.
+        batch_size: sequences per optimizer step, all processes together.
+        seed: of the order.
+        mixture: weights by source name, of any sum; sources that it does not name are not used. Without it each source
+            is drawn in proportion to its size, so that all of them finish an epoch together.
+
+    Raises:
+        UserError: an unknown source, weights that are no proportions, or a source shorter than one sequence.
+    """
+
+    def __init__(
+        self,
+        data: TokenData,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        mixture: Mapping[str, float] | None = None,
+    ) -> None:
+        if sequence_length < 1 or batch_size < 1:
+            raise UserError("the sequence length and the batch size must be at least 1")
+        self.data, self.sequence_length, self.batch_size, self.seed = data, sequence_length, batch_size, seed
+        sizes = {name: max(0, (source.tokens - 1) // sequence_length) for name, source in data.sources.items()}
+        weights: dict[str, int] | dict[str, float] = sizes
+        if mixture:
+            for name, weight in mixture.items():
+                if name not in sizes:
+                    raise UserError(f"data.mixture: no source {name!r} in {data.where}; it has: {', '.join(sizes)}")
+                if not (math.isfinite(weight) and weight >= 0):
+                    raise UserError(f"data.mixture.{name}: a weight must be 0 or more, not {weight}")
+                if weight > 0 and not sizes[name]:
+                    raise UserError(_too_short(data, sequence_length, name))
+            weights = {name: float(mixture.get(name, 0.0)) for name in sizes}
+            if not any(weights.values()):
+                raise UserError("data.mixture: at least one weight must be above 0")
+        self.names = [name for name, weight in weights.items() if weight > 0]
+        if not self.names:
+            raise UserError(_too_short(data, sequence_length))
+        self.sequences = [sizes[name] for name in self.names]
+        chosen = [weights[name] for name in self.names]
+        self._shares = [_fraction(weight, sum(chosen[i:])) for i, weight in enumerate(chosen)]
+        self._shares[-1] = (1, 1)  # whatever the rounding above, the last source takes what is left
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Global positions p (n,) -> number of the source in `names`, epoch, sequence within the source; all int64."""
+        source, epoch, sequence = (np.empty(len(positions), dtype=np.int64) for _ in range(3))
+        left, rank = np.arange(len(positions)), np.asarray(positions, dtype=np.int64)
+        for number, (a, b) in enumerate(self._shares):
+            # Of the positions that come by, this source takes those at which floor(q * a / b) goes up by one.
+            drawn = _floor_share(rank, a, b)
+            taken = _floor_share(rank + 1, a, b) > drawn
+            mine, n = left[taken], drawn[taken]
+            source[mine] = number
+            epoch[mine] = n // self.sequences[number]
+            sequence[mine] = n % self.sequences[number]
+            for e in np.unique(epoch[mine]):
+                which = mine[epoch[mine] == e]
+                key = _epoch_key(self.seed, self.names[number], int(e))
+                sequence[which] = permute(sequence[which], self.sequences[number], key)
+            left, rank = left[~taken], (rank - drawn)[~taken]
+        return source, epoch, sequence
+
+    def _gather(self, positions: np.ndarray) -> Batch:
+        T = self.sequence_length
+        source, _, sequence = self.locate(positions)
+        rows = np.empty((len(positions), T + 1), dtype=np.int64)
+        for row, number, j in zip(rows, source.tolist(), sequence.tolist(), strict=True):
+            row[:] = self.data.sources[self.names[number]].read(j * T, T + 1)
+        return _cut(rows, self.data.eos_id, positions)
+
+    def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        if self.batch_size % world or not 0 <= rank < world:
+            raise UserError(f"a batch of {self.batch_size} sequences does not divide among {world} processes")
+        share = self.batch_size // world
+        start = step * self.batch_size + rank * share
+        return start, start + share
+
+    def batch(self, step: int, rank: int = 0, world: int = 1, micro: tuple[int, int] | None = None) -> Batch:
+        """Rank's part of sequences [step * batch_size, (step + 1) * batch_size); ``micro`` = (start, stop) within it.
+
+        Raises:
+            UserError: ``batch_size`` does not divide among ``world`` processes.
+        """
+        start, stop = self._range(step, rank, world)
+        if micro is not None:
+            start, stop = start + micro[0], min(stop, start + micro[1])
+        return self._gather(np.arange(start, stop, dtype=np.int64))
+
+    def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """`batch` in parts of ``micro_batch_size`` sequences; the last is smaller where it does not divide."""
+        if micro_batch_size < 1:
+            raise UserError("the micro-batch size must be at least 1")
+        start, stop = self._range(step, rank, world)
+        for begin in range(0, stop - start, micro_batch_size):
+            yield self.batch(step, rank, world, (begin, begin + micro_batch_size))
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after ``step`` optimizer steps: sequences drawn / sequences in the sources used."""
+        return step * self.batch_size / sum(self.sequences)
+
+    def epochs_by_source(self, step: int) -> dict[str, float]:
+        """`epochs` of each source used: a mixture repeats small sources sooner."""
+        rank, passes = np.array([step * self.batch_size]), {}
+        for name, sequences, (a, b) in zip(self.names, self.sequences, self._shares, strict=True):
+            drawn = _floor_share(rank, a, b)
+            passes[name] = int(drawn[0]) / sequences
+            rank = rank - drawn
+        return passes
+
+
+def _too_short(data: TokenData, sequence_length: int, name: str | None = None) -> str:
+    tokens = data.sources[name].tokens if name else data.tokens
+    what = f"source {name!r} of {data.where}" if name else f"{data.where}"
+    return (
+        f"{what} has {tokens} tokens, too few for one sequence of {sequence_length} + 1: "
+        f"give more text, or a shorter sequence"
+    )
+
+
+def validation_batches(
+    data: TokenData,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Batches over a split in order, the same every time.
+
+    Sequences are cut as in `Loader`, source after source. With ``max_tokens`` below the split's size they are taken
+    at even distances, so that every part of the split is represented. ``sample_index_B`` is a sequence's place in the
+    whole split, whatever ``max_tokens`` and ``world`` are. Rank r of ``world`` gets every ``world``-th sequence from
+    the r-th on; ranks may differ by one sequence. The last batch may be smaller.
+
+    Raises:
+        UserError: at the first batch, a split shorter than one sequence.
+    """
+    T = sequence_length
+    names = list(data.sources)
+    starts = np.cumsum([0, *(max(0, (data.sources[name].tokens - 1) // T) for name in names)])
+    total = int(starts[-1])
+    if not total:
+        raise UserError(_too_short(data, T))
+    count = total if max_tokens is None else min(total, max(1, max_tokens // T))
+    chosen = (np.arange(count, dtype=np.int64) * total // count)[rank::world]
+    for begin in range(0, len(chosen), batch_size):
+        positions = chosen[begin : begin + batch_size]
+        rows = np.empty((len(positions), T + 1), dtype=np.int64)
+        for row, position in zip(rows, positions.tolist(), strict=True):
+            number = int(np.searchsorted(starts, position, side="right")) - 1
+            row[:] = data.sources[names[number]].read((position - int(starts[number])) * T, T + 1)
+        yield _cut(rows, data.eos_id, positions)

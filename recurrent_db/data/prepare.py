@@ -1,0 +1,202 @@
+"""Documents -> token shards: what ``train/prepare_data.py`` runs and what a Python caller uses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from recurrent_db.data.corpus import Document
+from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS, DataWriter, check_source_name
+from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents, split_documents
+from recurrent_db.errors import UserError
+from recurrent_db.tokenizer import Tokenizer, replace_surrogates
+
+# Text handed to the tokenizer's threads at once: enough to keep them busy, little enough to stay in memory.
+_BYTES_PER_WORKER = 1 << 20
+_MAX_CHUNK_BYTES = 64 << 20
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class Prepared:
+    """What `prepare` made, as its summary says it."""
+
+    out: str
+    documents: int
+    tokens: int
+    """Tokens of both splits, document separators included."""
+    validation_tokens: int
+    text_bytes: int
+    """UTF-8 bytes of text."""
+    seconds: float
+    note: str | None
+    """What had to be replaced or left out, in one line; None when nothing was."""
+    manifest: dict[str, Any]
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.out}: {self.documents:,} documents, {self.tokens:,} tokens ({self.validation_tokens:,} held out), "
+            f"{self.text_bytes / self.tokens:.2f} bytes per token, {self.seconds:.1f} s, "
+            f"{self.text_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s"
+        )
+
+
+@dataclass
+class _Limit:
+    """What may still be taken from one named source; None is no limit."""
+
+    documents: int | None
+    bytes: int | None
+
+    def take(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Pass documents on until a limit is reached; the last one is cut to fit, at a line end where it has one."""
+        if self.spent():
+            return
+        for document in documents:
+            text = replace_surrogates(document.text)
+            if self.bytes is not None:
+                raw = text.encode()
+                if len(raw) > self.bytes:
+                    raw = raw[: self.bytes]
+                    text = raw[: raw.rfind(b"\n") + 1 or None].decode("utf-8", errors="ignore")
+                self.bytes -= len(raw)
+            if self.documents is not None:
+                self.documents -= 1
+            if text:
+                yield Document(document.id, text)
+            if self.spent():
+                return
+
+    def spent(self) -> bool:
+        return self.documents == 0 or self.bytes == 0
+
+
+def _groups(sources: Sequence[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for source in sources:
+        name, location = parse_source(source)
+        check_source_name(name)
+        groups.setdefault(name, []).append(location)
+    return groups
+
+
+def prepare(
+    sources: Sequence[str],
+    tokenizer: str | os.PathLike[str] | Tokenizer,
+    out: str | os.PathLike[str],
+    *,
+    val_sources: Sequence[str] = (),
+    holdout: float = 0.05,
+    workers: int | None = None,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
+    max_documents: int | None = None,
+    max_bytes: int | None = None,
+    options: ReadOptions | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Prepared:
+    """Tokenise ``sources`` into the data directory ``out``; the result does not depend on ``workers``.
+
+    Args:
+        sources: ``stdlib``, files, folders, ``hf:NAME[:CONFIG[:SPLIT]]``, each as ``NAME=SOURCE`` to give it a name
+            of its own; sources without one together form the source "default".
+        tokenizer: a tokenizer, or the path of its model.
+        val_sources: validation text; without any, the share ``holdout`` (0 to 1) of ``sources`` is held out.
+        workers: tokenising threads; None takes every core.
+        shard_tokens: tokens per shard.
+        max_documents, max_bytes: limits for each named source (UTF-8 bytes of text), None for all of it.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        UserError: nothing to read, an input or ``out`` that does not work; nothing is left behind then.
+    """
+    if not sources:
+        raise UserError("no source given")
+    if not 0 <= holdout < 1:
+        raise UserError(f"holdout must be at least 0 and below 1, not {holdout}")
+    for name, limit in (("workers", workers), ("max_documents", max_documents), ("max_bytes", max_bytes)):
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} must be at least 1, not {limit}")
+    started = time.perf_counter()
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
+    workers = workers or cores()
+    options = options or ReadOptions()
+    report = ReadReport()
+    train, validation = _groups(sources), _groups(val_sources)
+
+    def documents() -> Iterator[tuple[str, str, Document, bytes]]:
+        jobs = [("train", name, where) for name, where in train.items()]
+        jobs += [("validation", name, where) for name, where in validation.items()]
+        for part, name, locations in jobs:
+            limit = _Limit(max_documents, max_bytes)
+            share = holdout if part == "train" and not validation else 0.0
+            for location in locations:
+                texts = limit.take(read_documents(location, options, report))
+                for split, document in split_documents(location, texts, share):
+                    yield (split if share else part), name, document, document.text.encode()
+
+    tokens = {"train": 0, "validation": 0}
+    count = text_bytes = 0
+    with (
+        DataWriter(out, tokenizer, shard_tokens, overwrite) as writer,
+        tqdm(desc="tokenising", unit="B", unit_scale=True, disable=None if progress else True) as bar,
+    ):
+        for chunk in _chunks(documents(), min(workers * _BYTES_PER_WORKER, _MAX_CHUNK_BYTES)):
+            encoded = tokenizer.encode_batch([document.text for _, _, document, _ in chunk], workers)
+            for (split, name, document, raw), ids in zip(chunk, encoded, strict=True):
+                tokens[split] += writer.add(split, name, document.id, raw, ids)
+                count += 1
+                text_bytes += len(raw)
+                bar.update(len(raw))
+        note = report.note()
+        _check_not_empty(tokens, sources, val_sources, holdout, note)
+        settings = {"sources": list(sources), "val_sources": list(val_sources), "holdout": holdout}
+        manifest = writer.commit(
+            {**settings, "max_documents": max_documents, "max_bytes": max_bytes, **report.counts()}
+        )
+    seconds = time.perf_counter() - started
+    return Prepared(
+        str(out), count, sum(tokens.values()), tokens["validation"], text_bytes, seconds, note, manifest
+    )  # fmt: skip
+
+
+def _chunks(
+    documents: Iterable[tuple[str, str, Document, bytes]], size: int
+) -> Iterator[list[tuple[str, str, Document, bytes]]]:
+    """Group documents into runs of about ``size`` bytes of text."""
+    chunk: list[tuple[str, str, Document, bytes]] = []
+    held = 0
+    for item in documents:
+        chunk.append(item)
+        held += len(item[3])
+        if held >= size:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _check_not_empty(
+    tokens: dict[str, int], sources: Sequence[str], val_sources: Sequence[str], holdout: float, note: str | None
+) -> None:
+    because = f" ({note})" if note else ""
+    if not sum(tokens.values()) or (val_sources and not tokens["train"]):
+        raise UserError(f"no text in {', '.join(sources)}{because}")
+    if val_sources and not tokens["validation"]:
+        raise UserError(f"no text in {', '.join(val_sources)}{because}")
+    if not tokens["train"] or (holdout and not tokens["validation"]):
+        missing = "left to train on" if not tokens["train"] else "held out for validation"
+        raise UserError(
+            f"nothing of {', '.join(sources)} was {missing} at --holdout {holdout}: "
+            f"change the share, give --val-source, or use more text"
+        )

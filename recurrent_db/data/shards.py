@@ -1,0 +1,463 @@
+"""Token shards: what `prepare_data` writes and the loader reads.
+
+A data directory holds
+
+- ``manifest.json``: format version, dtype, vocabulary, tokenizer, and for each split and source its shards with their
+  sizes and SHA-256 checksums;
+- ``tokenizer.model``: a copy of the tokenizer that made the tokens;
+- ``SPLIT-SOURCE-NNNNN.bin``: raw little-endian uint16 (vocabulary up to 65,536) or uint32 token ids. The tokens of each
+  document are followed by the tokenizer's end-of-sequence token. A document never spans two shards;
+- ``SPLIT-SOURCE-NNNNN.offsets.npy``: int64 of shape (documents + 1,): where in the shard each document begins, and
+  last the shard's length.
+
+The directory is built beside its target and renamed at the end: it is there completely or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from recurrent_db.errors import UserError
+from recurrent_db.files import file_digest
+from recurrent_db.tokenizer import Tokenizer
+
+FORMAT = "recurrent_db.tokens"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FILE = "tokenizer.model"
+DEFAULT_SHARD_TOKENS = 64_000_000
+
+_SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SPLITS = ("train", "validation")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Smallest of little-endian uint16 and uint32 that holds every id below ``vocab_size``."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class _SourceWriter:
+    """Appends documents of one (split, source) to its shards."""
+
+    folder: Path
+    stem: str
+    dtype: np.dtype[Any]
+    shard_tokens: int
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    text_hash: Any = field(default_factory=hashlib.sha256)
+    file: BinaryIO | None = None
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, identity: str, text: bytes, tokens: np.ndarray) -> None:
+        for part in (identity.encode("utf-8", errors="surrogatepass"), text):
+            self.text_hash.update(len(part).to_bytes(8, "little"))
+            self.text_hash.update(part)
+        if self.file is not None and self.offsets[-1] + len(tokens) > self.shard_tokens:
+            self.close_shard()
+        if self.file is None:
+            self.name = f"{self.stem}-{len(self.shards):05d}"
+            self.file = (self.folder / f"{self.name}.bin").open("wb")
+            self.file_hash = hashlib.sha256()
+            self.offsets = [0]
+            self.text_bytes = 0
+        raw = tokens.astype(self.dtype, copy=False).tobytes()
+        self.file.write(raw)
+        self.file_hash.update(raw)
+        self.offsets.append(self.offsets[-1] + len(tokens))
+        self.text_bytes += len(text)
+
+    def close_shard(self) -> None:
+        if self.file is None:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None
+        offsets = self.folder / f"{self.name}.offsets.npy"
+        np.save(offsets, np.array(self.offsets, dtype=np.int64), allow_pickle=False)
+        self.shards.append(
+            {
+                "file": f"{self.name}.bin",
+                "tokens": self.offsets[-1],
+                "documents": len(self.offsets) - 1,
+                "bytes": self.text_bytes,
+                "sha256": self.file_hash.hexdigest(),
+                "offsets_file": offsets.name,
+                "offsets_sha256": file_digest(offsets),
+            }
+        )
+
+    def entry(self) -> dict[str, Any]:
+        self.close_shard()
+        totals = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents", "bytes")}
+        return {**totals, "text_sha256": self.text_hash.hexdigest(), "shards": self.shards}
+
+
+class DataWriter:
+    """Builds a data directory; a context manager that leaves nothing behind unless `commit` was reached.
+
+    (A process that is killed outright leaves its half-made ``.NAME.partial-PID`` beside the target; delete it at will.)
+
+    Args:
+        out: the directory to make; its parents are made as needed.
+        shard_tokens: tokens per shard at most, unless one document alone is longer.
+        overwrite: replace an older data directory (nothing else is ever replaced) once the new one is complete.
+
+    Raises:
+        UserError: ``out`` exists, or cannot be made.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        overwrite: bool = False,
+    ) -> None:
+        if shard_tokens < 1:
+            raise UserError("a shard needs at least 1 token")
+        self.out = Path(os.path.realpath(out))
+        self.tokenizer = tokenizer
+        self.shard_tokens = shard_tokens
+        self.overwrite = overwrite
+        self._writers: dict[tuple[str, str], _SourceWriter] = {}
+        check_target(self.out, overwrite)
+        self._partial = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.mkdir()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"cannot create {self.out}: {error.filename} is not a folder") from None
+        except OSError as error:
+            raise UserError(f"cannot create {self.out}: {error.strerror or error}") from None
+
+    def __enter__(self) -> DataWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            if writer.file is not None:
+                writer.file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, split: str, source: str, identity: str, text: bytes, ids: Sequence[int]) -> int:
+        """Append one document (``text`` is its UTF-8) and return its number of tokens, the separator included."""
+        writer = self._writers.get((split, source))
+        if writer is None:
+            check_source_name(source)
+            dtype = token_dtype(self.tokenizer.vocab_size)
+            writer = _SourceWriter(self._partial, f"{split}-{source}", dtype, self.shard_tokens)
+            self._writers[split, source] = writer
+        tokens = np.empty(len(ids) + 1, dtype=writer.dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self.tokenizer.eos_id
+        writer.add(identity, text, tokens)
+        return len(tokens)
+
+    def commit(self, reading: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Finish the shards, write the manifest, move the directory into place and return the manifest.
+
+        Args:
+            reading: what was replaced or skipped, and the options of reading: kept in the manifest for people.
+        """
+        splits: dict[str, dict[str, Any]] = {split: {} for split in _SPLITS}
+        for (split, source), writer in self._writers.items():
+            splits[split][source] = writer.entry()
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "dtype": token_dtype(self.tokenizer.vocab_size).name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "tokenizer": {"file": TOKENIZER_FILE, "hash": self.tokenizer.hash},
+            "splits": splits,
+            "reading": dict(reading or {}),
+        }
+        self.tokenizer.save(self._partial / TOKENIZER_FILE)
+        with (self._partial / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        check_target(self.out, self.overwrite)  # again: it may have appeared in the meantime
+        old = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
+        if self.out.exists():
+            self.out.rename(old)
+        try:
+            self._partial.rename(self.out)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                old.rename(self.out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless ``out`` may be written: it does not exist, or is a data directory to be replaced."""
+    try:
+        present = out.exists()
+        replaceable = present and out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"cannot create {out}: {error.strerror or error}") from None
+    if present and not overwrite:
+        raise UserError(f"{out} exists already: choose another --out, or replace it with --overwrite True")
+    if present and not replaceable:
+        raise UserError(f"{out} exists and is no data directory (no {MANIFEST} in it): not replaced")
+
+
+def check_source_name(name: str) -> None:
+    """Raise UserError for a source name that cannot be part of a file name."""
+    if not _SOURCE_NAME.fullmatch(name):
+        raise UserError(f"source name {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass
+class TokenSource:
+    """The concatenated shards of one source: a read-only array of ``tokens`` ids that need not fit in memory."""
+
+    name: str
+    arrays: list[np.ndarray]
+    """Token ids by shard, uint16 or uint32, 1-dimensional."""
+    offsets: list[np.ndarray]
+    """Document boundaries by shard, int64 (documents + 1,)."""
+    bytes: int
+    """UTF-8 bytes of the text."""
+
+    def __post_init__(self) -> None:
+        self.starts = np.cumsum([0, *(len(array) for array in self.arrays)])
+        self.tokens = int(self.starts[-1])
+        self.documents = sum(len(offsets) - 1 for offsets in self.offsets)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Ids ``start`` to ``start + count``, in the shards' dtype. Raises IndexError outside the source."""
+        if start < 0 or count < 0 or start + count > self.tokens:
+            raise IndexError(f"tokens {start} to {start + count} of source {self.name!r}, which has {self.tokens}")
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while count > 0:
+            part = self.arrays[shard][start - int(self.starts[shard]) :][:count]
+            parts.append(part)
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        if not parts:
+            return np.empty(0, dtype=np.uint16)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+@dataclass
+class TokenData:
+    """One split of a data directory: its sources, and what is needed to read them as text."""
+
+    sources: dict[str, TokenSource]
+    vocab_size: int
+    eos_id: int
+    tokenizer_hash: str = ""
+    directory: Path | None = None
+    split: str = "train"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources, document separators included."""
+        return sum(source.tokens for source in self.sources.values())
+
+    @property
+    def documents(self) -> int:
+        """Documents of all sources."""
+        return sum(source.documents for source in self.sources.values())
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of text of all sources."""
+        return sum(source.bytes for source in self.sources.values())
+
+    @property
+    def where(self) -> str:
+        """What error messages call these data."""
+        return f"{self.directory or 'data'} ({self.split})"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], vocab_size: int, eos_id: int) -> TokenData:
+        """Data held in memory: one array of ids per source. For tests and experiments."""
+        sources = {}
+        for name, array in arrays.items():
+            ends = np.flatnonzero(array == eos_id) + 1
+            if len(array) and (not len(ends) or ends[-1] != len(array)):
+                ends = np.append(ends, len(array))
+            sources[name] = TokenSource(name, [array], [np.concatenate([[0], ends]).astype(np.int64)], bytes=0)
+        return cls(sources, vocab_size, eos_id)
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a data directory, its shape checked.
+
+    Raises:
+        UserError: missing, unreadable, or not a manifest of this format and version.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory}: no such data directory; make one with train/prepare_data.py") from None
+        raise UserError(f"{path}: {error.strerror or error}; was this made by train/prepare_data.py?") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged: not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a manifest of token shards")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path}: version {manifest.get('version')!r}, this program reads {FORMAT_VERSION}")
+    problem = _problem(manifest)
+    if problem:
+        raise UserError(f"{path}: damaged: {problem}")
+    return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _problem(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the manifest's shape, or None."""
+    if not _is_count(manifest.get("vocab_size")) or not _is_count(manifest.get("eos_id")):
+        return "vocab_size and eos_id must be numbers"
+    if manifest.get("dtype") not in ("uint16", "uint32"):
+        return f"dtype {manifest.get('dtype')!r} is neither uint16 nor uint32"
+    tokenizer = manifest.get("tokenizer")
+    if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(key), str) for key in ("file", "hash")):
+        return "no tokenizer file and hash"
+    splits = manifest.get("splits")
+    if not isinstance(splits, dict) or not all(isinstance(sources, dict) for sources in splits.values()):
+        return "no splits"
+    for split, sources in splits.items():
+        for name, entry in sources.items():
+            shards = entry.get("shards") if isinstance(entry, dict) else None
+            if not isinstance(shards, list):
+                return f"{split}.{name} has no shards"
+            for shard in shards:
+                texts = ("file", "sha256", "offsets_file", "offsets_sha256")
+                if not isinstance(shard, dict) or not all(isinstance(shard.get(key), str) for key in texts):
+                    return f"a shard of {split}.{name} lacks its files and checksums"
+                if not all(_is_count(shard.get(key)) for key in ("tokens", "documents", "bytes")):
+                    return f"a shard of {split}.{name} lacks its sizes"
+    return None
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """``directory / name``, refused when it lies elsewhere: a manifest may come from a stranger."""
+    root = directory.resolve()
+    path = (root / name).resolve()
+    if "\x00" in name or Path(name).is_absolute() or ".." in Path(name).parts or not path.is_relative_to(root):
+        raise UserError(f"{directory / MANIFEST}: file name {name!r} points outside the data directory")
+    return path
+
+
+def _check_sum(path: Path, expected: str) -> None:
+    if file_digest(path) != expected:
+        raise UserError(f"{path}: damaged: its SHA-256 is not the manifest's; prepare the data again")
+
+
+def _open_shard(
+    directory: Path, shard: dict[str, Any], dtype: np.dtype[Any], vocab_size: int, verify: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    path, offsets_path = _inside(directory, shard["file"]), _inside(directory, shard["offsets_file"])
+    expected = shard["tokens"] * dtype.itemsize
+    try:
+        actual = path.stat().st_size
+        if actual != expected:
+            state = "truncated" if actual < expected else "too long"
+            raise UserError(f"{path}: {state}: {actual} bytes instead of {expected}; prepare the data again")
+        if verify:
+            _check_sum(path, shard["sha256"])
+            _check_sum(offsets_path, shard["offsets_sha256"])
+        tokens = np.memmap(path, dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)
+        offsets = np.load(offsets_path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        raise UserError(f"{offsets_path}: damaged: not an array of offsets; prepare the data again") from None
+    if offsets.dtype != np.int64 or offsets.shape != (shard["documents"] + 1,) or offsets[-1] != shard["tokens"]:
+        raise UserError(f"{offsets_path}: damaged: it does not fit its shard; prepare the data again")
+    if verify and len(tokens) and int(tokens.max()) >= vocab_size:
+        raise UserError(f"{path}: damaged: token id {int(tokens.max())} outside the vocabulary of {vocab_size}")
+    return tokens, offsets
+
+
+def open_data(
+    directory: str | os.PathLike[str],
+    split: str,
+    expect_tokenizer_hash: str | None = None,
+    verify: bool = False,
+) -> TokenData:
+    """Memory-map one split ("train" or "validation") of a data directory.
+
+    Args:
+        expect_tokenizer_hash: refuse data made with another tokenizer than the one of this `Tokenizer.hash`.
+        verify: compare every file's SHA-256 with the manifest's. Sizes are always compared.
+
+    Raises:
+        UserError: the manifest or a file is missing, damaged or of another tokenizer, a file name points outside the
+            directory, or the split is empty.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    found = manifest["tokenizer"]["hash"]
+    if expect_tokenizer_hash is not None and found != expect_tokenizer_hash:
+        raise UserError(
+            f"{directory}: made with tokenizer {found}, but tokenizer {expect_tokenizer_hash} is in use: "
+            f"prepare the data with that tokenizer"
+        )
+    dtype = np.dtype("<u2" if manifest["dtype"] == "uint16" else "<u4")
+    sources: dict[str, TokenSource] = {}
+    for name, entry in manifest["splits"].get(split, {}).items():
+        opened = [_open_shard(directory, shard, dtype, manifest["vocab_size"], verify) for shard in entry["shards"]]
+        arrays, offsets = [tokens for tokens, _ in opened], [offsets for _, offsets in opened]
+        sources[name] = TokenSource(name, arrays, offsets, sum(shard["bytes"] for shard in entry["shards"]))
+    if not any(source.tokens for source in sources.values()):
+        there = [name for name, entries in manifest["splits"].items() if entries]
+        raise UserError(f"{directory}: no {split!r} split (it has: {', '.join(there) or 'none'})")
+    return TokenData(sources, manifest["vocab_size"], manifest["eos_id"], found, directory, split)
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer kept in a data directory. Raises UserError when it is missing or not the one of the manifest."""
+    manifest = read_manifest(directory)
+    path = _inside(Path(directory), manifest["tokenizer"]["file"])
+    tokenizer = Tokenizer(path)
+    if tokenizer.hash != manifest["tokenizer"]["hash"]:
+        raise UserError(f"{path}: damaged: not the tokenizer that made these data (hash {tokenizer.hash})")
+    return tokenizer
+
+
+def document(source: TokenSource, number: int) -> np.ndarray:
+    """Token ids of document ``number`` (from 0) of ``source``, its separator included. Raises IndexError."""
+    counts = itertools.accumulate(len(offsets) - 1 for offsets in source.offsets)
+    before = 0
+    for shard, until in enumerate(counts):
+        if before <= number < until:
+            begin, end = source.offsets[shard][number - before : number - before + 2]
+            return source.arrays[shard][int(begin) : int(end)]
+        before = until
+    raise IndexError(f"document {number} of source {source.name!r}, which has {source.documents}")

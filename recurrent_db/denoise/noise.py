@@ -1,0 +1,179 @@
+"""Noise levels: their densities, the equal-probability partition, and sigma*, below which the answer shows through.
+
+sigma is the standard deviation of the noise per component, in the units of the clean target y. All mathematics here is
+float64; callers cast once, at the network's edge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recurrent_db.config import DenoiseConfig
+from recurrent_db.rng import key
+
+
+class Density(Protocol):
+    """A law of sigma on [sigma_min, sigma_max], given by its distribution function and the inverse of that."""
+
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """P(draw <= sigma), float64, any shape."""
+        ...
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The inverse: uniforms in [0, 1] to sigma, float64, any shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln sigma ~ Normal(p_mean, p_std) truncated to [ln sigma_min, ln sigma_max] (EDM, arXiv 2206.00364, table 1)."""
+
+    p_mean: float
+    p_std: float
+    sigma_min: float
+    sigma_max: float
+
+    def _phi(self, sigma: float) -> float:
+        return 0.5 * math.erfc(-(math.log(sigma) - self.p_mean) / (self.p_std * math.sqrt(2)))
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        low, high = self._phi(self.sigma_min), self._phi(self.sigma_max)
+        phi = torch.special.ndtr((sigma.double().log() - self.p_mean) / self.p_std)
+        return ((phi - low) / (high - low)).clamp(0, 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """sigma = exp(P_mean + P_std * Phi^-1(q)), q linear between the ends' values (arXiv 2506.14202, section 3)."""
+        low, high = self._phi(self.sigma_min), self._phi(self.sigma_max)
+        sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + u.double() * (high - low)))
+        return sigma.clamp(self.sigma_min, self.sigma_max)
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """ln sigma uniform on [ln sigma_min, ln sigma_max]."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        share = torch.log(sigma.double() / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+        return share.clamp(0, 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** u.double()
+        return sigma.clamp(self.sigma_min, self.sigma_max)
+
+
+def build_density(config: DenoiseConfig) -> Density:
+    """The training density without its atom."""
+    if config.density == "log-uniform":
+        return LogUniform(config.sigma_min, config.sigma_max)
+    return LogNormal(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
+
+
+def draw_sigma(density: Density, atom: float, u: Tensor) -> Tensor:
+    """Uniforms in [0, 1) to noise levels: with probability ``atom`` exactly sigma_max, else a draw from the density.
+
+    The atom takes the top of the unit interval, so that sigma still rises with u. float64, u's shape.
+    """
+    if atom >= 1:
+        return torch.full_like(u, density.sigma_max, dtype=torch.float64)
+    inside = density.quantile((u.double() / (1 - atom)).clamp(max=1.0))
+    return torch.where(u < 1 - atom, inside, density.sigma_max)
+
+
+def partition(density: Density, n: int, gamma: float = 0.0) -> list[tuple[float, float]]:
+    """Cut the range into ``n`` intervals of equal probability, lowest noise first.
+
+    ``gamma`` widens each interval in log space by (high/low)^gamma on both sides, clipped to the range
+    (arXiv 2506.14202, section 3; 0.1 for text). Returns (low, high) pairs.
+    """
+    edges = density.quantile(torch.linspace(0, 1, n + 1, dtype=torch.float64)).tolist()
+    edges[0], edges[-1] = density.sigma_min, density.sigma_max
+    pairs = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        widening = (high / low) ** gamma
+        pairs.append((max(low / widening, density.sigma_min), min(high * widening, density.sigma_max)))
+    return pairs
+
+
+@torch.no_grad()
+def nearest_row_accuracy(rows_VD: Tensor, sigma: float, generator: torch.Generator, draws: int = 512) -> float:
+    """How often the row nearest to y + sigma * eps is y itself, for rows drawn uniformly. fp32 rows (V, D)."""
+    picks = torch.randint(len(rows_VD), (draws,), generator=generator)
+    noisy = rows_VD[picks] + sigma * torch.randn(draws, rows_VD.shape[1], generator=generator)
+    scores = noisy @ rows_VD.T - 0.5 * rows_VD.square().sum(-1)
+    return (scores.argmax(-1) == picks).double().mean().item()
+
+
+def sigma_star(rows_VD: Tensor, sigma_min: float, sigma_max: float, seed: int = 0) -> float:
+    """The noise level at which the nearest target row is right half of the time: below it, copying is the answer.
+
+    Bisection in ln sigma with the same draws at every level. Returns an end of the range where half is not crossed.
+    """
+    rows_VD = rows_VD.detach().float().cpu()
+
+    def accuracy(log_sigma: float) -> float:
+        # A hashed seed: under the plain one the noise could be the very stream that the rows were drawn from.
+        generator = torch.Generator().manual_seed(key(seed, "sigma_star"))
+        return nearest_row_accuracy(rows_VD, math.exp(log_sigma), generator)
+
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    if accuracy(low) < 0.5:
+        return sigma_min
+    if accuracy(high) > 0.5:
+        return sigma_max
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if accuracy(middle) > 0.5 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def share_below(density: Density, atom: float, sigma: float) -> float:
+    """Share of the training draws below ``sigma``."""
+    return (1 - atom) * density.cdf(torch.tensor(sigma, dtype=torch.float64)).item()
+
+
+Grid = Callable[[Density, int], list[float]]
+
+
+def equal_probability_grid(density: Density, n: int) -> list[float]:
+    """n noise levels from sigma_max down to sigma_min whose gaps hold equal probability; [sigma_max] for n = 1."""
+    if n == 1:
+        return [density.sigma_max]
+    inner = density.quantile(torch.linspace(1, 0, n, dtype=torch.float64)).tolist()
+    return [density.sigma_max, *inner[1:-1], density.sigma_min]
+
+
+def karras_grid(density: Density, n: int, rho: float = 7.0) -> list[float]:
+    """EDM's grid (arXiv 2206.00364, eq. 5): linear in sigma^(1/rho)."""
+    if n == 1:
+        return [density.sigma_max]
+    top, bottom = density.sigma_max ** (1 / rho), density.sigma_min ** (1 / rho)
+    return [(top + i / (n - 1) * (bottom - top)) ** rho for i in range(n)]
+
+
+def log_uniform_grid(density: Density, n: int) -> list[float]:
+    """n noise levels from sigma_max to sigma_min, equally spaced in ln sigma."""
+    if n == 1:
+        return [density.sigma_max]
+    return [density.sigma_max * (density.sigma_min / density.sigma_max) ** (i / (n - 1)) for i in range(n)]
+
+
+GRIDS: dict[str, Grid] = {
+    "equal-probability": equal_probability_grid,
+    "karras": karras_grid,
+    "log-uniform": log_uniform_grid,
+}

@@ -1,0 +1,51 @@
+"""EDM preconditioning around the core (arXiv 2206.00364, table 1 and eq. 7; arXiv 2506.14202, eq. 8).
+
+    D(z, sigma, e) = c_skip z + c_out F(c_in z, e, c_noise)
+
+sigma and the scalings are fp32 and cast once, where they meet the network. F is one pass of the core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recurrent_db.model.looped import LoopedLM
+
+
+@dataclass(frozen=True)
+class Precond:
+    """The scalings for a clean target whose components have standard deviation ``sd``. sigma: fp32, any shape."""
+
+    sd: float
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        return self.sd**2 / (sigma**2 + self.sd**2)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        return sigma * self.sd * torch.rsqrt(sigma**2 + self.sd**2)
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        return torch.rsqrt(sigma**2 + self.sd**2)
+
+    def c_noise(self, sigma: Tensor) -> Tensor:
+        return sigma.log() / 4
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """w(sigma) = (sigma^2 + sd^2) / (sigma sd)^2: makes the L2 loss of every level weigh the same. Not for
+        cross-entropy, which it multiplies by up to 10^5 at low noise."""
+        return (sigma**2 + self.sd**2) / (sigma * self.sd) ** 2
+
+    def denoise(self, model: LoopedLM, z_BTD: Tensor, sigma_Bs: Tensor, e_BTD: Tensor) -> Tensor:
+        """One conditioned pass of the core: the estimate D of y, fp32 (B, T, D).
+
+        Args:
+            z_BTD: fp32 noisy target.
+            sigma_Bs: fp32 noise levels, (B, 1) or (B, T).
+            e_BTD: clean context from the prelude.
+        """
+        sigma = sigma_Bs[..., None]
+        state = model.iterate((self.c_in(sigma) * z_BTD).to(e_BTD.dtype), e_BTD, 1, self.c_noise(sigma_Bs))
+        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state.float()

@@ -1,0 +1,130 @@
+"""FLOPs, counted from shapes and from how often each part really runs.
+
+A multiply-add is two FLOPs. Counted are matrix products and attention; norms, activations, softmax and the optimizer
+are not, as is the field's custom for model FLOPs. Attention is counted without a discount for causality. Backward costs
+the forward again for the gradient to the inputs and again for the gradient to the weights; iterations that run without
+gradient cost their forward alone. The figures are per token of the batch.
+
+Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recurrent_db.config import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a step runs each part for each token. A training step by default; see `Recurrence.passes` for
+    inference."""
+
+    core_no_grad: int = 0
+    """Core iterations that cost their forward alone."""
+    core_grad: int = 1
+    """Core iterations that are backpropagated."""
+    readouts_no_grad: int = 0
+    """Coda and head, forward alone."""
+    readouts_grad: int = 1
+    """Coda and head, backpropagated."""
+    prelude_grad: bool = True
+    """Whether the prelude is backpropagated."""
+    bridges: int = 0
+    """Products of the vocabulary's probabilities with the target table."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one part per token, by kind."""
+
+    forward: float = 0.0
+    backward_input: float = 0.0
+    backward_weight: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        return self.backward_input + self.backward_weight
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+        )
+
+
+def _part(weights: float, attention: float, no_grad: float, grad: float) -> Cost:
+    """``weights`` matrix entries and ``attention`` forward FLOPs per token, run so often without and with gradient.
+
+    Attention has no weights: its two products cost four in the backward, all of them towards the inputs.
+    """
+    return Cost(
+        forward=(no_grad + grad) * (2 * weights + attention),
+        backward_input=grad * (2 * weights + 2 * attention),
+        backward_weight=grad * 2 * weights,
+    )
+
+
+def cost_per_token(model: ModelConfig, length: int, passes: Passes, noise_levels: int = 1) -> dict[str, Cost]:
+    """FLOPs per token by part, for sequences of ``length`` tokens.
+
+    Args:
+        noise_levels: noise levels per sequence (1, or ``length`` for per-token draws); used where the model is
+            conditioned on noise.
+    """
+    width, hidden = model.d_model, model.d_mlp
+    block = 4 * width * width + 3 * width * hidden
+    attention = 4 * length * width
+    adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
+
+    def blocks(count: int, no_grad: float, grad: float) -> Cost:
+        return _part(count * block, count * attention, no_grad, grad)
+
+    core_runs = passes.core_no_grad, passes.core_grad
+    read_runs = passes.readouts_no_grad, passes.readouts_grad
+    conditioning = Cost()
+    if model.noise_conditioning:
+        share = noise_levels / length
+        first = _part(model.d_condition**2, 0, share * core_runs[0], share * core_runs[1])
+        # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
+        first = Cost(first.forward, 0.0, first.backward_weight)
+        out = model.d_condition * model.n_core * 6 * width
+        conditioning = first + _part(out, 0, share * core_runs[0], share * core_runs[1])
+    return {
+        "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
+        "adapter": _part(adapter, 0, *core_runs),
+        "core": blocks(model.n_core, *core_runs),
+        "conditioning": conditioning,
+        "coda": blocks(model.n_coda, *read_runs),
+        "head": _part(model.vocab_size * width, 0, *read_runs),
+        "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
+    }
+
+
+def total(parts: dict[str, Cost]) -> Cost:
+    """The sum over parts."""
+    result = Cost()
+    for cost in parts.values():
+        result = result + cost
+    return result
+
+
+def noise_levels_per_sequence(config: Config) -> int:
+    """Noise levels that conditioning embeds for each training sequence."""
+    per_token = config.objective.name.startswith("denoise") and config.objective.denoise.draw == "token"
+    return config.data.sequence_length if per_token else 1
+
+
+def step_cost(config: Config, passes: Passes) -> Cost:
+    """FLOPs per token of a training step."""
+    return total(cost_per_token(config.model, config.data.sequence_length, passes, noise_levels_per_sequence(config)))
+
+
+def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
+    """Forward FLOPs per token of scoring sequences of ``length`` tokens."""
+    return total(cost_per_token(model, length, passes)).forward

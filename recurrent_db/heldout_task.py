@@ -1,0 +1,148 @@
+"""``heldout_cloze``: a multiple-choice task for the harness, made from the held-out documents of a data directory.
+
+An item is a span of held-out text that ends at a line break, and four candidates for how the text goes on: the true
+next line and three lines of other held-out documents, the nearest in length. Chance is 0.25. Nothing is downloaded, and
+the same data give the same items, so that a fresh run can be put through the harness offline.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from recurrent_db.data import document, load_tokenizer, open_data
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.rng import key
+
+FILE = "heldout_cloze.jsonl"
+N_CHOICES = 4
+
+# Bounds on what is read, so that a split of any size takes about a second.
+_DOCUMENTS = 128
+_TOKENS_PER_DOCUMENT = 1 << 14
+_LINES_PER_DOCUMENT = 64
+
+# In characters. A line is offered up to a word's end; longer ones (a paragraph of prose) are cut there.
+_CONTEXT, _LEAST_CONTEXT = 384, 64
+_LINE = 96
+_LETTERS = 8
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that may be asked for."""
+
+    document: str
+    context: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, as it stands in the JSONL file."""
+
+    context: str
+    choices: list[str]
+    label: int
+    """Index of the true continuation in ``choices``."""
+    document: str
+    """Source and number of the held-out document."""
+
+
+def _context(text: str, end: int) -> str:
+    """At most ``_CONTEXT`` characters before ``end``, from a line's or else a word's beginning where there is one."""
+    if end <= _CONTEXT:
+        return text[:end]
+    start = end - _CONTEXT
+    for border in ("\n", " "):
+        found = text.find(border, start, end - _CONTEXT // 2)
+        if found >= 0:
+            return text[found + 1 : end]
+    return text[start:end]
+
+
+def _lines(name: str, text: str) -> Iterator[_Line]:
+    """The lines of a document that have a context, and enough letters to tell them from another's."""
+    for match in re.finditer(r"(?<=\n)[^\n]+(?=\n)", text):
+        if len(text[: match.start()].strip()) < _LEAST_CONTEXT:
+            continue
+        line = match[0].rstrip()
+        if len(line) > _LINE:
+            line = line[:_LINE].rsplit(" ", 1)[0].rstrip()
+        if sum(map(str.isalpha, line)) >= _LETTERS:
+            yield _Line(name, _context(text, match.start()), line)
+
+
+def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
+    """(name, text) of a sample of the held-out documents, of a long one a part."""
+    tokenizer = load_tokenizer(directory)
+    data = open_data(directory, "validation")
+    names = [(source, number) for source in data.sources for number in range(data.sources[source].documents)]
+    names.sort(key=lambda name: key("document", seed, *name))
+    for source, number in names[:_DOCUMENTS]:
+        ids = document(data.sources[source], number)
+        spare = len(ids) - _TOKENS_PER_DOCUMENT
+        start = key("start", seed, source, number) % (spare + 1) if spare > 0 else 0
+        text = tokenizer.decode(ids[start : start + _TOKENS_PER_DOCUMENT])
+        yield f"{source}/{number}", text[text.find("\n") + 1 :] if start else text
+
+
+def heldout_items(directory: Path, count: int = 200, seed: int = 0) -> list[Item]:
+    """At most ``count`` items from the validation split of a data directory; the same every time.
+
+    Raises:
+        UserError: no data directory, or held-out text too short for a single item (it takes lines of two documents).
+    """
+    by_document = []
+    for name, text in _documents(directory, seed):
+        lines = sorted(_lines(name, text), key=lambda line: key("line", seed, line.document, line.context, line.text))
+        by_document.append(lines[:_LINES_PER_DOCUMENT])
+    pool = sorted((line for lines in by_document for line in lines), key=lambda line: (len(line.text), line.text))
+    # Turn by turn, so that no document dominates.
+    turns = (lines[turn] for turn in range(_LINES_PER_DOCUMENT) for lines in by_document if turn < len(lines))
+    items: list[Item] = []
+    for line in turns:
+        others = _nearest(line, pool)
+        if len(others) == N_CHOICES - 1:
+            label = key("label", seed, line.document, line.context) % N_CHOICES
+            choices = [*others[:label], line.text, *others[label:]]
+            items.append(Item(line.context, choices, label, line.document))
+        if len(items) == count:
+            break
+    if not items:
+        raise UserError(f"{directory}: too little held-out text for heldout_cloze: it needs lines of several documents")
+    return items
+
+
+def _nearest(line: _Line, pool: list[_Line]) -> list[str]:
+    """Up to three lines of other documents that differ from ``line`` and each other, the nearest in length first."""
+    chosen: dict[str, str] = {}
+    for other in sorted(pool, key=lambda other: abs(len(other.text) - len(line.text))):
+        stripped = other.text.strip()
+        if other.document != line.document and stripped != line.text.strip() and stripped not in chosen:
+            chosen[stripped] = other.text
+            if len(chosen) == N_CHOICES - 1:
+                break
+    return list(chosen.values())
+
+
+def write_heldout_task(directory: Path, count: int = 200, seed: int = 0) -> Path:
+    """Write `heldout_items` as JSONL into the data directory (or, where that is read-only, a new temporary one).
+
+    Returns the file's absolute path. Items are made anew each time, so the file is never stale. Raises as they do.
+    """
+    items = heldout_items(directory, count, seed)
+    text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
+    path = directory.resolve() / FILE
+    try:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="heldout-cloze-")) / FILE
+        write_atomic(path, text)
+    return path

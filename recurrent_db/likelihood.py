@@ -1,0 +1,182 @@
+"""Held-out likelihood: negative log-likelihood in nats per token and bits per byte, by number of iterations K.
+
+A model whose inference starts from noise defines a mixture over that noise,
+
+    p(y_i | x_<=i) = E_eps[softmax(logits_K(x, eps))_y],
+
+estimated from M draws with log-mean-exp; one draw at the end of a walk is not a likelihood, since the walk has decided
+by then (its read-out is nearly a point mass). The estimate of -log p is biased upwards by a term of order 1/M, so more
+draws never flatter. Scoring starts from noise or zeros, never from a noised answer.
+
+Shapes: B sequences, T positions, V vocabulary, M draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recurrent_db.data import Batch
+from recurrent_db.flops import inference_cost
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.recurrence import NoiseSource
+from recurrent_db.rng import EVALUATION_STEP, Rng
+
+
+@dataclass
+class Score:
+    """Held-out likelihood at one K."""
+
+    nll: float
+    """Nats per token."""
+    bits_per_byte: float
+    """The same nats over the bytes of text that the scored tokens stand for."""
+    stderr: float
+    """Standard error of ``nll`` over sequences."""
+    flops_per_token: float
+    """Forward FLOPs per token of one draw's scoring."""
+
+
+@dataclass
+class Scores:
+    """Result of `score`."""
+
+    by_k: dict[int, Score]
+    tokens: int
+    draws: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "by_k": {str(k): asdict(s) for k, s in self.by_k.items()},
+            "tokens": self.tokens,
+            "draws": self.draws,
+        }
+
+
+def token_log_probabilities(
+    model: LoopedLM,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    ks: Sequence[int],
+    rng: Rng,
+    requests: Tensor,
+    draws: int = 1,
+) -> dict[int, Tensor]:
+    """log p(target | tokens up to its position) by K, fp32 (B, T), from a mixture of ``draws`` noise draws.
+
+    ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
+    runs once whatever ``draws`` is.
+    """
+    recurrence = model.recurrence
+    if not recurrence.stochastic:
+        draws = 1
+    e_BTD = model.encode(tokens_BT)
+    mixtures: dict[int, Tensor] = {}
+    for draw in range(draws):
+        noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
+        for k, hidden_BTD in recurrence.hidden(model, e_BTD, ks, noise):
+            log_p_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
+            log_p_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0]
+            mixtures[k] = torch.logaddexp(mixtures[k], log_p_BT) if k in mixtures else log_p_BT
+    return {k: mixture - math.log(draws) for k, mixture in mixtures.items()}
+
+
+# Logits held at once by `score_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+def score_positions(
+    model: LoopedLM,
+    tokens_BT: Tensor,
+    rows_N: Tensor,
+    positions_N: Tensor,
+    targets_N: Tensor,
+    k: int,
+    rng: Rng,
+    requests: Tensor,
+    draws: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probabilities` at N chosen positions and one K, and whether each target is the most likely token.
+
+    Both come from the same mixture of ``draws`` noise draws. Vocabulary-wide tensors are made for the chosen positions
+    alone and in parts, so memory does not grow with N. (The bridges of a walk still read every position.)
+
+    Args:
+        rows_N, positions_N, targets_N: int64 on the model's device: which sequence, which of its positions, and the
+            token after it.
+        requests: int64 (B,) on the CPU; keys the noise.
+
+    Returns:
+        log p (fp32, (N,)) and greedy (bool, (N,)).
+    """
+    recurrence = model.recurrence
+    if not recurrence.stochastic:
+        draws = 1
+    e_BTD = model.encode(tokens_BT)
+    chosen = []
+    for draw in range(draws):
+        noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
+        [(_, hidden_BTD)] = recurrence.hidden(model, e_BTD, [k], noise)
+        chosen.append(hidden_BTD[rows_N, positions_N])
+    hidden_MND = torch.stack(chosen)
+    part = max(1, _LOGITS_AT_ONCE // (draws * model.config.vocab_size))
+    log_p, greedy = [], []
+    for start in range(0, len(targets_N), part):
+        log_p_MnV = model.logits(hidden_MND[:, start : start + part]).float().log_softmax(-1)
+        log_p_nV = log_p_MnV[0] if draws == 1 else log_p_MnV.logsumexp(0) - math.log(draws)
+        targets_n = targets_N[start : start + part]
+        log_p.append(log_p_nV.gather(-1, targets_n[:, None])[:, 0])
+        greedy.append(log_p_nV.argmax(-1) == targets_n)
+    return torch.cat(log_p), torch.cat(greedy)
+
+
+@torch.no_grad()
+def score(
+    model: LoopedLM,
+    batches: Iterable[Batch],
+    ks: Sequence[int],
+    byte_lengths: np.ndarray,
+    draws: int = 1,
+    seed: int = 0,
+) -> Scores:
+    """Score held-out batches at every K of ``ks``.
+
+    Args:
+        byte_lengths: UTF-8 bytes of each token, int (V,); special tokens have none, their nats count all the same.
+        draws: M, noise draws in the mixture; inference that uses no noise is scored once.
+        seed: of the noise.
+    """
+    device = model.embedding.weight.device
+    lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
+    rng = Rng(seed, EVALUATION_STEP)
+    sums: dict[int, list[Tensor]] = {k: [] for k in ks}
+    n_bytes, length = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        length = batch.tokens_BT.shape[1]
+        n_bytes += lengths[batch.targets_BT].sum().item()
+        tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
+        scored = token_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws)
+        for k, log_p_BT in scored.items():
+            sums[k].append(-log_p_BT.double().mean(-1).cpu())
+    model.train(was_training)
+    by_k = {}
+    for k in ks:
+        per_sequence = torch.cat(sums[k])
+        nll = per_sequence.mean().item()
+        tokens = len(per_sequence) * length
+        by_k[k] = Score(
+            nll=nll,
+            bits_per_byte=nll * tokens / (math.log(2) * n_bytes) if n_bytes else float("nan"),
+            stderr=(per_sequence.std() / math.sqrt(len(per_sequence))).item()
+            if len(per_sequence) > 1
+            else float("nan"),
+            flops_per_token=inference_cost(model.config, length, model.recurrence.passes(k)),
+        )
+    return Scores(by_k, tokens, draws if model.recurrence.stochastic else 1)

@@ -1,0 +1,46 @@
+"""From a path to a model that can be used: ``model, tokenizer = recurrent_db.load(RUN)``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from recurrent_db.checkpoint import Checkpoint, find_checkpoint, load_weights
+from recurrent_db.config import Config
+from recurrent_db.hardware import choose_device
+from recurrent_db.model.looped import LoopedLM, build_model
+from recurrent_db.objectives import build_objective
+from recurrent_db.tokenizer import Tokenizer
+
+
+def load_with_config(
+    path: str | Path, device: str | torch.device = "auto", averaged: bool = True
+) -> tuple[LoopedLM, Tokenizer, Config, Path]:
+    """`load`, with the run's configuration and the folder of the checkpoint that was taken."""
+    checkpoint = Checkpoint(find_checkpoint(Path(path)))
+    config = checkpoint.config()
+    model = build_model(config.model, seed=None)
+    load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
+    model.recurrence = build_objective(config).recurrence
+    target = choose_device(device) if isinstance(device, str) else device
+    return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
+
+
+def load(path: str | Path, device: str | torch.device = "auto", averaged: bool = True) -> tuple[LoopedLM, Tokenizer]:
+    """Load a run's newest good checkpoint (or the one whose folder is given), ready for inference.
+
+    Args:
+        path: run directory or checkpoint folder.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        averaged: take the moving average of the weights where the run kept one.
+
+    Returns:
+        The model in fp32, in evaluation mode, and its tokenizer. Nothing of the checkpoint is executed: weights are
+        safetensors, the rest is JSON and a sentencepiece model.
+
+    Raises:
+        UserError: no run there, no undamaged checkpoint, or no such device.
+    """
+    model, tokenizer, _, _ = load_with_config(path, device, averaged)
+    return model, tokenizer

@@ -1,0 +1,141 @@
+"""The parts of a block: norm, rotary embedding, attention, gated MLP, zero-initialised modulation.
+
+Shapes: B sequences, T positions, D width, H heads, E head size (D = H E), M hidden width of the MLP. Suffixes name
+them, as in ``x_BTD``. Blocks are Huginn's (arXiv 2502.05171, and its released configuration): sandwich RMSNorm, gated
+SiLU MLP, interleaved RoPE in fp32, learned bias on queries and keys added before RoPE, no other bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
+    """Causal attention by PyTorch's fused kernel; the CPU reference. Returns (B, H, T, E)."""
+    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+
+
+ATTENTION: dict[str, AttentionFunction] = {"sdpa": sdpa}
+"""Attention back ends by name: equal lengths, causal, (B, H, T, E) in and out."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32 whatever the input's dtype. Shape (..., D)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_table(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each fp32 (T, E/2).
+
+    Pair e of a head turns by position * base^(-2e/E).
+    """
+    rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rates
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32. F = E/2. Returns x's dtype."""
+    even, odd = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with one fused QKV projection."""
+
+    def __init__(self, dim: int, n_heads: int, backend: str = "sdpa") -> None:
+        super().__init__()
+        self.n_heads, self.head_size = n_heads, dim // n_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qk_bias = nn.Parameter(torch.zeros(2, n_heads, self.head_size))
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.attend = ATTENTION[backend]
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q_BTHE, k_BTHE, v_BTHE = self.qkv(x_BTD).unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
+        q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
+        k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
+        out_BHTE = self.attend(q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2))
+        return self.proj(out_BHTE.transpose(1, 2).flatten(2))
+
+
+class GatedMLP(nn.Module):
+    """proj(silu(gate) * up), gate and up from one fused projection with the gate half first."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(dim, 2 * hidden, bias=False)
+        self.proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTM, up_BTM = self.fc(x_BTD).chunk(2, dim=-1)
+        return self.proj(F.silu(gate_BTM) * up_BTM)
+
+
+class Block(nn.Module):
+    """Sandwich block: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
+
+    With a modulation (six tensors broadcastable to (B, T, D): shift, scale, gate for attention, then for the MLP) each
+    branch computes (1 + gate) * branch((1 + scale) * norm(x) + shift), so that zeros change nothing (AdaLN, DiT,
+    arXiv 2212.09748, with the gate centred on one because Huginn's branches are not gated).
+    """
+
+    def __init__(self, dim: int, n_heads: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(dim, eps) for _ in range(4))
+        self.attn = Attention(dim, n_heads)
+        self.mlp = GatedMLP(dim, hidden)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        if modulation is None:
+            x_BTD = self.norm_2(self.attn(self.norm_1(x_BTD), rope) + x_BTD)
+            return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        branch = self.attn(torch.addcmul(shift_a, self.norm_1(x_BTD), 1 + scale_a), rope)
+        x_BTD = self.norm_2(torch.addcmul(x_BTD, branch, 1 + gate_a))
+        branch = self.mlp(torch.addcmul(shift_m, self.norm_3(x_BTD), 1 + scale_m))
+        return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
+
+
+class NoiseEmbedding(nn.Module):
+    """From c_noise = ln(sigma)/4 to the modulation of every core block: one matrix product for all of them.
+
+    Fourier features of c_noise (fp32, as EDM's), a hidden layer, then a zero-initialised projection to
+    n_blocks * 6 * D numbers, so that a fresh model ignores the noise level exactly.
+    """
+
+    def __init__(self, dim: int, n_blocks: int, hidden: int) -> None:
+        super().__init__()
+        self.n_blocks, self.dim, self.n_features = n_blocks, dim, hidden
+        self.hidden = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, n_blocks * 6 * dim)
+
+    def forward(self, c_noise_Bs: Tensor) -> list[tuple[Tensor, ...]]:
+        """c_noise: fp32 (B, 1) for one level per sequence or (B, T) per token. Returns, for each block, six (B, 1|T, D)."""
+        # Frequencies from 1/4 to 64 cycles per unit of c_noise resolve both its whole range (about 3) and a tenth of a nat.
+        half = self.n_features // 2
+        rates = torch.exp(torch.linspace(math.log(0.25), math.log(64.0), half, device=c_noise_Bs.device))
+        angles = c_noise_Bs.float()[..., None] * rates * 2 * math.pi
+        features = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        if self.n_features % 2:
+            features = F.pad(features, (0, 1))
+        with torch.autocast(c_noise_Bs.device.type, enabled=False):
+            flat = self.out(F.silu(self.hidden(features)))
+        return [block.chunk(6, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]

@@ -1,0 +1,227 @@
+"""The looped language model: prelude -> core x K -> coda. Read this first.
+
+    tokens_BT --embed, prelude--> e_BTD                  once       `encode`
+    state_0   --core(inject(state, e))--> ... state_K    K times    `iterate`
+    state_K   --final norm, coda, final norm--> hidden   once       `decode`
+    hidden    --tied head--> logits_BTV                             `logits`
+
+The architecture is Huginn's (arXiv 2502.05171): blocks and initialisation exactly, one weight-tied core, the prelude's
+output injected before every iteration, one final norm used twice. Added here: conditioning of the core on a noise
+level (zero-initialised, absent unless asked for), and a choice of injection. The model knows nothing of losses, of how
+it is trained, or of noise schedules; an objective calls the four parts.
+
+Shapes: B sequences, T positions, D width, V vocabulary. States and hidden vectors have the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_db.config import ModelConfig
+from recurrent_db.errors import UserError
+from recurrent_db.model.layers import Block, NoiseEmbedding, RMSNorm, rope_table
+from recurrent_db.rng import key
+
+if TYPE_CHECKING:
+    from recurrent_db.recurrence import Recurrence
+
+Modulation = list[tuple[Tensor, ...]]
+
+STATE_STD = math.sqrt(2 / 5)
+"""Huginn's standard deviation of the random initial state."""
+
+
+class LinearInjection(nn.Module):
+    """Huginn's adapter: W [state, e], bias-free, from 2D to D."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(2 * dim, dim, bias=False)
+
+    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
+        return self.adapter(torch.cat((state_BTD, e_BTD), dim=-1))
+
+
+class DiagonalInjection(nn.Module):
+    """Parcae's (arXiv 2604.12946) linear time-invariant injection: a * state + W e, with 0 < a < 1 for each channel.
+
+    a = exp(-exp(log_rate)), so that no value of the parameter makes the recurrence expand. It starts at one half.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.full((dim,), math.log(math.log(2.0))))
+        self.adapter = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
+        decay_D = torch.exp(-torch.exp(self.log_rate))
+        return decay_D.to(state_BTD.dtype) * state_BTD + self.adapter(e_BTD)
+
+
+class AddInjection(nn.Module):
+    """state + e. Both leave a normalised block, so they have comparable scales."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
+        return state_BTD + e_BTD
+
+
+INJECTIONS: dict[str, type[nn.Module]] = {
+    "linear": LinearInjection,
+    "diagonal": DiagonalInjection,
+    "add": AddInjection,
+}
+
+
+class Core(nn.Module):
+    """The weight-tied recurrence as one module, so that a sharded run gathers its parameters once for all K iterations."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.injection = INJECTIONS[config.injection](config.d_model)
+        self.blocks = nn.ModuleList(
+            Block(config.d_model, config.n_heads, config.d_mlp, config.norm_eps) for _ in range(config.n_core)
+        )
+
+    def forward(
+        self,
+        state_BTD: Tensor,
+        e_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        iterations: int = 1,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        for _ in range(iterations):
+            state_BTD = self.injection(state_BTD, e_BTD)
+            for index, block in enumerate(self.blocks):
+                state_BTD = block(state_BTD, rope, modulation[index] if modulation else None)
+        return state_BTD
+
+
+class LoopedLM(nn.Module):
+    """A recurrent-depth language model. ``config.vocab_size`` must be set."""
+
+    recurrence: Recurrence
+    """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
+        self.config = config
+        width = config.d_model
+        block = lambda: Block(width, config.n_heads, config.d_mlp, config.norm_eps)  # noqa: E731
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
+        self.core = Core(config)
+        self.coda = nn.ModuleList(block() for _ in range(config.n_coda))
+        self.final_norm = RMSNorm(width, config.norm_eps)
+        self.noise_embedding = (
+            NoiseEmbedding(width, config.n_core, config.d_condition) if config.noise_conditioning else None
+        )
+
+    # -- the four parts ------------------------------------------------------------------------------------------------
+
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables for positions 0..length-1, fp32 (T, E/2) each."""
+        head_size = self.config.d_model // self.config.n_heads
+        return rope_table(length, head_size, self.config.rope_base, self.embedding.weight.device)
+
+    def encode(self, tokens_BT: Tensor) -> Tensor:
+        """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
+        rope = self.rope(tokens_BT.shape[1])
+        x_BTD = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
+        for block in self.prelude:
+            x_BTD = block(x_BTD, rope)
+        return x_BTD
+
+    def iterate(
+        self, state_BTD: Tensor, e_BTD: Tensor, iterations: int = 1, c_noise_Bs: Tensor | None = None
+    ) -> Tensor:
+        """``iterations`` passes of the core, (B, T, D) to (B, T, D). Position i sees states and contexts <= i.
+
+        ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
+        """
+        modulation = None
+        if c_noise_Bs is not None:
+            if self.noise_embedding is None:
+                raise UserError("this model has no noise conditioning (model.noise_conditioning = false)")
+            modulation = self.noise_embedding(c_noise_Bs)
+        return self.core(state_BTD, e_BTD, self.rope(e_BTD.shape[1]), iterations, modulation)
+
+    def decode(self, state_BTD: Tensor) -> Tensor:
+        """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
+        rope = self.rope(state_BTD.shape[1])
+        x_BTD = self.final_norm(state_BTD)
+        for block in self.coda:
+            x_BTD = block(x_BTD, rope)
+        return self.final_norm(x_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Tied head: (..., D) to (..., V) in the model's dtype."""
+        return nn.functional.linear(hidden_BTD, self.embedding.weight)
+
+    def forward(self, tokens_BT: Tensor, iterations: int = 1) -> Tensor:
+        """Unconditioned logits (B, T, V) after ``iterations`` passes from a zero state."""
+        e_BTD = self.encode(tokens_BT)
+        return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
+
+    # -- initialisation and size ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Huginn's initialisation: normal with std sqrt(2 / (5 D)) cut at three standard deviations; the projections
+        back into the residual stream divided by sqrt(2 * effective depth); norms one, biases zero. The noise
+        conditioning starts as the identity. The generator must live on the parameters' device."""
+        config = self.config
+        std = math.sqrt(2 / (5 * config.d_model))
+        effective_depth = config.n_prelude + config.n_coda + config.n_core * config.expected_depth
+        for name, parameter in self.named_parameters():
+            if name == "noise_embedding.hidden.weight":
+                nn.init.normal_(parameter, std=1 / math.sqrt(config.d_condition), generator=generator)
+            elif name.startswith("noise_embedding.") or name.endswith("qk_bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("log_rate"):
+                nn.init.constant_(parameter, math.log(math.log(2.0)))
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                scale = std / math.sqrt(2 * effective_depth) if name.endswith("proj.weight") else std
+                nn.init.trunc_normal_(parameter, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; ``total`` leaves the noise conditioning out, as presets are quoted."""
+
+        def count(module: nn.Module | None) -> int:
+            return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+        parts = {
+            "embedding": count(self.embedding),
+            "prelude": count(self.prelude),
+            "adapter": count(self.core.injection),
+            "core": count(self.core.blocks),
+            "coda": count(self.coda),
+            "norm": count(self.final_norm),
+        }
+        return {**parts, "total": sum(parts.values()), "noise_conditioning": count(self.noise_embedding)}
+
+
+def build_model(config: ModelConfig, seed: int | None, device: torch.device | str = "cpu") -> LoopedLM:
+    """A model on ``device`` with Huginn's initialisation drawn from ``seed``; ``seed=None`` leaves it empty.
+
+    Weights are drawn on the CPU, so that every device starts from the same ones.
+    """
+    with torch.device("meta"):
+        model = LoopedLM(config)
+    if torch.device(device).type == "meta":
+        return model
+    model = model.to_empty(device="cpu")
+    if seed is not None:
+        model.initialize(torch.Generator().manual_seed(key(seed, "weights")))
+    return model.to(device)

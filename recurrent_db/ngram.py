@@ -1,0 +1,38 @@
+"""Unigram and bigram models over the same tokens: the floor that a trained network must be under."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def unigram_nll(train: NDArray[np.integer], held_out: NDArray[np.integer], vocab_size: int) -> float:
+    """Nats per token of ``held_out[1:]`` under the token frequencies of ``train`` (add-one)."""
+    counts = np.bincount(train, minlength=vocab_size) + 1.0
+    return float(-np.log(counts / counts.sum())[held_out[1:]].mean())
+
+
+def bigram_nll(
+    train: NDArray[np.integer], held_out: NDArray[np.integer], vocab_size: int, discount: float = 0.75
+) -> float:
+    """Nats per token of ``held_out[1:]`` given the token before, by absolute discounting with Kneser-Ney backoff.
+
+    p(b|a) = max(c(ab) - d, 0) / c(a) + d * types(a) / c(a) * p_kn(b), with p_kn(b) proportional to the number of
+    distinct tokens before b, add-one. A stronger bigram model than plain counts: Kneser and Ney (1995).
+    """
+    pairs, counts = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
+    before, after = pairs // vocab_size, pairs % vocab_size
+    total = np.bincount(before, weights=counts, minlength=vocab_size)
+    types = np.bincount(before, minlength=vocab_size)
+    continuation = np.bincount(after, minlength=vocab_size) + 1.0
+    continuation /= continuation.sum()
+
+    wanted = held_out[:-1].astype(np.int64) * vocab_size + held_out[1:]
+    where = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    count = np.where(pairs[where] == wanted, counts[where], 0)
+    context = held_out[:-1]
+    seen = total[context] > 0
+    denominator = np.where(seen, total[context], 1)
+    backoff = np.where(seen, discount * types[context] / denominator, 1.0)
+    p = np.where(seen, np.maximum(count - discount, 0) / denominator, 0) + backoff * continuation[held_out[1:]]
+    return float(-np.log(p).mean())

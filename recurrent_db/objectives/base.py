@@ -1,0 +1,74 @@
+"""The contract of an objective, and what objectives share.
+
+An objective says how a model is trained; nothing else knows. It is called once for each micro-batch,
+
+    loss, metrics = objective(model, batch, rng, progress)
+
+with the loss averaged over the micro-batch's tokens; metrics as detached 0-dimensional tensors averaged the same way,
+or pairs (sum, weight), shape (2,), where the average is over some of the tokens; ``rng`` drawing as a function of
+(seed, step, sample, stream); and ``progress`` the share of the budget that is spent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from recurrent_db.data import Batch
+from recurrent_db.flops import Passes
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.recurrence import Recurrence
+from recurrent_db.rng import Rng
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """One way of training. See `next_token` for the smallest example."""
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """How a checkpoint of this objective runs K iterations."""
+        ...
+
+    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+        """The loss of one micro-batch, in nats per token, and what is worth logging."""
+        ...
+
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        """What a step computes for each token, realised draws included: the basis of the FLOP count."""
+        ...
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        """Lines worth reading before training starts."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the objective learns on the way, as JSON values; empty where it learns nothing."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s result."""
+        ...
+
+
+class Stateless:
+    """Base of objectives that learn nothing of their own and have nothing to say."""
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+
+
+def cross_entropy(model: LoopedLM, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """Next-token cross-entropy for each position, fp32 (B, T), in nats."""
+    logits_BTV = model.logits(hidden_BTD).float()
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)

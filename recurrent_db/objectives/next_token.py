@@ -1,0 +1,30 @@
+"""`next_token`: K = 1 and plain cross-entropy. The flat control: the model that a user would otherwise train."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurrent_db.config import Config
+from recurrent_db.data import Batch
+from recurrent_db.flops import Passes
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
+from recurrent_db.recurrence import PlainRecurrence
+from recurrent_db.rng import Rng
+
+
+class NextToken(Stateless):
+    """One core pass from a zero state."""
+
+    def __init__(self, config: Config) -> None:
+        self.recurrence = PlainRecurrence(initial="zeros")
+
+    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+        e_BTD = model.encode(batch.tokens_BT)
+        state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD)
+        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT).mean()
+        return loss, {}
+
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        return Passes(core_grad=1)

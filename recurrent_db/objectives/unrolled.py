@@ -1,0 +1,42 @@
+"""`unrolled`: Huginn's training (arXiv 2502.05171, section 3.3), sampled depth and truncated backpropagation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurrent_db.config import Config
+from recurrent_db.data import Batch
+from recurrent_db.flops import Passes
+from recurrent_db.model.depth import sample_depth
+from recurrent_db.model.looped import STATE_STD, LoopedLM
+from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
+from recurrent_db.recurrence import PlainRecurrence, truncated_normal
+from recurrent_db.rng import Rng
+
+
+class Unrolled(Stateless):
+    """Draw a depth for the step, iterate from a random state, backpropagate through the last iterations."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.objective.unrolled
+        self.recurrence = PlainRecurrence(initial="random")
+
+    def _depth(self, rng: Rng) -> tuple[int, int]:
+        return sample_depth(rng, self.config.mean_depth, self.config.depth_sigma, self.config.truncation)
+
+    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+        without, with_gradient = self._depth(rng)
+        e_BTD = model.encode(batch.tokens_BT)
+        u = rng.uniform(batch.sample_index_B, tuple(e_BTD.shape[1:]), "state", e_BTD.device, torch.float32)
+        state_BTD = truncated_normal(u, STATE_STD).to(e_BTD.dtype)
+        with torch.no_grad():
+            state_BTD = model.iterate(state_BTD, e_BTD, without)
+        state_BTD = model.iterate(state_BTD, e_BTD, with_gradient)
+        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT).mean()
+        state_rms = state_BTD.detach().float().square().mean().sqrt()
+        return loss, {"depth": torch.tensor(float(without + with_gradient)), "state_rms": state_rms}
+
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        without, with_gradient = self._depth(rng)
+        return Passes(core_no_grad=without, core_grad=with_gradient)

@@ -1,0 +1,57 @@
+"""AdamW with weight decay where it belongs, and the exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recurrent_db.config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: the matrices of linear layers decay; embeddings, norms, biases and per-channel rates do not."""
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (one kernel for all parameters on CUDA, one pass each on the CPU)."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+class EMA:
+    """An exponential moving average of a model's parameters, fp32, corrected for its start.
+
+    shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights
+    are forgotten quickly.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        weights = dict(model.named_parameters())
+        shadow = [self.shadow[name] for name in weights]
+        torch._foreach_lerp_(shadow, list(weights.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the model's weights and the average; call it again to undo."""
+        for name, parameter in model.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)

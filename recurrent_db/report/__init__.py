@@ -1,0 +1,66 @@
+"""`recurrent-db report RUN... -o report.html`: one self-contained page that compares training runs.
+
+data.py    a run directory -> `Run`: metrics, evaluations with their learning-rate phase, optional results
+reach.py   FLOPs to reach a held-out NLL, without mixing annealed and unannealed losses
+svg.py     a matplotlib figure -> an inline SVG that follows the page's colours
+plots.py   the figures
+page.py    the sections and the HTML around them
+style.py   the page's style sheet
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from recurrent_db.files import write_atomic
+from recurrent_db.errors import UserError
+from recurrent_db.report.data import merge_baselines, read_runs
+from recurrent_db.report.page import build_page
+
+__all__ = ["ReportArgs", "main", "write_report"]
+
+
+@dataclass
+class ReportArgs:
+    """Compare runs on one self-contained HTML page: loss against FLOPs, NLL by K, loss by sigma, throughput, samples.
+
+    What a run directory does not hold is left out of the page, with a note.
+    """
+
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """Run directories. A baselines.json beside them ({"unigram": nats, ...}) adds reference lines."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """HTML file to write."""
+    png: Path | None = None
+    """Folder for the same plots as PNG files."""
+
+
+def write_report(
+    runs: list[Path], output: Path, baselines: dict[str, float] | None = None, png_dir: Path | None = None
+) -> None:
+    """Write the report of ``runs`` to ``output``. The same runs give the same bytes.
+
+    Args:
+        baselines: reference models by name, in nats per token; they win over a ``baselines.json`` beside a run.
+        png_dir: folder for the plots as PNG files; None writes none.
+
+    Raises:
+        UserError: no run is given, or a directory is no run (it has no readable ``config.json``).
+    """
+    if not runs:
+        raise UserError("no run directory is given")
+    loaded = read_runs(runs)
+    page = build_page(loaded, merge_baselines(runs, baselines), png_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, page)
+
+
+def main(args: ReportArgs) -> int:
+    write_report(args.runs, args.output, png_dir=args.png)
+    print(f"wrote {args.output}", file=sys.stderr)
+    return 0

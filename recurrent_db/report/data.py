@@ -1,0 +1,365 @@
+"""A run directory as a report sees it. Only ``config.json`` is needed; everything else may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurrent_db.config import Config, config_from_json
+from recurrent_db.errors import UserError
+from recurrent_db.flops import Cost, cost_per_token, inference_cost, noise_levels_per_sequence
+from recurrent_db.metrics import read_metrics
+from recurrent_db.model import build_model
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
+from recurrent_db.schedule import budget_progress
+
+Phase = Literal["constant", "end", "other"]
+Array = NDArray[np.float64]
+
+STANDARD_COLUMNS = frozenset({
+    "step", "tokens", "flops", "flops_forward", "flops_backward", "loss", "lr", "grad_norm", "tokens_per_s", "mfu",
+    "peak_memory_bytes", "seconds", "skipped",
+})  # fmt: skip
+"""Columns that every objective logs; others, apart from ``eval/*``, are the objective's own."""
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out scores at one step of training."""
+
+    step: int
+    tokens: float
+    flops: float
+    seconds: float
+    nll: dict[int, float]
+    """Nats per token by K; never empty."""
+    bits_per_byte: dict[int, float]
+    phase: Phase
+    """``constant``: the learning rate is at its peak; ``end``: the annealed end of a complete run; ``other``: warm-up,
+    halfway through a decay, or the last word of a run that was cut short."""
+    stretch: int
+    """Number of the uninterrupted stretch at the peak rate; points of different stretches are not on one curve."""
+
+    @property
+    def best_k(self) -> int:
+        return min(self.nll, key=lambda k: (self.nll[k], k))
+
+    @property
+    def best_nll(self) -> float:
+        return self.nll[self.best_k]
+
+
+@dataclass(frozen=True)
+class DepthPoint:
+    """Held-out likelihood at one K; NLL in nats per token, FLOPs of one draw's scoring."""
+
+    k: int
+    nll: float
+    bits_per_byte: float | None
+    stderr: float | None
+    flops_per_token: float | None
+
+
+@dataclass
+class Run:
+    """One run: its configuration, and what was found beside it."""
+
+    name: str
+    path: Path
+    config: Config
+    raw_config: dict[str, Any]
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+    evaluations: list[Evaluation] = field(default_factory=list)
+    depth: list[DepthPoint] = field(default_factory=list)
+    depth_source: str = ""
+    """In words, where ``depth`` comes from."""
+    loss_by_sigma: list[tuple[float, float]] = field(default_factory=list)
+    sigma_star: float | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """lm-eval's results (task -> metric -> value) by K; the key is empty where the file does not say."""
+    notes: list[str] = field(default_factory=list)
+    """Files that were there and could not be used."""
+
+    def last(self, column: str) -> float | None:
+        """The newest number of a column of metrics.jsonl."""
+        return next((v for row in reversed(self.rows) if (v := number(row.get(column))) is not None), None)
+
+    def series(self, x: str, y: str) -> tuple[Array, Array]:
+        """Two columns of metrics.jsonl, at the rows where both are numbers."""
+        pairs = [(a, b) for row in self.rows if None not in (a := number(row.get(x)), b := number(row.get(y)))]
+        points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the budget that is spent; None where the run has no rows or no budget."""
+        return _progress(self.config, self.rows[-1]) if self.rows else None
+
+    @property
+    def complete(self) -> bool:
+        return (self.progress or 0.0) >= 1
+
+    @property
+    def training_curve(self) -> str:
+        """Column that can be compared with other runs' training loss. The plain loss of a denoiser averages over noise
+        levels, most of which show the answer."""
+        return "loss_sigma_max" if any("loss_sigma_max" in row for row in self.rows) else "loss"
+
+    def own_columns(self) -> list[str]:
+        """Numeric columns that only this objective logs."""
+        names = dict.fromkeys(name for row in self.rows for name, value in row.items() if number(value) is not None)
+        return [name for name in names if name not in STANDARD_COLUMNS and not name.startswith("eval/")]
+
+    def parameters(self) -> dict[str, int] | None:
+        """Parameters by part; None where the configuration names no vocabulary."""
+        if self.config.model.vocab_size < 1:
+            return None
+        return build_model(self.config.model, seed=None, device="meta").parameter_counts()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _progress(config: Config, row: dict[str, Any]) -> float | None:
+    spent = [number(row.get(name)) for name in ("flops", "tokens", "step", "seconds")]
+    if any(v is None for v in spent) or all(limit is None for limit in vars(config.budget).values()):
+        return None
+    flops, tokens, step, seconds = (v or 0.0 for v in spent)
+    return budget_progress(config.budget, flops, tokens, step, seconds)
+
+
+def _by_k(row: dict[str, Any], prefix: str) -> dict[int, float]:
+    found = ((re.fullmatch(re.escape(prefix) + r"(\d+)", name), number(value)) for name, value in row.items())
+    return {int(match[1]): value for match, value in found if match and value is not None}
+
+
+def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluation]:
+    """Rows with held-out scores, each with the phase of the learning rate that it was read in."""
+    result: list[Evaluation] = []
+    constant_schedule = config.schedule.name in ("wsd", "constant")
+    stretch = 0
+    for row in rows:
+        rate = number(row.get("lr"))
+        constant = constant_schedule and rate is not None and math.isclose(rate, config.optim.lr, rel_tol=1e-6)
+        if not constant:
+            stretch += 1
+        nll = _by_k(row, "eval/nll_k")
+        at = [number(row.get(name)) for name in ("step", "tokens", "flops", "seconds")]
+        if not nll or any(v is None for v in at):
+            continue
+        step, tokens, flops, seconds = (v or 0.0 for v in at)
+        phase: Phase = "other"
+        if constant:
+            phase = "constant"
+        elif row is rows[-1] and (_progress(config, row) or 0.0) >= 1:
+            phase = "end"
+        bits = _by_k(row, "eval/bits_per_byte_k")
+        result.append(Evaluation(int(step), tokens, flops, seconds, nll, bits, phase, stretch))
+    return result
+
+
+def _read_json(path: Path, kind: type, notes: list[str]) -> Any:
+    """A JSON file that holds a ``kind``; an empty one, with a note where the file is there but is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return kind()
+    except (OSError, ValueError, RecursionError):
+        notes.append(f"{path.name} could not be read and is left out")
+        return kind()
+    if not isinstance(value, kind):
+        notes.append(f"{path.name} does not hold what it should and is left out")
+        return kind()
+    return value
+
+
+def _read_depth(run: Run, curve: dict[str, Any]) -> None:
+    """Fill in NLL by K: from the depth curve, or else from the last evaluation of training."""
+    by_k = curve.get("by_k")
+    for key, score in by_k.items() if isinstance(by_k, dict) else ():
+        if not str(key).isdecimal() or not isinstance(score, dict) or (nll := number(score.get("nll"))) is None:
+            continue
+        extra = [number(score.get(name)) for name in ("bits_per_byte", "stderr", "flops_per_token")]
+        run.depth.append(DepthPoint(int(key), nll, *extra))
+    if run.depth:
+        tokens, draws = number(curve.get("tokens")), number(curve.get("draws"))
+        size = f" on {tokens:,.0f} held-out tokens" if tokens else ""
+        run.depth_source = f"depth_curve.json{size}" + (f", {draws:.0f} noise draws" if draws and draws > 1 else "")
+    elif run.evaluations:
+        last = run.evaluations[-1]
+        recurrence = build_objective(run.config).recurrence
+        for k, nll in last.nll.items():
+            cost = None
+            if run.config.model.vocab_size:
+                cost = inference_cost(run.config.model, run.config.data.sequence_length, recurrence.passes(k))
+            run.depth.append(DepthPoint(k, nll, last.bits_per_byte.get(k), None, cost))
+        run.depth_source = f"the last evaluation in training (step {last.step:,})"
+    run.depth.sort(key=lambda point: point.k)
+
+
+def _read_sigma(run: Run, report: dict[str, Any]) -> None:
+    table = report.get("nll_by_sigma")
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(table, dict):
+        pairs = list(table.items())
+    elif isinstance(table, list):
+        pairs = [(entry.get("sigma"), entry.get("nll")) for entry in table if isinstance(entry, dict)]
+    for sigma, nll in pairs:
+        try:
+            at, value = number(float(sigma)), number(nll)
+        except (TypeError, ValueError):
+            continue
+        if at is not None and at > 0 and value is not None:
+            run.loss_by_sigma.append((at, value))
+    run.loss_by_sigma.sort()
+    run.sigma_star = number(report.get("sigma_star"))
+
+
+def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    by_k = values.get("by_k")
+    if isinstance(by_k, dict):
+        tables = {str(k): v.get("results", v) for k, v in by_k.items() if isinstance(v, dict)}
+    else:
+        config = values.get("config")
+        arguments = config.get("model_args", "") if isinstance(config, dict) else ""
+        if isinstance(arguments, dict):
+            k = str(arguments.get("k", ""))
+        else:
+            match = re.search(r"(?:^|,)\s*k=(\d+)", str(arguments))
+            k = match[1] if match else ""
+        tables = {k: values.get("results")}
+    return {k: table for k, table in tables.items() if isinstance(table, dict)}
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read one run directory. Raises `UserError` when it is none."""
+    if not path.exists():
+        raise UserError(f"no run directory {path}")
+    source = path / "config.json"
+    try:
+        text = source.read_text(encoding="utf-8")
+        config = config_from_json(text, str(source))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} is not a run directory (no config.json)") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"cannot read {source}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path} is not a run of this version: {error}") from None
+    notes: list[str] = []
+    try:
+        rows = [row for row in read_metrics(path / "metrics.jsonl") if isinstance(row, dict)]
+    except FileNotFoundError:
+        rows = []
+    except (OSError, UnicodeDecodeError):
+        rows = []
+        notes.append("metrics.jsonl could not be read and is left out")
+    environment = _read_json(path / "environment.json", dict, notes)
+    run = Run(name, path, config, json.loads(text), environment, rows, notes=notes)
+    run.evaluations = evaluations(config, rows)
+    _read_depth(run, _read_json(path / "eval" / "depth_curve.json", dict, notes))
+    _read_sigma(run, _read_json(path / "eval" / "denoiser_report.json", dict, notes))
+    run.lm_eval = _read_lm_eval(_read_json(path / "eval" / "lm_eval.json", dict, notes))
+    samples = _read_json(path / "eval" / "samples.json", list, notes)
+    run.samples = [sample for sample in samples if isinstance(sample, dict)]
+    return run
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest tails of the paths that tell the runs apart; repeats are numbered."""
+    parts = [path.resolve().parts for path in paths]
+    names = [""] * len(paths)
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    names = [path.resolve().name for path in paths]
+    return [f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run directories in the order given. Raises `UserError` for one that is none."""
+    return [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+
+
+def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> dict[str, float]:
+    """Reference NLLs in nats per token: those given, then those of ``baselines.json`` beside each run."""
+    merged = dict(given or {})
+    for path in paths:
+        for name, value in _read_json(path.resolve().parent / "baselines.json", dict, []).items():
+            if (nll := number(value)) is not None:
+                merged.setdefault(name, nll)
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs by part
+
+
+def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
+    """Mean FLOPs per training token by part.
+
+    The objective says what each step ran (its draws are a function of seed and step); of longer runs ``most`` evenly
+    spaced steps are taken. Without rows the first 256 steps stand for the run.
+    """
+    config, objective = run.config, build_objective(run.config)
+    steps: list[tuple[int, float]] = []
+    progress = 0.0
+    for row in run.rows:
+        if (step := number(row.get("step"))) is not None:
+            steps.append((int(step) - 1, progress))
+        progress = _progress(config, row) or progress
+    steps = steps or [(step, 0.0) for step in range(256)]
+    stride = math.ceil(len(steps) / most)
+    counts = Counter(objective.passes(Rng(config.seed, step), at) for step, at in steps[::stride])
+    mean: dict[str, Cost] = {}
+    for passes, count in counts.items():
+        share = count / counts.total()
+        parts = cost_per_token(config.model, config.data.sequence_length, passes, noise_levels_per_sequence(config))
+        for part, cost in parts.items():
+            scaled = Cost(cost.forward * share, cost.backward_input * share, cost.backward_weight * share)
+            mean[part] = mean.get(part, Cost()) + scaled
+    return mean
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+def smooth(values: Array, share: float = 0.02) -> Array:
+    """Exponential moving average with a span of ``share`` of the points, corrected for its start."""
+    decay = 1 - 2 / (max(share * len(values), 1) + 1)
+    result = np.empty_like(values)
+    total = weight = 0.0
+    for index, value in enumerate(values):
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        result[index] = total / weight
+    return result
+
+
+def thin(x: Array, most: int = 300, log: bool = False) -> NDArray[np.int64]:
+    """Indices of at most ``most`` points, spread evenly along the axis that they will be drawn on, both ends kept."""
+    if len(x) <= most:
+        return np.arange(len(x))
+    positive = log and bool((x > 0).all())
+    grid = np.geomspace(x[0], x[-1], most) if positive else np.linspace(x[0], x[-1], most)
+    return np.unique(np.clip(np.searchsorted(x, grid), 0, len(x) - 1))

@@ -1,0 +1,77 @@
+"""Words, numbers and tables as HTML. Whatever comes from a run enters the page through `text`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from recurrent_db.report.plots import Panel
+
+DASH = "–"
+
+
+def text(value: object) -> str:
+    """Escaped text; characters that no page may hold become a visible replacement."""
+    return escape(re.sub(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value)), quote=True)
+
+
+def count(value: float | None, unit: str = "") -> str:
+    """12345678 -> ``12.3 M``."""
+    if value is None:
+        return DASH
+    for factor, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:g}{' ' + unit if unit else ''}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the two units that matter."""
+    if seconds is None:
+        return DASH
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def memory(value: float | None) -> str:
+    """Bytes in MiB or GiB."""
+    if value is None:
+        return DASH
+    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
+    """A table in its own scrolling box; cells are HTML. A row of one cell is a heading of the rows below it."""
+    body = []
+    for row in rows:
+        if len(row) == 1:
+            body.append(f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{row[0]}</th></tr>')
+        else:
+            cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
+            body.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
+    header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    note = f'<p class="note">{caption}</p>' if caption else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{header}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>{note}"
+    )
+
+
+def panels(found: Iterable[Panel | None], kind: str = "grid") -> str:
+    """Panels side by side, or one below the other with ``wide``."""
+    figures = [f"<figure><figcaption>{text(p.title)}</figcaption>{p.svg}</figure>" for p in found if p is not None]
+    if kind == "wide":
+        return "".join(figure.replace("<figure>", '<figure class="wide">', 1) for figure in figures)
+    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
+
+
+def note(sentence: str) -> str:
+    return f'<p class="note">{sentence}</p>'

@@ -1,0 +1,401 @@
+"""The sections of a report, in reading order, and the HTML around them.
+
+Everything that comes from a run (names, configuration, samples, task names) passes through `text`, the only way into
+the page. A section whose files are missing keeps its heading and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from recurrent_db.flops import Cost, total
+from recurrent_db.report.data import Run, number, training_cost
+from recurrent_db.report.html import DASH, count, duration, fixed, memory, note, panels, table, text
+from recurrent_db.report.plots import PARTS, Plots, drawing, scientific, short
+from recurrent_db.report.reach import Reached, choose_levels, reached_at_constant_rate, reached_at_end
+from recurrent_db.report.style import CSS
+
+SMOOTHING = "an exponential average over about 2% of the run's steps"
+MAX_OWN_PANELS = 9
+
+
+class Page:
+    """Builds the sections. Runs keep their order and their look in all of them."""
+
+    def __init__(self, runs: Sequence[Run], baselines: dict[str, float], plots: Plots) -> None:
+        self.runs, self.baselines, self.plots = runs, baselines, plots
+        self.swatches = plots.swatches()
+
+    def run_label(self, run: Run) -> str:
+        return f'<span class="run">{self._swatch(self.runs.index(run))}<span>{text(run.name)}</span></span>'
+
+    def _swatch(self, index: int) -> str:
+        return f'<svg class="swatch" viewBox="0 0 38 14" aria-hidden="true"><use href="#look-{index}"/></svg>'
+
+    def legend(self) -> str:
+        """Which line is whose; repeated above every group of plots so that nobody has to scroll back."""
+        items = (f"<li>{self._swatch(i)}{text(run.name)}</li>" for i, run in enumerate(self.runs))
+        return f'<ul class="legend">{"".join(items)}</ul>'
+
+    def definitions(self) -> str:
+        """The runs' lines and markers, drawn once and referred to from every legend."""
+        symbols = []
+        for index, svg in enumerate(self.swatches):
+            inner = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
+            symbols.append(f'<symbol id="look-{index}" viewBox="0 0 38 14">{inner}</symbol>')
+        return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{"".join(symbols)}</svg>'
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sections
+
+    def summary(self) -> str:
+        best = {run.name: min(run.depth, key=lambda point: point.nll) for run in self.runs if run.depth}
+        lowest = min((point.nll for point in best.values()), default=None)
+        rows = []
+        for run in self.runs:
+            counts, point = run.parameters(), best.get(run.name)
+            parameters = count(counts["total"]) if counts else DASH
+            if counts and counts["noise_conditioning"]:
+                parameters += f"<small>+ {count(counts['noise_conditioning'])} cond.</small>"
+            nll = fixed(point.nll if point else None)
+            if point and point.nll == lowest and len(self.runs) > 1:
+                nll = f"<strong>{nll}</strong>"
+            if point and point.stderr is not None:
+                nll += f"<small>± {point.stderr:.3f}</small>"
+            flops, skipped = run.last("flops"), run.last("skipped")
+            steps = count(run.last("step")) + (f"<small>{skipped:,.0f} skipped</small>" if skipped else "")
+            status = "" if run.complete else f"<small>{self._status(run)}</small>"
+            rows.append(
+                [
+                    self.run_label(run) + status,
+                    text(run.config.objective.name),
+                    parameters,
+                    count(run.last("tokens")),
+                    steps,
+                    scientific(flops) if flops is not None else DASH,
+                    nll,
+                    str(point.k) if point else DASH,
+                    fixed(point.bits_per_byte if point else None),
+                    duration(run.last("seconds")),
+                    memory(run.last("peak_memory_bytes")),
+                ]
+            )
+        for name, nll_value in sorted(self.baselines.items(), key=lambda item: item[1]):
+            rows.append([text(name), "baseline", *[DASH] * 4, fixed(nll_value), *[DASH] * 4])
+        head = ["Run", "Objective", "Parameters", "Training<br>tokens", "Steps", "Training<br>FLOPs",
+                "Held-out NLL<br>(nats/token)", "at K", "Bits/<br>byte", "Training<br>time", "Peak<br>memory"]  # fmt: skip
+        how = (
+            "<p>Lower held-out NLL (negative log-likelihood) and fewer bits per byte are better; "
+            "<code>next_token</code> is the flat model that one would train otherwise, so a recurrent objective is "
+            "worth its cost only where it beats that control at equal FLOPs.</p>"
+        )
+        sources = sorted({run.depth_source for run in self.runs if run.depth_source})
+        source = f" Scores are from {text('; '.join(sources))}." if sources else ""
+        caption = (
+            "NLL is the lowest over the K that were scored, ± its standard error over sequences; “cond.” is the parameters of the noise conditioning."
+            + source
+        )
+        warnings = "".join(f"<p><strong>Take care:</strong> {text(w)}</p>" for w in self._comparability())
+        damaged = [f"{run.name}: {n}" for run in self.runs for n in run.notes]
+        return how + warnings + table(head, rows, caption) + "".join(note(text(line)) for line in damaged)
+
+    def _status(self, run: Run) -> str:
+        if run.progress is None:
+            return "no metrics" if not run.rows else "no budget given"
+        return f"incomplete: {run.progress:.0%} of the budget"
+
+    def _comparability(self) -> list[str]:
+        """What makes the runs' numbers not comparable, in sentences."""
+        result = []
+
+        def differ(values: Iterable[object]) -> bool:
+            return len(set(values)) > 1
+
+        if differ(run.config.model.vocab_size for run in self.runs):
+            result.append("the runs have different vocabularies: compare bits per byte, not nats per token.")
+        if differ(run.config.data.val_path or run.config.data.path for run in self.runs):
+            result.append("the runs name different data: their losses compare only if the held-out text is the same.")
+        if differ(run.config.data.sequence_length for run in self.runs):
+            result.append("the runs were scored with different context lengths, and longer contexts score lower.")
+        if differ(run.depth_source.split(" (step")[0] for run in self.runs if run.depth_source):
+            result.append("the runs were not scored on the same amount of text or with the same number of noise draws.")
+        return result
+
+    def loss(self) -> str:
+        drawn = [p for x in ("flops", "tokens", "seconds") if (p := self.plots.loss_against(x))]
+        if not drawn:
+            return note("Left out: no run has metrics.jsonl with losses.")
+        sentences = [
+            f"Lines: training loss, smoothed ({SMOOTHING}).",
+            "Markers: held-out NLL at the best K, open during training and filled at the end of a complete run, where "
+            "the learning rate has been annealed; an annealed loss is lower, so compare filled with filled.",
+        ]
+        mixed = [run.name for run in self.runs if run.training_curve == "loss_sigma_max"]
+        if mixed:
+            sentences.append(
+                f"The training loss of {text(', '.join(mixed))} mixes noise levels, most of which show part of the "
+                "answer, and compares with nothing here; the line is its loss at sigma_max, where the model is a "
+                "next-token predictor."
+            )
+        empty = [run.name for run in self.runs if len(run.series("flops", run.training_curve)[0]) < 2 and run.rows]
+        if empty:
+            sentences.append(f"No training line for {text(', '.join(empty))}: no step logged such a loss.")
+        return note(" ".join(sentences)) + self.legend() + panels(drawn, "grid small")
+
+    def depth(self) -> str:
+        if not any(run.depth for run in self.runs):
+            return note("Left out: no run has eval/depth_curve.json or evaluations in metrics.jsonl.")
+        sources = [f"{text(run.name)}: {text(run.depth_source)}" for run in self.runs if run.depth_source]
+        sentence = (
+            "The same weights, scored with more core iterations. Bars are one standard error over sequences, where it "
+            "is known. On the right the bars are left out: all K are scored on the same text, which makes their "
+            "difference far more certain than either of them. A curve that stays at zero earns nothing from its loops."
+        )
+        ks = {point.k for run in self.runs for point in run.depth}
+        drawn = [self.plots.nll_by_k(self.baselines), self.plots.gain_by_k() if len(ks) > 1 else None]
+        return note(sentence) + self.legend() + panels(drawn) + note("Source: " + "; ".join(sources) + ".")
+
+    def inference(self) -> str:
+        drawn = self.plots.nll_by_inference_flops() if any(run.depth for run in self.runs) else None
+        if drawn is None:
+            return note("Left out: no run has scores with FLOPs per token.")
+        sentence = (
+            "What a better prediction costs at inference: each point is one K, the lowest K on the left. Forward "
+            "FLOPs of scoring one token once; a mixture of M noise draws costs M times that."
+        )
+        return note(sentence) + self.legend() + panels([drawn], "wide")
+
+    def sigma(self) -> str:
+        drawn = self.plots.loss_by_sigma()
+        if drawn is None:
+            return note("Left out: no run has eval/denoiser_report.json with nll_by_sigma.")
+        sentence = (
+            "Held-out loss of a denoiser by noise level. On the left the answer shows through and the loss is low for "
+            "any model; only the right end, sigma_max, is a next-token loss."
+        )
+        stars = [f"{text(run.name)} {run.sigma_star:.3g}" for run in self.runs if run.sigma_star]
+        if stars:
+            sentence += (
+                " Vertical lines: sigma*, below which the nearest embedding row is the answer more often than not ("
+                + ", ".join(stars) + ")."
+            )  # fmt: skip
+        return note(sentence) + self.legend() + panels([drawn], "wide")
+
+    def flops(self) -> str:
+        costs: list[dict[str, Cost] | None] = [
+            training_cost(run) if run.config.model.vocab_size else None for run in self.runs
+        ]
+        shown = [(run, cost) for run, cost in zip(self.runs, costs, strict=True) if cost]
+        if not shown:
+            return note("Left out: no configuration names the vocabulary's size.")
+        used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
+        boxes = "".join(
+            f'<li><span class="box" style="--box: var(--s{PARTS.index(part)})"></span>{part}</li>' for part in used
+        )
+        boxes += '<li><span class="box" style="--box: var(--ink); background: none"></span>plain: forward</li>'
+        boxes += '<li><span class="box hatched" style="--box: var(--ink)"></span>hatched: backward</li>'
+        rows = []
+        for run, cost in shown:
+            whole, flops, tokens = total(cost), run.last("flops"), run.last("tokens")
+            logged = f"; logged by the run: {scientific(flops / tokens)}" if flops and tokens else ""
+            rows.append([f"{self.run_label(run)} <small>{scientific(whole.total)} FLOPs/token{logged}</small>"])
+            for direction in ("forward", "backward"):
+                cells = [scientific(v) if (v := getattr(cost[part], direction)) else DASH for part in used]
+                rows.append([direction, *cells, scientific(getattr(whole, direction))])
+            shares = [f"{v / whole.total:.1%}" if (v := cost[part].total) else DASH for part in used]
+            rows.append(["share of the total", *shares, "100%"])
+        sentence = (
+            "Mean over the run's steps, from the shapes and from how often each step ran each part; matrix products "
+            "and attention are counted, a multiply-add as two. Iterations without gradient have no backward."
+        )
+        head = ["FLOPs/token", *(part.capitalize() for part in used), "Total"]
+        caption = "What a run logged is the FLOPs / tokens of its metrics.jsonl: a check on the total computed here."
+        return (
+            note(sentence) + f'<ul class="legend">{boxes}</ul>' + panels([self.plots.flop_split(costs)], "wide")
+            + table(head, rows, caption)
+        )  # fmt: skip
+
+    def machine(self) -> str:
+        own = dict.fromkeys(name for run in self.runs for name in run.own_columns())
+        own.pop("loss_sigma_max", None)  # drawn as the training loss
+        columns = ["tokens_per_s", "mfu", "peak_memory_bytes", "lr", "grad_norm", *list(own)[:MAX_OWN_PANELS]]
+        drawn = [p for name in columns if (p := self.plots.column(name))]
+        if not drawn:
+            return note("Left out: no run has metrics.jsonl.")
+        sentence = (
+            f"Over optimizer steps; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
+            "step. MFU is the share of the device's peak that model FLOPs took; on a CPU the peak is that of a "
+            "measured matrix product."
+        )
+        left_out = list(own)[MAX_OWN_PANELS:]
+        more = note(f"Also logged, not drawn: {text(', '.join(left_out))}.") if left_out else ""
+        return note(sentence) + self.legend() + panels(drawn, "grid small") + more
+
+    def reach(self) -> str:
+        levels = choose_levels(self.runs)
+        if not levels:
+            return note("Left out: no run has evaluations at a constant learning rate or at the end of its budget.")
+
+        def cell(reached: Reached | None) -> str:
+            if reached is None:
+                return "<small>not reached</small>"
+            return ("≤ " if reached.at_most else "") + scientific(reached.flops)
+
+        def group(phase: str) -> list[Run]:
+            return [run for run in self.runs if any(e.phase == phase for e in run.evaluations)]
+
+        rows: list[list[str]] = []
+        if constant := group("constant"):
+            rows.append(["At the constant (peak) learning rate: interpolated between evaluations"])
+            for run in constant:
+                rows.append(
+                    [self.run_label(run), *(cell(reached_at_constant_rate(run.evaluations, v)) for v in levels)]
+                )
+        if ended := group("end"):
+            rows.append(["At the annealed end of a complete run: reached at or below its FLOPs"])
+            for run in ended:
+                cells = [cell(reached_at_end(run.evaluations, level)) for level in levels]
+                rows.append([self.run_label(run), *cells])
+        caption = (
+            "Held-out NLL at the best K. The two groups are different kinds of numbers and must not be compared with "
+            "each other: annealing the learning rate lowers the loss by itself. At the constant rate, NLL is "
+            "interpolated linearly in log FLOPs between neighbouring evaluations and never extrapolated; “≤” there "
+            "says that the first evaluation was already below the level. The end of a run counts as one point. "
+            "Evaluations during warm-up, during a decay or at the end of an incomplete run are not used."
+        )
+        unused = [run.name for run in self.runs if run not in constant and run not in ended]
+        if unused:
+            caption += f" Without any usable evaluation: {text(', '.join(unused))}."
+        head = ["Training FLOPs to reach NLL", *(f"{level:g}<small>nats/token</small>" for level in levels)]
+        return table(head, rows, caption)
+
+    def lm_eval(self) -> str:
+        columns = [(run, k) for run in self.runs for k in run.lm_eval]
+        if not columns:
+            return note("Left out: no run has eval/lm_eval.json.")
+        found: dict[tuple[str, str], None] = {}
+        for run, k in columns:
+            for task, metrics in run.lm_eval[k].items():
+                for metric in metrics if isinstance(metrics, dict) else ():
+                    if number(metrics[metric]) is not None and "_stderr" not in metric and metric != "sample_len":
+                        found[(task, metric)] = None
+        rows = []
+        for task, metric in found:
+            cells = []
+            for run, k in columns:
+                metrics = run.lm_eval[k].get(task)
+                metrics = metrics if isinstance(metrics, dict) else {}
+                value = number(metrics.get(metric))
+                name, _, variant = metric.partition(",")
+                error = number(metrics.get(f"{name}_stderr,{variant}" if variant else f"{name}_stderr"))
+                shown = DASH if value is None else f"{value:.3f}" if abs(value) < 100 else scientific(value)
+                cells.append(shown + (f"<small>± {error:.3f}</small>" if error is not None else ""))
+            plain = metric.removesuffix(",none")
+            rows.append([f"{text(task)}<small>{text(plain)}</small>", *cells])
+        head = [
+            "Task",
+            *(f"{self.run_label(run)}<small>{f'K = {text(k)}' if k else 'K not given'}</small>" for run, k in columns),
+        ]
+        caption = "± is lm-eval's standard error. Accuracies are shares; chance depends on the task."
+        return table(head, rows, caption)
+
+    def samples(self) -> str:
+        having = [run for run in self.runs if run.samples]
+        if not having:
+            return note("Left out: no run has eval/samples.json.")
+        prompts = dict.fromkeys(str(sample.get("prompt", "")) for run in having for sample in run.samples)
+        rows = []
+        for prompt in prompts:
+            cells = []
+            for run in having:
+                parts = []
+                for sample in run.samples:
+                    if str(sample.get("prompt", "")) == prompt:
+                        names = {"k": "K", "temperature": "temperature", "seed": "seed"}
+                        facts = ", ".join(f"{name} {sample[key]}" for key, name in names.items() if key in sample)
+                        generated = text(sample.get("text", ""))
+                        parts.append(f"<small>{text(facts)}</small><pre>{generated}</pre>")
+                cells.append("".join(parts) or DASH)
+            rows.append([f"<pre>{text(prompt)}</pre>", *cells])
+        caption = (
+            "As generated, nothing picked or shortened here. A sample says little; the likelihoods above say more."
+        )
+        return table(["Prompt", *(self.run_label(run) for run in having)], rows, caption, "samples")
+
+    def made(self) -> str:
+        result = []
+        for run in self.runs:
+            command = run.environment.get("command")
+            if isinstance(command, list):
+                command = shlex.join(str(word) for word in command)
+            commit = run.environment.get("git_commit")
+            facts = [
+                ("Directory", run.path),
+                ("Command", command or "not recorded"),
+                ("Git commit", commit or "not recorded"),
+                ("Seed", run.config.seed),
+                ("Device", run.environment.get("device_name") or run.environment.get("device") or "not recorded"),
+            ]
+            listing = "".join(f"<dt>{name}</dt><dd>{text(value)}</dd>" for name, value in facts)
+            blocks = ""
+            for name, value in (("Configuration", run.raw_config), ("Environment", run.environment)):
+                if value:
+                    listed = text(json.dumps(value, indent=1, ensure_ascii=False))
+                    blocks += f"<details><summary>{name}</summary><pre>{listed}</pre></details>"
+            result.append(f"<h3>{self.run_label(run)}</h3><dl>{listing}</dl>{blocks}")
+        return "".join(result)
+
+
+SECTIONS = (
+    ("summary", "Summary", Page.summary),
+    ("loss", "Loss during training", Page.loss),
+    ("depth", "NLL by number of iterations K", Page.depth),
+    ("inference", "NLL against inference compute", Page.inference),
+    ("sigma", "Loss by noise level", Page.sigma),
+    ("flops", "Where the FLOPs go", Page.flops),
+    ("machine", "Memory, throughput and optimisation", Page.machine),
+    ("reach", "FLOPs to reach a loss", Page.reach),
+    ("lm-eval", "Benchmarks (lm-eval)", Page.lm_eval),
+    ("samples", "Samples", Page.samples),
+    ("made", "How this was made", Page.made),
+)
+
+
+def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path | None = None) -> str:
+    """The whole page as HTML: one file, no script, nothing fetched. PNGs of the plots go to ``png_dir`` where given."""
+    with drawing():
+        page = Page(runs, baselines, Plots(runs, png_dir))
+        sections = [(key, title, build(page)) for key, title, build in SECTIONS]
+        definitions = page.definitions()
+    names = ", ".join(short(run.name, 40) for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    nav = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
+    body = "\n".join(
+        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>\n{html}\n</section>'
+        for key, title, html in sections
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{text(names)} – training report</title>
+<link rel="icon" href="data:,">
+<style>{CSS}</style>
+</head>
+<body>
+{definitions}
+<header>
+<h1>Training report</h1>
+<p class="note">{len(runs)} {"run" if len(runs) == 1 else "runs"}: {text(names)}.</p>
+<nav aria-label="Sections">{nav}</nav>
+</header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""

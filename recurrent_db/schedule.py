@@ -1,0 +1,28 @@
+"""The learning rate as a function of the share of the budget that is spent."""
+
+from __future__ import annotations
+
+import math
+
+from recurrent_db.config import BudgetConfig, ScheduleConfig
+
+
+def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
+    """Factor on the peak rate at ``progress`` in [0, 1]: linear warm-up, then wsd, cosine or constant."""
+    if progress < schedule.warmup:
+        return progress / schedule.warmup
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "cosine":
+        done = (progress - schedule.warmup) / max(1 - schedule.warmup, 1e-12)
+        return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    left = max(1 - progress, 0.0)
+    if schedule.decay == 0 or left >= schedule.decay:
+        return 1.0
+    return schedule.final + (1 - schedule.final) * left / schedule.decay
+
+
+def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:
+    """Share of the budget that is spent: that of the limit nearest to its end. 1 and above means stop."""
+    spent = {"flops": flops, "tokens": tokens, "steps": steps, "seconds": seconds}
+    return max(spent[name] / limit for name in spent if (limit := getattr(budget, name)) is not None)

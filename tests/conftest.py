@@ -1,0 +1,90 @@
+"""What tests share: a small tokenizer and a small data directory, each made once per session."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recurrent_db.data import corpus, prepare
+from recurrent_db.tokenizer import Tokenizer, train
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS_BYTES = 300_000
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """About 300 KB of the standard library: every tenth file, so that the subset is not all of one package."""
+    chosen: list[str] = []
+    for document in list(corpus.stdlib_documents())[::10]:
+        if len(document.text) < 30_000 and sum(map(len, chosen)) + len(document.text) <= CORPUS_BYTES:
+            chosen.append(document.text)
+    return [text for text in chosen if text]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """Model file of a BPE tokenizer with 512 tokens."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train(texts, 512))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_path)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizer: Tokenizer) -> Path:
+    """Data directory of about 300 KB of source code: one source named "default", train and validation."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number:03d}.py").write_bytes(text.encode())
+    prepare([str(folder / "text")], tokenizer, folder / "shards", workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ``shared`` beside the repository, where the project's machines keep benchmark files."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no folder 'shared' beside the repository: its benchmark files are not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script of the repository in a process of its own: ``script("train/prepare_data.py", "--help")``."""
+
+    def run(path: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / path), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def script_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `script`, but in this process: the same code without two seconds of imports."""
+
+    def run(path: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(ROOT / path), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(command[0], run_name="__main__")
+        out, err = capfd.readouterr()
+        code = stop.value.code
+        return subprocess.CompletedProcess(command, code if isinstance(code, int) else int(code is not None), out, err)
+
+    return run

@@ -1,0 +1,83 @@
+"""Train a lossless sentencepiece tokenizer.
+
+python tokenizers/train_tokenizer.py --input stdlib --vocab-size 4096 --out T.model
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from recurrent_db.commandline import run_command
+from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents
+from recurrent_db.errors import UserError
+from recurrent_db.tokenizer import Tokenizer, train
+
+
+@dataclass
+class Args:
+    """Train a lossless sentencepiece tokenizer: any UTF-8 text survives encoding and decoding."""
+
+    input: list[str]
+    """Text to train on: stdlib (the Python standard library's own sources), files, folders, or
+    hf:NAME[:CONFIG[:SPLIT]], as for train/prepare_data.py."""
+    vocab_size: int
+    """Tokens in the vocabulary, among them 4 special tokens and 256 bytes (at least 272)."""
+    out: Path
+    """Model file to write."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Kind of sentencepiece model; unigram takes some 20 times longer to train."""
+    max_mib: float = 8.0
+    """MiB of text to train on: a uniform sample of everything that is read."""
+    max_documents: int | None = None
+    """Documents to read of each input, at most (default: all)."""
+    seed: int = 0
+    """Of the sample."""
+    text_key: str = "text"
+    """Key or column that holds the text in JSON lines, JSON, parquet and hub data sets."""
+    document_separator: str | None = None
+    """String at which text files are cut into documents (default: one document per file)."""
+    overwrite: bool = False
+    """Replace an older model file."""
+
+
+def main(args: Args) -> None:
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder: --out names the model file")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists already: choose another --out, or replace it with --overwrite True")
+    nearest = next(parent for parent in args.out.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot create {args.out}: {nearest} is not a folder")
+    report = ReadReport()
+    options = ReadOptions(args.text_key, args.document_separator or None)
+
+    def texts() -> Iterator[str]:
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+            for source in args.input:
+                documents = read_documents(parse_source(source)[1], options, report)
+                for number, document in enumerate(documents):
+                    if number == args.max_documents:
+                        break
+                    bar.update(len(document.text))
+                    yield document.text
+
+    model = train(texts(), args.vocab_size, args.model_type, int(args.max_mib * 2**20), args.seed)
+    tokenizer = Tokenizer.from_bytes(model)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(args.out)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror or error}") from None
+    if report.note():
+        print(f"note: {report.note()}", file=sys.stderr)
+    print(f"{args.out}: {tokenizer.vocab_size} tokens, {len(model)} bytes, hash {tokenizer.hash}")
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

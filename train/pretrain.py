@@ -1,0 +1,323 @@
+"""Pretrain a looped language model: python train/pretrain.py CONFIG.toml [--dotted.key value ...]
+
+Read it from top to bottom: set-up, then one loop. What varies between ways of training is the objective (a file in
+recurrent_db/objectives); this script knows none of them by name. Everything random is a function of (seed, step, sample),
+so a resumed run equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from recurrent_db.checkpoint import (
+    Checkpoint,
+    TrainState,
+    clean_leftovers,
+    find_checkpoint,
+    list_checkpoints,
+    load_optimizer_tensors,
+    load_weights,
+    save_checkpoint,
+)
+from recurrent_db.commandline import guard
+from recurrent_db.config import Config, load_config, to_dict
+from recurrent_db.data import Loader, load_tokenizer, open_data, validation_batches
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.flops import step_cost
+from recurrent_db.hardware import choose_device, environment, peak_flops, peak_memory_bytes
+from recurrent_db.likelihood import score
+from recurrent_db.metrics import MetricLog
+from recurrent_db.model import build_model
+from recurrent_db.objectives import Metrics, build_objective
+from recurrent_db.optim import EMA, build_optimizer
+from recurrent_db.rng import Rng
+from recurrent_db.schedule import budget_progress, learning_rate_scale
+from recurrent_db.tokenizer import Tokenizer
+
+
+def prepare_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | None:
+    """Make the run directory, or find the checkpoint to continue from. Nothing that exists is touched unasked."""
+    if not config.run.dir:
+        raise UserError("run.dir is not set: say where the run lives with --run.dir DIR")
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run.dir {run_dir} is a file")
+    if run_dir.exists() and any(run_dir.iterdir()) and not resume:
+        if not overwrite:
+            raise UserError(f"run directory {run_dir} exists; continue it with --resume or replace it with --overwrite")
+        if not (run_dir / "config.json").exists():
+            raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
+        shutil.rmtree(run_dir)
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / ".writable", "")
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+    clean_leftovers(run_dir)
+    if resume and list_checkpoints(run_dir):
+        return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
+    return None
+
+
+def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Refuse to continue with another model, objective or tokenizer; say what else differs."""
+    before, now = to_dict(checkpoint.config()), to_dict(config)
+    for section in ("model", "objective", "seed"):
+        if before[section] != now[section]:
+            old, new = json.dumps(before[section]), json.dumps(now[section])
+            if isinstance(before[section], dict):
+                key = next(k for k in now[section] if before[section][k] != now[section][k])
+                old, new, section = before[section][key], now[section][key], f"{section}.{key}"
+            raise UserError(f"cannot resume {config.run.dir}: {section} was {old} and is now {new}")
+    if checkpoint.tokenizer().hash != tokenizer.hash:
+        raise UserError(f"cannot resume {config.run.dir}: the data was made with another tokenizer")
+    for section in ("data", "optim", "schedule", "budget"):
+        for key, value in now[section].items():
+            if before[section][key] != value:
+                print(f"note: resuming with {section}.{key} = {value} (was {before[section][key]})", file=sys.stderr)
+
+
+def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
+    # -----------------------------------------------------------------------------------------------------------------
+    # Set-up: device, data, model, objective, optimizer
+    if not config.data.path:
+        raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
+    if all(limit is None for limit in vars(config.budget).values()):
+        raise UserError("no budget is set: give --budget.flops, --budget.tokens, --budget.steps or --budget.seconds")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = choose_device(config.run.device)
+    bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+    length, batch_size = config.data.sequence_length, config.data.batch_size
+    micro_batch_size = config.data.micro_batch_size or batch_size
+    data = open_data(config.data.path, "train", verify=config.data.verify)
+    tokenizer = load_tokenizer(config.data.path)
+    loader = Loader(data, length, batch_size, config.seed, config.data.mixture or None)
+    validation = open_data(
+        config.data.val_path or config.data.path,
+        "validation",
+        expect_tokenizer_hash=tokenizer.hash,
+        verify=config.data.verify,
+    )
+    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
+        )
+
+    checkpoint = prepare_run_dir(config, resume, overwrite)
+    run_dir = Path(config.run.dir)
+    objective = build_objective(config)
+    model = build_model(config.model, config.seed, device)
+    model.recurrence = objective.recurrence
+    optimizer = build_optimizer(model, config.optim)
+    ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    state = TrainState()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Continue a run, start from another's weights, or start afresh
+    if checkpoint is not None:
+        check_resumable(config, checkpoint, tokenizer)
+        load_weights(model, checkpoint.weights(), str(checkpoint.path))
+        load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
+        state, objective_state, ema_updates = checkpoint.training()
+        objective.load_state_dict(objective_state)
+        if ema is not None:
+            averaged = checkpoint.weights(averaged=True)
+            ema.shadow = {name: value.to(device) for name, value in averaged.items()}
+            ema.updates = ema_updates
+    elif config.init.from_:
+        source = Checkpoint(find_checkpoint(Path(config.init.from_)))
+        if source.tokenizer().hash != tokenizer.hash:
+            raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
+        # A model that starts to be conditioned on noise keeps its own zero-initialised conditioning.
+        load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
+        if ema is not None:
+            ema = EMA(model, config.optim.ema_decay)
+    write_atomic(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+    write_atomic(run_dir / "environment.json", json.dumps(environment(device), indent=1))
+
+    counts = model.parameter_counts()
+    peak = peak_flops(device)
+    for line in (
+        f"{config.objective.name} on {device}: {counts['total']:,} parameters"
+        f" ({counts['total'] - counts['embedding']:,} without the embedding)"
+        f" + {counts['noise_conditioning']:,} for noise conditioning",
+        f"{data.tokens:,} training tokens, {length * batch_size:,} a step; run directory {run_dir}",
+        *objective.describe(model),
+        *([f"resuming at step {state.step}"] if checkpoint is not None else []),
+    ):
+        print(line, file=sys.stderr)
+
+    def progress_after(flops: float, tokens: float, steps: float, seconds: float = 0.0) -> float:
+        """Share of the budget that is spent when this much comes on top."""
+        return budget_progress(
+            config.budget, state.flops + flops, state.tokens + tokens, state.step + steps, state.seconds + seconds
+        )
+
+    def evaluate() -> dict[str, float]:
+        """Held-out scores, with the averaged weights where there are any."""
+        batches = validation_batches(validation, length, config.eval.batch_size, config.eval.tokens)
+        if ema is not None:
+            ema.swap(model)
+        with autocast:
+            scores = score(model, batches, config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed)
+        if ema is not None:
+            ema.swap(model)
+        row: dict[str, float] = {}
+        for k, result in scores.by_k.items():
+            row[f"eval/nll_k{k}"] = result.nll
+            row[f"eval/bits_per_byte_k{k}"] = result.bits_per_byte
+        return {**row, "eval/tokens": scores.tokens, "eval/draws": scores.draws}
+
+    def save() -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            print(f"warning: weights are not finite at step {state.step}: no checkpoint is written", file=sys.stderr)
+            return
+        log.flush()
+        save_checkpoint(run_dir, config, tokenizer, model, optimizer, ema, state, objective.state_dict())
+
+    # SIGINT and SIGTERM end the run after the step in flight, with a checkpoint.
+    stop_signal = 0
+
+    def request_stop(number: int, frame: object) -> None:
+        nonlocal stop_signal
+        stop_signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request_stop)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The loop
+    log = MetricLog(run_dir, config, state.step)
+    progress = progress_after(0, 0, 0)
+    layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
+    bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
+    model.train()
+    while progress < 1 and not stop_signal:
+        started = time.perf_counter()
+        rng = Rng(config.seed, state.step)
+        tokens = batch_size * length
+        cost = step_cost(config, objective.passes(rng, progress))
+        # The rate of a step is that of its middle, so that neither the first nor the last step has rate zero.
+        scale = learning_rate_scale(config.schedule, progress_after(cost.total * tokens / 2, tokens / 2, 0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * scale
+
+        # Forward and backward, micro-batch by micro-batch; each weighs as many tokens as it has.
+        loss = torch.zeros((), device=device)
+        metrics: Metrics = {}
+        for micro in loader.micro_batches(state.step, micro_batch_size):
+            micro = micro.to(device)
+            share = len(micro.tokens_BT) / batch_size
+            with autocast:
+                micro_loss, micro_metrics = objective(model, micro, rng, progress)
+            (micro_loss * share).backward()
+            loss += micro_loss.detach() * share
+            for name, value in micro_metrics.items():
+                value = value if value.ndim else value * share
+                metrics[name] = metrics[name] + value if name in metrics else value
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+
+        # A step whose loss or gradient is not finite changes nothing but the counters.
+        finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if finite:
+            optimizer.step()
+            if ema is not None:
+                ema.update(model)
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.tokens += tokens
+        state.flops_forward += cost.forward * tokens
+        state.flops_backward += cost.backward * tokens
+        state.seconds += seconds
+        state.skipped += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        before, progress = progress, progress_after(0, 0, 0)
+
+        row = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "flops_forward": state.flops_forward,
+            "flops_backward": state.flops_backward,
+            "loss": loss,
+            "lr": config.optim.lr * scale,
+            "grad_norm": grad_norm,
+            "tokens_per_s": tokens / seconds,
+            "mfu": cost.total * tokens / seconds / peak if peak else None,
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "seconds": state.seconds,
+            "skipped": state.skipped,
+            **metrics,
+        }
+        points = config.eval.points
+        if points and (progress >= 1 or int(progress * points) > int(before * points)):
+            row.update(evaluate())
+        log.add(row)
+
+        if state.step % config.run.log_every == 0 or progress >= 1:
+            last = log.flush()
+            if last is not None and last["loss"] is not None:
+                bar.set_postfix_str(
+                    f" step {state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
+                    f" {state.flops:.2e} FLOPs", refresh=False
+                )  # fmt: skip
+            bar.update(round(100 * min(progress, 1)) - bar.n)
+        if state.skipped_in_a_row >= config.optim.max_skipped:
+            log.close()
+            raise UserError(
+                f"stopped at step {state.step}: loss or gradient not finite {state.skipped_in_a_row} steps in a row;"
+                f" the newest checkpoint is from before, try a lower optim.lr (now {config.optim.lr:g})"
+            )
+        if state.step % config.run.checkpoint_every == 0:
+            save()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The end
+    bar.close()
+    save()
+    log.close()
+    if stop_signal:
+        print(f"stopped by signal {stop_signal} at step {state.step}; continue with --resume", file=sys.stderr)
+        return 130 if stop_signal == signal.SIGINT else 0
+    skipped = f", {state.skipped} steps skipped" if state.skipped else ""
+    print(
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}; {run_dir}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def main() -> int:
+    words, resume, overwrite = sys.argv[1:], "", False
+    if "--resume" in words:
+        at = words.index("--resume")
+        resume = "last-good" if words[at + 1 : at + 2] == ["last-good"] else "newest"
+        del words[at : at + (2 if resume == "last-good" else 1)]
+    if "--overwrite" in words:
+        words.remove("--overwrite")
+        overwrite = True
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    return train(load_config(path, words, prog="pretrain.py CONFIG.toml"), resume, overwrite)
+
+
+if __name__ == "__main__":
+    guard(main)
