@@ -72,8 +72,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
     ours = _Parser(add_help=False, allow_abbrev=False)
     ours.add_argument("--data", type=Path)
     known, rest = ours.parse_known_args(list(argv))
-    from lm_eval._cli import HarnessCLI
-
+    try:
+        from lm_eval._cli import HarnessCLI
+    except ImportError as error:
+        raise UserError(f'the lm-eval harness is not installed ({error}): pip install "recurrent-db[eval]"') from None
     if not rest or rest[0] not in ("run", "ls", "validate"):
         if not rest or {"-h", "--help"} & set(rest):
             print(__doc__)
@@ -98,6 +100,8 @@ def complete(args: argparse.Namespace, file: dict[str, Any]) -> None:
         args.model = MODEL
     if (args.model or file.get("model")) != MODEL:
         return
+    if args.model_args is None and isinstance(file.get("model_args"), dict):
+        args.model_args = dict(file["model_args"])
     model_args = args.model_args or {}
     for name, default in (("device", "auto"), ("batch_size", "auto"), ("max_batch_size", None)):
         given = getattr(args, name, None)
@@ -122,10 +126,10 @@ def complete(args: argparse.Namespace, file: dict[str, Any]) -> None:
 # Tasks without a network
 
 
-def _read_yaml(name: str, **values: str) -> dict[str, Any]:
+def _read_yaml(file: str, **values: str) -> dict[str, Any]:
     import yaml
 
-    text = (TASKS / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (TASKS / f"{file}.yaml").read_text(encoding="utf-8")
     for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
     return yaml.safe_load(text)
@@ -349,20 +353,28 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         raise UserError("--tasks names no task; offline ones are " + ", ".join(OFFLINE))
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
-    load_errors = (ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
+    mistakes = (ValueError, KeyError, ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
     with tempfile.TemporaryDirectory(prefix="lm-eval-") as temporary:
         for task in offline:
             text = json.dumps(task)  # which is YAML
             (Path(temporary) / f"{task.get('group') or task['task']}.yaml").write_text(text, encoding="utf-8")
-        if offline and all(maker(name) for name in names) and not any(services):
+        available = [task.get("group") or task["task"] for task in offline]
+        hits = (fnmatch.filter(available, name) if maker(name) and offline else [name] for name in names)
+        config.tasks = args.tasks = list(dict.fromkeys(name for matching in hits for name in matching))
+        if offline and set(config.tasks) <= set(available) and not any(services):
             datasets.config.HF_DATASETS_CACHE = Path(temporary) / "cache"
-            available = [task.get("group") or task["task"] for task in offline]
-            config.tasks = list(dict.fromkeys(hit for name in names for hit in fnmatch.filter(available, name)))
-            harness_errors(lambda: evaluate(config, Path(temporary)), *load_errors)
-        else:
-            if offline:
-                args.include_path = [*([config.include_path] if config.include_path else []), temporary]
-            harness_errors(lambda: args.func(args), ValueError, KeyError, *load_errors)
+            harness_errors(lambda: evaluate(config, Path(temporary)), *mistakes)
+            return
+        if offline:
+            args.include_path = [*([config.include_path] if config.include_path else []), temporary]
+            logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace the harness's: meant
+        try:
+            harness_errors(lambda: args.func(args), *mistakes)
+        except UserError as error:
+            local = [name for name in names if maker(name)] if data is None else []
+            raise UserError(
+                f"{error}{f' (--data DIR has {local[0]} read from local files)' if local else ''}"
+            ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

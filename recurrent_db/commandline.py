@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -49,14 +50,17 @@ def parse(
 ) -> Args:
     """Parse ``argv`` (``sys.argv[1:]`` by default) into the dataclass ``kind``.
 
-    Booleans are written ``--flag True`` or ``--flag true``. ``--help`` prints and exits 0.
+    Booleans are written ``--flag``, ``--flag true`` or ``--flag false``. ``--help`` prints and exits 0.
 
     Raises:
         UserError: for an unknown option, a bad value or a missing argument, in one line.
     """
-    words = [
-        {"true": "True", "false": "False", "none": "None"}.get(w, w) for w in (sys.argv[1:] if argv is None else argv)
-    ]
+    given = sys.argv[1:] if argv is None else list(argv)
+    words = []
+    for word, following in itertools.zip_longest(given, given[1:], fillvalue="--"):
+        words.append({"true": "True", "false": "False", "none": "None"}.get(word, word))
+        if word.startswith("--") and word != "--help" and "=" not in word and following.startswith("--"):
+            words.append("True")  # an option without a value can only be a flag
     stderr = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:

@@ -1,7 +1,7 @@
 """``heldout_cloze``: a multiple-choice task for the harness, made from the held-out documents of a data directory.
 
 An item is a span of held-out text that ends at a line break, and four candidates for how the text goes on: the true
-next line and three lines of other held-out documents, the nearest in length. Chance is 0.25. Nothing is downloaded, and
+next line and three lines of other held-out documents, of about its length. Chance is 0.25. Nothing is downloaded, and
 the same data give the same items, so that a fresh run can be put through the harness offline.
 """
 
@@ -28,8 +28,8 @@ _TOKENS_PER_DOCUMENT = 1 << 14
 _LINES_PER_DOCUMENT = 64
 
 # In characters. A line is offered up to a word's end; longer ones (a paragraph of prose) are cut there.
-_CONTEXT, _LEAST_CONTEXT = 384, 64
-_LINE = 96
+_CONTEXT, _LEAST_CONTEXT = 256, 64
+_LINE = 80
 _LETTERS = 8
 
 
@@ -40,6 +40,8 @@ class _Line:
     document: str
     context: str
     text: str
+    hash: int
+    """Orders lines at random."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _context(text: str, end: int) -> str:
     return text[start:end]
 
 
-def _lines(name: str, text: str) -> Iterator[_Line]:
+def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
     """The lines of a document that have a context, and enough letters to tell them from another's."""
     for match in re.finditer(r"(?<=\n)[^\n]+(?=\n)", text):
         if len(text[: match.start()].strip()) < _LEAST_CONTEXT:
@@ -75,7 +77,7 @@ def _lines(name: str, text: str) -> Iterator[_Line]:
         if len(line) > _LINE:
             line = line[:_LINE].rsplit(" ", 1)[0].rstrip()
         if sum(map(str.isalpha, line)) >= _LETTERS:
-            yield _Line(name, _context(text, match.start()), line)
+            yield _Line(name, _context(text, match.start()), line, key("line", seed, name, match.start(), line))
 
 
 def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
@@ -100,16 +102,16 @@ def heldout_items(directory: Path, count: int = 200, seed: int = 0) -> list[Item
     """
     by_document = []
     for name, text in _documents(directory, seed):
-        lines = sorted(_lines(name, text), key=lambda line: key("line", seed, line.document, line.context, line.text))
+        lines = sorted(_lines(name, text, seed), key=lambda line: line.hash)
         by_document.append(lines[:_LINES_PER_DOCUMENT])
-    pool = sorted((line for lines in by_document for line in lines), key=lambda line: (len(line.text), line.text))
+    pool = [line for lines in by_document for line in lines]
     # Turn by turn, so that no document dominates.
     turns = (lines[turn] for turn in range(_LINES_PER_DOCUMENT) for lines in by_document if turn < len(lines))
     items: list[Item] = []
     for line in turns:
         others = _nearest(line, pool)
         if len(others) == N_CHOICES - 1:
-            label = key("label", seed, line.document, line.context) % N_CHOICES
+            label = key("label", line.hash) % N_CHOICES
             choices = [*others[:label], line.text, *others[label:]]
             items.append(Item(line.context, choices, label, line.document))
         if len(items) == count:
@@ -120,9 +122,16 @@ def heldout_items(directory: Path, count: int = 200, seed: int = 0) -> list[Item
 
 
 def _nearest(line: _Line, pool: list[_Line]) -> list[str]:
-    """Up to three lines of other documents that differ from ``line`` and each other, the nearest in length first."""
+    """Up to three lines of other documents that differ from ``line`` and each other: at random among those whose length
+    is within a tenth of its own, then the nearest."""
+    length = len(line.text)
+
+    def order(other: _Line) -> tuple[int, int]:
+        distance = abs(len(other.text) - length)
+        return distance if distance > max(2, length // 10) else 0, other.hash ^ line.hash
+
     chosen: dict[str, str] = {}
-    for other in sorted(pool, key=lambda other: abs(len(other.text) - len(line.text))):
+    for other in sorted(pool, key=order):
         stripped = other.text.strip()
         if other.document != line.document and stripped != line.text.strip() and stripped not in chosen:
             chosen[stripped] = other.text

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 eval_logger = logging.getLogger("lm_eval.recurrent_db")
 
-# Automatic batches: tokens, and vocabulary-wide values (one fp32 copy of 256 MiB on a CPU, 1 GiB on a GPU) at once.
-_AUTO_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 15}
+# Automatic batches: tokens (a CPU is fastest while they stay in its caches), and vocabulary-wide values (one fp32 copy
+# of 256 MiB on a CPU, 1 GiB on a GPU) at once.
+_AUTO_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 15}
 _AUTO_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -86,7 +87,7 @@ class RecurrentDBLM(TemplateLM):
         checkpoint: run directory or checkpoint folder.
         k: core iterations, 1 or more.
         draws: noise draws in the mixture of a likelihood; inference without noise ignores it.
-        batch_size: sequences at once, or "auto": as many as hold 4,096 tokens (a GPU: 32,768) and 2^26 logits (2^28).
+        batch_size: sequences at once, or "auto": as many as hold 1,024 tokens (a GPU: 32,768) and 2^26 logits (2^28).
         max_batch_size: the most sequences at once.
         max_length: window in tokens, at most (and by default) the model's.
         dtype: "float32", or "bfloat16" for autocast as in training.
@@ -272,15 +273,14 @@ class RecurrentDBLM(TemplateLM):
         rows = [row for row, window in enumerate(batch) for _ in window.targets]
         positions = [len(w.inputs) - len(w.targets) + i for w in batch for i in range(len(w.targets))]
         targets = [target for window in batch for target in window.targets]
+        rows_N, positions_N, targets_N = (
+            torch.tensor(values, device=self._device) for values in (rows, positions, targets)
+        )
+        tokens_BT = torch.tensor(padded, device=self._device)
+        requests = torch.tensor([window.request for window in batch])
         with self._autocast():
             log_p_N, greedy_N = score_positions(
-                self.model,
-                torch.tensor(padded, device=self._device),
-                *(torch.tensor(values, device=self._device) for values in (rows, positions, targets)),
-                k=self.k,
-                rng=self.rng,
-                requests=torch.tensor([window.request for window in batch]),
-                draws=self.draws,
+                self.model, tokens_BT, rows_N, positions_N, targets_N, self.k, self.rng, requests, self.draws
             )
         counts = [len(window.targets) for window in batch]
         sums = [part.sum().item() for part in log_p_N.double().cpu().split(counts)]
@@ -299,19 +299,18 @@ class RecurrentDBLM(TemplateLM):
         Greedy unless the task sets ``do_sample`` or a temperature; ``top_p`` and ``top_k`` are honoured. A request that
         is repeated with sampling gets other draws each time.
         """
-        repeats: Counter[int] = Counter()
-        done: dict[int, str] = {}
+        repeats: Counter[tuple[str, str]] = Counter()
+        done: dict[tuple[str, str, int], str] = {}
         results = []
         for request in tqdm(requests, desc="generating", unit="request", leave=False, disable=disable_tqdm or None):
             context, given = request.args
             options = normalize_gen_kwargs(given)
-            prompt = self.tok_encode(context) or [self.eot_token_id]
-            content = key("generate", repr(sorted(given.items())), *prompt)
-            number = repeats[content] if options["do_sample"] else 0
+            content = (context, repr(sorted(given.items())))
+            name = (*content, repeats[content] if options["do_sample"] else 0)
             repeats[content] += 1
-            name = key("generate", content, number)
             if name not in done:
-                done[name] = self._generate(prompt, options, name)
+                prompt = self.tok_encode(context) or [self.eot_token_id]
+                done[name] = self._generate(prompt, options, key("generate", name[-1], *prompt))
                 self.cache_hook.add_partial("generate_until", request.args, done[name])
             results.append(done[name])
         return results

@@ -14,6 +14,7 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -170,7 +171,7 @@ class DenoiseWalk:
                 u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if self.bridge == "sample" else z
                 return self._bridge(model.logits(self.read(model, z, sigma, e_BTD)), rows_VD, u)
 
-            for index, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
                 eps = noise.normal(length, width, f"step/{index}", z.device) if self.sampler in STOCHASTIC else None
                 z = STEPS[self.sampler](denoise, z, sigma, following, eps)
             yield k, self.read(model, z, sigmas[-1], e_BTD)

@@ -6,6 +6,7 @@ float64; callers cast once, at the network's edge.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,14 +104,14 @@ def partition(density: Density, n: int, gamma: float = 0.0) -> list[tuple[float,
     edges = density.quantile(torch.linspace(0, 1, n + 1, dtype=torch.float64)).tolist()
     edges[0], edges[-1] = density.sigma_min, density.sigma_max
     pairs = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         widening = (high / low) ** gamma
         pairs.append((max(low / widening, density.sigma_min), min(high * widening, density.sigma_max)))
     return pairs
 
 
 @torch.no_grad()
-def nearest_row_accuracy(rows_VD: Tensor, sigma: float, generator: torch.Generator, draws: int = 512) -> float:
+def nearest_row_accuracy(rows_VD: Tensor, sigma: float, generator: torch.Generator, draws: int = 256) -> float:
     """How often the row nearest to y + sigma * eps is y itself, for rows drawn uniformly. fp32 rows (V, D)."""
     picks = torch.randint(len(rows_VD), (draws,), generator=generator)
     noisy = rows_VD[picks] + sigma * torch.randn(draws, rows_VD.shape[1], generator=generator)
@@ -135,7 +136,7 @@ def sigma_star(rows_VD: Tensor, sigma_min: float, sigma_max: float, seed: int = 
         return sigma_min
     if accuracy(high) > 0.5:
         return sigma_max
-    for _ in range(20):
+    for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if accuracy(middle) > 0.5 else (low, middle)
     return math.exp((low + high) / 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,13 @@ ATTENTION: dict[str, AttentionFunction] = {"sdpa": sdpa}
 """Attention back ends by name: equal lengths, causal, (B, H, T, E) in and out."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms and rotations compute in: fp32 at least (float64 in a float64 model)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32 whatever the input's dtype. Shape (..., D)."""
+    """x / rms(x) * weight, computed in fp32 or wider, returned in x's dtype. Shape (..., D)."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -35,22 +41,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        dtype = wide(x.dtype)
+        return F.rms_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), self.eps).to(x.dtype)
 
 
-def rope_table(length: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each fp32 (T, E/2).
+def rope_table(
+    length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (T, E/2) of ``dtype``.
 
     Pair e of a head turns by position * base^(-2e/E).
     """
-    rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * rates
-    return angles.cos(), angles.sin()
+    rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32. F = E/2. Returns x's dtype."""
-    even, odd = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider. F = E/2. Returns x's dtype."""
+    even, odd = x_BTHE.to(wide(x_BTHE.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHE.dtype)
 
@@ -136,6 +145,8 @@ class NoiseEmbedding(nn.Module):
         features = torch.cat((angles.cos(), angles.sin()), dim=-1)
         if self.n_features % 2:
             features = F.pad(features, (0, 1))
-        with torch.autocast(c_noise_Bs.device.type, enabled=False):
+        device_type = c_noise_Bs.device.type
+        # The noise mathematics stays fp32 under autocast (which the meta device does not know).
+        with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
             flat = self.out(F.silu(self.hidden(features)))
         return [block.chunk(6, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]

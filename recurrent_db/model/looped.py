@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
-from recurrent_db.model.layers import Block, NoiseEmbedding, RMSNorm, rope_table
+from recurrent_db.model.layers import Block, NoiseEmbedding, RMSNorm, rope_table, wide
 from recurrent_db.rng import key
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ class LoopedLM(nn.Module):
     # -- the four parts ------------------------------------------------------------------------------------------------
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions 0..length-1, fp32 (T, E/2) each."""
+        """Rotary tables for positions 0..length-1, (T, E/2) each, fp32 or wider."""
         head_size = self.config.d_model // self.config.n_heads
-        return rope_table(length, head_size, self.config.rope_base, self.embedding.weight.device)
+        weight = self.embedding.weight
+        return rope_table(length, head_size, self.config.rope_base, weight.device, wide(weight.dtype))
 
     def encode(self, tokens_BT: Tensor) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""

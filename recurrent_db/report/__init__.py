@@ -17,8 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from recurrent_db.files import write_atomic
 from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
 from recurrent_db.report.data import merge_baselines, read_runs
 from recurrent_db.report.page import build_page
 

@@ -35,9 +35,18 @@ STANDARD_COLUMNS = frozenset({
 
 def number(value: Any) -> float | None:
     """A finite number, or None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        converted = float(value)
+    except OverflowError:  # JSON integers have no limit
+        return None
+    return converted if math.isfinite(converted) else None
+
+
+def printable(value: object) -> str:
+    """Text without what neither a page nor a figure can hold (control characters, lone surrogates)."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class DepthPoint:
     flops_per_token: float | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run: its configuration, and what was found beside it."""
 
@@ -91,6 +100,8 @@ class Run:
     depth: list[DepthPoint] = field(default_factory=list)
     depth_source: str = ""
     """In words, where ``depth`` comes from."""
+    depth_tokens: float | None = None
+    """Held-out tokens that ``depth`` was scored on."""
     loss_by_sigma: list[tuple[float, float]] = field(default_factory=list)
     sigma_star: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -202,11 +213,12 @@ def _read_depth(run: Run, curve: dict[str, Any]) -> None:
         extra = [number(score.get(name)) for name in ("bits_per_byte", "stderr", "flops_per_token")]
         run.depth.append(DepthPoint(int(key), nll, *extra))
     if run.depth:
-        tokens, draws = number(curve.get("tokens")), number(curve.get("draws"))
-        size = f" on {tokens:,.0f} held-out tokens" if tokens else ""
+        run.depth_tokens, draws = number(curve.get("tokens")), number(curve.get("draws"))
+        size = f" on {run.depth_tokens:,.0f} held-out tokens" if run.depth_tokens else ""
         run.depth_source = f"depth_curve.json{size}" + (f", {draws:.0f} noise draws" if draws and draws > 1 else "")
     elif run.evaluations:
         last = run.evaluations[-1]
+        run.depth_tokens = run.last("eval/tokens")
         recurrence = build_objective(run.config).recurrence
         for k, nll in last.nll.items():
             cost = None
@@ -286,13 +298,13 @@ def read_run(path: Path, name: str) -> Run:
 
 def run_names(paths: Sequence[Path]) -> list[str]:
     """The shortest tails of the paths that tell the runs apart; repeats are numbered."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [[printable(part) for part in path.resolve().parts] for path in paths]
     names = [""] * len(paths)
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    names = [path.resolve().name for path in paths]
+    names = [p[-1] for p in parts]
     return [f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
 
 
@@ -303,11 +315,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> dict[str, float]:
     """Reference NLLs in nats per token: those given, then those of ``baselines.json`` beside each run."""
-    merged = dict(given or {})
+    merged = {printable(name): nll for name, nll in (given or {}).items()}
     for path in paths:
         for name, value in _read_json(path.resolve().parent / "baselines.json", dict, []).items():
             if (nll := number(value)) is not None:
-                merged.setdefault(name, nll)
+                merged.setdefault(printable(name), nll)
     return merged
 
 

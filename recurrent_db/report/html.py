@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from recurrent_db.report.data import printable
 from recurrent_db.report.plots import Panel
 
 DASH = "–"
 
 
 def text(value: object) -> str:
-    """Escaped text; characters that no page may hold become a visible replacement."""
-    return escape(re.sub(r"[^\S\n\t ]|[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value)), quote=True)
+    """Escaped text, for an element or a quoted attribute."""
+    return escape(printable(value), quote=True)
 
 
 def count(value: float | None, unit: str = "") -> str:
@@ -53,7 +53,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
     body = []
     for row in rows:
         if len(row) == 1:
-            body.append(f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{row[0]}</th></tr>')
+            body.append(f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup"><div>{row[0]}</div></th></tr>')
         else:
             cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
             body.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
@@ -66,11 +66,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 
 
 def panels(found: Iterable[Panel | None], kind: str = "grid") -> str:
-    """Panels side by side, or one below the other with ``wide``."""
-    figures = [f"<figure><figcaption>{text(p.title)}</figcaption>{p.svg}</figure>" for p in found if p is not None]
+    """Panels side by side in a grid, each under its title; with ``wide`` one below the other, under the section's."""
+    drawn = [panel for panel in found if panel is not None]
     if kind == "wide":
-        return "".join(figure.replace("<figure>", '<figure class="wide">', 1) for figure in figures)
-    return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ""
+        return "".join(f'<figure class="wide">{panel.svg}</figure>' for panel in drawn)
+    figures = "".join(f"<figure><figcaption>{text(p.title)}</figcaption>{p.svg}</figure>" for p in drawn)
+    return f'<div class="{kind}">{figures}</div>' if drawn else ""
 
 
 def note(sentence: str) -> str:

@@ -35,9 +35,10 @@ class Page:
     def _swatch(self, index: int) -> str:
         return f'<svg class="swatch" viewBox="0 0 38 14" aria-hidden="true"><use href="#look-{index}"/></svg>'
 
-    def legend(self) -> str:
+    def legend(self, only: Sequence[Run] | None = None) -> str:
         """Which line is whose; repeated above every group of plots so that nobody has to scroll back."""
-        items = (f"<li>{self._swatch(i)}{text(run.name)}</li>" for i, run in enumerate(self.runs))
+        shown = self.runs if only is None else only
+        items = (f"<li>{self._swatch(i)}{text(run.name)}</li>" for i, run in enumerate(self.runs) if run in shown)
         return f'<ul class="legend">{"".join(items)}</ul>'
 
     def definitions(self) -> str:
@@ -92,15 +93,23 @@ class Page:
             "<code>next_token</code> is the flat model that one would train otherwise, so a recurrent objective is "
             "worth its cost only where it beats that control at equal FLOPs.</p>"
         )
-        sources = sorted({run.depth_source for run in self.runs if run.depth_source})
-        source = f" Scores are from {text('; '.join(sources))}." if sources else ""
-        caption = (
-            "NLL is the lowest over the K that were scored, ± its standard error over sequences; “cond.” is the parameters of the noise conditioning."
-            + source
-        )
+        caption = "NLL is the lowest over the K that were scored, ± its standard error over sequences. "
+        caption += "“cond.”: further parameters for the noise conditioning."
+        if sources := self._sources():
+            caption += f" Scores are from {sources}."
         warnings = "".join(f"<p><strong>Take care:</strong> {text(w)}</p>" for w in self._comparability())
         damaged = [f"{run.name}: {n}" for run in self.runs for n in run.notes]
         return how + warnings + table(head, rows, caption) + "".join(note(text(line)) for line in damaged)
+
+    def _sources(self) -> str:
+        """Where the runs' NLL by K comes from; runs are named only where they differ."""
+        names: dict[str, list[str]] = {}
+        for run in self.runs:
+            if run.depth_source:
+                names.setdefault(run.depth_source, []).append(run.name)
+        if len(names) == 1:
+            return text(next(iter(names)))
+        return "; ".join(f"{text(', '.join(having))}: {text(source)}" for source, having in names.items())
 
     def _status(self, run: Run) -> str:
         if run.progress is None:
@@ -120,8 +129,8 @@ class Page:
             result.append("the runs name different data: their losses compare only if the held-out text is the same.")
         if differ(run.config.data.sequence_length for run in self.runs):
             result.append("the runs were scored with different context lengths, and longer contexts score lower.")
-        if differ(run.depth_source.split(" (step")[0] for run in self.runs if run.depth_source):
-            result.append("the runs were not scored on the same amount of text or with the same number of noise draws.")
+        if differ(run.depth_tokens for run in self.runs if run.depth):
+            result.append("the runs were not scored on the same amount of held-out text.")
         return result
 
     def loss(self) -> str:
@@ -148,7 +157,6 @@ class Page:
     def depth(self) -> str:
         if not any(run.depth for run in self.runs):
             return note("Left out: no run has eval/depth_curve.json or evaluations in metrics.jsonl.")
-        sources = [f"{text(run.name)}: {text(run.depth_source)}" for run in self.runs if run.depth_source]
         sentence = (
             "The same weights, scored with more core iterations. Bars are one standard error over sequences, where it "
             "is known. On the right the bars are left out: all K are scored on the same text, which makes their "
@@ -156,7 +164,7 @@ class Page:
         )
         ks = {point.k for run in self.runs for point in run.depth}
         drawn = [self.plots.nll_by_k(self.baselines), self.plots.gain_by_k() if len(ks) > 1 else None]
-        return note(sentence) + self.legend() + panels(drawn) + note("Source: " + "; ".join(sources) + ".")
+        return note(sentence) + self.legend() + panels(drawn) + note(f"Source: {self._sources()}.")
 
     def inference(self) -> str:
         drawn = self.plots.nll_by_inference_flops() if any(run.depth for run in self.runs) else None
@@ -182,7 +190,8 @@ class Page:
                 " Vertical lines: sigma*, below which the nearest embedding row is the answer more often than not ("
                 + ", ".join(stars) + ")."
             )  # fmt: skip
-        return note(sentence) + self.legend() + panels([drawn], "wide")
+        legend = self.legend([run for run in self.runs if run.loss_by_sigma])
+        return note(sentence) + legend + panels([drawn], "wide")
 
     def flops(self) -> str:
         costs: list[dict[str, Cost] | None] = [

@@ -27,7 +27,7 @@ MARKERS = "osD^vPX<>phd"
 PARTS = ("prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
-SIZE, THIRD, SMALL, WIDE = (440, 290), (350, 300), (340, 215), (560, 300)
+SIZE, THIRD, SMALL = (410, 275), (350, 300), (340, 215)
 """Width and height of a panel in the units of its view box, which are near CSS pixels on the page."""
 
 TRAINING_X = {
@@ -77,15 +77,21 @@ def tick(value: float, _position: object = None) -> str:
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
+def linear_tick(value: float, position: object = None) -> str:
+    """Label of a tick of a linear axis, where 10,000 stands beside 7,500."""
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else tick(value, position)
+
+
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, or 1-2-5, or evenly spaced where the range is short."""
+    """Ticks of a logarithmic axis: powers of ten, or 1-2-5 or 1-3 steps, or evenly spaced where the range is short."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = [10.0**e for e in range(first, last + 1) if low <= 10.0**e <= high]
     if len(decades) >= 3:
         return decades[:: math.ceil(len(decades) / 6)]
-    fine = [d * 10.0**e for e in range(first, last + 1) for d in (1, 2, 5) if low <= d * 10.0**e <= high]
-    if len(fine) >= 3:
-        return fine
+    for digits in ((1, 2, 5), (1, 3)):
+        fine = [d * 10.0**e for e in range(first, last + 1) for d in digits if low <= d * 10.0**e <= high]
+        if 3 <= len(fine) <= 6:
+            return fine
     return [t for t in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
 
 
@@ -156,7 +162,7 @@ class Plots:
 
     def _linear(self, axis: Any) -> None:
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axis.set_major_formatter(FuncFormatter(tick))
+        axis.set_major_formatter(FuncFormatter(linear_tick))
 
     def _k_axis(self, axes: Axes) -> None:
         ks = sorted({point.k for run in self.runs for point in run.depth})
@@ -284,7 +290,7 @@ class Plots:
 
     def nll_by_inference_flops(self) -> Panel | None:
         """Held-out NLL against the forward FLOPs per token that each K costs."""
-        figure, axes = self._axes(WIDE)
+        figure, axes = self._axes()
         every: list[float] = []
         for run, look in zip(self.runs, self.looks, strict=True):
             points = [(p.flops_per_token, p.nll) for p in run.depth if p.flops_per_token]
@@ -301,7 +307,7 @@ class Plots:
 
     def loss_by_sigma(self) -> Panel | None:
         """Held-out loss by noise level, for the runs that have it."""
-        figure, axes = self._axes(WIDE)
+        figure, axes = self._axes()
         sigmas: list[float] = []
         for run, look in zip(self.runs, self.looks, strict=True):
             if run.loss_by_sigma:
@@ -324,9 +330,8 @@ class Plots:
     def flop_split(self, costs: Sequence[dict[str, Cost] | None]) -> Panel:
         """Stacked bars of FLOPs per training token by part: forward plain, backward hatched."""
         shown = [(run, cost) for run, cost in zip(self.runs, costs, strict=True) if cost]
-        figure, axes = self._axes((560, 66 + 30 * len(shown)))
+        figure, axes = self._axes((SIZE[0], 66 + 28 * len(shown)))
         widest = max(sum(c.total for c in cost.values()) for _, cost in shown)
-        axes.barh(range(len(shown)), 0)
         for row, (_, cost) in enumerate(shown):
             left = 0.0
             for backward in (False, True):
@@ -339,7 +344,7 @@ class Plots:
                         row, width, left=left, height=0.62, fill=False, edgecolor=SERIES[index], lw=1,
                         hatch="////" if backward else None,
                     )  # fmt: skip
-                    if width / widest > 0.018 * len(part) + 0.02:
+                    if width / widest > 0.022 * len(part) + 0.02:
                         axes.text(
                             left + width / 2, row, part, ha="center", va="center", fontsize=10,
                             gid=f"halo-{row}-{index}-{backward:d}",

@@ -55,7 +55,7 @@ def choose_levels(runs: Sequence[Run], wanted: int = 5) -> list[float]:
         return []
     low, high = min(values), max(values)
     best: list[float] = []
-    for exponent in range(1, -5, -1):
+    for exponent in range(1, -3, -1):
         for digit in (5, 2.5, 2, 1):
             step = digit * 10.0**exponent
             first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

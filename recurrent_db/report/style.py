@@ -37,12 +37,13 @@ section {{
 .legend {{ display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 6px 0 10px; padding: 0; list-style: none; }}
 .legend li {{ display: flex; align-items: center; gap: 7px; font-size: 14px; overflow-wrap: anywhere; }}
 .swatch {{ width: 38px; height: 14px; flex: none; }}
-.box {{ width: 16px; height: 12px; flex: none; border: 1px solid var(--box); background: color-mix(in srgb, var(--box) 45%, transparent); }}
+.box {{ width: 16px; height: 12px; flex: none; border: 1px solid var(--box); }}
+.box {{ background: color-mix(in srgb, var(--box) 45%, transparent); }}
 .box.hatched {{ background: repeating-linear-gradient(135deg, var(--box) 0 1px, transparent 1px 4px); }}
 .grid {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px 26px; }}
 .grid.small {{ grid-template-columns: repeat(3, minmax(0, 1fr)); }}
 figure {{ margin: 0; min-width: 0; }}
-figure.wide {{ max-width: 740px; }}
+figure.wide {{ max-width: 540px; }}
 figcaption {{ font-weight: 600; color: var(--ink); margin: 0 0 4px; }}
 figure svg {{ display: block; width: 100%; height: auto; max-width: 100%; overflow: visible; }}
 figure svg * {{ stroke-linejoin: round; stroke-linecap: butt; }}
@@ -51,15 +52,19 @@ figure svg text {{ font-family: inherit; }}
 .scroll {{ overflow-x: auto; margin: 8px -20px 0; padding: 0 20px 4px; }}
 table {{ border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; min-width: 100%; }}
 caption {{ text-align: left; caption-side: bottom; padding-top: 8px; }}
-th, td {{ padding: 6px 9px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); white-space: nowrap; }}
-thead th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; line-height: 1.25; border-bottom-color: var(--muted); }}
+th, td {{ padding: 6px 8px; text-align: right; vertical-align: top; white-space: nowrap; }}
+th, td {{ border-bottom: 1px solid var(--grid); }}
+thead th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; line-height: 1.25; }}
+thead th {{ border-bottom-color: var(--muted); }}
 th:first-child, td:first-child, .left {{ text-align: left; }}
 tbody th {{ font-weight: 600; }}
 th:first-child {{ position: sticky; left: -20px; background: var(--card); }}
 tbody tr:last-child > * {{ border-bottom: 0; }}
 td small, th small {{ display: block; font-weight: 400; }}
-.run {{ display: inline-flex; align-items: center; gap: 7px; width: max-content; max-width: 230px; white-space: normal; overflow-wrap: anywhere; }}
+.run {{ display: inline-flex; align-items: center; gap: 7px; width: max-content; max-width: 215px; }}
+.run {{ white-space: normal; overflow-wrap: anywhere; text-align: left; }}
 .group th {{ padding-top: 14px; }}
+.group div {{ white-space: normal; max-width: min(1040px, calc(100vw - 64px)); }}
 .group small {{ display: inline; margin-left: 8px; }}
 .group .run {{ vertical-align: middle; max-width: none; }}
 .samples td, .samples th {{ white-space: normal; text-align: left; }}
@@ -82,8 +87,15 @@ footer {{ max-width: 1132px; margin: 0 auto; padding: 0 16px 32px; }}
   section {{ padding: 14px 14px; border-radius: 8px; }}
   .scroll {{ margin: 8px -14px 0; padding: 0 14px 4px; }}
   th:first-child {{ left: -14px; }}
+  tbody th {{ white-space: normal; overflow-wrap: anywhere; min-width: 120px; max-width: 42vw; }}
+  .group th {{ max-width: none; }}
   .run {{ max-width: 140px; }}
   dl {{ grid-template-columns: 1fr; }}
 }}
-@media print {{ body {{ background: none; }} section {{ break-inside: avoid; border: 0; padding: 0; }} nav {{ display: none; }} }}
+@media print {{
+  body {{ background: none; }}
+  section {{ border: 0; padding: 0; }}
+  figure, tr {{ break-inside: avoid; }}
+  nav {{ display: none; }}
+}}
 """

@@ -1,0 +1,83 @@
+"""What several tests build: models whose every parameter matters, data of seeded synthetic tokens, the trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from recurrent_db.config import Config, load_config
+from recurrent_db.data import DataWriter
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.objectives import Objective, build_objective
+from recurrent_db.tokenizer import Tokenizer, train
+
+ROOT = Path(__file__).resolve().parent.parent
+OBJECTIVES = ("next_token", "unrolled", "denoise")
+
+MICRO = [
+    "--model.d_model", "32", "--model.n_heads", "2", "--model.d_mlp", "48", "--model.max_seq_len", "32",
+    "--model.d_condition", "16", "--data.sequence_length", "32", "--data.batch_size", "4",
+    "--objective.unrolled.mean_depth", "4", "--objective.unrolled.truncation", "2",
+    "--eval.k", "1", "2", "--eval.tokens", "512", "--eval.points", "2", "--run.device", "cpu", "--run.threads", "1",
+]  # fmt: skip
+"""Dotted options for a model of about 20 thousand parameters: a step takes milliseconds."""
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script of train/, eval/ or benchmarks/ as a module."""
+    name = "script_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def micro_config(*overrides: object) -> Config:
+    return load_config(None, [*MICRO, *map(str, overrides)])
+
+
+def micro_model(config: Config, vocab_size: int = 61, spread: float = 0.3) -> tuple[LoopedLM, Objective]:
+    """A float64 model with its recurrence; ``spread`` moves every parameter off its initial value."""
+    config.model.vocab_size = vocab_size
+    model = build_model(config.model, 0).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += spread * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    objective = build_objective(config)
+    model.recurrence = objective.recurrence
+    return model, objective
+
+
+def synthetic_tokenizer() -> Tokenizer:
+    """A tokenizer trained on text that depends on nothing but this function."""
+    rng = np.random.default_rng(0)
+    words = ["".join(chr(97 + c) for c in rng.integers(0, 26, size=n)) for n in rng.integers(2, 9, size=300)]
+    return Tokenizer.from_bytes(train([" ".join(rng.choice(words, size=200)) for _ in range(20)], 300))
+
+
+def synthetic_data(folder: Path, tokens: int = 20_000) -> Path:
+    """A data directory of a seeded Markov chain, the same under every Python: each token has four likely successors."""
+    tokenizer = synthetic_tokenizer()
+    rng = np.random.default_rng(1)
+    low, high = 16, tokenizer.vocab_size
+    successors = rng.integers(low, high, size=(high, 4))
+    with DataWriter(folder, tokenizer) as writer:
+        for split, count in (("train", tokens), ("validation", tokens // 8)):
+            choices = rng.choice(4, p=[0.6, 0.2, 0.1, 0.1], size=count)
+            ids = [low]
+            for choice in choices:
+                ids.append(int(successors[ids[-1], choice]))
+            for start in range(0, count, 500):
+                part = ids[start : start + 500]
+                writer.add(split, "default", f"{split}-{start}", tokenizer.decode_bytes(part), part)
+        writer.commit()
+    return folder

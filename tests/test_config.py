@@ -1,0 +1,102 @@
+"""Configuration: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recurrent_db.config import Config, config_from_json, from_dict, load_config, to_dict
+from recurrent_db.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_parse_and_survive_json(path: Path) -> None:
+    config = load_config(path)
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_every_preset_is_there() -> None:
+    assert {p.stem for p in CONFIGS} >= {"tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"}
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('seed = 3\n[optim]\nlr = 1\n[init]\nfrom = "a"\n')
+    config = load_config(path, ["--optim.lr", "0.5", "--budget.tokens", "4e6", "--data.mixture", "a", "1", "b", "2"])
+    assert (config.seed, config.optim.lr, config.budget.tokens, config.init.from_) == (3, 0.5, 4e6, "a")
+    assert config.data.mixture == {"a": 1.0, "b": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlearnrate = 1", "unknown config key 'optim.learnrate'"),
+        ("[optin]\nlr = 1", "did you mean 'optim'?"),
+        ('[model]\nd_model = "wide"', "model.d_model = 'wide' must be of type int"),
+        ("[model]\nd_model = true", "must be of type int"),
+        ('[objective]\nname = "denoyse"', "did you mean 'denoise'?"),
+        ("[model]\nd_model = 100\nn_heads = 3", "not divisible by model.n_heads = 3"),
+        ("[model]\nd_model = 12\nn_heads = 4", "must be even for RoPE"),
+        ("[objective.denoise]\nsigma_min = 5\nsigma_max = 2", "sigma_min = 5.0 must be below sigma_max = 2.0"),
+        ("[objective.unrolled]\nmean_depth = 0", "objective.unrolled.mean_depth must be above 0"),
+        ("[eval]\nk = [0]", "eval.k must be 1 or more"),
+        ("[data]\nsequence_length = 4096", "above model.max_seq_len"),
+        ("[optim]\nlr = -1", "optim.lr must be above 0"),
+        ("model = 3", "model is a table"),
+        ("[model", "not valid TOML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim.lrr", "1"], "did you mean --optim.lr?"),
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--objective.name", "denoyse"], "Expected one of"),
+        (["--optim.lr"], "optim.lr"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(None, words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no config file"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_flags_need_no_value() -> None:
+    assert load_config(None, ["--data.verify", "false"]).data.verify is False
+    assert load_config(None, ["--data.verify", "--seed", "2"]).data.verify is True
+
+
+def test_the_paper_preset_fixes_the_constants() -> None:
+    denoise = load_config(None, ["--objective.name", "denoise-paper"]).objective.denoise
+    assert (denoise.p_mean, denoise.p_std, denoise.sigma_min, denoise.sigma_max) == (-1.2, 1.2, 0.002, 80.0)
+    assert (denoise.sd, denoise.atom) == (0.5, 0.0)
+
+
+def test_noise_conditioning_follows_the_objective() -> None:
+    assert load_config(None, ["--objective.name", "next_token"]).model.noise_conditioning is False
+    assert load_config(None, ["--objective.name", "denoise"]).model.noise_conditioning is True
+
+
+def test_saved_configuration_that_is_none_is_refused() -> None:
+    for text in ("{", "[]", '{"no": 1}'):
+        with pytest.raises(UserError):
+            config_from_json(text, "x")

@@ -1,0 +1,230 @@
+"""The network against an independent one, its initialisation, its size, and what position i may see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recurrent_db.config import ModelConfig, load_config
+from recurrent_db.errors import UserError
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.depth import poisson_quantile, sample_depth
+from recurrent_db.rng import Rng
+
+SMALL = ModelConfig(vocab_size=31, d_model=16, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=24, max_seq_len=16)
+CONFIGS = Path(__file__).parents[1] / "train/configs"
+
+
+def perturbed(config: ModelConfig, seed: int = 0) -> LoopedLM:
+    """A float64 model none of whose parameters has its special initial value."""
+    model = build_model(config, seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+class Reference:
+    """The forward pass written again with numpy, complex rotary pairs and explicit loops over heads and positions."""
+
+    def __init__(self, model: LoopedLM) -> None:
+        self.config = model.config
+        self.p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.config.norm_eps) * self.p[name]
+
+    def attention(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        length, width = x.shape
+        heads, size = self.config.n_heads, width // self.config.n_heads
+        q, k, v = np.split(x @ self.p[prefix + "qkv.weight"].T, 3, axis=-1)
+        out = np.zeros_like(x)
+        rates = self.config.rope_base ** (-np.arange(0, size, 2) / size)
+        turn = np.exp(1j * np.arange(length)[:, None] * rates)
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            qh = q[:, part] + self.p[prefix + "qk_bias"][0, h]
+            kh = k[:, part] + self.p[prefix + "qk_bias"][1, h]
+            qc, kc = (qh[:, 0::2] + 1j * qh[:, 1::2]) * turn, (kh[:, 0::2] + 1j * kh[:, 1::2]) * turn
+            for i in range(length):
+                scores = np.array([(qc[i] * kc[j].conj()).sum().real for j in range(i + 1)]) / math.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                out[i, part] = (weights / weights.sum()) @ v[: i + 1, part]
+        return out @ self.p[prefix + "proj.weight"].T
+
+    def mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        gate, up = np.split(x @ self.p[prefix + "fc.weight"].T, 2, axis=-1)
+        return (gate / (1 + np.exp(-gate)) * up) @ self.p[prefix + "proj.weight"].T
+
+    def block(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        x = self.norm(self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.") + x, prefix + "norm_2.weight")
+        return self.norm(self.mlp(self.norm(x, prefix + "norm_3.weight"), prefix + "mlp.") + x, prefix + "norm_4.weight")
+
+    def __call__(self, tokens: list[int], iterations: int) -> np.ndarray:
+        table = self.p["embedding.weight"]
+        e = table[tokens] * math.sqrt(self.config.d_model)
+        for i in range(self.config.n_prelude):
+            e = self.block(e, f"prelude.{i}.")
+        state = np.zeros_like(e)
+        for _ in range(iterations):
+            match self.config.injection:
+                case "linear":
+                    state = np.concatenate([state, e], axis=-1) @ self.p["core.injection.adapter.weight"].T
+                case "diagonal":
+                    decay = np.exp(-np.exp(self.p["core.injection.log_rate"]))
+                    state = decay * state + e @ self.p["core.injection.adapter.weight"].T
+                case "add":
+                    state = state + e
+            for i in range(self.config.n_core):
+                state = self.block(state, f"core.blocks.{i}.")
+        x = self.norm(state, "final_norm.weight")
+        for i in range(self.config.n_coda):
+            x = self.block(x, f"coda.{i}.")
+        return self.norm(x, "final_norm.weight") @ table.T
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_logits_equal_an_independent_implementation(injection: str, iterations: int) -> None:
+    model = perturbed(dataclasses.replace(SMALL, injection=injection))
+    tokens = [3, 14, 15, 9, 2, 6, 5]
+    ours = model(torch.tensor([tokens]), iterations)[0].detach().numpy()
+    np.testing.assert_allclose(ours, Reference(model)(tokens, iterations), rtol=0, atol=1e-11)
+
+
+def test_fresh_conditioning_is_the_identity_bit_for_bit() -> None:
+    tokens = torch.arange(12).view(1, 12)
+    plain = build_model(SMALL, 0)
+    conditioned = build_model(dataclasses.replace(SMALL, noise_conditioning=True), 0)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(parameter, conditioned.get_parameter(name)), name
+        e_BTD = plain.encode(tokens)
+        state = torch.randn(e_BTD.shape, generator=torch.Generator().manual_seed(1))
+        unconditioned = plain.iterate(state, e_BTD)
+        for c_noise in (-1.5, 0.0, 1.1):
+            noisy = conditioned.iterate(state, e_BTD, 1, torch.full((1, 1), c_noise))
+            torch.testing.assert_close(noisy, unconditioned, rtol=0, atol=0)
+        assert torch.equal(conditioned.iterate(state, e_BTD), unconditioned)
+
+
+def test_trained_conditioning_tells_noise_levels_apart() -> None:
+    model = perturbed(dataclasses.replace(SMALL, noise_conditioning=True)).float()
+    e_BTD = model.encode(torch.arange(12).view(1, 12))
+    low, high = (model.iterate(e_BTD, e_BTD, 1, torch.full((1, 1), c)) for c in (-0.5, 0.5))
+    assert (low - high).abs().max() > 1e-3
+
+
+def test_conditioning_without_the_parts_for_it_is_refused() -> None:
+    model = build_model(SMALL, 0)
+    e_BTD = model.encode(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="no noise conditioning"):
+        model.iterate(e_BTD, e_BTD, 1, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_position_i_sees_tokens_up_to_i(injection: str) -> None:
+    model = perturbed(dataclasses.replace(SMALL, injection=injection))
+    tokens = torch.arange(10).view(1, 10)
+    changed = tokens.clone()
+    changed[0, 6:] = 30
+    before, after = model(tokens, 3), model(changed, 3)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.equal(before[:, 6:], after[:, 6:])  # the positive control: the perturbation does reach the logits
+
+
+def test_initialisation_is_huginns() -> None:
+    config = dataclasses.replace(SMALL, d_model=256, n_heads=4, d_mlp=512, vocab_size=500, expected_depth=32, n_prelude=2,
+                                 n_core=4, n_coda=2)  # fmt: skip
+    model = build_model(config, 0)
+    # The standard deviation of a normal that is cut at three of them is .98658 of it.
+    std = math.sqrt(2 / (5 * 256)) * 0.98658
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            assert parameter.std().item() == pytest.approx(std / math.sqrt(2 * 132), rel=0.02), name
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        elif name.endswith("qk_bias"):
+            assert (parameter == 0).all()
+        else:
+            assert parameter.std().item() == pytest.approx(std, rel=0.02), name
+            assert parameter.abs().max() <= 3 * math.sqrt(2 / (5 * 256))
+    embedded = model.embedding.weight * 16
+    assert embedded.std().item() == pytest.approx(math.sqrt(2 / 5) * 0.98658, rel=0.02)
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    first, again, other = (build_model(SMALL, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "millions"),
+    [
+        ("tiny", (128, 1, 2, 1, 384), 0.9),
+        ("pythia-70m-looped", (512, 2, 4, 2, 1408), 26),
+        ("looped-1b", (3072, 2, 4, 2, 8192), 925),
+        ("huginn-3.5b", (5280, 2, 4, 2, 17920), 3219),
+    ],
+)
+def test_preset_sizes_without_the_embedding(preset: str, shape: tuple[int, ...], millions: float) -> None:
+    config = load_config(CONFIGS / f"{preset}.toml").model
+    config.vocab_size = config.vocab_size or 2048
+    d, prelude, core, coda, m = shape
+    block = 4 * d * d + 3 * d * m + 2 * d + 4 * d  # matrices, bias of queries and keys, four norms
+    expected = (prelude + core + coda) * block + 2 * d * d + d
+    counts = build_model(config, None, "meta").parameter_counts()
+    assert counts["total"] - counts["embedding"] == expected
+    assert expected / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_linear_injection_is_needed_for_huginns_count() -> None:
+    config = load_config(CONFIGS / "huginn-3.5b.toml").model
+    counts = build_model(config, None, "meta").parameter_counts()
+    assert round(counts["total"] / 1e6) == 3565
+    assert counts["adapter"] == 2 * 5280 * 5280
+
+
+def test_diagonal_decay_stays_inside_the_unit_interval() -> None:
+    model = build_model(dataclasses.replace(SMALL, injection="diagonal"), 0)
+    with torch.no_grad():
+        model.core.injection.log_rate.copy_(torch.linspace(-20, 20, 16))
+        state = torch.ones(1, 4, 16)
+        out = model.core.injection(state, torch.zeros_like(state))
+    assert ((out >= 0) & (out <= 1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth
+
+
+def test_poisson_quantile_is_the_inverse_distribution_function() -> None:
+    from scipy.stats import poisson
+
+    for mean in (0.3, 4.0, 32.0, 300.0):
+        for u in (1e-9, 0.01, 0.5, 0.9, 0.9999):
+            assert poisson_quantile(u, mean) == poisson.ppf(u, mean)
+
+
+def test_depths_follow_huginns_law() -> None:
+    draws = [sample_depth(Rng(0, step), 32, 0.5, 8) for step in range(20_000)]
+    depths = np.array([sum(d) for d in draws])
+    assert depths.min() >= 1
+    assert depths.mean() == pytest.approx(33, abs=0.4)  # E[Poisson(tau)] + 1 with E[tau] = 32
+    # Var = E[tau] + Var(tau) = 32 + 32^2 (e^{1/4} - 1)
+    assert depths.std() == pytest.approx(math.sqrt(32 + 32**2 * (math.exp(0.25) - 1)), rel=0.03)
+    assert all(with_gradient == min(8, without + with_gradient) for without, with_gradient in draws)
+
+
+def test_full_backpropagation_keeps_the_depth() -> None:
+    for step in range(50):
+        without, with_gradient = sample_depth(Rng(0, step), 8, 0.5, 0)
+        assert without == 0
+        assert with_gradient == sum(sample_depth(Rng(0, step), 8, 0.5, 4))

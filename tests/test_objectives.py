@@ -1,0 +1,122 @@
+"""Objectives: what they draw, that they learn, and that draws depend on nothing but (seed, step, sample)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import OBJECTIVES, micro_config, micro_model
+
+from recurrent_db.data import Batch
+from recurrent_db.likelihood import token_log_probabilities
+from recurrent_db.model import build_model
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import EVALUATION_STEP, Rng
+
+
+def batch(n: int = 4, length: int = 16, vocab_size: int = 61, start: int = 0) -> Batch:
+    ids = torch.randint(vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(3))
+    return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(start, start + n))
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "denoise-paper"])
+@pytest.mark.parametrize("draw", ["sequence", "token", "batch"])
+def test_micro_batches_change_no_draw(objective: str, draw: str) -> None:
+    config = micro_config("--objective.name", objective, "--objective.denoise.draw", draw)
+    model, train = micro_model(config, spread=0.1)
+    whole = batch()
+    loss, _ = train(model, whole, Rng(0, 5), 0.0)
+    parts = [train(model, whole.slice(i, i + 2), Rng(0, 5), 0.0)[0] for i in (0, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_is_a_function_of_seed_step_and_sample(objective: str) -> None:
+    model, train = micro_model(micro_config("--objective.name", objective), spread=0.1)
+    first = train(model, batch(), Rng(0, 5), 0.0)[0]
+    assert torch.equal(first, train(model, batch(), Rng(0, 5), 0.0)[0])
+    if objective != "next_token":  # the flat control draws nothing
+        assert not torch.equal(first, train(model, batch(), Rng(0, 6), 0.0)[0])
+        assert not torch.equal(first, train(model, batch(), Rng(1, 5), 0.0)[0])
+        assert not torch.equal(first, train(model, batch(start=4), Rng(0, 5), 0.0)[0])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_every_parameter_gets_a_gradient(objective: str, injection: str) -> None:
+    """No parameter is left out of any objective, or data-parallel training would need to search for it."""
+    config = micro_config("--objective.name", objective, "--model.injection", injection)
+    model, train = micro_model(config, spread=0.1)
+    train(model, batch(), Rng(0, 5), 0.0)[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_repeated_batch_is_learned_through_the_context(objective: str) -> None:
+    """Scored from noise (for `denoise` at sigma_max), so only the context can carry the answer: below 0.1 nats."""
+    config = micro_config("--objective.name", objective)
+    config.model.vocab_size = 61
+    model = build_model(config.model, 0)
+    train = build_objective(config)
+    model.recurrence = train.recurrence
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    data = batch()
+    data.tokens_BT[:, 0] = torch.arange(4)  # sequences that start alike could not be told apart
+    k = 4 if objective == "unrolled" else 1
+    for step in range(400):
+        loss, _ = train(model, data, Rng(0, step), 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            with torch.no_grad():
+                scored = token_log_probabilities(
+                    model, data.tokens_BT, data.targets_BT, [k], Rng(0, EVALUATION_STEP), data.sample_index_B
+                )
+            nll = -scored[k].mean().item()
+            if nll < 0.1:
+                break
+    assert nll < 0.1
+
+
+def test_denoise_loss_splits_off_its_next_token_part() -> None:
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.atom", "1")
+    model, train = micro_model(config, spread=0.1)
+    loss, metrics = train(model, batch(), Rng(0, 0), 0.0)
+    total, weight = metrics["loss_sigma_max"].tolist()
+    assert total / weight == pytest.approx(loss.item(), rel=1e-5)
+    config.objective.denoise.atom = 0.0
+    assert build_objective(config)(model, batch(), Rng(0, 0), 0.0)[1]["loss_sigma_max"].tolist() == [0.0, 0.0]
+
+
+def test_the_noisy_target_fades_with_sigma() -> None:
+    """At tiny sigma an untrained denoiser already reads the answer off z; at sigma_max it cannot."""
+    config = micro_config("--objective.name", "denoise")
+    config.model.vocab_size = 61
+    model = build_model(config.model, 0)
+    losses = {}
+    for name, low, high in (("low", 0.001, 0.002), ("high", 1e4, 2e4)):
+        config.objective.denoise.sigma_min, config.objective.denoise.sigma_max = low, high
+        config.objective.denoise.density, config.objective.denoise.atom = "log-uniform", 0.0
+        losses[name] = build_objective(config)(model, batch(), Rng(0, 0), 0.0)[0].item()
+    assert losses["low"] < 1.5 < 3.5 < losses["high"]
+
+
+def test_the_trainer_warns_when_most_draws_teach_copying() -> None:
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.sd", "0.5",
+                          "--objective.denoise.target_norm", "5.6", "--objective.denoise.atom", "0",
+                          "--objective.denoise.p_mean", "-1.2")  # fmt: skip
+    config.model.vocab_size = 61
+    lines = build_objective(config).describe(build_model(config.model, 0))
+    assert lines[1].startswith("warning: ")
+    quiet = micro_config("--objective.name", "denoise")
+    quiet.model.vocab_size = 61
+    assert len(build_objective(quiet).describe(build_model(quiet.model, 0))) == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_objective_refuses_state_that_is_not_its_own(objective: str) -> None:
+    train = build_objective(micro_config("--objective.name", objective))
+    train.load_state_dict(train.state_dict())
+    with pytest.raises(ValueError, match="keeps no state"):
+        train.load_state_dict({"x": 1})

@@ -1,0 +1,398 @@
+"""The trainer: it learns, stops at its budget, survives kill -9, and answers mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import MICRO, OBJECTIVES, ROOT, load_script, synthetic_data
+from safetensors.torch import load_file
+
+import recurrent_db
+from recurrent_db.checkpoint import find_checkpoint, list_checkpoints
+from recurrent_db.config import load_config
+from recurrent_db.errors import UserError
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+TIMES = {"seconds", "tokens_per_s", "mfu", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
+
+
+def words(data: Path, run: Path, *more: object) -> list[str]:
+    return [*MICRO, "--data.path", str(data), "--run.dir", str(run), *map(str, more)]
+
+
+def train(data: Path, run: Path, *more: object, resume: str = "", overwrite: bool = False) -> int:
+    return load_script("train/pretrain.py").train(load_config(None, words(data, run, *more)), resume, overwrite)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run)]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Weights, optimizer state, averages and metrics of two runs are equal bit for bit."""
+    first, second = find_checkpoint(a), find_checkpoint(b)
+    assert first.name == second.name
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        tensors, others = load_file(first / name), load_file(second / name)
+        assert tensors.keys() == others.keys()
+        for key in tensors:
+            assert torch.equal(tensors[key], others[key]), f"{name}: {key}"
+    assert without_times(a) == without_times(b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run and what it leaves
+
+
+def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "--objective.name", "denoise", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
+    written = rows(run)
+    assert [row["step"] for row in written] == list(range(1, 13))
+    keys = "step tokens flops flops_forward flops_backward loss lr grad_norm tokens_per_s mfu peak_memory_bytes seconds"
+    assert set(keys.split()) <= written[0].keys()
+    assert written[-1]["flops"] == written[-1]["flops_forward"] + written[-1]["flops_backward"]
+    assert written[-1]["eval/nll_k1"] > 0
+    assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise"
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"python", "packages", "device", "git_commit", "command"} <= environment.keys()
+    assert [p.name for p in list_checkpoints(run)] == ["step-00000008", "step-00000012"]  # the last two are kept
+    model, tokenizer = recurrent_db.load(run, device="cpu")
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("budget", "limit"), [("flops", 3e8), ("tokens", 2000), ("steps", 7)])
+def test_a_run_ends_within_one_step_of_its_budget(
+    data: Path, tmp_path: Path, objective: str, budget: str, limit: float
+) -> None:
+    train(data, tmp_path / "run", "--objective.name", objective, f"--budget.{budget}", limit, "--eval.points", 0)
+    key = {"steps": "step"}.get(budget, budget)
+    spent = [row[key] for row in rows(tmp_path / "run")]
+    assert spent[-1] >= limit
+    assert len(spent) == 1 or spent[-2] < limit
+
+
+def test_the_seconds_budget_ends_a_run(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", "--budget.seconds", 0.3, "--eval.points", 0)
+    assert 0.3 <= rows(tmp_path / "run")[-1]["seconds"] < 3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_held_out_loss_falls_on_real_text(data_dir: Path, tmp_path: Path, objective: str) -> None:
+    run = tmp_path / "run"
+    train(data_dir, run, "--objective.name", objective, "--budget.steps", 150, "--optim.lr", "1e-2", "--eval.points", 3,
+          "--eval.k", 2 if objective == "unrolled" else 1)  # fmt: skip
+    key = f"eval/nll_k{2 if objective == 'unrolled' else 1}"
+    nll = [row[key] for row in rows(run) if key in row]
+    assert len(nll) == 3
+    assert nll[-1] < nll[0] - 0.1
+    assert nll[-1] < math.log(512) - 0.7
+
+
+def test_micro_batches_give_the_same_run(data: Path, tmp_path: Path) -> None:
+    for objective in OBJECTIVES:
+        ends = []
+        for size in (4, 3, 1):
+            run = tmp_path / f"{objective}-{size}"
+            train(data, run, "--objective.name", objective, "--budget.steps", 4, "--data.micro_batch_size", size)
+            ends.append([(row["loss"], row["grad_norm"]) for row in rows(run)])
+        for other in ends[1:]:
+            assert other == [pytest.approx(pair, rel=1e-4) for pair in ends[0]]
+
+
+def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "flat", "--objective.name", "next_token", "--budget.steps", 30, "--optim.lr", "1e-2")
+    train(data, tmp_path / "tuned", "--objective.name", "denoise", "--budget.steps", 1, "--init.from", tmp_path / "flat")
+    train(data, tmp_path / "fresh", "--objective.name", "denoise", "--budget.steps", 1)
+    tuned, fresh = rows(tmp_path / "tuned")[0]["loss"], rows(tmp_path / "fresh")[0]["loss"]
+    assert tuned < fresh - 0.5
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_loaded(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, "--objective.name", "next_token", "--budget.steps", 6, "--optim.ema_decay", 0.9)
+    averaged, raw = (recurrent_db.load(run, "cpu", averaged=flag)[0] for flag in (True, False))
+    assert not torch.equal(averaged.embedding.weight, raw.embedding.weight)
+    shadow = load_file(find_checkpoint(run) / "ema.safetensors")
+    assert torch.equal(averaged.embedding.weight, shadow["embedding.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def start(data: Path, run: Path, *more: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "train/pretrain.py", *words(data, run, *more)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+LONG_ENOUGH = ["--budget.steps", 120, "--run.checkpoint_every", 10, "--run.log_every", 3, "--optim.ema_decay", 0.9]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_kill_9_then_resume_equals_an_uninterrupted_run(data: Path, tmp_path: Path, objective: str) -> None:
+    options = ["--objective.name", objective, *LONG_ENOUGH]
+    train(data, tmp_path / "whole", *options)
+    run, moments = tmp_path / "killed", random.Random(objective)
+    process, kills = start(data, run, *options), 0
+    while kills < 2:
+        before = list_checkpoints(run)[-1:] if run.exists() else []
+        deadline = time.monotonic() + 60
+        while process.poll() is None and list_checkpoints(run)[-1:] == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.05)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        process = start(data, run, *options, "--resume")
+    assert process.wait(timeout=120) == 0
+    assert kills >= 1
+    assert_same_end(tmp_path / "whole", run)
+
+
+def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
+    options = ["--objective.name", "next_token", "--run.checkpoint_every", 10_000, "--optim.ema_decay", 0.9,
+               "--budget.steps", 150]  # fmt: skip
+    process = start(data, tmp_path / "run", *options, "--run.log_every", 1)
+    while not (tmp_path / "run/metrics.jsonl").exists() or not rows(tmp_path / "run"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 0
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    assert len(rows(tmp_path / "run")) < 150
+    train(data, tmp_path / "run", *options, resume="newest")
+    train(data, tmp_path / "whole", *options)
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resume_without_a_checkpoint_starts_afresh(data: Path, tmp_path: Path) -> None:
+    train(data, tmp_path / "run", "--budget.steps", 2, resume="newest")
+    assert len(rows(tmp_path / "run")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that blow up
+
+
+def broken_objective(monkeypatch: pytest.MonkeyPatch, script: Any, bad_steps: set[int]) -> None:
+    """Make the loss of some steps NaN."""
+    original = script.build_objective
+
+    def build(config: Any) -> Any:
+        inner = original(config)
+        call = type(inner).__call__
+
+        class Broken(type(inner)):  # type: ignore[misc]
+            def __call__(self, model: Any, batch: Any, rng: Any, progress: float) -> Any:
+                loss, metrics = call(self, model, batch, rng, progress)
+                return (loss * math.nan if rng.step in bad_steps else loss), metrics
+
+        return Broken(config)
+
+    monkeypatch.setattr(script, "build_objective", build)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("train/pretrain.py")
+    broken_objective(monkeypatch, script, {3, 4})
+    config = load_config(None, words(data, tmp_path / "run", "--objective.name", "next_token", "--budget.steps", 8))
+    assert script.train(config) == 0
+    written = rows(tmp_path / "run")
+    assert [row["skipped"] for row in written] == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert written[3]["loss"] is None
+    assert all(torch.isfinite(t).all() for t in load_file(find_checkpoint(tmp_path / "run") / "model.safetensors").values())
+
+
+def test_a_run_of_bad_steps_stops_with_a_diagnosis(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("train/pretrain.py")
+    broken_objective(monkeypatch, script, set(range(5, 100)))
+    options = ["--budget.steps", 50, "--optim.max_skipped", 4, "--run.checkpoint_every", 5]
+    config = load_config(None, words(data, tmp_path / "run", *options))
+    with pytest.raises(UserError, match="stopped at step 9: loss or gradient not finite 4 steps in a row"):
+        script.train(config)
+    assert len(rows(tmp_path / "run")) == 9
+    find_checkpoint(tmp_path / "run", fall_back=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes: one line, status 2, nothing lost
+
+
+def complain(script_here: Run, *arguments: object) -> str:
+    result = script_here("train/pretrain.py", *arguments)
+    assert result.returncode == 2, result
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optim.lrr", "1"], "did you mean --optim.lr?"),
+        (["--model.n_heads", "3"], "not divisible"),
+        (["--objective.unrolled.mean_depth", "0"], "above 0"),
+        (["--objective.denoise.sigma_min", "9", "--objective.denoise.sigma_max", "3"], "must be below sigma_max"),
+        (["--data.path", "nowhere"], "nowhere"),
+        (["--data.val_path", "nowhere"], "nowhere"),
+        (["--run.dir", "/dev/null/run"], "/dev/null/run"),
+        (["--run.device", "cuda:7"], "CUDA devices"),
+        (["--run.device", "abacus"], "is no device"),
+        (["--model.vocab_size", "7"], "below the tokenizer's"),
+        (["--data.sequence_length", "32", "--data.mixture", "poems", "1"], "poems"),
+        (["--init.from", "nowhere"], "no run directory"),
+        (["--resume", "--overwrite"], "exclude each other"),
+        (["nofile.toml"], "no config file"),
+    ],
+)
+def test_mistakes(script_here: Run, data: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    first = options if options[0].endswith(".toml") else []
+    assert message in complain(script_here, *first, *words(data, tmp_path / "run", "--budget.steps", 2),
+                               *([] if first else options))  # fmt: skip
+
+
+def test_missing_settings_are_named(script_here: Run, data: Path, tmp_path: Path) -> None:
+    assert "no budget is set" in complain(script_here, *words(data, tmp_path / "run"))
+    assert "data.path is not set" in complain(script_here, "--run.dir", tmp_path / "run", "--budget.steps", 1)
+    assert "run.dir is not set" in complain(script_here, "--data.path", data, "--budget.steps", 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_refused_unless_told(script_here: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, "--budget.steps", 2)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "--resume or replace it with --overwrite" in complain(script_here, *words(data, run, "--budget.steps", 3))
+    assert (run / "metrics.jsonl").read_bytes() == before
+    train(data, run, "--budget.steps", 3, overwrite=True)
+    assert len(rows(run)) == 3
+
+
+def test_overwrite_touches_run_directories_only(script_here: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("years of work")
+    message = complain(script_here, *words(data, tmp_path / "thesis", "--budget.steps", 2), "--overwrite")
+    assert "not a run directory" in message
+    assert (tmp_path / "thesis/chapter.txt").exists()
+
+
+def test_resume_refuses_another_model(script_here: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, "--budget.steps", 2)
+    for option, value, message in (
+        ("--model.d_mlp", 64, "model.d_mlp was 48 and is now 64"),
+        ("--objective.name", "next_token", "noise_conditioning"),
+        ("--seed", 5, "seed was 0 and is now 5"),
+    ):
+        told = complain(script_here, *words(data, run, "--budget.steps", 4, option, value), "--resume")
+        assert message in told
+    train(data, run, "--budget.steps", 4, resume="newest")
+
+
+def test_resume_refuses_another_tokenizer(script_here: Run, data: Path, data_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, "--budget.steps", 2, "--model.vocab_size", 600)
+    told = complain(script_here, *words(data_dir, run, "--budget.steps", 4, "--model.vocab_size", 600), "--resume")
+    assert "another tokenizer" in told
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
+    script_here: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    run = tmp_path / "run"
+    options = ["--budget.steps", 6, "--run.checkpoint_every", 3]
+    train(data, run, *options)
+    newest = list_checkpoints(run)[-1]
+    target = newest / "model.safetensors"
+    content = bytearray(target.read_bytes())
+    if damage == "truncate":
+        target.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+    elif damage == "remove":
+        target.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    told = complain(script_here, *words(data, run, *options), "--resume")
+    assert "is damaged" in told
+    assert "--resume last-good" in told
+    assert find_checkpoint(run).name == "step-00000003"  # other commands take the one before, and say so
+    assert "is damaged" in capsys.readouterr().err
+    train(data, tmp_path / "whole", *options)
+    shutil.rmtree(newest)
+    train(data, run, *options, resume="last-good")
+    assert without_times(run) == without_times(tmp_path / "whole")
+
+
+def test_a_damaged_shard_is_named(script_here: Run, data: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    shard = next(broken.glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in complain(script_here, *words(broken, tmp_path / "run", "--budget.steps", 2))
+    shard.write_bytes(content[:-10])
+    assert shard.name in complain(script_here, *words(broken, tmp_path / "run", "--budget.steps", 2))
+
+
+def test_a_full_disk_keeps_what_was_complete(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recurrent_db import checkpoint
+
+    run, original, calls = tmp_path / "run", checkpoint.save_file, []
+
+    def save_file(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*No space left on device"):
+        train(data, run, "--budget.steps", 9, "--run.checkpoint_every", 3)
+    monkeypatch.undo()
+    assert [p.name for p in list_checkpoints(run)] == ["step-00000003"]
+    assert not list((run / "checkpoints").glob(".writing-*"))
+    train(data, run, "--budget.steps", 9, "--run.checkpoint_every", 3, resume="newest")
+    assert rows(run)[-1]["step"] == 9
+
+
+def test_help_names_every_section(script_here: Run) -> None:
+    result = script_here("train/pretrain.py", "--help")
+    assert result.returncode == 0
+    for key in ("--seed", "--model.d-model", "--objective.name", "--data.path", "--budget.flops", "--run.dir", "--resume"):
+        assert key in result.stdout
