@@ -35,7 +35,7 @@ class Args:
 
     out: Path = Path("runs/demo")
     """Folder for everything; replaced if it holds an earlier demo."""
-    flops: float = 1.0e13
+    flops: float = 9.0e12
     """Training budget of each arm, in model FLOPs."""
     vocab_size: int = 2048
     """Tokens of the tokenizer."""
@@ -80,13 +80,20 @@ def samples(run: Path, seed: int) -> list[dict[str, Any]]:
     return result
 
 
+def best_k(run: Path) -> int:
+    """The number of iterations with the lowest held-out NLL."""
+    by_k = json.loads((run / "eval/depth_curve.json").read_text())["by_k"]
+    return int(min(by_k, key=lambda k: by_k[k]["nll"]))
+
+
 def summary(out: Path, floor: dict[str, float], seconds: float) -> str:
     """The table at the end, and its reading in words."""
     lines = [f"{'arm':<12}{'best NLL':>9}{'at K':>6}{'bits/byte':>11}{'FLOPs':>11}{'tokens':>11}{'steps':>7}"]
     best: dict[str, float] = {}
     for arm in ARMS:
         by_k = json.loads((out / arm / "eval/depth_curve.json").read_text())["by_k"]
-        k, score = min(by_k.items(), key=lambda item: item[1]["nll"])
+        k = best_k(out / arm)
+        score = by_k[str(k)]
         last = json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])
         best[arm] = score["nll"]
         lines.append(
@@ -124,13 +131,18 @@ def main(args: Args) -> int:
     for arm in ARMS:
         curve = out / arm / "eval/depth_curve.json"
         command(
-            "eval/depth_curve.py", out / arm, "--data", data, "--k", args.k, "--tokens", args.score_tokens, "--json", curve
+            "eval/depth_curve.py", out / arm, "--data", data, "--k", args.k, "--tokens", args.score_tokens,
+            "--draws", 2, "--json", curve,
         )  # fmt: skip
     for arm in ARMS:
+        model = f"checkpoint={out / arm},k={best_k(out / arm)}"
         command(
-            "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={out / arm},k=4",
-            "--tasks", "heldout_cloze", "--data", data, "--limit", "100", "--output_path", out / arm / "eval/lm_eval",
+            "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", model,
+            "--tasks", "heldout_cloze", "--data", data, "--limit", "100", "--output_path", out / arm / "eval/lm_eval.json",
         )  # fmt: skip
+        # The harness puts the date into the name.
+        [result] = (out / arm / "eval").glob("lm_eval_*.json")
+        result.rename(out / arm / "eval/lm_eval.json")
         write_atomic(out / arm / "eval/samples.json", json.dumps(samples(out / arm, args.seed), indent=1))
     command("-m", "recurrent_db.cli", "report", *(out / arm for arm in ARMS), "-o", out / "report.html")
     print("\n" + summary(out, floor, time.perf_counter() - started))

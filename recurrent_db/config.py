@@ -96,6 +96,8 @@ class DenoiseConfig:
     sd: float = 0.0
     """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true one,
     target_norm / sqrt(d_model). The paper prints 0.5."""
+    mute: bool = True
+    """Scale the network's view of z by target_norm^2 / (target_norm^2 + sigma^2), so that pure noise is silent."""
     target_norm: float = 1.0
     """Norm of the clean target (an L2-normalised embedding row times this)."""
     bridge: Literal["soft", "hard", "sample"] = "soft"
@@ -108,7 +110,8 @@ class DenoiseConfig:
 
 PAPER_DENOISE: dict[str, Any] = {
     "density": "log-normal", "p_mean": -1.2, "p_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "atom": 0.0,
-    "draw": "sequence", "sd": 0.5, "target_norm": 1.0,
+    "draw": "sequence", "sd": 0.5, "mute": False,
+    "target_norm": 1.0,
 }  # fmt: skip
 """The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them."""
 

@@ -29,7 +29,7 @@ def filter_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p
         return torch.nn.functional.one_hot(logits_V.argmax(), len(logits_V)).double()
     probabilities = (logits_V / temperature).softmax(-1)
     ordered, order = probabilities.sort(descending=True, stable=True)
-    drop = ordered.cumsum(-1) - ordered >= top_p
+    drop = ordered.cumsum(-1) - ordered > top_p - 1e-12  # a mass that reaches top_p but for rounding has reached it
     if top_k:
         drop[top_k:] = True
     drop[0] = False

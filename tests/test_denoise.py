@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_partition_has_equal_masses(density: Density, n: int) -> None:
     assert pairs[-1][1] == density.sigma_max
     for low, high in pairs:
         assert mass(density, low, high) / whole == pytest.approx(1 / n, abs=1e-9)
-    assert all(a[1] == b[0] for a, b in zip(pairs, pairs[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
 
 
 def test_overlap_widens_in_log_space_and_stays_in_range() -> None:
@@ -101,14 +102,12 @@ def test_grids_fall_from_top_to_bottom(name: str, density: Density) -> None:
         assert len(grid) == n
         assert grid[0] == pytest.approx(density.sigma_max)
         assert grid[-1] == pytest.approx(density.sigma_min)
-        assert all(a > b for a, b in zip(grid, grid[1:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(grid))
 
 
 def test_karras_grid_matches_the_published_formula() -> None:
     steps = 18
-    expected = [
-        (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)
-    ]
+    expected = [(80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)]
     np.testing.assert_allclose(GRIDS["karras"](PAPER, steps), expected, rtol=1e-12)
 
 
@@ -178,7 +177,7 @@ def test_a_perfect_denoiser_lands_on_y(name: str, n: int) -> None:
     y = torch.randn(5, generator=generator, dtype=torch.float64)
     sigmas = [*GRIDS["log-uniform"](PAPER, n), 0.0]
     z = y + sigmas[0] * torch.randn(5, generator=generator, dtype=torch.float64)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in itertools.pairwise(sigmas):
         z = STEPS[name](lambda z, s: y, z, sigma, following, torch.randn(5, generator=generator, dtype=torch.float64))
     torch.testing.assert_close(z, y, rtol=0, atol=1e-5)
 
@@ -186,7 +185,10 @@ def test_a_perfect_denoiser_lands_on_y(name: str, n: int) -> None:
 def mixture_denoiser(z: torch.Tensor, sigma: float) -> torch.Tensor:
     """E[y | z] for y ~ 1/2 N(-1, .3^2) + 1/2 N(1.5, .5^2), the closed form."""
     means, variances = (-1.0, 1.5), (0.09, 0.25)
-    logs = [-0.5 * (z - m) ** 2 / (v + sigma**2) - 0.5 * math.log(v + sigma**2) for m, v in zip(means, variances, strict=True)]
+    logs = [
+        -0.5 * (z - m) ** 2 / (v + sigma**2) - 0.5 * math.log(v + sigma**2)
+        for m, v in zip(means, variances, strict=True)
+    ]
     weights = torch.stack(logs).softmax(0)
     posteriors = [(m * sigma**2 + v * z) / (v + sigma**2) for m, v in zip(means, variances, strict=True)]
     return (weights * torch.stack(posteriors)).sum(0)
@@ -200,7 +202,7 @@ def test_order_of_convergence_on_a_gaussian_mixture(step: object, order: int) ->
     def solve(n: int, method: object) -> torch.Tensor:
         z = start
         sigmas = [high * (low / high) ** (i / n) for i in range(n + 1)]
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, following in itertools.pairwise(sigmas):
             z = method(mixture_denoiser, z, sigma, following, None)  # type: ignore[operator]
         return z
 

@@ -108,7 +108,9 @@ def test_mixture_of_impossible_tokens_stays_finite() -> None:
     with torch.no_grad():
         model.final_norm.weight.mul_(1e4)
     inputs = tokens()
-    scored = token_log_probabilities(model, inputs, torch.roll(inputs, -1, dims=1), [1, 2], RNG, torch.arange(2), draws=3)
+    scored = token_log_probabilities(
+        model, inputs, torch.roll(inputs, -1, dims=1), [1, 2], RNG, torch.arange(2), draws=3
+    )
     assert all(torch.isfinite(log_p).all() for log_p in scored.values())
     assert scored[1].min() < -200
 
@@ -147,4 +149,4 @@ def test_bigram_probabilities_sum_to_one_and_beat_the_unigram() -> None:
         assert total == pytest.approx(1.0, abs=1e-9)
     held_out = rng.integers(0, 5, size=400)
     held_out[1::2] = (held_out[::2] + 1) % 5
-    assert bigram_nll(train, held_out, 6) < unigram_nll(train, held_out, 6) - 0.3
+    assert bigram_nll(train, held_out, 6) < unigram_nll(train, held_out, 6) - 0.2

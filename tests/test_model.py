@@ -63,8 +63,12 @@ class Reference:
         return (gate / (1 + np.exp(-gate)) * up) @ self.p[prefix + "proj.weight"].T
 
     def block(self, x: np.ndarray, prefix: str) -> np.ndarray:
-        x = self.norm(self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.") + x, prefix + "norm_2.weight")
-        return self.norm(self.mlp(self.norm(x, prefix + "norm_3.weight"), prefix + "mlp.") + x, prefix + "norm_4.weight")
+        x = self.norm(
+            self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.") + x, prefix + "norm_2.weight"
+        )
+        return self.norm(
+            self.mlp(self.norm(x, prefix + "norm_3.weight"), prefix + "mlp.") + x, prefix + "norm_4.weight"
+        )
 
     def __call__(self, tokens: list[int], iterations: int) -> np.ndarray:
         table = self.p["embedding.weight"]

@@ -125,7 +125,9 @@ def test_micro_batches_give_the_same_run(data: Path, tmp_path: Path) -> None:
 
 def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "flat", "--objective.name", "next_token", "--budget.steps", 30, "--optim.lr", "1e-2")
-    train(data, tmp_path / "tuned", "--objective.name", "denoise", "--budget.steps", 1, "--init.from", tmp_path / "flat")
+    train(
+        data, tmp_path / "tuned", "--objective.name", "denoise", "--budget.steps", 1, "--init.from", tmp_path / "flat"
+    )
     train(data, tmp_path / "fresh", "--objective.name", "denoise", "--budget.steps", 1)
     tuned, fresh = rows(tmp_path / "tuned")[0]["loss"], rows(tmp_path / "fresh")[0]["loss"]
     assert tuned < fresh - 0.5
@@ -227,12 +229,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     written = rows(tmp_path / "run")
     assert [row["skipped"] for row in written] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert written[3]["loss"] is None
-    assert all(torch.isfinite(t).all() for t in load_file(find_checkpoint(tmp_path / "run") / "model.safetensors").values())
+    assert all(
+        torch.isfinite(t).all() for t in load_file(find_checkpoint(tmp_path / "run") / "model.safetensors").values()
+    )
 
 
-def test_a_run_of_bad_steps_stops_with_a_diagnosis(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_bad_steps_stops_with_a_diagnosis(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = load_script("train/pretrain.py")
     broken_objective(monkeypatch, script, set(range(5, 100)))
     options = ["--budget.steps", 50, "--optim.max_skipped", 4, "--run.checkpoint_every", 5]
@@ -328,7 +330,7 @@ def test_resume_refuses_another_tokenizer(script_here: Run, data: Path, data_dir
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
-    script_here: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+    script_here: Run, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
 ) -> None:
     run = tmp_path / "run"
     options = ["--budget.steps", 6, "--run.checkpoint_every", 3]
@@ -349,7 +351,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
     assert "is damaged" in told
     assert "--resume last-good" in told
     assert find_checkpoint(run).name == "step-00000003"  # other commands take the one before, and say so
-    assert "is damaged" in capsys.readouterr().err
+    assert "is damaged" in capfd.readouterr().err
     train(data, tmp_path / "whole", *options)
     shutil.rmtree(newest)
     train(data, run, *options, resume="last-good")
@@ -368,9 +370,7 @@ def test_a_damaged_shard_is_named(script_here: Run, data: Path, tmp_path: Path) 
     assert shard.name in complain(script_here, *words(broken, tmp_path / "run", "--budget.steps", 2))
 
 
-def test_a_full_disk_keeps_what_was_complete(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_what_was_complete(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from recurrent_db import checkpoint
 
     run, original, calls = tmp_path / "run", checkpoint.save_file, []
@@ -394,5 +394,13 @@ def test_a_full_disk_keeps_what_was_complete(
 def test_help_names_every_section(script_here: Run) -> None:
     result = script_here("train/pretrain.py", "--help")
     assert result.returncode == 0
-    for key in ("--seed", "--model.d-model", "--objective.name", "--data.path", "--budget.flops", "--run.dir", "--resume"):
+    for key in (
+        "--seed",
+        "--model.d-model",
+        "--objective.name",
+        "--data.path",
+        "--budget.flops",
+        "--run.dir",
+        "--resume",
+    ):
         assert key in result.stdout

@@ -20,6 +20,15 @@ class Precond:
     """The scalings for a clean target whose components have standard deviation ``sd``. sigma: fp32, any shape."""
 
     sd: float
+    mute_norm: float = 0.0
+    """Norm n of the clean target: what the network sees of z is scaled by n^2 / (n^2 + sigma^2), the share of the
+    target's power, so that z falls silent where it says nothing. 0 leaves z at unit variance, as published."""
+
+    def mute(self, sigma: Tensor) -> Tensor:
+        """Factor on the network's view of z, in (0, 1]."""
+        if not self.mute_norm:
+            return torch.ones_like(sigma)
+        return self.mute_norm**2 / (self.mute_norm**2 + sigma**2)
 
     def c_skip(self, sigma: Tensor) -> Tensor:
         return self.sd**2 / (sigma**2 + self.sd**2)
@@ -47,5 +56,6 @@ class Precond:
             e_BTD: clean context from the prelude.
         """
         sigma = sigma_Bs[..., None]
-        state = model.iterate((self.c_in(sigma) * z_BTD).to(e_BTD.dtype), e_BTD, 1, self.c_noise(sigma_Bs))
+        view_BTD = (self.c_in(sigma) * self.mute(sigma) * z_BTD).to(e_BTD.dtype)
+        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs))
         return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state.float()

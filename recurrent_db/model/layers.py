@@ -148,5 +148,5 @@ class NoiseEmbedding(nn.Module):
         device_type = c_noise_Bs.device.type
         # The noise mathematics stays fp32 under autocast (which the meta device does not know).
         with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
-            flat = self.out(F.silu(self.hidden(features)))
+            flat = self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
         return [block.chunk(6, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]

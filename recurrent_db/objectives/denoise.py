@@ -37,7 +37,8 @@ class Denoise(Stateless):
         self.config = config.objective.denoise
         self.density = build_density(self.config)
         true_sd = self.config.target_norm / math.sqrt(config.model.d_model)
-        self.precond = Precond(self.config.sd or true_sd)
+        mute_norm = self.config.target_norm if self.config.mute else 0.0
+        self.precond = Precond(self.config.sd or true_sd, mute_norm)
         self.recurrence = DenoiseWalk(
             self.density,
             self.precond,
