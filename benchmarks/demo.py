@@ -35,7 +35,7 @@ class Args:
 
     out: Path = Path("runs/demo")
     """Folder for everything; replaced if it holds an earlier demo."""
-    flops: float = 9.0e12
+    flops: float = 7.0e12
     """Training budget of each arm, in model FLOPs."""
     vocab_size: int = 2048
     """Tokens of the tokenizer."""
