@@ -58,7 +58,7 @@ def parse(
     given = sys.argv[1:] if argv is None else list(argv)
     words = []
     for word, following in itertools.zip_longest(given, given[1:], fillvalue="--"):
-        words.append({"true": "True", "false": "False", "none": "None"}.get(word, word))
+        words.append({"true": "True", "false": "False"}.get(word, word))
         if word.startswith("--") and word != "--help" and "=" not in word and following.startswith("--"):
             words.append("True")  # an option without a value can only be a flag
     stderr = io.StringIO()

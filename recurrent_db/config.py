@@ -53,6 +53,8 @@ class ModelConfig:
     plus a projection of e (Parcae, arXiv 2604.12946), or a plain sum."""
     noise_conditioning: bool | None = None
     """AdaLN on the core from the noise level; None lets the objective decide."""
+    separate_targets: bool | None = None
+    """A table of clean targets beside the embedding; None lets the objective decide."""
     d_condition: int = 128
     """Width of the noise embedding."""
     expected_depth: int = 32
@@ -79,8 +81,9 @@ class UnrolledConfig:
 class DenoiseConfig:
     """One noise-conditioned pass a step (DiffusionBlocks, arXiv 2506.14202)."""
 
-    density: Literal["log-normal", "log-uniform"] = "log-normal"
-    """Law of the training noise level sigma."""
+    density: Literal["log-normal", "log-uniform", "adaptive"] = "log-normal"
+    """Law of the training noise level sigma. ``adaptive`` is fitted while training so that equal probability means equal
+    decrease of the loss (time warping, CDCD, arXiv 2211.15089)."""
     p_mean: float = -0.4
     """Mean of ln sigma before truncation."""
     p_std: float = 1.0
@@ -93,6 +96,17 @@ class DenoiseConfig:
     """Probability of drawing exactly sigma_max instead of from the density."""
     draw: Literal["batch", "sequence", "token"] = "sequence"
     """One noise level per batch, per sequence or per token."""
+    conditioning: Literal["inject", "two-stream"] = "inject"
+    """How z meets the context: one stream in which neighbours hold noisy targets too, or beside a clean stream, each
+    position seeing clean keys and its own noisy one (the paper's concatenation)."""
+    loss: Literal["cross-entropy", "l2"] = "cross-entropy"
+    """Cross-entropy of the read-out, or the squared error of the estimate in embedding space plus the read-out's
+    cross-entropy, whose gradient then stops at the estimate."""
+    weight: Literal["uniform", "edm"] = "uniform"
+    """Weight over sigma of the cross-entropy; ``edm`` is w(sigma) = (sigma^2 + sd^2) / (sigma sd)^2, as the paper prints
+    it. The squared error always has it."""
+    targets: Literal["tied", "separate"] = "tied"
+    """Rows of the embedding, or of a table of their own."""
     sd: float = 0.0
     """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true one,
     target_norm / sqrt(d_model). The paper prints 0.5."""
@@ -100,8 +114,12 @@ class DenoiseConfig:
     """Scale the network's view of z by target_norm^2 / (target_norm^2 + sigma^2), so that pure noise is silent."""
     target_norm: float = 1.0
     """Norm of the clean target (an L2-normalised embedding row times this)."""
-    bridge: Literal["soft", "hard", "sample"] = "soft"
-    """From a read-out back to an estimate of the target during a walk: expected row, most likely row, sampled row."""
+    bridge: Literal["soft", "hard", "sample", "state"] = "soft"
+    """From a read-out back to an estimate of the target during a walk: expected row, most likely row, sampled row; or
+    the core's own output, with one read-out at the end."""
+    neighbours: Literal["own", "known"] = "own"
+    """What positions before i hold while i walks (one stream): their own walks, or the known tokens' targets with noise
+    of the same level, as in training, at twice the cost."""
     sampler: Literal["euler", "heun", "ancestral"] = "euler"
     """Step of the walk from one noise level to the next."""
     grid: Literal["equal-probability", "karras", "log-uniform"] = "equal-probability"
@@ -110,10 +128,10 @@ class DenoiseConfig:
 
 PAPER_DENOISE: dict[str, Any] = {
     "density": "log-normal", "p_mean": -1.2, "p_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "atom": 0.0,
-    "draw": "sequence", "sd": 0.5, "mute": False,
-    "target_norm": 1.0,
+    "draw": "sequence", "conditioning": "inject", "loss": "cross-entropy", "weight": "uniform", "targets": "tied",
+    "sd": 0.5, "mute": False, "target_norm": 1.0,
 }  # fmt: skip
-"""The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them."""
+"""The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them, whatever the file says."""
 
 
 @dataclass
@@ -374,6 +392,9 @@ def resolve(config: Config) -> None:
         config.objective.denoise = dataclasses.replace(config.objective.denoise, **PAPER_DENOISE)
     if config.model.noise_conditioning is None:
         config.model.noise_conditioning = config.objective.name.startswith("denoise")
+    if config.model.separate_targets is None:
+        separate = config.objective.denoise.targets == "separate"
+        config.model.separate_targets = separate and config.objective.name.startswith("denoise")
 
 
 def validate(config: Config) -> None:
@@ -404,6 +425,15 @@ def validate(config: Config) -> None:
     need(
         not config.objective.name.startswith("denoise") or model.noise_conditioning is not False,
         "objective denoise needs model.noise_conditioning = true",
+    )
+    need(
+        not config.objective.name.startswith("denoise")
+        or bool(model.separate_targets) == (denoise.targets == "separate"),
+        f"objective.denoise.targets = {denoise.targets} contradicts model.separate_targets = {model.separate_targets}",
+    )
+    need(
+        denoise.conditioning == "inject" or denoise.neighbours == "own",
+        "objective.denoise.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
     )
     positive(unrolled, "objective.unrolled", "mean_depth")
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")

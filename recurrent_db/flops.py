@@ -30,6 +30,14 @@ class Passes:
     """Coda and head, backpropagated."""
     prelude_grad: bool = True
     """Whether the prelude is backpropagated."""
+    clean_no_grad: int = 0
+    """Passes of two-stream conditioning's clean stream, forward alone."""
+    clean_grad: int = 0
+    """The same, backpropagated."""
+    known_no_grad: int = 0
+    """Passes of a stream of known tokens' noised targets through core and coda."""
+    beside: bool = False
+    """Whether the core's passes attend to another stream's keys besides their own."""
     bridges: int = 0
     """Products of the vocabulary's probabilities with the target table."""
 
@@ -82,25 +90,38 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, noise_levels
     attention = 4 * length * width
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
 
-    def blocks(count: int, no_grad: float, grad: float) -> Cost:
-        return _part(count * block, count * attention, no_grad, grad)
+    def blocks(count: int, no_grad: float, grad: float, keys: int = 1) -> Cost:
+        """``count`` blocks; ``keys`` = 2 where each query meets another stream's keys besides its own stream's."""
+        return _part(count * block, count * keys * attention, no_grad, grad)
+
+    def context(count: int, no_grad: float, grad: float) -> Cost:
+        """A stream that is run for its keys and values: of the last block only those (one fused product) are made."""
+        if not count:
+            return Cost()
+        return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, no_grad, grad)
 
     core_runs = passes.core_no_grad, passes.core_grad
+    clean_runs = passes.clean_no_grad, passes.clean_grad
     read_runs = passes.readouts_no_grad, passes.readouts_grad
+    known, keys = passes.known_no_grad, 2 if passes.beside else 1
+    conditioned = core_runs[0] + known, core_runs[1]
     conditioning = Cost()
     if model.noise_conditioning:
         share = noise_levels / length
-        first = _part(model.d_condition**2, 0, share * core_runs[0], share * core_runs[1])
+        first = _part(model.d_condition**2, 0, share * conditioned[0], share * conditioned[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * model.n_core * 6 * width
-        conditioning = first + _part(out, 0, share * core_runs[0], share * core_runs[1])
+        conditioning = first + _part(out, 0, share * conditioned[0], share * conditioned[1])
+    adapter_runs = conditioned[0] + clean_runs[0], conditioned[1] + clean_runs[1]
     return {
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
-        "adapter": _part(adapter, 0, *core_runs),
-        "core": blocks(model.n_core, *core_runs),
+        "adapter": _part(adapter, 0, *adapter_runs),
+        "core": blocks(model.n_core, *core_runs, keys)
+        + context(model.n_core, *clean_runs)
+        + blocks(model.n_core, known, 0),
         "conditioning": conditioning,
-        "coda": blocks(model.n_coda, *read_runs),
+        "coda": blocks(model.n_coda, *read_runs, 2 if known else 1) + context(model.n_coda, known, 0),
         "head": _part(model.vocab_size * width, 0, *read_runs),
         "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
     }

@@ -62,7 +62,7 @@ def generate_tokens(
         offset = max(0, len(ids) - window)
         tokens_BT = torch.tensor([ids[offset:]], device=device)
         noise = NoiseSource(rng, requests, window, offset=offset)
-        [(_, hidden_BTD)] = model.recurrence.hidden(model, model.encode(tokens_BT), [k], noise)
+        [(_, hidden_BTD)] = model.recurrence.hidden(model, tokens_BT, model.encode(tokens_BT), [k], noise)
         probabilities_V = filter_probabilities(model.logits(hidden_BTD[0, -1]).cpu(), temperature, top_k, top_p)
         u = rng.uniform(requests, (1,), f"token/{len(ids)}")[0]
         token = int(torch.searchsorted(probabilities_V.cumsum(-1), u, right=True).clamp(max=len(probabilities_V) - 1))

@@ -38,6 +38,8 @@ class Score:
     """The same nats over the bytes of text that the scored tokens stand for."""
     stderr: float
     """Standard error of ``nll`` over sequences."""
+    noise_stderr: float
+    """Standard error of ``nll`` over the noise draws; NaN with one draw or none."""
     flops_per_token: float
     """Forward FLOPs per token of one draw's scoring."""
 
@@ -52,7 +54,10 @@ class Scores:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "by_k": {str(k): asdict(s) for k, s in self.by_k.items()},
+            "by_k": {
+                str(k): {name: value if math.isfinite(value) else None for name, value in asdict(s).items()}
+                for k, s in self.by_k.items()
+            },
             "tokens": self.tokens,
             "draws": self.draws,
         }
@@ -72,18 +77,43 @@ def token_log_probabilities(
     ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
     runs once whatever ``draws`` is.
     """
+    mixtures = mixture_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, (draws,))
+    return {k: by_draws[max(by_draws)][0] for k, by_draws in mixtures.items()}
+
+
+def mixture_log_probabilities(
+    model: LoopedLM,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    ks: Sequence[int],
+    rng: Rng,
+    requests: Tensor,
+    draws: Sequence[int],
+) -> dict[int, dict[int, tuple[Tensor, Tensor]]]:
+    """`token_log_probabilities` for several numbers of draws M at once: {K: {M: (log p, variance)}}, fp32 (B, T) each.
+
+    The mixtures are nested: M draws are the first M. The variance is that of the estimate of log p over the noise, by the
+    delta method: Var(p_m) / (M mean(p_m)^2); NaN for M = 1. Inference that uses no noise gives the one key M = 1.
+    """
     recurrence = model.recurrence
-    if not recurrence.stochastic:
-        draws = 1
+    wanted = set(draws) if recurrence.stochastic else {1}
     e_BTD = model.encode(tokens_BT)
-    mixtures: dict[int, Tensor] = {}
-    for draw in range(draws):
+    first: dict[int, Tensor] = {}  # log sum p, and log sum p^2, over the draws so far
+    second: dict[int, Tensor] = {}
+    results: dict[int, dict[int, tuple[Tensor, Tensor]]] = {k: {} for k in ks}
+    for draw in range(max(wanted)):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        for k, hidden_BTD in recurrence.hidden(model, e_BTD, ks, noise):
+        m = draw + 1
+        for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise):
             log_p_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
             log_p_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0]
-            mixtures[k] = torch.logaddexp(mixtures[k], log_p_BT) if k in mixtures else log_p_BT
-    return {k: mixture - math.log(draws) for k, mixture in mixtures.items()}
+            first[k] = torch.logaddexp(first[k], log_p_BT) if k in first else log_p_BT
+            second[k] = torch.logaddexp(second[k], 2 * log_p_BT) if k in second else 2 * log_p_BT
+            if m in wanted:
+                # mean(p^2) / mean(p)^2 - 1, over M - 1 for the unbiased variance of the mean.
+                spread = torch.expm1((second[k] - 2 * first[k] + math.log(m)).clamp(min=0))
+                results[k][m] = first[k] - math.log(m), spread / (m - 1) if m > 1 else torch.full_like(spread, math.nan)
+    return results
 
 
 # Logits held at once by `score_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
@@ -121,7 +151,7 @@ def score_positions(
     chosen = []
     for draw in range(draws):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        [(_, hidden_BTD)] = recurrence.hidden(model, e_BTD, [k], noise)
+        [(_, hidden_BTD)] = recurrence.hidden(model, tokens_BT, e_BTD, [k], noise)
         chosen.append(hidden_BTD[rows_N, positions_N])
     hidden_MND = torch.stack(chosen)
     part = max(1, _LOGITS_AT_ONCE // (draws * model.config.vocab_size))
@@ -136,6 +166,55 @@ def score_positions(
 
 
 @torch.no_grad()
+def score_draws(
+    model: LoopedLM,
+    batches: Iterable[Batch],
+    ks: Sequence[int],
+    byte_lengths: np.ndarray,
+    draws: Sequence[int],
+    seed: int = 0,
+) -> dict[int, Scores]:
+    """Score held-out batches at every K of ``ks`` and every number of draws M of ``draws``: {M: scores}.
+
+    Args:
+        byte_lengths: UTF-8 bytes of each token, int (V,); special tokens have none, their nats count all the same.
+        draws: noise draws in the mixtures, nested; inference that uses no noise is scored once, under M = 1.
+        seed: of the noise.
+    """
+    device = model.embedding.weight.device
+    lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
+    rng = Rng(seed, EVALUATION_STEP)
+    nlls: dict[tuple[int, int], list[Tensor]] = {}
+    variances: dict[tuple[int, int], float] = {}
+    n_bytes, length = 0.0, 0
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        length = batch.tokens_BT.shape[1]
+        n_bytes += lengths[batch.targets_BT].sum().item()
+        tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
+        scored = mixture_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws)
+        for k, by_draws in scored.items():
+            for m, (log_p_BT, variance_BT) in by_draws.items():
+                nlls.setdefault((m, k), []).append(-log_p_BT.double().mean(-1).cpu())
+                variances[m, k] = variances.get((m, k), 0.0) + variance_BT.double().sum().item()
+    model.train(was_training)
+    result: dict[int, Scores] = {}
+    for (m, k), parts in nlls.items():
+        per_sequence = torch.cat(parts)
+        n, nll = len(per_sequence), per_sequence.mean().item()
+        tokens = n * length
+        scores = result.setdefault(m, Scores({}, tokens, m))
+        scores.by_k[k] = Score(
+            nll=nll,
+            bits_per_byte=nll * tokens / (math.log(2) * n_bytes) if n_bytes else math.nan,
+            stderr=(per_sequence.std() / math.sqrt(n)).item() if n > 1 else math.nan,
+            noise_stderr=math.sqrt(variances[m, k]) / tokens,
+            flops_per_token=inference_cost(model.config, length, model.recurrence.passes(k)),
+        )
+    return result
+
+
 def score(
     model: LoopedLM,
     batches: Iterable[Batch],
@@ -144,39 +223,6 @@ def score(
     draws: int = 1,
     seed: int = 0,
 ) -> Scores:
-    """Score held-out batches at every K of ``ks``.
-
-    Args:
-        byte_lengths: UTF-8 bytes of each token, int (V,); special tokens have none, their nats count all the same.
-        draws: M, noise draws in the mixture; inference that uses no noise is scored once.
-        seed: of the noise.
-    """
-    device = model.embedding.weight.device
-    lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
-    rng = Rng(seed, EVALUATION_STEP)
-    sums: dict[int, list[Tensor]] = {k: [] for k in ks}
-    n_bytes, length = 0.0, 0
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        length = batch.tokens_BT.shape[1]
-        n_bytes += lengths[batch.targets_BT].sum().item()
-        tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
-        scored = token_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws)
-        for k, log_p_BT in scored.items():
-            sums[k].append(-log_p_BT.double().mean(-1).cpu())
-    model.train(was_training)
-    by_k = {}
-    for k in ks:
-        per_sequence = torch.cat(sums[k])
-        nll = per_sequence.mean().item()
-        tokens = len(per_sequence) * length
-        by_k[k] = Score(
-            nll=nll,
-            bits_per_byte=nll * tokens / (math.log(2) * n_bytes) if n_bytes else float("nan"),
-            stderr=(per_sequence.std() / math.sqrt(len(per_sequence))).item()
-            if len(per_sequence) > 1
-            else float("nan"),
-            flops_per_token=inference_cost(model.config, length, model.recurrence.passes(k)),
-        )
-    return Scores(by_k, tokens, draws if model.recurrence.stochastic else 1)
+    """`score_draws` for one number of draws."""
+    [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed).values()
+    return scores

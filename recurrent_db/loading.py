@@ -22,7 +22,9 @@ def load_with_config(
     config = checkpoint.config()
     model = build_model(config.model, seed=None)
     load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
-    model.recurrence = build_objective(config).recurrence
+    objective = build_objective(config)
+    objective.load_state_dict(checkpoint.training()[1])
+    model.recurrence = objective.recurrence
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
 

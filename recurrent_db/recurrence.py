@@ -4,8 +4,9 @@ A recurrence turns the prelude's output into hidden vectors after K core iterati
 generation and lm-eval go through it and through nothing else, so they agree by construction.
 
 - `PlainRecurrence`: Huginn's loop. K iterations of the core from one initial state, read out at the end.
-- `DenoiseWalk`: a reverse diffusion over K noise levels from sigma_max down. Position i walks its own z; what the other
-  positions hold at step k is their own walk's z (for K = 1 that is pure noise, which training saw at sigma_max).
+- `DenoiseWalk`: a reverse diffusion over K noise levels from sigma_max down. Position i walks its own z; what the
+  positions before it hold at step k is a choice: their own walks' z (for K = 1 that is pure noise, which training saw at
+  sigma_max), the known tokens' targets at the same noise, or, with two streams, the clean context alone.
 
 Both start from noise or zeros, never from the answer, so position i of every result depends on tokens <= i alone.
 
@@ -15,17 +16,19 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from recurrent_db.config import DenoiseConfig
 from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.flops import Passes
+from recurrent_db.model.layers import Context
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.rng import Rng
 
@@ -66,6 +69,16 @@ class NoiseSource:
         return self._pages(length, width, stream, device, normal=False)
 
 
+@dataclass
+class Probe:
+    """A look into a run of K iterations, for reports: ask for one K."""
+
+    edit: Callable[[Tensor], Tensor] | None = None
+    """Replaces the state (of a walk: z) before the last core pass."""
+    states: list[Tensor] = field(default_factory=list)
+    """Filled with what each core pass gave (of a walk: the estimate D), (B, T, D) each."""
+
+
 class Recurrence(Protocol):
     """K-iteration inference of a checkpoint."""
 
@@ -75,10 +88,16 @@ class Recurrence(Protocol):
         ...
 
     def hidden(
-        self, model: LoopedLM, e_BTD: Tensor, ks: Sequence[int], noise: NoiseSource
+        self,
+        model: LoopedLM,
+        tokens_BT: Tensor,
+        e_BTD: Tensor,
+        ks: Sequence[int],
+        noise: NoiseSource,
+        probe: Probe | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (K, hidden_BTD) for each K of ``ks`` in rising order. ``model.logits(hidden)`` predicts the next
-        token."""
+        """Yield (K, hidden_BTD) for each K of ``ks`` in rising order; ``model.logits(hidden)`` predicts the next token.
+        ``e`` is the prelude's output for ``tokens``."""
         ...
 
     def passes(self, k: int) -> Passes:
@@ -103,7 +122,13 @@ class PlainRecurrence:
         return self.initial == "random"
 
     def hidden(
-        self, model: LoopedLM, e_BTD: Tensor, ks: Sequence[int], noise: NoiseSource
+        self,
+        model: LoopedLM,
+        tokens_BT: Tensor,
+        e_BTD: Tensor,
+        ks: Sequence[int],
+        noise: NoiseSource,
+        probe: Probe | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         state = torch.zeros_like(e_BTD)
         if self.initial == "random":
@@ -111,7 +136,13 @@ class PlainRecurrence:
             state = truncated_normal(u, STATE_STD).to(e_BTD.dtype)
         done = 0
         for k in sorted(set(ks)):
-            state = model.iterate(state, e_BTD, k - done)
+            if probe is None:
+                state = model.iterate(state, e_BTD, k - done)
+            else:
+                for iteration in range(1, k + 1):
+                    state = probe.edit(state) if probe.edit is not None and iteration == k else state
+                    state = model.iterate(state, e_BTD)
+                    probe.states.append(state)
             done = k
             yield k, model.decode(state)
 
@@ -119,70 +150,133 @@ class PlainRecurrence:
         return Passes(core_no_grad=k, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
 
 
+def normalised(rows: Tensor, norm: float) -> Tensor:
+    """Clean targets: rows (..., D) brought to length ``norm``, fp32."""
+    return torch.nn.functional.normalize(rows.float(), dim=-1) * norm
+
+
 @dataclass(frozen=True)
 class DenoiseWalk:
-    """Reverse diffusion over K noise levels; each level is one conditioned pass and one read-out.
+    """Reverse diffusion over K noise levels; each level is one conditioned pass of the core.
 
-    K = 1 is the read-out at sigma_max. For K > 1 a bridge turns each read-out into the estimate of y that the next
-    step moves towards: the expected target row (``soft``), the most likely one (``hard``), or a sampled one
-    (``sample``).
+    K = 1 is the read-out at sigma_max. For K > 1 a bridge turns each level's result into the estimate of y that the
+    step moves towards: the expected target row (``soft``), the most likely one (``hard``), a sampled one (``sample``), all
+    of the read-out; or the core's output itself (``state``), which needs no read-out before the last level.
     """
 
     density: Density
     precond: Precond
-    target_norm: float
-    sampler: str
-    grid: str
-    bridge: str
+    config: DenoiseConfig
     stochastic: bool = True
 
     def targets(self, model: LoopedLM) -> Tensor:
-        """Clean targets of all tokens: L2-normalised embedding rows times the target norm, fp32 (V, D)."""
-        return torch.nn.functional.normalize(model.embedding.weight.float(), dim=-1) * self.target_norm
+        """Clean targets of all tokens, fp32 (V, D)."""
+        return normalised(model.target_rows(), self.config.target_norm)
 
-    def read(self, model: LoopedLM, z_BTD: Tensor, sigma: float, e_BTD: Tensor) -> Tensor:
-        """Hidden vectors (B, T, D) that a noisy target at one level reads out to."""
+    def clean_contexts(self, model: LoopedLM, e_BTD: Tensor) -> list[Context] | None:
+        """The clean stream of two-stream conditioning: one unconditioned pass over e from a silent state, whose keys
+        every noise level reads. None for one stream."""
+        if self.config.conditioning != "two-stream":
+            return None
+        return model.core_contexts(torch.zeros_like(e_BTD), e_BTD)[0]
+
+    def estimate(
+        self, model: LoopedLM, z_BTD: Tensor, sigma: float, e_BTD: Tensor, beside: list[Context] | None = None
+    ) -> Tensor:
+        """D at one noise level, fp32 (B, T, D)."""
         sigma_B1 = torch.full((z_BTD.shape[0], 1), sigma, dtype=torch.float32, device=z_BTD.device)
-        estimate = self.precond.denoise(model, z_BTD, sigma_B1, e_BTD)
-        return model.decode((estimate / self.precond.sd).to(e_BTD.dtype))
+        return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside)
 
-    def _bridge(self, logits_BTV: Tensor, rows_VD: Tensor, u_BT1: Tensor) -> Tensor:
-        if self.bridge == "hard":
+    def read(
+        self, model: LoopedLM, estimate_BTD: Tensor, dtype: torch.dtype, beside: list[Context] | None = None
+    ) -> Tensor:
+        """Hidden vectors (B, T, D) that an estimate reads out to."""
+        return model.decode((estimate_BTD / self.precond.sd).to(dtype), beside)
+
+    def _bridge(self, logits_BTV: Tensor, rows_VD: Tensor, u_BT1: Tensor | None) -> Tensor:
+        if self.config.bridge == "hard":
             return rows_VD[logits_BTV.argmax(-1)]
         probabilities = logits_BTV.float().softmax(-1)
-        if self.bridge == "soft":
+        if u_BT1 is None:
             return probabilities @ rows_VD
         picks = (probabilities.cumsum(-1) < u_BT1).sum(-1).clamp(max=len(rows_VD) - 1)
         return rows_VD[picks]
 
+    def _known(
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, eps_BTD: Tensor
+    ) -> tuple[list[Context], list[Context]]:
+        """Streams of the core and the coda in which position j holds the known token j+1's target at noise sigma, as
+        in training. Strict: position i sees j < i, whose token j+1 <= i it knows."""
+        y_BTD = normalised(model.target_rows()[tokens_BT], self.config.target_norm)
+        # The last position's next token is not known, and no position looks there.
+        y_BTD = torch.cat((y_BTD[:, 1:], torch.zeros_like(y_BTD[:, :1])), dim=1)
+        z_BTD = y_BTD + sigma * eps_BTD
+        sigma_B1 = torch.full((len(z_BTD), 1), sigma, dtype=torch.float32, device=z_BTD.device)
+        view_BTD = self.precond.view(z_BTD, sigma_B1[..., None]).to(e_BTD.dtype)
+        core, state_BTD = model.core_contexts(view_BTD, e_BTD, self.precond.c_noise(sigma_B1), strict=True, finish=True)
+        estimate_BTD = self.precond.combine(z_BTD, state_BTD, sigma_B1[..., None])
+        return core, model.coda_contexts((estimate_BTD / self.precond.sd).to(e_BTD.dtype), strict=True)
+
     def hidden(
-        self, model: LoopedLM, e_BTD: Tensor, ks: Sequence[int], noise: NoiseSource
+        self,
+        model: LoopedLM,
+        tokens_BT: Tensor,
+        e_BTD: Tensor,
+        ks: Sequence[int],
+        noise: NoiseSource,
+        probe: Probe | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         length, width = e_BTD.shape[1:]
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
         rows_VD = self.targets(model)
+        clean = self.clean_contexts(model, e_BTD)
+        sampler, bridge = self.config.sampler, self.config.bridge
+
+        def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
+            if self.config.neighbours == "own":
+                return clean, None
+            eps = noise.normal(length, width, f"neighbours/{sigma!r}", e_BTD.device)
+            return self._known(model, tokens_BT, e_BTD, sigma, eps)
+
         for k in sorted(set(ks)):
-            sigmas = GRIDS[self.grid](self.density, k)
+            sigmas = GRIDS[self.config.grid](self.density, k)
             z, reads = start, 0
 
             def denoise(z: Tensor, sigma: float) -> Tensor:
                 nonlocal reads
                 reads += 1
-                u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if self.bridge == "sample" else z
-                return self._bridge(model.logits(self.read(model, z, sigma, e_BTD)), rows_VD, u)
+                core, coda = streams(sigma)
+                estimate = self.estimate(model, z, sigma, e_BTD, core)
+                if probe is not None:
+                    probe.states.append(estimate)
+                if bridge == "state":
+                    return estimate
+                logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda))
+                u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if bridge == "sample" else None
+                return self._bridge(logits, rows_VD, u)
 
             for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-                eps = noise.normal(length, width, f"step/{index}", z.device) if self.sampler in STOCHASTIC else None
-                z = STEPS[self.sampler](denoise, z, sigma, following, eps)
-            yield k, self.read(model, z, sigmas[-1], e_BTD)
+                eps = noise.normal(length, width, f"step/{index}", z.device) if sampler in STOCHASTIC else None
+                z = STEPS[sampler](denoise, z, sigma, following, eps)
+            core, coda = streams(sigmas[-1])
+            if probe is not None and probe.edit is not None:
+                z = probe.edit(z)
+            estimate = self.estimate(model, z, sigmas[-1], e_BTD, core)
+            if probe is not None:
+                probe.states.append(estimate)
+            yield k, self.read(model, estimate, e_BTD.dtype, coda)
 
     def passes(self, k: int) -> Passes:
-        reads = EVALUATIONS[self.sampler] * (k - 1) + 1
+        evaluations = EVALUATIONS[self.config.sampler] * (k - 1) + 1
+        reads = 1 if self.config.bridge == "state" else evaluations
         return Passes(
-            core_no_grad=reads,
+            core_no_grad=evaluations,
             core_grad=0,
             readouts_no_grad=reads,
             readouts_grad=0,
             prelude_grad=False,
-            bridges=reads - 1,
+            bridges=evaluations - 1 if self.config.bridge == "soft" else 0,
+            clean_no_grad=int(self.config.conditioning == "two-stream"),
+            known_no_grad=evaluations if self.config.neighbours == "known" else 0,
+            beside=self.config.conditioning == "two-stream" or self.config.neighbours == "known",
         )

@@ -66,7 +66,7 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(path: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / path), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     return run
 

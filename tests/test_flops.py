@@ -51,6 +51,34 @@ def test_denoise_with_a_level_per_sequence_and_per_token(injection: str, levels:
     assert ours == pytest.approx(counted(config, T, 0, 1, levels), rel=1e-3)
 
 
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_two_streams(injection: str) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=True)
+    model = build_model(config, None, "meta")
+    tokens = torch.zeros(B, T, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        e_BTD = model.encode(tokens)
+        clean, _ = model.core_contexts(torch.zeros_like(e_BTD), e_BTD)
+        state = model.iterate(e_BTD, e_BTD, 1, torch.zeros(B, 1, device="meta"), clean)
+        model.logits(model.decode(state)).sum().backward()
+    ours = total(cost_per_token(config, T, Passes(core_grad=1, clean_grad=1, beside=True))).total
+    assert ours == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+def test_known_neighbours() -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=True)
+    model = build_model(config, None, "meta")
+    tokens, level = torch.zeros(B, T, dtype=torch.long, device="meta"), torch.zeros(B, 1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        e_BTD = model.encode(tokens)
+        core, state = model.core_contexts(e_BTD, e_BTD, level, strict=True, finish=True)
+        coda = model.coda_contexts(state, strict=True)
+        model.logits(model.decode(model.iterate(e_BTD, e_BTD, 1, level, core), coda))
+    passes = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False,
+                    known_no_grad=1, beside=True)  # fmt: skip
+    assert inference_cost(config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"])
 def test_presets(preset: str) -> None:
     config = load_config(CONFIGS / f"{preset}.toml")

@@ -153,9 +153,13 @@ def test_score_positions_is_token_log_probabilities(
     with torch.no_grad():
         # Half of the targets are the mixture's own argmax, computed over the whole vocabulary.
         hidden = [
-            next(iter(model.recurrence.hidden(model, model.encode(tokens), [k], NoiseSource(rng, ids, WINDOW, draw))))[
-                1
-            ]
+            next(
+                iter(
+                    model.recurrence.hidden(
+                        model, tokens, model.encode(tokens), [k], NoiseSource(rng, ids, WINDOW, draw)
+                    )
+                )
+            )[1]
             for draw in range(draws)
         ]
         best = sum(model.logits(h).softmax(-1) for h in hidden).argmax(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import OBJECTIVES, micro_config, micro_model
@@ -10,6 +12,7 @@ from recurrent_db.data import Batch
 from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
+from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
@@ -112,6 +115,78 @@ def test_the_trainer_warns_when_most_draws_teach_copying() -> None:
     quiet = micro_config("--objective.name", "denoise")
     quiet.model.vocab_size = 61
     assert len(build_objective(quiet).describe(build_model(quiet.model, 0))) == 1
+
+
+CHOICES = [
+    ("conditioning", "two-stream"), ("loss", "l2"), ("weight", "edm"), ("targets", "separate"), ("density", "adaptive"),
+    ("density", "log-uniform"), ("draw", "token"), ("draw", "batch"), ("mute", "false"), ("sd", "0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value"), CHOICES)
+def test_every_choice_of_the_method_trains_every_parameter(option: str, value: str) -> None:
+    config = micro_config("--objective.name", "denoise", f"--objective.denoise.{option}", value)
+    model, train = micro_model(config, spread=0.1)
+    loss, metrics = train(model, batch(), Rng(0, 5), 0.0)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert torch.isfinite(loss)
+    assert {"loss_sigma_max", "loss_cross_entropy", "target_cosine"} <= metrics.keys()
+    parts = [train(model, batch().slice(i, i + 2), Rng(0, 5), 0.0)[0] for i in (0, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), loss, rtol=1e-5, atol=0)
+
+
+def test_the_edm_weight_multiplies_the_cross_entropy() -> None:
+    values = {}
+    for weight in ("uniform", "edm"):
+        config = micro_config("--objective.name", "denoise", "--objective.denoise.draw", "batch",
+                              "--objective.denoise.weight", weight)  # fmt: skip
+        model, train = micro_model(config, spread=0.1)
+        values[weight], metrics = train(model, batch(), Rng(0, 1), 0.0)
+        plain = metrics["loss_cross_entropy"]
+    sigma = train._sigma(batch(), Rng(0, 1))[0, 0]
+    assert values["uniform"].item() == pytest.approx(plain.item(), rel=1e-6)
+    assert values["edm"].item() == pytest.approx((plain * train.precond.weight(sigma)).item(), rel=1e-5)
+
+
+def test_the_squared_error_does_not_move_its_targets() -> None:
+    """Otherwise all rows in one place would be a perfect answer. With a table of their own, it gets no gradient but
+    through z."""
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.loss", "l2",
+                          "--objective.denoise.targets", "separate")  # fmt: skip
+    model, train = micro_model(config, spread=0.1)
+    loss, metrics = train(model, batch(), Rng(0, 5), 0.0)
+    assert loss.item() > metrics["loss_cross_entropy"].item()  # the squared error is on top
+    # A perfect estimate costs nothing: replace the core's estimate by y itself.
+    y = train.recurrence.targets(model)[batch().targets_BT]
+    train.precond = type("Perfect", (), {**vars(type(train.precond)), "denoise": lambda self, *a: y})(train.precond.sd)
+    loss, metrics = train(model, batch(), Rng(0, 5), 0.0)
+    assert loss.item() == pytest.approx(metrics["loss_cross_entropy"].item(), rel=1e-6)
+
+
+def test_collapse_is_what_the_cosine_shows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(200, 32, generator=generator)
+    unit = torch.nn.functional.normalize(spread, dim=-1)
+    cosines = (unit @ unit.T)[~torch.eye(200, dtype=torch.bool)]
+    assert mean_pairwise_cosine(spread).item() == pytest.approx(cosines.mean().item(), abs=1e-5)
+    assert mean_pairwise_cosine(spread * 0.01 + 1).item() > 0.99
+
+
+def test_the_adaptive_density_learns_after_a_step_and_survives_json() -> None:
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.density", "adaptive",
+                          "--objective.denoise.draw", "token", "--objective.denoise.atom", "0")  # fmt: skip
+    model, train = micro_model(config, spread=0.0)
+    before = train.density
+    for step in range(30):
+        train(model, batch(n=16), Rng(0, step), 0.0)
+        assert step > 0 or train.density is before  # nothing changes within a step
+        train.after_step(lambda tally: tally)
+    assert train.density != before
+    again = build_objective(config)
+    again.load_state_dict(json.loads(json.dumps(train.state_dict())))
+    assert again.density == train.density
+    assert again(model, batch(), Rng(0, 40), 0.0)[0] == train(model, batch(), Rng(0, 40), 0.0)[0]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

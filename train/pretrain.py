@@ -239,6 +239,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             if ema is not None:
                 ema.update(model)
         optimizer.zero_grad(set_to_none=True)
+        objective.after_step(lambda tensor: tensor)  # one process: nothing to sum over
 
         seconds = time.perf_counter() - started
         state.step += 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recurrent_db.model.layers import Context
 from recurrent_db.model.looped import LoopedLM
 
 
@@ -47,15 +48,31 @@ class Precond:
         cross-entropy, which it multiplies by up to 10^5 at low noise."""
         return (sigma**2 + self.sd**2) / (sigma * self.sd) ** 2
 
-    def denoise(self, model: LoopedLM, z_BTD: Tensor, sigma_Bs: Tensor, e_BTD: Tensor) -> Tensor:
+    def view(self, z_BTD: Tensor, sigma: Tensor) -> Tensor:
+        """What the network sees of z: c_in z, muted."""
+        return self.c_in(sigma) * self.mute(sigma) * z_BTD
+
+    def denoise(
+        self,
+        model: LoopedLM,
+        z_BTD: Tensor,
+        sigma_Bs: Tensor,
+        e_BTD: Tensor,
+        beside: list[Context] | None = None,
+    ) -> Tensor:
         """One conditioned pass of the core: the estimate D of y, fp32 (B, T, D).
 
         Args:
             z_BTD: fp32 noisy target.
             sigma_Bs: fp32 noise levels, (B, 1) or (B, T).
             e_BTD: clean context from the prelude.
+            beside: a context stream that positions see instead of their neighbours.
         """
         sigma = sigma_Bs[..., None]
-        view_BTD = (self.c_in(sigma) * self.mute(sigma) * z_BTD).to(e_BTD.dtype)
-        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs))
-        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state.float()
+        view_BTD = self.view(z_BTD, sigma).to(e_BTD.dtype)
+        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs), beside)
+        return self.combine(z_BTD, state, sigma)
+
+    def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:
+        """D from z and the network's output, fp32."""
+        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.float()

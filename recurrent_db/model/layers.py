@@ -8,8 +8,10 @@ SiLU MLP, interleaved RoPE in fp32, learned bias on queries and keys added befor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,31 @@ def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BTHE.dtype)
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer, (B, H, T, E) each."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of one layer of a context stream, for a second stream that attends to it.
+
+    The second stream's position i sees the context's positions <= i (< i where it is strict) and itself. Nothing of
+    size 2T x 2T exists: T queries meet 2T keys under one (T, 2T) mask that all layers share.
+    """
+
+    k_BHTE: Tensor
+    v_BHTE: Tensor
+    mask_TS: Tensor
+    """bool (T, 2T): which of [context keys, own keys] each position sees."""
+
+
+def beside_mask(length: int, strict: bool, device: torch.device) -> Tensor:
+    """The mask of `Context`: [lower triangle of the context, diagonal of the stream itself]."""
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    own = torch.eye(length, dtype=torch.bool, device=device)
+    return torch.cat((ones.tril(-1 if strict else 0), own), dim=1)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with one fused QKV projection."""
 
@@ -75,12 +102,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
         self.attend = ATTENTION[backend]
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, H, T, E) each, rotated."""
         q_BTHE, k_BTHE, v_BTHE = self.qkv(x_BTD).unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
         q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
         k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
-        out_BHTE = self.attend(q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2))
-        return self.proj(out_BHTE.transpose(1, 2).flatten(2))
+        return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], keep: list[KeysValues] | None = None) -> Tensor:
+        """Attention within x. Where ``keep`` is given, this layer's keys and values are appended to it."""
+        q, k, v = self.project(x_BTD, rope)
+        if keep is not None:
+            keep.append((k, v))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def beside(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
+        """Queries of x see the context's keys up to their own position (or before it, where the context is strict)
+        and their own key, and no other position of x. See `Context`."""
+        q, k, v = self.project(x_BTD, rope)
+        out = F.scaled_dot_product_attention(
+            q, torch.cat((context.k_BHTE, k), dim=2), torch.cat((context.v_BHTE, v), dim=2), attn_mask=context.mask_TS
+        )
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -111,16 +154,35 @@ class Block(nn.Module):
         self.mlp = GatedMLP(dim, hidden)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None = None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        modulation: tuple[Tensor, ...] | None = None,
+        context: Context | None = None,
+        keep: list[KeysValues] | None = None,
     ) -> Tensor:
+        """One block; with a ``context`` the attention is `Attention.beside` it instead of within x."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.attn(x, rope, keep) if context is None else self.attn.beside(x, rope, context)
+
         if modulation is None:
-            x_BTD = self.norm_2(self.attn(self.norm_1(x_BTD), rope) + x_BTD)
+            x_BTD = self.norm_2(attend(self.norm_1(x_BTD)) + x_BTD)
             return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        branch = self.attn(torch.addcmul(shift_a, self.norm_1(x_BTD), 1 + scale_a), rope)
+        branch = attend(torch.addcmul(shift_a, self.norm_1(x_BTD), 1 + scale_a))
         x_BTD = self.norm_2(torch.addcmul(x_BTD, branch, 1 + gate_a))
         branch = self.mlp(torch.addcmul(shift_m, self.norm_3(x_BTD), 1 + scale_m))
         return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
+
+    def keys_values(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None = None
+    ) -> KeysValues:
+        """The keys and values that the block's attention would make of x, without the rest of the block."""
+        normed = self.norm_1(x_BTD)
+        if modulation is not None:
+            normed = torch.addcmul(modulation[0], normed, 1 + modulation[1])
+        return self.attn.project(normed, rope)[1:]
 
 
 class NoiseEmbedding(nn.Module):
@@ -150,3 +212,27 @@ class NoiseEmbedding(nn.Module):
         with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
             flat = self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
         return [block.chunk(6, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]
+
+
+def contexts(
+    blocks: nn.ModuleList,
+    x_BTD: Tensor,
+    rope: tuple[Tensor, Tensor],
+    strict: bool,
+    modulation: Sequence[tuple[Tensor, ...]] | None = None,
+    finish: bool = False,
+) -> tuple[list[Context], Tensor]:
+    """Run a context stream through ``blocks`` and keep each layer's keys and values.
+
+    Returns them and the stream's output. Unless ``finish`` asks for that output, of the last block only the keys and
+    values are made, and what is returned is its input.
+    """
+    kept: list[KeysValues] = []
+    for index, block in enumerate(cast(list[Block], blocks)):
+        layer = modulation[index] if modulation is not None else None
+        if finish or index + 1 < len(blocks):
+            x_BTD = block(x_BTD, rope, layer, keep=kept)
+        else:
+            kept.append(block.keys_values(x_BTD, rope, layer))
+    mask_TS = beside_mask(x_BTD.shape[1], strict, x_BTD.device)
+    return [Context(k, v, mask_TS) for k, v in kept], x_BTD

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
-from recurrent_db.model.layers import Block, NoiseEmbedding, RMSNorm, rope_table, wide
+from recurrent_db.model.layers import Block, Context, NoiseEmbedding, RMSNorm, contexts, rope_table, wide
 from recurrent_db.rng import key
 
 if TYPE_CHECKING:
@@ -96,11 +96,13 @@ class Core(nn.Module):
         rope: tuple[Tensor, Tensor],
         iterations: int = 1,
         modulation: Modulation | None = None,
+        beside: list[Context] | None = None,
     ) -> Tensor:
         for _ in range(iterations):
             state_BTD = self.injection(state_BTD, e_BTD)
             for index, block in enumerate(self.blocks):
-                state_BTD = block(state_BTD, rope, modulation[index] if modulation else None)
+                layer = modulation[index] if modulation else None
+                state_BTD = block(state_BTD, rope, layer, beside[index] if beside else None)
         return state_BTD
 
 
@@ -118,6 +120,7 @@ class LoopedLM(nn.Module):
         width = config.d_model
         block = lambda: Block(width, config.n_heads, config.d_mlp, config.norm_eps)  # noqa: E731
         self.embedding = nn.Embedding(config.vocab_size, width)
+        self.target_embedding = nn.Embedding(config.vocab_size, width) if config.separate_targets else None
         self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(block() for _ in range(config.n_coda))
@@ -142,27 +145,57 @@ class LoopedLM(nn.Module):
             x_BTD = block(x_BTD, rope)
         return x_BTD
 
+    def _modulation(self, c_noise_Bs: Tensor | None) -> Modulation | None:
+        if c_noise_Bs is None:
+            return None
+        if self.noise_embedding is None:
+            raise UserError("this model has no noise conditioning (model.noise_conditioning = false)")
+        return self.noise_embedding(c_noise_Bs)
+
     def iterate(
-        self, state_BTD: Tensor, e_BTD: Tensor, iterations: int = 1, c_noise_Bs: Tensor | None = None
+        self,
+        state_BTD: Tensor,
+        e_BTD: Tensor,
+        iterations: int = 1,
+        c_noise_Bs: Tensor | None = None,
+        beside: list[Context] | None = None,
     ) -> Tensor:
         """``iterations`` passes of the core, (B, T, D) to (B, T, D). Position i sees states and contexts <= i.
 
         ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
+        ``beside`` (from `core_contexts`) makes position i see another stream's positions instead of its neighbours.
         """
-        modulation = None
-        if c_noise_Bs is not None:
-            if self.noise_embedding is None:
-                raise UserError("this model has no noise conditioning (model.noise_conditioning = false)")
-            modulation = self.noise_embedding(c_noise_Bs)
-        return self.core(state_BTD, e_BTD, self.rope(e_BTD.shape[1]), iterations, modulation)
+        rope = self.rope(e_BTD.shape[1])
+        return self.core(state_BTD, e_BTD, rope, iterations, self._modulation(c_noise_Bs), beside)
 
-    def decode(self, state_BTD: Tensor) -> Tensor:
+    def core_contexts(
+        self,
+        state_BTD: Tensor,
+        e_BTD: Tensor,
+        c_noise_Bs: Tensor | None = None,
+        strict: bool = False,
+        finish: bool = False,
+    ) -> tuple[list[Context], Tensor]:
+        """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
+        and with ``finish`` the pass's output."""
+        x_BTD, rope = self.core.injection(state_BTD, e_BTD), self.rope(e_BTD.shape[1])
+        return contexts(self.core.blocks, x_BTD, rope, strict, self._modulation(c_noise_Bs), finish)
+
+    def decode(self, state_BTD: Tensor, beside: list[Context] | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
         rope = self.rope(state_BTD.shape[1])
         x_BTD = self.final_norm(state_BTD)
-        for block in self.coda:
-            x_BTD = block(x_BTD, rope)
+        for index, block in enumerate(self.coda):
+            x_BTD = block(x_BTD, rope, None, beside[index] if beside else None)
         return self.final_norm(x_BTD)
+
+    def coda_contexts(self, state_BTD: Tensor, strict: bool = False) -> list[Context]:
+        """Keys and values of the coda over a context stream's states, for `decode`'s ``beside``."""
+        return contexts(self.coda, self.final_norm(state_BTD), self.rope(state_BTD.shape[1]), strict)[0]
+
+    def target_rows(self) -> Tensor:
+        """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
+        return self.embedding.weight if self.target_embedding is None else self.target_embedding.weight
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Tied head: (..., D) to (..., V) in the model's dtype."""
@@ -197,7 +230,8 @@ class LoopedLM(nn.Module):
                 nn.init.trunc_normal_(parameter, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; ``total`` leaves the noise conditioning out, as presets are quoted."""
+        """Parameters by part; ``total`` is the plain network, without noise conditioning and target table, as presets
+        are quoted."""
 
         def count(module: nn.Module | None) -> int:
             return sum(p.numel() for p in module.parameters()) if module is not None else 0
@@ -210,7 +244,13 @@ class LoopedLM(nn.Module):
             "coda": count(self.coda),
             "norm": count(self.final_norm),
         }
-        return {**parts, "total": sum(parts.values()), "noise_conditioning": count(self.noise_embedding)}
+        conditioning = count(self.noise_embedding)
+        return {
+            **parts,
+            "total": sum(parts.values()),
+            "noise_conditioning": conditioning,
+            "target_table": count(self.target_embedding),
+        }
 
 
 def build_model(config: ModelConfig, seed: int | None, device: torch.device | str = "cpu") -> LoopedLM:

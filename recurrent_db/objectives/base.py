@@ -11,6 +11,7 @@ or pairs (sum, weight), shape (2,), where the average is over some of the tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from recurrent_db.recurrence import Recurrence
 from recurrent_db.rng import Rng
 
 Metrics = dict[str, Tensor]
+Reduce = Callable[[Tensor], Tensor]
 
 
 class Objective(Protocol):
@@ -41,6 +43,11 @@ class Objective(Protocol):
         """What a step computes for each token, realised draws included: the basis of the FLOP count."""
         ...
 
+    def after_step(self, reduce: Reduce) -> None:
+        """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
+        them. ``reduce`` sums a tensor over all processes; draws must not change before this."""
+        ...
+
     def describe(self, model: LoopedLM) -> list[str]:
         """Lines worth reading before training starts."""
         ...
@@ -56,6 +63,9 @@ class Objective(Protocol):
 
 class Stateless:
     """Base of objectives that learn nothing of their own and have nothing to say."""
+
+    def after_step(self, reduce: Reduce) -> None:
+        pass
 
     def describe(self, model: LoopedLM) -> list[str]:
         return []

@@ -1,0 +1,115 @@
+"""Peak memory and time of one training step by objective, on one shape.
+
+python benchmarks/memory.py [--config train/configs/tiny.toml] [--batch-size 8] [--json OUT]
+
+Rows: next_token, denoise (one stream, two streams), unrolled with 8 backpropagated iterations. Memory is the most bytes of
+tensors held at once during forward and backward, above parameters and batch; gradients are in it. Every figure is given
+beside its ratio to next_token. Time is the median of interleaved repetitions.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recurrent_db.commandline import run_command
+from recurrent_db.config import load_config
+from recurrent_db.data import Batch
+from recurrent_db.files import write_atomic
+from recurrent_db.hardware import peak_memory_bytes
+from recurrent_db.memory import peak_live_bytes
+from recurrent_db.model import build_model
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
+
+ROWS: dict[str, list[str]] = {
+    "next_token": ["--objective.name", "next_token"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise, two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
+    "denoise, mean depth 64": ["--objective.name", "denoise", "--objective.unrolled.mean_depth", "64"],
+    "unrolled, 8 with gradient": [
+        "--objective.name", "unrolled", "--objective.unrolled.truncation", "8",
+        "--objective.unrolled.mean_depth", "64", "--objective.unrolled.depth_sigma", "0",
+    ],
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    """Measure one step's peak memory and time by objective."""
+
+    config: Path = Path(__file__).parents[1] / "train/configs/tiny.toml"
+    """TOML configuration whose shape is measured."""
+    vocab_size: int = 2048
+    """Vocabulary where the config takes the tokenizer's."""
+    batch_size: int = 8
+    """Sequences in the step."""
+    repetitions: int = 7
+    """Timed repetitions of each row, interleaved."""
+    json: Path | None = None
+    """File to write the rows to."""
+
+
+def step_of(config_path: Path, options: list[str], vocab_size: int, batch_size: int) -> Callable[[], None]:
+    """One forward and backward of an objective on synthetic tokens; gradients are dropped at its start."""
+    config = load_config(config_path, options)
+    config.model.vocab_size = config.model.vocab_size or vocab_size
+    model, objective = build_model(config.model, 0), build_objective(config)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.model.vocab_size, (batch_size, config.data.sequence_length + 1), generator=generator)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ids[:, 1:].int(), torch.arange(batch_size))
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        objective(model, batch, Rng(0, 0), 0.0)[0].backward()
+
+    return step
+
+
+def measure(args: Args) -> dict[str, dict[str, float]]:
+    """Rows of {bytes, seconds, bytes_ratio, seconds_ratio}."""
+    steps = {name: step_of(args.config, options, args.vocab_size, args.batch_size) for name, options in ROWS.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for name, step in steps.items():
+        step()  # warm-up
+        rows[name] = {"bytes": peak_live_bytes(step)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.repetitions):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    for name, row in rows.items():
+        row["seconds"] = statistics.median(times[name])
+        row["bytes_ratio"] = row["bytes"] / rows["next_token"]["bytes"]
+        # Pair by pair: the machine's speed drifts, and neighbours in time drift together.
+        row["seconds_ratio"] = statistics.median(a / b for a, b in zip(times[name], times["next_token"], strict=True))
+    return rows
+
+
+def main(args: Args) -> int:
+    rows = measure(args)
+    print(
+        f"{args.config.name}, {args.batch_size} sequences, seed 0, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{'step':<28}{'peak MiB':>10}{'x':>7}{'seconds':>10}{'x':>7}")
+    for name, row in rows.items():
+        print(
+            f"{name:<28}{row['bytes'] / 2**20:>10.1f}{row['bytes_ratio']:>7.2f}{row['seconds']:>10.4f}"
+            f"{row['seconds_ratio']:>7.2f}"
+        )
+    print(f"resident memory of this process at its peak: {peak_memory_bytes(torch.device('cpu')) / 2**20:.0f} MiB")
+    if args.json is not None:
+        write_atomic(args.json, json.dumps(rows, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

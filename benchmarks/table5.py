@@ -1,0 +1,137 @@
+"""The experiment of DiffusionBlocks' table 5 (arXiv 2506.14202), training half: Huginn's recipe against the denoiser's.
+
+python benchmarks/table5.py --data DIR --out DIR [--size cpu|gpu] [--seeds 0]
+
+Arms: `unrolled` (mean depth 32, truncation 8) on N tokens, `denoise-paper` (the paper's constants) on 3 N tokens, and the
+flat control `next_token` on 3 N tokens. Prints NLL by K (for the denoiser K = 1 is the read-out at sigma_max, K > 1 a
+mixture) and the FLOPs of each arm. Runs that are complete are not run again, one that was interrupted goes on, so the
+command can be stopped and repeated at will; RESULT.json in --out is rewritten after every score.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recurrent_db.checkpoint import list_checkpoints
+from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+PASSES = {"unrolled": 1, "denoise-paper": 3, "next_token": 3}
+"""Tokens of each arm in units of N: the paper trains 5 epochs against 15."""
+
+SIZES: dict[str, dict[str, Any]] = {
+    # The tiny shape with Huginn's depths: about half an hour on two cores for one seed.
+    "cpu": {
+        "config": "tiny.toml",
+        "tokens": 400_000,
+        "options": ["--model.expected_depth", "32"],
+        "score_tokens": 8192,
+    },
+    # The paper's shape; N is one epoch's worth of what a run of 10 minutes can take on one H200.
+    "gpu": {"config": "pythia-70m-looped.toml", "tokens": 40_000_000, "options": [], "score_tokens": 262_144},
+}
+
+
+@dataclass
+class Args:
+    """Train and score the arms of table 5; resumable."""
+
+    data: Path
+    """Folder made by train/prepare_data.py."""
+    out: Path
+    """Folder for the runs and RESULT.json."""
+    size: Literal["cpu", "gpu"] = "cpu"
+    """Shape and number of tokens."""
+    seeds: str = "0"
+    """Seeds, separated by commas."""
+    tokens: float | None = None
+    """N, training tokens of the `unrolled` arm; the size's own by default."""
+    k: str = "1,2,4,8,16,32"
+    """Numbers of iterations to score."""
+    draws: int = 4
+    """Noise draws in the mixture likelihood."""
+
+
+def call(*words: object) -> None:
+    """Run a command of the project, shown first. Raises `UserError` when it fails."""
+    print("$ python " + " ".join(map(str, words)), flush=True)
+    if subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode:
+        raise UserError("the command above failed; repeat this one to go on from there")
+
+
+def complete(run: Path, tokens: float) -> bool:
+    """Whether a run has spent its budget and saved its end."""
+    if not (run / "metrics.jsonl").exists() or not list_checkpoints(run):
+        return False
+    rows = read_metrics(run / "metrics.jsonl")
+    return (
+        bool(rows) and rows[-1]["tokens"] >= tokens and list_checkpoints(run)[-1].name == f"step-{rows[-1]['step']:08d}"
+    )
+
+
+def arm(args: Args, name: str, seed: int) -> dict[str, Any]:
+    """Train and score one arm; what is there already is kept."""
+    size = SIZES[args.size]
+    run, tokens = args.out / f"{name}-{seed}", (args.tokens or size["tokens"]) * PASSES[name]
+    if not complete(run, tokens):
+        call(
+            "train/pretrain.py", ROOT / "train/configs" / size["config"], "--objective.name", name, "--data.path", args.data,
+            "--run.dir", run, "--seed", seed, "--budget.tokens", f"{tokens:g}", "--objective.unrolled.mean_depth", 32,
+            "--objective.unrolled.truncation", 8, "--run.checkpoint_every", 100, *size["options"], "--resume",
+        )  # fmt: skip
+    curve = run / "eval" / "depth_curve.json"
+    if not curve.exists():
+        call(
+            "eval/depth_curve.py", run, "--data", args.data, "--k", args.k, "--draws", args.draws,
+            "--tokens", size["score_tokens"], "--json", curve,
+        )  # fmt: skip
+    last, scored = read_metrics(run / "metrics.jsonl")[-1], json.loads(curve.read_text())
+    return {
+        "seed": seed, "tokens": last["tokens"], "steps": last["step"], "flops": last["flops"],
+        "flops_forward": last["flops_forward"], "flops_backward": last["flops_backward"], "seconds": last["seconds"],
+        "nll_by_k": {k: entry["nll"] for k, entry in scored["by_k"].items()},
+        "stderr_by_k": {k: entry["stderr"] for k, entry in scored["by_k"].items()}, "draws": scored["draws"],
+        "nll_sigma_max": scored["by_k"].get("1", {}).get("nll") if scored["sigma"] is not None else None,
+    }  # fmt: skip
+
+
+def table(arms: dict[str, list[dict[str, Any]]]) -> str:
+    """Rows by arm and seed: tokens, FLOPs, their ratio to the denoiser's, NLL by K."""
+    ks = list(next(iter(arms.values()))[0]["nll_by_k"])
+    head = f"{'arm':<16}{'seed':>5}{'tokens':>12}{'FLOPs':>11}{'x':>7}" + "".join(f"{f'K={k}':>9}" for k in ks)
+    lines = [head]
+    for name, results in arms.items():
+        for index, result in enumerate(results):
+            base = arms.get("denoise-paper", [])
+            ratio = f"{result['flops'] / base[index]['flops']:.2f}" if len(base) > index else "-"
+            nlls = "".join(f"{nll:>9.3f}" for nll in result["nll_by_k"].values())
+            lines.append(
+                f"{name:<16}{result['seed']:>5}{result['tokens']:>12,}{result['flops']:>11.3e}{ratio:>7}{nlls}"
+            )
+    return "\n".join(lines)
+
+
+def main(args: Args) -> int:
+    seeds = parse_ints(args.seeds, "--seeds", 0)
+    args.out, args.data = args.out.resolve(), args.data.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:
+        for name in ("denoise-paper", "unrolled", "next_token"):
+            arms.setdefault(name, []).append(arm(args, name, seed))
+            result = {"size": args.size, "data": args.data.name, "command": sys.argv[1:], "arms": arms}
+            write_atomic(args.out / "RESULT.json", json.dumps(result, indent=1))
+    print(table(arms))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

@@ -1,0 +1,127 @@
+"""Benchmarks and reports at a size of seconds: they end, they resume, and they print what they measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+from helpers import MICRO, OBJECTIVES, load_script, synthetic_data
+
+from recurrent_db.config import load_config
+
+Run = Callable[..., "CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and a run of each objective and of two kinds of denoiser."""
+    folder = tmp_path_factory.mktemp("runs")
+    synthetic_data(folder / "data")
+    kinds = {name: ["--objective.name", name] for name in OBJECTIVES}
+    kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream",
+                           "--objective.denoise.density", "adaptive"]  # fmt: skip
+    for name, options in kinds.items():
+        words = [*MICRO, *options, "--data.path", str(folder / "data"), "--run.dir", str(folder / name)]
+        load_script("train/pretrain.py").train(
+            load_config(None, [*words, "--budget.steps", "60", "--optim.lr", "1e-2"])
+        )
+    return folder
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "two-stream"])
+def test_denoiser_report(folder: Path, script_here: Run, name: str) -> None:
+    result = script_here(
+        "eval/denoiser_report.py", folder / name, "--data", folder / "data", "--control", folder / "next_token",
+        "--k", "1,3", "--draws", "1,2", "--tokens", "512", "--device", "cpu", "--sigmas", "4",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((folder / name / "eval/denoiser_report.json").read_text())
+    keys = "nll_by_sigma nll_sigma_max sigma_star share_below_sigma_star context_gap state_gap walk_entropy nll_by_k"
+    assert set(keys.split()) <= report.keys()
+    assert (folder / name / "eval/denoiser_report.png").stat().st_size > 10_000
+    assert report["context_gap"] < -0.1  # a Markov chain's next token needs its context
+    assert len(report["walk_entropy"]) == 3
+    assert all(0 <= entropy < math.log(300) + 1e-6 for entropy in report["walk_entropy"])
+    if name in ("denoise", "two-stream"):
+        nlls = [point["nll"] for point in report["nll_by_sigma"]]
+        assert nlls[0] < nlls[-1]  # low noise shows the answer
+        assert set(report["nll_by_k"]["3"]) == {"1", "2"}
+    else:
+        assert report["nll_by_sigma"] is None
+    if name == "next_token":
+        assert report["nll_by_k"]["1"]["1"]["nll"] == pytest.approx(report["nll_control"])
+
+
+def test_the_report_counts_what_the_state_is_worth(folder: Path) -> None:
+    """Zeros in place of a zero state change nothing; zeros in place of a state that is read do."""
+    script = load_script("eval/denoiser_report.py")
+    from recurrent_db.data import open_data, validation_batches
+    from recurrent_db.loading import load
+
+    batches = list(validation_batches(open_data(folder / "data", "validation"), 32, 4, 256))
+    model, _ = load(folder / "next_token", "cpu")
+    gap = script.Probes(model, batches, 0).state_gap(1)
+    assert gap["zeros"] == pytest.approx(0, abs=1e-9)
+    assert abs(gap["noise"]) > 1e-3
+
+
+def test_depth_curve(folder: Path, script_here: Run) -> None:
+    out = folder / "curve.json"
+    result = script_here(
+        "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "4,1", "--draws", "2",
+        "--tokens", "256", "--json", out, "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    curve = json.loads(out.read_text())
+    assert list(curve["by_k"]) == ["1", "4"]
+    assert {"nll", "bits_per_byte", "stderr", "flops_per_token"} <= curve["by_k"]["1"].keys()
+    assert (curve["draws"], curve["tokens"], curve["sigma"]) == (2, 256, 20.0)
+    for words, message in (
+        (["--k", "0"], "--k must be 1 or more"),
+        (["--k", "one"], "whole numbers"),
+        (["--draws", "0"], "must be 1 or more"),
+    ):
+        told = script_here("eval/depth_curve.py", folder / "denoise", "--data", folder / "data", *words)
+        assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
+        assert message in told.stderr
+
+
+def test_table5_ends_and_does_no_work_twice(folder: Path, script: Run) -> None:
+    words = ["benchmarks/table5.py", "--data", folder / "data", "--out", folder / "table5", "--tokens", "3000",
+             "--k", "1,2", "--draws", "1"]  # fmt: skip
+    first = script(*words)
+    assert first.returncode == 0, first.stderr
+    result = json.loads((folder / "table5/RESULT.json").read_text())
+    flops = {name: runs[0]["flops"] for name, runs in result["arms"].items()}
+    assert set(flops) == {"unrolled", "denoise-paper", "next_token"}
+    assert result["arms"]["denoise-paper"][0]["tokens"] >= 9000
+    assert result["arms"]["denoise-paper"][0]["nll_sigma_max"] is not None
+    again = script(*words)
+    assert "$ python" in first.stdout
+    assert "$ python" not in again.stdout
+    assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+@pytest.mark.long
+def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
+    """Every step of `make demo` on the embedded corpus, with a budget too small to learn anything."""
+    pytest.importorskip("lm_eval", reason="the demo runs lm-eval, which is not installed")
+    out = tmp_path / "demo"
+    result = script("benchmarks/demo.py", "--out", out, "--flops", "2e10", "--vocab-size", "512", "--k", "1,2",
+                    "--score-tokens", "1024")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    page = (out / "report.html").read_text()
+    for arm in ("denoise", "unrolled", "next_token"):
+        assert arm in page
+        assert (out / arm / "eval/lm_eval.json").exists()
+    flops = [
+        json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
+        for arm in ("denoise", "unrolled", "next_token")
+    ]
+    assert min(flops) >= 2e10
+    again = script("benchmarks/demo.py", "--out", tmp_path)
+    assert again.returncode == 2  # a folder that is no demo is left alone
