@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -42,6 +42,14 @@ class Args:
     """Sequences at once."""
     seed: int = 0
     """Seed of the noise."""
+    bridge: Literal["soft", "hard", "sample", "state"] | None = None
+    """From a read-out to the next step of a denoiser's walk; the run's own by default."""
+    sampler: Literal["euler", "heun", "ancestral"] | None = None
+    """Step of a denoiser's walk; the run's own by default."""
+    grid: Literal["equal-probability", "karras", "log-uniform"] | None = None
+    """Noise levels of a denoiser's walk; the run's own by default."""
+    neighbours: Literal["own", "known"] | None = None
+    """What positions before i hold while i walks; the run's own by default."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
@@ -51,7 +59,11 @@ class Args:
 def main(args: Args) -> int:
     ks = parse_ints(args.k, "--k", least=1)
     parse_ints(f"{args.draws},{args.batch_size}", "--draws and --batch-size", least=1)
-    model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
+    model, tokenizer, config, checkpoint = load_with_config(
+        args.run,
+        args.device,
+        walk={name: getattr(args, name) for name in ("bridge", "sampler", "grid", "neighbours")},
+    )
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))
     bar = tqdm(batches, desc="scoring", unit="batch", disable=None, leave=False)

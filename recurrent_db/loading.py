@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from recurrent_db.checkpoint import Checkpoint, find_checkpoint, load_weights
-from recurrent_db.config import Config
+from recurrent_db.config import Config, validate
+from recurrent_db.errors import UserError
 from recurrent_db.hardware import choose_device
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective
@@ -15,11 +17,25 @@ from recurrent_db.tokenizer import Tokenizer
 
 
 def load_with_config(
-    path: str | Path, device: str | torch.device = "auto", averaged: bool = True
+    path: str | Path,
+    device: str | torch.device = "auto",
+    averaged: bool = True,
+    walk: Mapping[str, str | None] | None = None,
 ) -> tuple[LoopedLM, Tokenizer, Config, Path]:
-    """`load`, with the run's configuration and the folder of the checkpoint that was taken."""
+    """`load`, with the run's configuration and the folder of the checkpoint that was taken.
+
+    ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid``, ``neighbours`` of
+    config.DenoiseConfig); None values leave the run's own.
+    """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()
+    chosen = {name: value for name, value in (walk or {}).items() if value is not None}
+    if chosen:
+        if not config.objective.name.startswith("denoise"):
+            raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
+        for name, value in chosen.items():
+            setattr(config.objective.denoise, name, value)
+        validate(config)
     model = build_model(config.model, seed=None)
     load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
     objective = build_objective(config)

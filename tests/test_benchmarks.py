@@ -90,6 +90,23 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         assert message in told.stderr
 
 
+def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: Run) -> None:
+    """Every way of walking gives another number at K = 3; a run that does not walk has nothing to choose."""
+    nlls = []
+    for words in ([], ["--bridge", "hard"], ["--bridge", "state"], ["--sampler", "heun"], ["--sampler", "ancestral"],
+                  ["--grid", "karras"], ["--neighbours", "known"]):  # fmt: skip
+        out = folder / "walk.json"
+        result = script_here(
+            "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "3", "--draws", "1",
+            "--tokens", "256", "--json", out, "--device", "cpu", *words,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        nlls.append(json.loads(out.read_text())["by_k"]["3"]["nll"])
+    assert len(set(nlls)) == len(nlls)
+    told = script_here("eval/depth_curve.py", folder / "unrolled", "--data", folder / "data", "--bridge", "hard")
+    assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
+
+
 def test_table5_ends_and_does_no_work_twice(folder: Path, script: Run) -> None:
     words = ["benchmarks/table5.py", "--data", folder / "data", "--out", folder / "table5", "--tokens", "3000",
              "--k", "1,2", "--draws", "1"]  # fmt: skip
