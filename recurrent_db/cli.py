@@ -15,20 +15,27 @@ from recurrent_db import report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, Passes, cost_per_token, total
+from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, total
 from recurrent_db.model import build_model
+from recurrent_db.objectives import build_objective
+
+KS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass
 class FlopsArgs:
-    """FLOPs per training token by part, for every objective, at a config's shape."""
+    """FLOPs per training token by part, for every way of training, and per generated token by K, at a config's shape."""
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
+    epochs_ratio: float = 3.0
+    """Tokens that `denoise` is trained on for each token of `unrolled`; the paper's 15 epochs against 5 are 3."""
     vocab_size: int = 2048
     """Vocabulary where the config takes the tokenizer's."""
+    cache_bytes: int = 2
+    """Bytes of a number in the key-value cache (2: bfloat16)."""
     json: bool = False
-    """Print JSON instead of the table (``--json True``)."""
+    """Print JSON instead of tables."""
 
 
 def training_passes(config: Config) -> dict[str, tuple[Passes, bool]]:
@@ -40,17 +47,33 @@ def training_passes(config: Config) -> dict[str, tuple[Passes, bool]]:
         "unrolled_truncated": (Passes(core_no_grad=depth - truncation, core_grad=truncation), False),
         "unrolled_full": (Passes(core_grad=depth), False),
         "denoise": (Passes(core_grad=1), True),
+        "denoise_two_stream": (Passes(core_grad=1, clean_grad=1, beside=True), True),
     }
 
 
-def flops_table(config: Config) -> dict[str, Any]:
-    """Everything that ``recurrent-db flops`` prints, as plain values: FLOPs per token of a training step."""
+def cache_bytes_per_token(config: Config, k: int, size: int) -> int:
+    """Keys and values of one token: prelude and coda once, the core's for each of K iterations (nothing shared)."""
+    model = config.model
+    return 2 * model.d_model * size * (model.n_prelude + model.n_core * k + model.n_coda)
+
+
+def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[str, Any]:
+    """Everything that ``recurrent-db flops`` prints, as plain values."""
+    length = config.data.sequence_length
     parts: dict[str, dict[str, Cost]] = {}
     for name, (passes, conditioned) in training_passes(config).items():
         config.model.noise_conditioning = conditioned
-        parts[name] = cost_per_token(config.model, config.data.sequence_length, passes)
-    config.model.noise_conditioning = True
+        parts[name] = cost_per_token(config.model, length, passes)
     per_token = {name: total(costs).total for name, costs in parts.items()}
+
+    inference: dict[str, dict[str, float]] = {}
+    for name in ("unrolled", "denoise"):
+        config.model.noise_conditioning = name == "denoise"
+        config.objective.name = "denoise" if name == "denoise" else "unrolled"
+        recurrence = build_objective(config).recurrence
+        inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
+    config.model.noise_conditioning = True
+    depth = config.objective.unrolled.mean_depth
     return {
         "per_token": per_token,
         "by_part": {
@@ -59,26 +82,52 @@ def flops_table(config: Config) -> dict[str, Any]:
         },
         "parameters": build_model(config.model, None, "meta").parameter_counts(),
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
+        "epochs_ratio": epochs_ratio,
+        "ratio_of_runs": {
+            "iterations": depth / epochs_ratio,
+            "flops_full": per_token["unrolled_full"] / per_token["denoise"] / epochs_ratio,
+            "flops_truncated": per_token["unrolled_truncated"] / per_token["denoise"] / epochs_ratio,
+        },
+        "inference_flops_per_token": inference,
+        "cache_bytes_per_token": {str(k): cache_bytes_per_token(config, k, cache_size) for k in KS},
     }
 
 
 def flops(args: FlopsArgs) -> int:
     config = load_config(args.config)
+    if args.epochs_ratio <= 0:
+        raise UserError(f"--epochs-ratio must be above 0, got {args.epochs_ratio}")
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
-    table = flops_table(config)
+    table = flops_table(config, args.epochs_ratio, args.cache_bytes)
     if args.json:
         print(json.dumps(table, indent=1))
         return 0
     names = list(table["per_token"])
-    print(f"{args.config}: FLOPs per training token (matrix products and attention, forward + backward)")
+    print(f"{args.config}: FLOPs per training token at T = {config.data.sequence_length}")
+    print("(matrix products and attention without causal discount, forward + backward)")
     print(f"{'part':<14}" + "".join(f"{name:>20}" for name in names))
     for part in table["by_part"]["denoise"]:
         row = [sum(table["by_part"][name][part].values()) for name in names]
-        print(f"{part:<14}" + "".join(f"{value:>20.4g}" for value in row))
+        if any(row):
+            print(f"{part:<14}" + "".join(f"{value:>20.4g}" for value in row))
     print(f"{'total':<14}" + "".join(f"{table['per_token'][name]:>20.4g}" for name in names))
     print(f"{'x denoise':<14}" + "".join(f"{table['ratio_to_denoise'][name]:>20.2f}" for name in names))
+    runs, ratio = table["ratio_of_runs"], table["ratio_to_denoise"]
+    print(
+        f"\nunrolled against denoise trained on {args.epochs_ratio:g}x the tokens. Counted in iterations, as the paper does:"
+        f" {runs['iterations']:.1f}; counted in FLOPs: {runs['flops_full']:.1f} (full backpropagation),"
+        f" {runs['flops_truncated']:.1f} (truncated)."
+    )
+    print(
+        f"per token, before the extra epochs: {ratio['unrolled_full']:.1f} (full),"
+        f" {ratio['unrolled_truncated']:.1f} (truncated)"
+    )
+    print(f"\nper generated token{'':<9}" + "".join(f"{f'K={k}':>12}" for k in KS))
+    for name, by_k in table["inference_flops_per_token"].items():
+        print(f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values()))
+    print(f"{'cache bytes':<28}" + "".join(f"{value:>12,}" for value in table["cache_bytes_per_token"].values()))
     counts = table["parameters"]
-    print(f"parameters: {counts['total']:,}, and {counts['noise_conditioning']:,} for noise conditioning")
+    print(f"\nparameters: {counts['total']:,}, and {counts['noise_conditioning']:,} for noise conditioning")
     return 0
 
 

@@ -1,0 +1,55 @@
+"""The recurrent-db command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recurrent_db import cli
+from recurrent_db.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "train/configs"
+
+
+def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["flops", str(CONFIGS / "pythia-70m-looped.toml"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    ways = {"next_token", "unrolled_truncated", "unrolled_full", "denoise", "denoise_two_stream"}
+    assert set(table["per_token"]) == ways == set(table["ratio_to_denoise"])
+    assert {"by_part", "parameters", "cache_bytes_per_token"} <= table.keys()
+    for name, parts in table["by_part"].items():
+        assert sum(c["forward"] + c["backward"] for c in parts.values()) == pytest.approx(table["per_token"][name])
+    # 2 (keys and values) x 512 x 2 bytes for each of 2 + 4 K + 2 layers.
+    assert table["cache_bytes_per_token"]["8"] == 2 * 512 * 2 * 36
+
+
+def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["flops", str(CONFIGS / "pythia-70m-looped.toml")])
+    told = capsys.readouterr().out
+    assert "Counted in iterations, as the paper does: 10.7; counted in FLOPs:" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flopz"], "unknown command 'flopz'"),
+        (["flops"], "required"),
+        (["flops", "nowhere.toml"], "no config file"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--epochs-ratio", "0"], "above 0"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        cli.run(words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in cli.COMMANDS)
+    assert cli.run([]) == 2
