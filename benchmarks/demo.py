@@ -50,7 +50,12 @@ class Args:
 def command(*words: object) -> None:
     """Print a command as a user would type it, and run it."""
     print("\n$ python " + shlex.join(str(word) for word in words), flush=True)
-    status = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # Ctrl-C reached it too; a trainer saves before it goes
+        raise
     if status:
         raise SystemExit(status)
 
@@ -144,7 +149,7 @@ def main(args: Args) -> int:
         [result] = (out / arm / "eval").glob("lm_eval_*.json")
         result.rename(out / arm / "eval/lm_eval.json")
         write_atomic(out / arm / "eval/samples.json", json.dumps(samples(out / arm, args.seed), indent=1))
-    command("-m", "recurrent_db.cli", "report", *(out / arm for arm in ARMS), "-o", out / "report.html")
+    command("-m", "recurrent_db", "report", *(out / arm for arm in ARMS), "-o", out / "report.html")
     print("\n" + summary(out, floor, time.perf_counter() - started))
     return 0
 

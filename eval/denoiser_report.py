@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recurrent_db.commandline import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.denoise.noise import log_uniform_grid, share_below, sigma_star
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_output, write_atomic
 from recurrent_db.likelihood import score_draws
 from recurrent_db.loading import load_with_config
 from recurrent_db.model.looped import STATE_STD, LoopedLM
@@ -204,7 +204,10 @@ def main(args: Args) -> int:
     ks, draws = parse_ints(args.k, "--k", 1), parse_ints(args.draws, "--draws", 1)
     parse_ints(f"{args.batch_size},{args.sigmas}", "--batch-size and --sigmas", 2)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
-    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
+    run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    out = args.json or run / "eval" / "denoiser_report.json"
+    check_output(out)
+    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     length = config.data.sequence_length
     batches = list(validation_batches(data, length, args.batch_size, args.tokens))
     probes, walk = Probes(model, batches, args.seed), model.recurrence
@@ -259,9 +262,6 @@ def main(args: Args) -> int:
 
     bar.close()
     show(result, by_draws, ks)
-    run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    out = args.json or run / "eval" / "denoiser_report.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = without_nan(result)
     write_atomic(out, json.dumps(result, indent=1))
     plot(result, args.png or out.with_suffix(".png"))

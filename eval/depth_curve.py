@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from recurrent_db.commandline import parse_ints, run_command
 from recurrent_db.data import open_data, validation_batches
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_output, write_atomic
 from recurrent_db.likelihood import score
 from recurrent_db.loading import load_with_config
 from recurrent_db.recurrence import DenoiseWalk
@@ -59,12 +59,15 @@ class Args:
 def main(args: Args) -> int:
     ks = parse_ints(args.k, "--k", least=1)
     parse_ints(f"{args.draws},{args.batch_size}", "--draws and --batch-size", least=1)
+    parse_ints(str(args.tokens), "--tokens", least=0)
+    if args.json is not None:
+        check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(
         args.run,
         args.device,
         walk={name: getattr(args, name) for name in ("bridge", "sampler", "grid", "neighbours")},
     )
-    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
+    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))
     bar = tqdm(batches, desc="scoring", unit="batch", disable=None, leave=False)
     scores = score(model, bar, ks, tokenizer.byte_lengths(), args.draws, args.seed)
@@ -81,7 +84,6 @@ def main(args: Args) -> int:
     for k, s in scores.by_k.items():
         print(f"{k:>4} {s.nll:>11.4f} {s.stderr:>7.4f} {s.bits_per_byte:>10.4f} {s.flops_per_token:>12.3e}")
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, json.dumps(result, indent=1))
     return 0
 

@@ -34,6 +34,7 @@ import json
 import logging
 import logging.handlers
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -285,6 +286,20 @@ def check_output(path: str | None) -> None:
         raise UserError(f"--output_path {path}: {error.strerror or error}") from None
 
 
+def saved_since(output: Path, moment: float) -> bool:
+    """Whether a whole results file has appeared where the harness puts them."""
+    folder = output.parent if output.suffix == ".json" else output
+    for path in folder.rglob("*.json"):
+        # A clock tick of slack: file systems round times down.
+        if path.stat().st_mtime >= moment - 2:
+            try:
+                if "results" in json.loads(path.read_text(encoding="utf-8")):
+                    return True
+            except (ValueError, TypeError):
+                continue
+    return False
+
+
 def evaluate(config: Any, folder: Path) -> None:
     """What the harness's own ``run`` does, with the tasks of ``folder`` alone: indexing its 14,000 takes a while."""
     from lm_eval import simple_evaluate
@@ -292,6 +307,7 @@ def evaluate(config: Any, folder: Path) -> None:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table, sanitize_model_name
 
+    started = time.time()
     tracker = EvaluationTracker(output_path=config.output_path)
     results = simple_evaluate(
         **{name: getattr(config, name) for name in PASSED_ON},
@@ -314,6 +330,9 @@ def evaluate(config: Any, folder: Path) -> None:
     tracker.general_config_tracker.model_name = name
     tracker.general_config_tracker.model_name_sanitized = sanitize_model_name(name)
     tracker.save_results_aggregated(results=results, samples=samples)
+    if config.output_path is not None and not saved_since(Path(config.output_path), started):
+        # The harness logs this and goes on, as if nothing had been lost.
+        raise UserError(f"the results could not be saved under --output_path {config.output_path}: is the disk full?")
     for task, rows in (samples or {}).items():
         tracker.save_results_samples(task_name=task, samples=rows)
     if config.show_config:

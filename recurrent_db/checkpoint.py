@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recurrent_db.config import Config, config_from_json, to_dict
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest
+from recurrent_db.files import file_digest, new_file_mode
 from recurrent_db.optim import EMA
 from recurrent_db.tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ def save_checkpoint(
     """
     folder = run_dir / "checkpoints"
     target = folder / f"step-{state.step:08d}"
-    if target.exists():
+    if target.exists() and fault(target) is None:
         return target
     temporary = folder / f".writing-{target.name}"
     try:
@@ -123,10 +123,15 @@ def save_checkpoint(
         listing = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
         manifest = {"format": FORMAT, "step": state.step, "tokenizer": tokenizer.hash, "files": listing}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*files, temporary / MANIFEST, temporary):
+        for path in (*files, temporary / MANIFEST):
+            path.chmod(new_file_mode())  # safetensors makes private files
             _fsync(path)
+        _fsync(temporary)
+        if target.exists():  # a damaged one, by the check above
+            target.rename(folder / f".deleting-{target.name}")
         temporary.rename(target)
         _fsync(folder)
+        shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
@@ -201,8 +206,10 @@ def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
         problem = fault(candidate)
         if problem is None:
             return candidate
-        if not fall_back:
+        if not fall_back and len(candidates) > 1:
             raise UserError(f"checkpoint {candidate} is damaged: {problem}; --resume last-good takes the one before")
+        if len(candidates) == 1:
+            raise UserError(f"checkpoint {candidate} is damaged: {problem}; there is no other")
         print(f"warning: checkpoint {candidate} is damaged: {problem}; trying the one before", file=sys.stderr)
     raise UserError(f"{path} holds no undamaged checkpoint ({candidates[0].name}: {fault(candidates[0])})")
 

@@ -39,7 +39,10 @@ class FlopsArgs:
 
 
 def training_passes(config: Config) -> dict[str, tuple[Passes, bool]]:
-    """Passes of a mean training step by way of training, and whether its core is conditioned on noise."""
+    """Passes of a training step of depth r = mean_depth, and whether its core is conditioned on noise.
+
+    The depth sampler's own mean is r + 1 (its Poisson count starts at one); runs log what they really did.
+    """
     unrolled = config.objective.unrolled
     depth, truncation = unrolled.mean_depth, min(unrolled.truncation or unrolled.mean_depth, unrolled.mean_depth)
     return {
@@ -104,7 +107,8 @@ def flops(args: FlopsArgs) -> int:
         return 0
     names = list(table["per_token"])
     print(f"{args.config}: FLOPs per training token at T = {config.data.sequence_length}")
-    print("(matrix products and attention without causal discount, forward + backward)")
+    print("(matrix products and attention without causal discount, forward + backward; unrolled at depth r exactly,")
+    print(" where the sampler's mean is r + 1)")
     print(f"{'part':<14}" + "".join(f"{name:>20}" for name in names))
     for part in table["by_part"]["denoise"]:
         row = [sum(table["by_part"][name][part].values()) for name in names]

@@ -7,13 +7,15 @@ user's mistake into one line on standard error. Parsing is tyro's; only its erro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -45,6 +47,16 @@ def fold_error_box(text: str) -> str:
     return folded + (f"; did you mean {' or '.join(hints[:2])}?" if hints else "")
 
 
+def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The boolean options of a dataclass and of those inside it, as they are typed."""
+    for name, hint in typing.get_type_hints(kind).items():
+        option = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(typing.cast(type, hint), option + ".")
+        elif hint is bool:
+            yield option
+
+
 def parse(
     kind: type[Args], argv: Sequence[str] | None = None, default: Args | None = None, prog: str | None = None
 ) -> Args:
@@ -56,11 +68,12 @@ def parse(
         UserError: for an unknown option, a bad value or a missing argument, in one line.
     """
     given = sys.argv[1:] if argv is None else list(argv)
+    flags = set(_flags(kind))
     words = []
     for word, following in itertools.zip_longest(given, given[1:], fillvalue="--"):
         words.append({"true": "True", "false": "False"}.get(word, word))
-        if word.startswith("--") and word != "--help" and "=" not in word and following.startswith("--"):
-            words.append("True")  # an option without a value can only be a flag
+        if word.replace("_", "-") in flags and following.startswith("-"):
+            words.append("True")
     stderr = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -94,9 +107,7 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             fail(f"no space left on the disk of {error.filename or 'the output folder'}; what was complete is kept")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fail(f"cannot write {error.filename}: {error.strerror}")
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        if error.filename is not None:
             fail(f"{error.filename}: {error.strerror}")
         raise
 

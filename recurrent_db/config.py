@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -128,7 +129,6 @@ class DenoiseConfig:
 
 PAPER_DENOISE: dict[str, Any] = {
     "density": "log-normal", "p_mean": -1.2, "p_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "atom": 0.0,
-    "draw": "sequence", "conditioning": "inject", "loss": "cross-entropy", "weight": "uniform", "targets": "tied",
     "sd": 0.5, "mute": False, "target_norm": 1.0,
 }  # fmt: skip
 """The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them, whatever the file says."""
@@ -139,7 +139,8 @@ class ObjectiveConfig:
     """What a training step computes."""
 
     name: ObjectiveName = "denoise"
-    """next_token (flat control), unrolled (Huginn), denoise, or denoise-paper (the paper's constants)."""
+    """next_token (flat control), unrolled (Huginn), denoise, or denoise-paper (denoise with the paper's constants, which
+    the name fixes)."""
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
 
@@ -266,7 +267,8 @@ class InitConfig:
 class Config:
     """Pretrain a looped language model. The first argument is a TOML file; dotted options override it.
 
-    `--resume` continues the run directory from its newest good checkpoint, `--overwrite` replaces it.
+    `--resume` continues the run directory from its newest checkpoint (`--resume last-good` passes over damaged ones; a
+    run without checkpoints starts afresh), `--overwrite` replaces it.
     """
 
     seed: int = 0
@@ -389,6 +391,14 @@ def config_from_json(text: str, source: str) -> Config:
 def resolve(config: Config) -> None:
     """Fill in what one choice implies for another, in place."""
     if config.objective.name == "denoise-paper":
+        default = DenoiseConfig()
+        for name, value in PAPER_DENOISE.items():
+            given = getattr(config.objective.denoise, name)
+            if given not in (getattr(default, name), value):
+                raise UserError(
+                    f"objective.denoise.{name} = {given} contradicts objective.name = denoise-paper, which fixes it at"
+                    f" {value}; name the objective denoise to choose"
+                )
         config.objective.denoise = dataclasses.replace(config.objective.denoise, **PAPER_DENOISE)
     if config.model.noise_conditioning is None:
         config.model.noise_conditioning = config.objective.name.startswith("denoise")
@@ -442,6 +452,15 @@ def validate(config: Config) -> None:
     need(
         denoise.sigma_min < denoise.sigma_max,
         f"objective.denoise.sigma_min = {denoise.sigma_min} must be below sigma_max = {denoise.sigma_max}",
+    )
+    low, high = (
+        0.5 * math.erfc((denoise.p_mean - math.log(s)) / (denoise.p_std * math.sqrt(2)))
+        for s in (denoise.sigma_min, denoise.sigma_max)
+    )
+    need(
+        denoise.density != "log-normal" or high - low > 1e-6,
+        f"objective.denoise: log-normal({denoise.p_mean}, {denoise.p_std}) has no mass in"
+        f" [{denoise.sigma_min}, {denoise.sigma_max}]",
     )
     need(0 <= denoise.atom <= 1, f"objective.denoise.atom must be in [0, 1], got {denoise.atom}")
     need(denoise.sd >= 0, f"objective.denoise.sd must be 0 (the true one) or more, got {denoise.sd}")

@@ -38,6 +38,8 @@ class Passes:
     """Passes of a stream of known tokens' noised targets through core and coda."""
     beside: bool = False
     """Whether the core's passes attend to another stream's keys besides their own."""
+    noise_levels: int = 1
+    """Noise levels per sequence that a conditioned core embeds for one pass: 1, or T for per-token draws."""
     bridges: int = 0
     """Products of the vocabulary's probabilities with the target table."""
 
@@ -78,13 +80,8 @@ def _part(weights: float, attention: float, no_grad: float, grad: float) -> Cost
     )
 
 
-def cost_per_token(model: ModelConfig, length: int, passes: Passes, noise_levels: int = 1) -> dict[str, Cost]:
-    """FLOPs per token by part, for sequences of ``length`` tokens.
-
-    Args:
-        noise_levels: noise levels per sequence (1, or ``length`` for per-token draws); used where the model is
-            conditioned on noise.
-    """
+def cost_per_token(model: ModelConfig, length: int, passes: Passes) -> dict[str, Cost]:
+    """FLOPs per token by part, for sequences of ``length`` tokens."""
     width, hidden = model.d_model, model.d_mlp
     block = 4 * width * width + 3 * width * hidden
     attention = 4 * length * width
@@ -107,7 +104,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, noise_levels
     conditioned = core_runs[0] + known, core_runs[1]
     conditioning = Cost()
     if model.noise_conditioning:
-        share = noise_levels / length
+        share = passes.noise_levels / length
         first = _part(model.d_condition**2, 0, share * conditioned[0], share * conditioned[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
         first = Cost(first.forward, 0.0, first.backward_weight)
@@ -135,15 +132,9 @@ def total(parts: dict[str, Cost]) -> Cost:
     return result
 
 
-def noise_levels_per_sequence(config: Config) -> int:
-    """Noise levels that conditioning embeds for each training sequence."""
-    per_token = config.objective.name.startswith("denoise") and config.objective.denoise.draw == "token"
-    return config.data.sequence_length if per_token else 1
-
-
 def step_cost(config: Config, passes: Passes) -> Cost:
     """FLOPs per token of a training step."""
-    return total(cost_per_token(config.model, config.data.sequence_length, passes, noise_levels_per_sequence(config)))
+    return total(cost_per_token(config.model, config.data.sequence_length, passes))
 
 
 def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:

@@ -83,7 +83,7 @@ def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
 def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
     """(name, text) of a sample of the held-out documents, of a long one a part."""
     tokenizer = load_tokenizer(directory)
-    data = open_data(directory, "validation")
+    data = open_data(directory, "validation", verify=True)
     names = [(source, number) for source in data.sources for number in range(data.sources[source].documents)]
     names.sort(key=lambda name: key("document", seed, *name))
     for source, number in names[:_DOCUMENTS]:

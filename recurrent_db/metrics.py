@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class MetricLog:
                 project=config.run.wandb_project,
                 mode="online" if config.run.wandb == "online" else "offline",
                 dir=str(run_dir),
-                id=run_dir.resolve().name,
+                name=run_dir.resolve().name,
+                id=self._wandb_id(run_dir),
                 resume="allow",
                 config=to_dict(config),
             )
@@ -74,6 +76,14 @@ class MetricLog:
             reason = " ".join(str(error).split())[:200]
             print(f"warning: no wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
             return None
+
+    @staticmethod
+    def _wandb_id(run_dir: Path) -> str:
+        """The run's identity there: made once and kept with the run, so that a resumed run goes on under it."""
+        path = run_dir / "wandb_id"
+        if not path.exists():
+            write_atomic(path, secrets.token_hex(8))
+        return path.read_text()
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -53,7 +53,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokeniz
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder ``shared`` beside the repository, where the project's machines keep benchmark files."""
+    """The folder ``shared`` beside the repository, which may hold benchmark files."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
         pytest.skip("no folder 'shared' beside the repository: its benchmark files are not part of the project")

@@ -84,6 +84,8 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         (["--k", "0"], "--k must be 1 or more"),
         (["--k", "one"], "whole numbers"),
         (["--draws", "0"], "must be 1 or more"),
+        (["--tokens", "-5"], "must be 0 or more"),
+        (["--json", folder / "denoise/config.json/x.json"], "cannot write"),
     ):
         told = script_here("eval/depth_curve.py", folder / "denoise", "--data", folder / "data", *words)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)

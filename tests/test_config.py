@@ -91,6 +91,21 @@ def test_the_paper_preset_fixes_the_constants() -> None:
     assert (denoise.sd, denoise.atom) == (0.5, 0.0)
 
 
+def test_the_paper_preset_refuses_other_constants() -> None:
+    with pytest.raises(UserError, match=r"objective.denoise.sd = 0.25 contradicts .* fixes it at 0.5"):
+        load_config(None, ["--objective.name", "denoise-paper", "--objective.denoise.sd", "0.25"])
+
+
+def test_a_density_without_mass_is_refused() -> None:
+    with pytest.raises(UserError, match="has no mass"):
+        load_config(None, ["--objective.denoise.p_mean", "1000"])
+
+
+def test_an_option_without_its_value_is_not_taken_for_a_flag() -> None:
+    with pytest.raises(UserError, match=r"data\.path"):
+        load_config(None, ["--data.path", "--seed", "2"])
+
+
 def test_noise_conditioning_follows_the_objective() -> None:
     assert load_config(None, ["--objective.name", "next_token"]).model.noise_conditioning is False
     assert load_config(None, ["--objective.name", "denoise"]).model.noise_conditioning is True

@@ -47,7 +47,7 @@ def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> Non
 @pytest.mark.parametrize("levels", [1, T])
 def test_denoise_with_a_level_per_sequence_and_per_token(injection: str, levels: int) -> None:
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=True)
-    ours = total(cost_per_token(config, T, Passes(core_grad=1), noise_levels=levels)).total
+    ours = total(cost_per_token(config, T, Passes(core_grad=1, noise_levels=levels))).total
     assert ours == pytest.approx(counted(config, T, 0, 1, levels), rel=1e-3)
 
 

@@ -55,6 +55,9 @@ def assert_same_end(a: Path, b: Path) -> None:
     first, second = find_checkpoint(a), find_checkpoint(b)
     assert first.name == second.name
     for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        assert (first / name).exists() == (second / name).exists()
+        if not (first / name).exists():
+            continue
         tensors, others = load_file(first / name), load_file(second / name)
         assert tensors.keys() == others.keys()
         for key in tensors:
@@ -308,6 +311,28 @@ def test_overwrite_touches_run_directories_only(script_here: Run, data: Path, tm
     assert (tmp_path / "thesis/chapter.txt").exists()
 
 
+def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(script_here: Run, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(data, run, "--budget.steps", 2)
+    before = sorted(path.name for path in run.rglob("*"))
+    for bad in (["--init.from", "nowhere"], ["--data.path", "nowhere"], ["--model.vocab_size", 7]):
+        complain(script_here, *words(data, run, "--budget.steps", 3, *bad), "--overwrite")
+        assert sorted(path.name for path in run.rglob("*")) == before
+    # Its own weights may be where the new run starts.
+    train(data, run, "--budget.steps", 3, "--init.from", run, overwrite=True)
+    assert len(rows(run)) == 3
+
+
+def test_a_validation_split_too_short_is_found_before_training(script_here: Run, tmp_path: Path) -> None:
+    data = synthetic_data(tmp_path / "data", tokens=160)  # 20 tokens held out, sequences of 32
+    assert "too few" in complain(script_here, *words(data, tmp_path / "run", "--budget.steps", 2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_too_long_is_one_line(script_here: Run, data: Path, tmp_path: Path) -> None:
+    assert "too long" in complain(script_here, *words(data, tmp_path / ("x" * 300), "--budget.steps", 2))
+
+
 def test_resume_refuses_another_model(script_here: Run, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(data, run, "--budget.steps", 2)
@@ -353,9 +378,9 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(
     assert find_checkpoint(run).name == "step-00000003"  # other commands take the one before, and say so
     assert "is damaged" in capfd.readouterr().err
     train(data, tmp_path / "whole", *options)
-    shutil.rmtree(newest)
     train(data, run, *options, resume="last-good")
-    assert without_times(run) == without_times(tmp_path / "whole")
+    assert_same_end(tmp_path / "whole", run)  # and the damaged one was replaced
+    assert find_checkpoint(run, fall_back=False).name == "step-00000006"
 
 
 def test_a_damaged_shard_is_named(script_here: Run, data: Path, tmp_path: Path) -> None:

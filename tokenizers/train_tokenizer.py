@@ -67,6 +67,8 @@ def main(args: Args) -> None:
                     bar.update(len(document.text))
                     yield document.text
 
+    if not 0 < args.max_mib < 2**40:
+        raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     model = train(texts(), args.vocab_size, args.model_type, int(args.max_mib * 2**20), args.seed)
     tokenizer = Tokenizer.from_bytes(model)
     try:

@@ -50,7 +50,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.max_mib is not None and args.max_mib <= 0:
+    if args.max_mib is not None and not 0 < args.max_mib < 2**40:
         raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
         raise UserError("--source is given twice: write all sources after one --source")

@@ -45,8 +45,8 @@ from recurrent_db.schedule import budget_progress, learning_rate_scale
 from recurrent_db.tokenizer import Tokenizer
 
 
-def prepare_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | None:
-    """Make the run directory, or find the checkpoint to continue from. Nothing that exists is touched unasked."""
+def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | None:
+    """Refuse a run directory that cannot be used; find the checkpoint to continue from. Changes nothing."""
     if not config.run.dir:
         raise UserError("run.dir is not set: say where the run lives with --run.dir DIR")
     run_dir = Path(config.run.dir)
@@ -57,17 +57,23 @@ def prepare_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint 
             raise UserError(f"run directory {run_dir} exists; continue it with --resume or replace it with --overwrite")
         if not (run_dir / "config.json").exists():
             raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
-        shutil.rmtree(run_dir)
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / ".writable", "")
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
-    clean_leftovers(run_dir)
     if resume and list_checkpoints(run_dir):
         return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
     return None
+
+
+def make_run_dir(config: Config, overwrite: bool) -> Path:
+    """Make the run directory, in place of an older one where that was asked for. Set-up has succeeded by now."""
+    run_dir = Path(config.run.dir)
+    try:
+        if overwrite and run_dir.exists():
+            shutil.rmtree(run_dir)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        clean_leftovers(run_dir)
+        write_atomic(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
+    return run_dir
 
 
 def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
@@ -118,8 +124,9 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
         )
 
-    checkpoint = prepare_run_dir(config, resume, overwrite)
-    run_dir = Path(config.run.dir)
+    if config.eval.points:  # found out now, and not at the first evaluation
+        next(validation_batches(validation, length, 1, length))
+    checkpoint = check_run_dir(config, resume, overwrite)
     objective = build_objective(config)
     model = build_model(config.model, config.seed, device)
     model.recurrence = objective.recurrence
@@ -147,7 +154,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
         if ema is not None:
             ema = EMA(model, config.optim.ema_decay)
-    write_atomic(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+    run_dir = make_run_dir(config, overwrite)
     write_atomic(run_dir / "environment.json", json.dumps(environment(device), indent=1))
 
     counts = model.parameter_counts()

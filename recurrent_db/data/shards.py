@@ -157,7 +157,8 @@ class DataWriter:
     ) -> None:
         for writer in self._writers.values():
             if writer.file is not None:
-                writer.file.close()
+                with contextlib.suppress(OSError):  # on a full disk the last flush fails once more
+                    writer.file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, split: str, source: str, identity: str, text: bytes, ids: Sequence[int]) -> int:

@@ -43,7 +43,7 @@ class Denoise:
     """The published method, with its choices as options (config.DenoiseConfig)."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config.objective.denoise
+        self.config, self.length = config.objective.denoise, config.data.sequence_length
         self.density = build_density(self.config)
         self.fit = AdaptiveFit(self.config.sigma_min, self.config.sigma_max)
         self.tally: Tensor | None = None
@@ -106,7 +106,8 @@ class Denoise:
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         two_stream = self.config.conditioning == "two-stream"
-        return Passes(core_grad=1, clean_grad=int(two_stream), beside=two_stream)
+        levels = self.length if self.config.draw == "token" else 1
+        return Passes(core_grad=1, clean_grad=int(two_stream), beside=two_stream, noise_levels=levels)
 
     def describe(self, model: LoopedLM) -> list[str]:
         """sigma* of the freshly built targets and the share of draws below it."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, cost_per_token, inference_cost, noise_levels_per_sequence
+from recurrent_db.flops import Cost, cost_per_token, inference_cost
 from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
@@ -346,7 +346,7 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
     mean: dict[str, Cost] = {}
     for passes, count in counts.items():
         share = count / counts.total()
-        parts = cost_per_token(config.model, config.data.sequence_length, passes, noise_levels_per_sequence(config))
+        parts = cost_per_token(config.model, config.data.sequence_length, passes)
         for part, cost in parts.items():
             scaled = Cost(cost.forward * share, cost.backward_input * share, cost.backward_weight * share)
             mean[part] = mean.get(part, Cost()) + scaled
