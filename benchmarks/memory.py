@@ -2,7 +2,8 @@
 
 python benchmarks/memory.py [--config train/configs/tiny.toml] [--batch-size 8] [--json OUT]
 
-Rows: next_token, denoise (one stream, two streams), unrolled with 8 backpropagated iterations. Memory is the most bytes of
+Rows: next_token, denoise (one stream, two streams), unrolled with 2 and 8 backpropagated iterations, and, without gradient,
+scoring by a walk of K = 2 and of K = 32. A denoising step has no K: it makes one pass. Memory is the most bytes of
 tensors held at once during forward and backward, above parameters and batch; gradients are in it. Every figure is given
 beside its ratio to next_token. Time is the median of interleaved repetitions.
 """
@@ -24,21 +25,29 @@ from recurrent_db.config import load_config
 from recurrent_db.data import Batch
 from recurrent_db.files import write_atomic
 from recurrent_db.hardware import peak_memory_bytes
+from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.memory import peak_live_bytes
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.rng import Rng
+from recurrent_db.rng import EVALUATION_STEP, Rng
 
 ROWS: dict[str, list[str]] = {
     "next_token": ["--objective.name", "next_token"],
     "denoise": ["--objective.name", "denoise"],
     "denoise, two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
-    "denoise, mean depth 64": ["--objective.name", "denoise", "--objective.unrolled.mean_depth", "64"],
-    "unrolled, 8 with gradient": [
-        "--objective.name", "unrolled", "--objective.unrolled.truncation", "8",
-        "--objective.unrolled.mean_depth", "64", "--objective.unrolled.depth_sigma", "0",
-    ],
+    "unrolled, 2 with gradient": ["--objective.unrolled.truncation", "2"],
+    "unrolled, 8 with gradient": ["--objective.unrolled.truncation", "8"],
+    "denoise, scoring, K = 2": ["--objective.name", "denoise"],
+    "denoise, scoring, K = 32": ["--objective.name", "denoise"],
 }  # fmt: skip
+DEEP = [
+    "--objective.name",
+    "unrolled",
+    "--objective.unrolled.mean_depth",
+    "64",
+    "--objective.unrolled.depth_sigma",
+    "0",
+]
 
 
 @dataclass
@@ -57,14 +66,24 @@ class Args:
     """File to write the rows to."""
 
 
-def step_of(config_path: Path, options: list[str], vocab_size: int, batch_size: int) -> Callable[[], None]:
-    """One forward and backward of an objective on synthetic tokens; gradients are dropped at its start."""
-    config = load_config(config_path, options)
+def step_of(config_path: Path, name: str, vocab_size: int, batch_size: int) -> Callable[[], None]:
+    """One row's work on synthetic tokens: forward and backward of an objective (gradients are dropped at its start), or
+    scoring."""
+    config = load_config(config_path, [*(DEEP if name.startswith("unrolled") else []), *ROWS[name]])
     config.model.vocab_size = config.model.vocab_size or vocab_size
     model, objective = build_model(config.model, 0), build_objective(config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (batch_size, config.data.sequence_length + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ids[:, 1:].int(), torch.arange(batch_size))
+
+    if "scoring" in name:
+        k, rng, model.recurrence = int(name.split()[-1]), Rng(0, EVALUATION_STEP), objective.recurrence
+
+        @torch.no_grad()
+        def walk() -> None:
+            token_log_probabilities(model, batch.tokens_BT, batch.targets_BT, [k], rng, batch.sample_index_B)
+
+        return walk
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -75,7 +94,7 @@ def step_of(config_path: Path, options: list[str], vocab_size: int, batch_size: 
 
 def measure(args: Args) -> dict[str, dict[str, float]]:
     """Rows of {bytes, seconds, bytes_ratio, seconds_ratio}."""
-    steps = {name: step_of(args.config, options, args.vocab_size, args.batch_size) for name, options in ROWS.items()}
+    steps = {name: step_of(args.config, name, args.vocab_size, args.batch_size) for name in ROWS}
     rows: dict[str, dict[str, float]] = {}
     for name, step in steps.items():
         step()  # warm-up
@@ -105,6 +124,8 @@ def main(args: Args) -> int:
             f"{name:<28}{row['bytes'] / 2**20:>10.1f}{row['bytes_ratio']:>7.2f}{row['seconds']:>10.4f}"
             f"{row['seconds_ratio']:>7.2f}"
         )
+    streams = rows["denoise, two-stream"]["seconds_ratio"] / rows["denoise"]["seconds_ratio"]
+    print(f"two streams against one: {streams:.2f} times the time of a step")
     print(f"resident memory of this process at its peak: {peak_memory_bytes(torch.device('cpu')) / 2**20:.0f} MiB")
     if args.json is not None:
         write_atomic(args.json, json.dumps(rows, indent=1))

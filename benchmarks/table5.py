@@ -28,14 +28,14 @@ PASSES = {"unrolled": 1, "denoise-paper": 3, "next_token": 3}
 """Tokens of each arm in units of N: the paper trains 5 epochs against 15."""
 
 SIZES: dict[str, dict[str, Any]] = {
-    # The tiny shape with Huginn's depths: about half an hour on two cores for one seed.
+    # The tiny shape with Huginn's depths: a quarter of an hour on two cores for one seed.
     "cpu": {
         "config": "tiny.toml",
         "tokens": 400_000,
         "options": ["--model.expected_depth", "32"],
         "score_tokens": 8192,
     },
-    # The paper's shape; N is one epoch's worth of what a run of 10 minutes can take on one H200.
+    # The paper's shape, for a GPU; its time is not yet measured.
     "gpu": {"config": "pythia-70m-looped.toml", "tokens": 40_000_000, "options": [], "score_tokens": 262_144},
 }
 
@@ -77,6 +77,15 @@ def complete(run: Path, tokens: float) -> bool:
     )
 
 
+def scored_already(curve: Path, checkpoint: Path, ks: list[str], draws: int) -> bool:
+    """Whether a depth curve is of this checkpoint, these K and this number of draws (1 where nothing is drawn)."""
+    if not curve.exists():
+        return False
+    found = json.loads(curve.read_text())
+    same = Path(found["checkpoint"]).name == checkpoint.name and list(found["by_k"]) == ks
+    return same and (found["draws"] == draws or (found["draws"] == 1 and found["objective"] == "next_token"))
+
+
 def arm(args: Args, name: str, seed: int) -> dict[str, Any]:
     """Train and score one arm; what is there already is kept."""
     size = SIZES[args.size]
@@ -88,7 +97,8 @@ def arm(args: Args, name: str, seed: int) -> dict[str, Any]:
             "--objective.unrolled.truncation", 8, "--run.checkpoint_every", 100, *size["options"], "--resume",
         )  # fmt: skip
     curve = run / "eval" / "depth_curve.json"
-    if not curve.exists():
+    ks = [str(k) for k in parse_ints(args.k, "--k", 1)]
+    if not scored_already(curve, list_checkpoints(run)[-1], ks, args.draws):
         call(
             "eval/depth_curve.py", run, "--data", args.data, "--k", args.k, "--draws", args.draws,
             "--tokens", size["score_tokens"], "--json", curve,
@@ -123,6 +133,9 @@ def main(args: Args) -> int:
     seeds = parse_ints(args.seeds, "--seeds", 0)
     args.out, args.data = args.out.resolve(), args.data.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / "RESULT.json").exists():  # seeds of earlier calls stay in the table
+        earlier = json.loads((args.out / "RESULT.json").read_text())["arms"].get("next_token", [])
+        seeds = sorted({*seeds, *(result["seed"] for result in earlier)})
     arms: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
         for name in ("denoise-paper", "unrolled", "next_token"):

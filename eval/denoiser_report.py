@@ -119,15 +119,18 @@ class Probes:
         }
 
     def walk_entropy(self, k: int) -> list[float]:
-        """Mean entropy in nats of the read-out after each of K iterations of one run."""
+        """Mean entropy in nats of the read-out after each core pass of one run of K iterations (Heun makes 2 K - 1)."""
         model, walk = self.model, self.model.recurrence
         sums: list[list[Tensor]] = []
         for batch in self.batches:
             probe, e_BTD = Probe(), model.encode(batch.tokens_BT)
             [_] = list(walk.hidden(model, batch.tokens_BT, e_BTD, [k], self.noise(batch), probe))
             row = []
-            for state in probe.states:
-                hidden = walk.read(model, state, e_BTD.dtype) if isinstance(walk, DenoiseWalk) else model.decode(state)
+            for index, state in enumerate(probe.states):
+                if isinstance(walk, DenoiseWalk):
+                    hidden = walk.read(model, state, e_BTD.dtype, probe.codas[index])
+                else:
+                    hidden = model.decode(state)
                 log_p = model.logits(hidden).float().log_softmax(-1)
                 row.append(-(log_p.exp() * log_p).sum(-1).mean())
             sums.append(row)
@@ -161,7 +164,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axis = draw(1, "Likelihood by iterations", "K (core iterations)", "NLL (nats/token)")
     ks = [int(k) for k in result["nll_by_k"]]
     for marker, draws in zip("os^Dvx", next(iter(result["nll_by_k"].values())), strict=False):
-        axis.plot(ks, [by[draws]["nll"] for by in result["nll_by_k"].values()], marker + "-", label=f"{draws} draws")
+        axis.plot(ks, [by[draws]["nll"] for by in result["nll_by_k"].values()], marker + "-", label=f"M = {draws}")
     if result["nll_control"] is not None:
         axis.axhline(result["nll_control"], color="gray", linestyle=":", label="flat control, K = 1")
     axis.legend()
@@ -170,7 +173,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         gaps = [gap[name] for gap in result["state_gap"].values()]
         axis.plot([int(k) for k in result["state_gap"]], gaps, marker + "-", label=name.replace("_", " "))
     axis.legend()
-    axis = draw(3, "Entropy along the walk", "iteration", "entropy of the read-out (nats)", log=False)
+    axis = draw(3, "Entropy along the walk", "core pass", "entropy of the read-out (nats)", log=False)
     axis.plot(range(1, len(result["walk_entropy"]) + 1), result["walk_entropy"], "o-")
     axis = draw(4, "What the context is worth", "sigma", "matched minus shuffled NLL (nats/token)")
     if result["nll_by_sigma"]:

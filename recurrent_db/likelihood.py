@@ -39,7 +39,8 @@ class Score:
     stderr: float
     """Standard error of ``nll`` over sequences."""
     noise_stderr: float
-    """Standard error of ``nll`` over the noise draws; NaN with one draw or none."""
+    """Standard error of ``nll`` over the noise, by a jackknife over the draws (which keeps what tokens of a sequence have in
+    common); NaN with one draw or none."""
     flops_per_token: float
     """Forward FLOPs per token of one draw's scoring."""
 
@@ -77,43 +78,36 @@ def token_log_probabilities(
     ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
     runs once whatever ``draws`` is.
     """
-    mixtures = mixture_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, (draws,))
-    return {k: by_draws[max(by_draws)][0] for k, by_draws in mixtures.items()}
+    each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws)
+    return {k: log_p_MBT.logsumexp(0) - math.log(len(log_p_MBT)) for k, log_p_MBT in each.items()}
 
 
-def mixture_log_probabilities(
+def draw_log_probabilities(
     model: LoopedLM,
     tokens_BT: Tensor,
     targets_BT: Tensor,
     ks: Sequence[int],
     rng: Rng,
     requests: Tensor,
-    draws: Sequence[int],
-) -> dict[int, dict[int, tuple[Tensor, Tensor]]]:
-    """`token_log_probabilities` for several numbers of draws M at once: {K: {M: (log p, variance)}}, fp32 (B, T) each.
-
-    The mixtures are nested: M draws are the first M. The variance is that of the estimate of log p over the noise, by the
-    delta method: Var(p_m) / (M mean(p_m)^2); NaN for M = 1. Inference that uses no noise gives the one key M = 1.
-    """
+    draws: int,
+) -> dict[int, Tensor]:
+    """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1."""
     recurrence = model.recurrence
-    wanted = set(draws) if recurrence.stochastic else {1}
     e_BTD = model.encode(tokens_BT)
-    first: dict[int, Tensor] = {}  # log sum p, and log sum p^2, over the draws so far
-    second: dict[int, Tensor] = {}
-    results: dict[int, dict[int, tuple[Tensor, Tensor]]] = {k: {} for k in ks}
-    for draw in range(max(wanted)):
+    each: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for draw in range(draws if recurrence.stochastic else 1):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        m = draw + 1
         for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise):
             log_p_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
-            log_p_BT = log_p_BTV.gather(-1, targets_BT[..., None])[..., 0]
-            first[k] = torch.logaddexp(first[k], log_p_BT) if k in first else log_p_BT
-            second[k] = torch.logaddexp(second[k], 2 * log_p_BT) if k in second else 2 * log_p_BT
-            if m in wanted:
-                # mean(p^2) / mean(p)^2 - 1, over M - 1 for the unbiased variance of the mean.
-                spread = torch.expm1((second[k] - 2 * first[k] + math.log(m)).clamp(min=0))
-                results[k][m] = first[k] - math.log(m), spread / (m - 1) if m > 1 else torch.full_like(spread, math.nan)
-    return results
+            each[k].append(log_p_BTV.gather(-1, targets_BT[..., None])[..., 0])
+    return {k: torch.stack(log_ps) for k, log_ps in each.items()}
+
+
+def leave_one_out(log_p_MBT: Tensor) -> Tensor:
+    """Summed -log of the mixture without each draw in turn, float64 (M,), for a jackknife over draws."""
+    m = len(log_p_MBT)
+    others = [torch.cat((log_p_MBT[:j], log_p_MBT[j + 1 :])) for j in range(m)]
+    return torch.stack([-(rest.logsumexp(0) - math.log(m - 1)).double().sum() for rest in others]).cpu()
 
 
 # Logits held at once by `score_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
@@ -165,6 +159,12 @@ def score_positions(
     return torch.cat(log_p), torch.cat(greedy)
 
 
+def jackknife_stderr(without: Tensor) -> float:
+    """Standard error from the M leave-one-out values of an estimate: sqrt((M - 1)/M sum (x - mean)^2)."""
+    m = len(without)
+    return math.sqrt((m - 1) / m * (without - without.mean()).square().sum().item())
+
+
 @torch.no_grad()
 def score_draws(
     model: LoopedLM,
@@ -185,7 +185,8 @@ def score_draws(
     lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
     rng = Rng(seed, EVALUATION_STEP)
     nlls: dict[tuple[int, int], list[Tensor]] = {}
-    variances: dict[tuple[int, int], float] = {}
+    without: dict[tuple[int, int], Tensor] = {}
+    wanted = set(draws) if model.recurrence.stochastic else {1}
     n_bytes, length = 0.0, 0
     was_training = model.training
     model.eval()
@@ -193,11 +194,13 @@ def score_draws(
         length = batch.tokens_BT.shape[1]
         n_bytes += lengths[batch.targets_BT].sum().item()
         tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
-        scored = mixture_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws)
-        for k, by_draws in scored.items():
-            for m, (log_p_BT, variance_BT) in by_draws.items():
+        each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, max(wanted))
+        for k, log_p_MBT in each.items():
+            for m in sorted(wanted):
+                log_p_BT = log_p_MBT[:m].logsumexp(0) - math.log(m)
                 nlls.setdefault((m, k), []).append(-log_p_BT.double().mean(-1).cpu())
-                variances[m, k] = variances.get((m, k), 0.0) + variance_BT.double().sum().item()
+                if m > 1:
+                    without[m, k] = without.get((m, k), torch.zeros(m)) + leave_one_out(log_p_MBT[:m])
     model.train(was_training)
     result: dict[int, Scores] = {}
     for (m, k), parts in nlls.items():
@@ -209,7 +212,7 @@ def score_draws(
             nll=nll,
             bits_per_byte=nll * tokens / (math.log(2) * n_bytes) if n_bytes else math.nan,
             stderr=(per_sequence.std() / math.sqrt(n)).item() if n > 1 else math.nan,
-            noise_stderr=math.sqrt(variances[m, k]) / tokens,
+            noise_stderr=jackknife_stderr(without[m, k] / tokens) if m > 1 else math.nan,
             flops_per_token=inference_cost(model.config, length, model.recurrence.passes(k)),
         )
     return result

@@ -77,6 +77,8 @@ class Probe:
     """Replaces the state (of a walk: z) before the last core pass."""
     states: list[Tensor] = field(default_factory=list)
     """Filled with what each core pass gave (of a walk: the estimate D), (B, T, D) each."""
+    codas: list[list[Context] | None] = field(default_factory=list)
+    """Of a walk: the coda's context stream for each of them, where neighbours are known."""
 
 
 class Recurrence(Protocol):
@@ -249,6 +251,7 @@ class DenoiseWalk:
                 estimate = self.estimate(model, z, sigma, e_BTD, core)
                 if probe is not None:
                     probe.states.append(estimate)
+                    probe.codas.append(coda)
                 if bridge == "state":
                     return estimate
                 logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda))
@@ -264,6 +267,7 @@ class DenoiseWalk:
             estimate = self.estimate(model, z, sigmas[-1], e_BTD, core)
             if probe is not None:
                 probe.states.append(estimate)
+                probe.codas.append(coda)
             yield k, self.read(model, estimate, e_BTD.dtype, coda)
 
     def passes(self, k: int) -> Passes:

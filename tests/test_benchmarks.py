@@ -123,6 +123,9 @@ def test_table5_ends_and_does_no_work_twice(folder: Path, script: Run) -> None:
     assert "$ python" in first.stdout
     assert "$ python" not in again.stdout
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+    other = script(*words[:-4], "--k", "1,3", "--draws", "1")
+    assert "train/pretrain.py" not in other.stdout
+    assert other.stdout.count("$ python eval/depth_curve.py") == 3  # other K are scored again, not taken from before
 
 
 @pytest.mark.long

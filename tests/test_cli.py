@@ -21,6 +21,7 @@ def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -
     assert {"by_part", "parameters", "cache_bytes_per_token"} <= table.keys()
     for name, parts in table["by_part"].items():
         assert sum(c["forward"] + c["backward"] for c in parts.values()) == pytest.approx(table["per_token"][name])
+    assert 1 < table["ratio_to_denoise"]["denoise_two_stream"] < 2
     # 2 (keys and values) x 512 x 2 bytes for each of 2 + 4 K + 2 layers.
     assert table["cache_bytes_per_token"]["8"] == 2 * 512 * 2 * 36
 

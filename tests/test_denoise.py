@@ -255,10 +255,10 @@ def test_the_adaptive_density_finds_the_optimum_of_a_known_loss(centre: float) -
     """L(sigma) = 5 Phi((ln sigma - c) / .6): equal probability is equal decrease, so ln sigma ~ Normal(c, .6), truncated,
     with a tenth of the draws uniform."""
     low, high, floor = 0.02, 20.0, 0.1
-    fit = AdaptiveFit(low, high, floor=floor, memory=0.995)
+    fit = AdaptiveFit(low, high, floor=floor, memory=0.999)
     generator = torch.Generator().manual_seed(0)
     density: Density = LogUniform(low, high)
-    for _ in range(1500):
+    for _ in range(3000):
         u = torch.rand(64, generator=generator, dtype=torch.float64)
         sigma = density.quantile(u)
         noise = 0.5 * torch.randn(64, generator=generator, dtype=torch.float64)
@@ -269,6 +269,14 @@ def test_the_adaptive_density_finds_the_optimum_of_a_known_loss(centre: float) -
     assert (density.cdf(sigmas) - optimum).abs().max() < 0.03
     before = (LogUniform(low, high).cdf(sigmas) - optimum).abs().max()
     assert before > 0.25  # where it started from
+
+
+def test_a_loss_linear_in_log_sigma_gives_a_uniform_density() -> None:
+    """The ends of the range get as much as its middle."""
+    fit = AdaptiveFit(0.1, 10.0, n_bins=10, floor=0.0)
+    sigma = torch.logspace(-1, 1, 10_001, dtype=torch.float64)
+    fit.update(fit.tally(sigma, 3 + sigma.log()))
+    assert fit.density().masses == pytest.approx([0.1] * 10, rel=0.01)
 
 
 def test_the_adaptive_density_is_a_density() -> None:

@@ -30,5 +30,9 @@ def test_memory_of_a_denoising_step() -> None:
     rows = benchmark.measure(benchmark.Args(config=CONFIG, batch_size=2, repetitions=1))
     flat = rows["next_token"]["bytes"]
     assert rows["denoise"]["bytes"] <= 1.3 * flat
-    assert rows["denoise, mean depth 64"]["bytes"] == pytest.approx(rows["denoise"]["bytes"], rel=1e-3)  # no K in it
-    assert rows["unrolled, 8 with gradient"]["bytes"] > 2 * flat  # the positive control
+    # Walks of any length hold one state; unrolled training holds one for each backpropagated iteration.
+    assert rows["denoise, scoring, K = 32"]["bytes"] == pytest.approx(
+        rows["denoise, scoring, K = 2"]["bytes"], rel=0.05
+    )
+    assert rows["unrolled, 8 with gradient"]["bytes"] > 1.5 * rows["unrolled, 2 with gradient"]["bytes"]
+    assert rows["unrolled, 8 with gradient"]["bytes"] > 2 * flat

@@ -180,6 +180,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         batches = validation_batches(validation, length, config.eval.batch_size, config.eval.tokens)
         if ema is not None:
             ema.swap(model)
+        model.recurrence = objective.recurrence  # what the objective has learned by now is part of it
         with autocast:
             scores = score(model, batches, config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed)
         if ema is not None:
@@ -246,7 +247,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             if ema is not None:
                 ema.update(model)
         optimizer.zero_grad(set_to_none=True)
-        objective.after_step(lambda tensor: tensor)  # one process: nothing to sum over
+        objective.after_step(finite, lambda tensor: tensor)  # one process: nothing to sum over
 
         seconds = time.perf_counter() - started
         state.step += 1

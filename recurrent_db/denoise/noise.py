@@ -106,9 +106,10 @@ class AdaptiveFit:
     """Fits a density to the loss as a function of sigma so that equal probability means equal decrease of the loss
     (time warping, CDCD, arXiv 2211.15089, section 3.3): p(ln sigma) proportional to dL / d ln sigma.
 
-    The loss is averaged in ``n_bins`` equal steps of ln sigma with exponential forgetting, made monotone (least squares,
-    pool-adjacent-violators), and differenced. A share ``floor`` of the draws stays uniform in ln sigma, so that no
-    level goes unseen. Until every bin has been seen the density is uniform in ln sigma.
+    The loss is the unweighted cross-entropy, whatever is trained. It is averaged in ``n_bins`` equal steps of ln sigma with
+    exponential forgetting, made monotone (least squares, pool-adjacent-violators), and differenced. A share ``floor`` of
+    the draws stays uniform in ln sigma, so that no level goes unseen. Until every bin has been seen the density is
+    uniform in ln sigma.
     """
 
     def __init__(
@@ -143,8 +144,10 @@ class AdaptiveFit:
         if (self.counts < 1e-3).any():
             return PiecewiseLogUniform(self.sigma_min, self.sigma_max, tuple(uniform))
         loss = monotone(self.sums / self.counts, self.counts)
-        # Bin means stand at the bins' centres; the ends of a bin lie half-way to its neighbours.
-        edges = np.concatenate([[loss[0]], (loss[1:] + loss[:-1]) / 2, [loss[-1]]])
+        # Bin means stand at the bins' centres; the ends of a bin lie half-way to its neighbours, and the outermost ends
+        # as far on the other side.
+        middle = (loss[1:] + loss[:-1]) / 2
+        edges = np.concatenate([[2 * loss[0] - middle[0]], middle, [2 * loss[-1] - middle[-1]]])
         rise = np.diff(edges)
         if rise.sum() <= 0:
             return PiecewiseLogUniform(self.sigma_min, self.sigma_max, tuple(uniform))

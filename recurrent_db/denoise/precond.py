@@ -22,8 +22,9 @@ class Precond:
 
     sd: float
     mute_norm: float = 0.0
-    """Norm n of the clean target: what the network sees of z is scaled by n^2 / (n^2 + sigma^2), the share of the
-    target's power, so that z falls silent where it says nothing. 0 leaves z at unit variance, as published."""
+    """Norm n of the clean target: what the network sees of z is scaled by n^2 / (n^2 + sigma^2), so that z falls silent
+    where it says nothing: sigma = n is where the noise along any one direction is as large as the whole target. 0 leaves
+    z at unit variance, as published."""
 
     def mute(self, sigma: Tensor) -> Tensor:
         """Factor on the network's view of z, in (0, 1]."""

@@ -43,9 +43,10 @@ class Objective(Protocol):
         """What a step computes for each token, realised draws included: the basis of the FLOP count."""
         ...
 
-    def after_step(self, reduce: Reduce) -> None:
+    def after_step(self, taken: bool, reduce: Reduce) -> None:
         """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
-        them. ``reduce`` sums a tensor over all processes; draws must not change before this."""
+        them, unless the step was not ``taken`` because a number was not finite. ``reduce`` sums a tensor over all
+        processes; draws must not change before this."""
         ...
 
     def describe(self, model: LoopedLM) -> list[str]:
@@ -64,7 +65,7 @@ class Objective(Protocol):
 class Stateless:
     """Base of objectives that learn nothing of their own and have nothing to say."""
 
-    def after_step(self, reduce: Reduce) -> None:
+    def after_step(self, taken: bool, reduce: Reduce) -> None:
         pass
 
     def describe(self, model: LoopedLM) -> list[str]:

@@ -99,10 +99,11 @@ class Denoise:
         }
         return total_BT.mean(), metrics
 
-    def after_step(self, reduce: Reduce) -> None:
-        if self.config.density == "adaptive" and self.tally is not None:
+    def after_step(self, taken: bool, reduce: Reduce) -> None:
+        if self.tally is not None and taken:
             self.fit.update(reduce(self.tally))
-            self.density, self.tally = self.fit.density(), None
+            self.density = self.fit.density()
+        self.tally = None
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         two_stream = self.config.conditioning == "two-stream"
