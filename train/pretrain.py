@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -97,6 +98,8 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # Set-up: device, data, model, objective, optimizer
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this trainer runs in one process: start it with python, not with torchrun on several")
     if not config.data.path:
         raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
     if all(limit is None for limit in vars(config.budget).values()):
