@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from recurrent_db.config import Config, config_from_json, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.files import file_digest, new_file_mode
+from recurrent_db.flops import Cost
 from recurrent_db.optim import EMA
 from recurrent_db.tokenizer import Tokenizer
 
@@ -39,13 +40,33 @@ class TrainState:
     tokens: int = 0
     flops_forward: float = 0.0
     flops_backward: float = 0.0
+    flops_backward_weight: float = 0.0
+    """Of the backward, what the gradients of the weights cost."""
+    flops_recomputed: float = 0.0
+    """Forward work done again in the backward; not part of ``flops``."""
+    flops_causal: float = 0.0
+    """``flops`` with attention over visible pairs alone."""
+    flops_update: float = 0.0
+    """Clipping, optimizer and weight average; not part of ``flops``."""
     seconds: float = 0.0
+    energy_joules: float = 0.0
+    """Of the GPU, where it has a meter."""
     skipped: int = 0
     skipped_in_a_row: int = 0
 
     @property
     def flops(self) -> float:
         return self.flops_forward + self.flops_backward
+
+    def count(self, cost: Cost, update: float, tokens: int) -> None:
+        """Add a step: its cost per token, and FLOPs of its update."""
+        self.tokens += tokens
+        self.flops_forward += cost.forward * tokens
+        self.flops_backward += cost.backward * tokens
+        self.flops_backward_weight += cost.backward_weight * tokens
+        self.flops_recomputed += cost.recomputed * tokens
+        self.flops_causal += cost.causal * tokens
+        self.flops_update += update
 
 
 def _fsync(path: Path) -> None:

@@ -243,6 +243,12 @@ class RunConfig:
     """Arithmetic of the forward pass; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each backpropagated core iteration and run the iteration again in the backward: memory
+    that hardly grows with depth, for about a third more time in the core."""
+    peak_flops: float | None = None
+    """FLOPs per second that utilisation is a share of; none takes the device's from a table (bf16, dense), on a CPU the
+    measured rate of a matrix product."""
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints; one is always written at the end."""
     keep: int = 2

@@ -1,9 +1,12 @@
 """FLOPs, counted from shapes and from how often each part really runs.
 
-A multiply-add is two FLOPs. Counted are matrix products and attention; norms, activations, softmax and the optimizer
-are not, as is the field's custom for model FLOPs. Attention is counted without a discount for causality. Backward costs
-the forward again for the gradient to the inputs and again for the gradient to the weights; iterations that run without
-gradient cost their forward alone. The figures are per token of the batch.
+A multiply-add is two FLOPs. Counted are matrix products and attention. Norms, activations, softmax, embedding lookups and
+the optimizer's element-wise work are not, as is the field's custom for model FLOPs; the optimizer's are counted apart
+(`optim.update_flops`). Backward costs the forward again for the gradient to the inputs and again for the gradient to
+the weights; iterations that run without gradient cost their forward alone. What the backward computes a second time
+(checkpointed iterations, the scores of fused attention) is a kind of its own: it is work of the hardware, not of the
+model. Attention is counted over all T x T pairs, as the field reports it; how much of that a causal mask hides is kept
+beside it, so that both counts can be printed. The figures are per token of the batch.
 
 Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 """
@@ -51,6 +54,12 @@ class Cost:
     forward: float = 0.0
     backward_input: float = 0.0
     backward_weight: float = 0.0
+    recomputed: float = 0.0
+    """Forward work that the backward does again; not part of ``total``."""
+    attention: float = 0.0
+    """Of ``total``, what attention's two products take; the rest are products with weights."""
+    masked: float = 0.0
+    """Of ``attention``, what is spent on pairs of positions that the causal mask hides."""
 
     @property
     def backward(self) -> float:
@@ -58,68 +67,102 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """Model FLOPs: forward and backward, attention over all pairs."""
         return self.forward + self.backward
+
+    @property
+    def matmul(self) -> float:
+        """Of ``total``, products with weights."""
+        return self.total - self.attention
+
+    @property
+    def causal(self) -> float:
+        """Model FLOPs with attention over the pairs that the mask lets through (about half of them)."""
+        return self.total - self.masked
+
+    @property
+    def hardware(self) -> float:
+        """Model FLOPs and what is recomputed."""
+        return self.total + self.recomputed
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.forward + other.forward,
             self.backward_input + other.backward_input,
             self.backward_weight + other.backward_weight,
+            self.recomputed + other.recomputed,
+            self.attention + other.attention,
+            self.masked + other.masked,
         )
 
 
-def _part(weights: float, attention: float, no_grad: float, grad: float) -> Cost:
-    """``weights`` matrix entries and ``attention`` forward FLOPs per token, run so often without and with gradient.
+def _part(
+    weights: float, attention: float, masked: float, no_grad: float, grad: float, checkpointed: bool = False
+) -> Cost:
+    """``weights`` matrix entries and ``attention`` forward FLOPs per token (``masked`` of them for nothing), run so
+    often without and with gradient.
 
-    Attention has no weights: its two products cost four in the backward, all of them towards the inputs.
+    Attention has no weights: its two products cost four in the backward, all of them towards the inputs. Fused kernels
+    keep no scores and make them again there, one product of the two; a checkpointed pass is run again whole.
     """
+    runs = no_grad + 3 * grad
     return Cost(
         forward=(no_grad + grad) * (2 * weights + attention),
         backward_input=grad * (2 * weights + 2 * attention),
         backward_weight=grad * 2 * weights,
+        recomputed=grad * (attention / 2 + checkpointed * (2 * weights + attention)),
+        attention=runs * attention,
+        masked=runs * masked,
     )
 
 
-def cost_per_token(model: ModelConfig, length: int, passes: Passes) -> dict[str, Cost]:
-    """FLOPs per token by part, for sequences of ``length`` tokens."""
+def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointing: bool = False) -> dict[str, Cost]:
+    """FLOPs per token by part, for sequences of ``length`` tokens.
+
+    ``checkpointing``: backpropagated core iterations keep their input alone and are run again in the backward.
+    """
     width, hidden = model.d_model, model.d_mlp
     block = 4 * width * width + 3 * width * hidden
-    attention = 4 * length * width
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
+    known = passes.known_no_grad
+    # Keys that a query meets and keys that it may see, on average over positions: its own stream's; and, beside another
+    # stream, that stream's (strictly before it, where neighbours are known) and itself.
+    plain = length, (length + 1) / 2
+    beside = 2 * length, (length - 1) / 2 + 1 if known else (length + 1) / 2 + 1
 
-    def blocks(count: int, no_grad: float, grad: float, keys: int = 1) -> Cost:
-        """``count`` blocks; ``keys`` = 2 where each query meets another stream's keys besides its own stream's."""
-        return _part(count * block, count * keys * attention, no_grad, grad)
+    def blocks(count: int, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
+        met, seen = beside if two else plain
+        products = count * 4 * width
+        return _part(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
     def context(count: int, no_grad: float, grad: float) -> Cost:
         """A stream that is run for its keys and values: of the last block only those (one fused product) are made."""
         if not count:
             return Cost()
-        return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, no_grad, grad)
+        return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, 0, no_grad, grad)
 
     core_runs = passes.core_no_grad, passes.core_grad
     clean_runs = passes.clean_no_grad, passes.clean_grad
     read_runs = passes.readouts_no_grad, passes.readouts_grad
-    known, keys = passes.known_no_grad, 2 if passes.beside else 1
     conditioned = core_runs[0] + known, core_runs[1]
     conditioning = Cost()
     if model.noise_conditioning:
         share = passes.noise_levels / length
-        first = _part(model.d_condition**2, 0, share * conditioned[0], share * conditioned[1])
+        first = _part(model.d_condition**2, 0, 0, share * conditioned[0], share * conditioned[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * model.n_core * 6 * width
-        conditioning = first + _part(out, 0, share * conditioned[0], share * conditioned[1])
-    adapter_runs = conditioned[0] + clean_runs[0], conditioned[1] + clean_runs[1]
+        conditioning = first + _part(out, 0, 0, share * conditioned[0], share * conditioned[1])
     return {
+        "embedding": Cost(),  # a lookup; its backward adds rows up
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
-        "adapter": _part(adapter, 0, *adapter_runs),
-        "core": blocks(model.n_core, *core_runs, keys)
+        "adapter": _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs),
+        "core": blocks(model.n_core, *core_runs, passes.beside, checkpointing)
         + context(model.n_core, *clean_runs)
         + blocks(model.n_core, known, 0),
         "conditioning": conditioning,
-        "coda": blocks(model.n_coda, *read_runs, 2 if known else 1) + context(model.n_coda, known, 0),
-        "head": _part(model.vocab_size * width, 0, *read_runs),
+        "coda": blocks(model.n_coda, *read_runs, known > 0) + context(model.n_coda, known, 0),
+        "head": _part(model.vocab_size * width, 0, 0, *read_runs),
         "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
     }
 
@@ -134,7 +177,8 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 def step_cost(config: Config, passes: Passes) -> Cost:
     """FLOPs per token of a training step."""
-    return total(cost_per_token(config.model, config.data.sequence_length, passes))
+    checkpointing = config.run.activation_checkpointing
+    return total(cost_per_token(config.model, config.data.sequence_length, passes, checkpointing))
 
 
 def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:

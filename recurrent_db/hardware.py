@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,15 @@ import torch
 from recurrent_db.errors import UserError
 
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "RTX 4090": 165e12,
-    "RTX 5090": 210e12, "RTX 3090": 71e12, "L40S": 362e12, "L4": 121e12, "V100": 125e12,
+    "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX PRO 6000": 503e12, "RTX 6000 Ada": 364e12,
+    "RTX A6000": 154.8e12, "RTX 5090": 209.5e12, "RTX 5080": 112.6e12, "RTX 5070 Ti": 87.9e12, "RTX 4090": 165.2e12,
+    "RTX 4080 SUPER": 104.4e12, "RTX 4080": 97.5e12, "RTX 4070 Ti SUPER": 88.2e12, "RTX 4070 Ti": 80.2e12,
+    "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
 }  # fmt: skip
-"""Dense bf16 (V100: fp16) matrix FLOPs per second by device name, from the makers' data sheets."""
+"""Dense bf16 matrix FLOPs per second with fp32 accumulation (V100, T4: fp16) by a part of the device's name, from the
+makers' data sheets. The longest part that fits counts, so ``H100 PCIe`` is not taken for ``H100``."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,12 +55,55 @@ def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:
     return 2 * size**3 / best
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOPs per second that utilisation is a share of: the table's on a GPU, measured on a CPU; None if unknown."""
+def table_peak_flops(device_name: str) -> float | None:
+    """The table's entry for a GPU by its name; None where it has none."""
+    words = f" {device_name} "
+    found = [known for known in PEAK_FLOPS if re.search(rf"(?<![A-Za-z0-9]){re.escape(known)}(?![A-Za-z0-9])", words)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def peak_flops(device: torch.device, override: float | None = None) -> float | None:
+    """Peak FLOPs per second that utilisation is a share of: ``override`` where given, the table's on a GPU (None where
+    it knows none), the measured rate of a matrix product on a CPU."""
+    if override is not None:
+        return override
     if device.type != "cuda":
         return measured_matmul_flops()
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return table_peak_flops(torch.cuda.get_device_name(device))
+
+
+class EnergyMeter:
+    """Energy that a GPU has used since the last reading, from NVML's counter (Volta and later, whole device).
+
+    Needs the package nvidia-ml-py (extra `gpu`); without it, without a GPU or without a counter it reads None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._read: Callable[[], int] | None = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self._read = lambda: int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+            self._last = self._read()
+        except Exception:  # no package, no driver, no counter: energy is then not known, and nothing else changes
+            self._read = None
+
+    def joules(self) -> float | None:
+        """Joules since the last call (or since the meter was made)."""
+        if self._read is None:
+            return None
+        try:
+            now = self._read()
+        except Exception:
+            self._read = None
+            return None
+        used, self._last = (now - self._last) / 1000, now
+        return used
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -26,7 +26,7 @@ from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-TIMES = {"seconds", "tokens_per_s", "mfu", "peak_memory_bytes"}
+TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,13 @@ from recurrent_db.data import Loader, load_tokenizer, open_data, validation_batc
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import step_cost
-from recurrent_db.hardware import choose_device, environment, peak_flops, peak_memory_bytes
+from recurrent_db.hardware import EnergyMeter, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
+from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog
 from recurrent_db.model import build_model
 from recurrent_db.objectives import Metrics, build_objective
-from recurrent_db.optim import EMA, build_optimizer
+from recurrent_db.optim import EMA, build_optimizer, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
 from recurrent_db.tokenizer import Tokenizer
@@ -133,6 +134,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     objective = build_objective(config)
     model = build_model(config.model, config.seed, device)
     model.recurrence = objective.recurrence
+    model.core.checkpointing = config.run.activation_checkpointing
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     state = TrainState()
@@ -161,7 +163,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     write_atomic(run_dir / "environment.json", json.dumps(environment(device), indent=1))
 
     counts = model.parameter_counts()
-    peak = peak_flops(device)
+    peak = peak_flops(device, config.run.peak_flops)
+    memory, energy, update = MemorySplit(model), EnergyMeter(device), sum(update_flops(model, config.optim).values())
     for line in (
         f"{config.objective.name} on {device}: {counts['total']:,} parameters"
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
@@ -222,7 +225,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         started = time.perf_counter()
         rng = Rng(config.seed, state.step)
         tokens = batch_size * length
-        cost = step_cost(config, objective.passes(rng, progress))
+        passes = objective.passes(rng, progress)
+        cost = step_cost(config, passes)
         # The rate of a step is that of its middle, so that neither the first nor the last step has rate zero.
         scale = learning_rate_scale(config.schedule, progress_after(cost.total * tokens / 2, tokens / 2, 0.5))
         for group in optimizer.param_groups:
@@ -234,7 +238,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         for micro in loader.micro_batches(state.step, micro_batch_size):
             micro = micro.to(device)
             share = len(micro.tokens_BT) / batch_size
-            with autocast:
+            with autocast, memory.forward(device, passes.core_grad):
                 micro_loss, micro_metrics = objective(model, micro, rng, progress)
             (micro_loss * share).backward()
             loss += micro_loss.detach() * share
@@ -254,9 +258,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
         seconds = time.perf_counter() - started
         state.step += 1
-        state.tokens += tokens
-        state.flops_forward += cost.forward * tokens
-        state.flops_backward += cost.backward * tokens
+        state.count(cost, update if finite else 0.0, tokens)
         state.seconds += seconds
         state.skipped += not finite
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
@@ -268,16 +270,27 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             "flops": state.flops,
             "flops_forward": state.flops_forward,
             "flops_backward": state.flops_backward,
+            "flops_backward_weight": state.flops_backward_weight,
+            "flops_recomputed": state.flops_recomputed,
+            "flops_causal": state.flops_causal,
+            "flops_update": state.flops_update,
             "loss": loss,
             "lr": config.optim.lr * scale,
             "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds,
             "mfu": cost.total * tokens / seconds / peak if peak else None,
+            "hfu": cost.hardware * tokens / seconds / peak if peak else None,
             "peak_memory_bytes": peak_memory_bytes(device),
+            **memory.row(optimizer, ema, passes.core_grad),
             "seconds": state.seconds,
             "skipped": state.skipped,
             **metrics,
         }
+        if state.step % config.run.log_every == 0 or progress >= 1:
+            used = energy.joules()
+            if used is not None:
+                state.energy_joules += used
+                row["energy_joules"] = state.energy_joules
         points = config.eval.points
         if points and (progress >= 1 or int(progress * points) > int(before * points)):
             row.update(evaluate())

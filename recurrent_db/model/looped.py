@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
@@ -82,6 +83,9 @@ INJECTIONS: dict[str, type[nn.Module]] = {
 class Core(nn.Module):
     """The weight-tied recurrence as one module, so that a sharded run gathers its parameters once for all K iterations."""
 
+    checkpointing = False
+    """Keep each iteration's input alone for the backward, and run the iteration again there."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.injection = INJECTIONS[config.injection](config.d_model)
@@ -98,11 +102,19 @@ class Core(nn.Module):
         modulation: Modulation | None = None,
         beside: list[Context] | None = None,
     ) -> Tensor:
-        for _ in range(iterations):
+        def iteration(state_BTD: Tensor) -> Tensor:
             state_BTD = self.injection(state_BTD, e_BTD)
             for index, block in enumerate(self.blocks):
                 layer = modulation[index] if modulation else None
                 state_BTD = block(state_BTD, rope, layer, beside[index] if beside else None)
+            return state_BTD
+
+        for _ in range(iterations):
+            if self.checkpointing and torch.is_grad_enabled():
+                # Nothing in an iteration is random, so there is no generator's state to keep.
+                state_BTD = checkpoint(iteration, state_BTD, use_reentrant=False, preserve_rng_state=False)
+            else:
+                state_BTD = iteration(state_BTD)
         return state_BTD
 
 
