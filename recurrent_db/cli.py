@@ -18,6 +18,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, total
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
+from recurrent_db.optim import update_flops
 
 KS = (1, 2, 4, 8, 16, 32)
 
@@ -60,13 +61,27 @@ def cache_bytes_per_token(config: Config, k: int, size: int) -> int:
     return 2 * model.d_model * size * (model.n_prelude + model.n_core * k + model.n_coda)
 
 
+def _kinds(cost: Cost) -> dict[str, float]:
+    """FLOPs by kind, and the two other ways to look at them."""
+    names = ("forward", "backward", "backward_input", "backward_weight", "recomputed", "attention", "causal")
+    return {name: getattr(cost, name) for name in names}
+
+
+KIND_LABELS = {
+    "forward": "forward",
+    "backward_input": "backward to inputs",
+    "backward_weight": "backward to weights",
+    "recomputed": "done again in the backward",
+}
+
+
 def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[str, Any]:
     """Everything that ``recurrent-db flops`` prints, as plain values."""
     length = config.data.sequence_length
     parts: dict[str, dict[str, Cost]] = {}
     for name, (passes, conditioned) in training_passes(config).items():
         config.model.noise_conditioning = conditioned
-        parts[name] = cost_per_token(config.model, length, passes)
+        parts[name] = cost_per_token(config.model, length, passes, config.run.activation_checkpointing)
     per_token = {name: total(costs).total for name, costs in parts.items()}
 
     inference: dict[str, dict[str, float]] = {}
@@ -77,13 +92,16 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
     config.model.noise_conditioning = True
     depth = config.objective.unrolled.mean_depth
+    model = build_model(config.model, None, "meta")
     return {
         "per_token": per_token,
-        "by_part": {
-            name: {part: {"forward": c.forward, "backward": c.backward} for part, c in costs.items()}
-            for name, costs in parts.items()
+        "by_part": {name: {part: _kinds(cost) for part, cost in costs.items()} for name, costs in parts.items()},
+        "by_kind": {name: _kinds(total(costs)) for name, costs in parts.items()},
+        "update": {
+            "flops_per_step": update_flops(model, config.optim),
+            "tokens_per_step": config.data.batch_size * length,
         },
-        "parameters": build_model(config.model, None, "meta").parameter_counts(),
+        "parameters": model.parameter_counts(),
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
         "epochs_ratio": epochs_ratio,
         "ratio_of_runs": {
@@ -106,16 +124,37 @@ def flops(args: FlopsArgs) -> int:
         print(json.dumps(table, indent=1))
         return 0
     names = list(table["per_token"])
+
+    def line(label: str, values: list[float], form: str = ".4g") -> None:
+        print(f"{label:<28}" + "".join(f"{value:>20{form}}" for value in values))
+
     print(f"{args.config}: FLOPs per training token at T = {config.data.sequence_length}")
-    print("(matrix products and attention without causal discount, forward + backward; unrolled at depth r exactly,")
+    print(
+        "(model FLOPs: matrix products, and attention over all pairs, forward + backward; unrolled at depth r exactly,"
+    )
     print(" where the sampler's mean is r + 1)")
-    print(f"{'part':<14}" + "".join(f"{name:>20}" for name in names))
+    print(f"{'':<28}" + "".join(f"{name:>20}" for name in names))
     for part in table["by_part"]["denoise"]:
-        row = [sum(table["by_part"][name][part].values()) for name in names]
-        if any(row):
-            print(f"{part:<14}" + "".join(f"{value:>20.4g}" for value in row))
-    print(f"{'total':<14}" + "".join(f"{table['per_token'][name]:>20.4g}" for name in names))
-    print(f"{'x denoise':<14}" + "".join(f"{table['ratio_to_denoise'][name]:>20.2f}" for name in names))
+        row = [table["by_part"][name][part]["forward"] + table["by_part"][name][part]["backward"] for name in names]
+        if any(row) or part == "embedding":
+            line(part, row)
+    line("total", [table["per_token"][name] for name in names])
+    line("x denoise", [table["ratio_to_denoise"][name] for name in names], ".2f")
+    print("\nthe total by kind")
+    kinds = table["by_kind"]
+    for kind, label in KIND_LABELS.items():
+        line(f"  {label}", [kinds[name][kind] for name in names])
+    print("of the total")
+    line("  products with weights", [table["per_token"][name] - kinds[name]["attention"] for name in names])
+    line("  attention", [kinds[name]["attention"] for name in names])
+    line("with the causal half alone", [kinds[name]["causal"] for name in names])
+    update = table["update"]
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in update["flops_per_step"].items() if value)
+    per_token = sum(update["flops_per_step"].values()) / update["tokens_per_step"]
+    print(
+        f"\nnot in the total, element-wise, per optimizer step: {parts}; that is {per_token:.3g} per token of a step"
+        f" of {update['tokens_per_step']:,}, {100 * per_token / table['per_token']['denoise']:.2g} percent of denoise"
+    )
     runs, ratio = table["ratio_of_runs"], table["ratio_to_denoise"]
     print(
         f"\nunrolled against denoise trained on {args.epochs_ratio:g}x the tokens. Counted in iterations, as the paper does:"

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from recurrent_db.config import ModelConfig, load_config
-from recurrent_db.flops import Passes, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.cli import flops_table
+from recurrent_db.config import ModelConfig, OptimConfig, load_config
+from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, step_cost, total
 from recurrent_db.model import build_model
+from recurrent_db.model.layers import beside_mask
+from recurrent_db.optim import update_flops
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 MODEL = ModelConfig(vocab_size=101, d_model=32, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=40, d_condition=24)
 B, T = 2, 12
 
 
-def counted(config: ModelConfig, length: int, no_grad: int, grad: int, levels: int = 0, batch: int = B) -> float:
+def counted(
+    config: ModelConfig, length: int, no_grad: int, grad: int, levels: int = 0, batch: int = B,
+    checkpointing: bool = False,
+) -> float:  # fmt: skip
     """FLOPs per token that the counter sees in a training step with this realised depth."""
     model = build_model(config, None, "meta")
+    model.core.checkpointing = checkpointing
     tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         e_BTD = model.encode(tokens)
@@ -36,11 +44,78 @@ def counted(config: ModelConfig, length: int, no_grad: int, grad: int, levels: i
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
-@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (24, 8), (32, 8)])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (24, 8)])
 def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> None:
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
     ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
     assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_every_realised_depth(depth: int) -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=False, n_core=1)
+    no_grad, grad = max(0, depth - 8), min(depth, 8)
+    ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
+    assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 8, 20])
+def test_full_backpropagation(depth: int) -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=False)
+    ours = total(cost_per_token(config, T, Passes(core_grad=depth))).total
+    assert ours == pytest.approx(counted(config, T, 0, depth), rel=1e-3)
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (3, 4)])
+def test_checkpointed_iterations_are_counted_as_recomputation(injection: str, no_grad: int, grad: int) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
+    passes = Passes(core_no_grad=no_grad, core_grad=grad)
+    kept = total(cost_per_token(config, T, passes))
+    again = total(cost_per_token(config, T, passes, checkpointing=True))
+    assert again.total == kept.total
+    # The meta device knows no fused attention, hence no scores made again: the difference is checkpointing alone.
+    counted_again = counted(config, T, no_grad, grad, checkpointing=True) - counted(config, T, no_grad, grad)
+    assert counted_again > 0
+    assert again.recomputed - kept.recomputed == pytest.approx(counted_again, rel=1e-3)
+
+
+def test_fused_attention_makes_its_scores_again() -> None:
+    """On real tensors the fused CPU kernel runs; PyTorch counts its backward as five products, where four are model
+    FLOPs."""
+    config = dataclasses.replace(MODEL, noise_conditioning=False)
+    model = build_model(config, 0)
+    tokens = torch.zeros(B, T, dtype=torch.long)
+    ops = torch.ops.aten
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda d, q, k, v, *_, out_shape=None, **__: (
+            sdpa_backward_flop_count(d, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(tokens, 3).sum().backward()
+    ours = total(cost_per_token(config, T, Passes(core_grad=3)))
+    assert ours.recomputed > 0
+    assert ours.hardware == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_masked_pairs_are_those_that_the_masks_hide(length: int, strict: bool) -> None:
+    """Attention's FLOPs on hidden pairs, against a count over the masks themselves."""
+    model = dataclasses.replace(MODEL, n_prelude=0, n_core=1, n_coda=0)
+    plain = total(cost_per_token(model, length, Passes(core_grad=1)))
+    hidden = 1 - torch.ones(length, length).tril().mean().item()
+    assert plain.masked == pytest.approx(hidden * plain.attention)
+    assert plain.causal == pytest.approx(plain.total - plain.masked)
+    beside = Passes(core_no_grad=1, core_grad=0, beside=True, known_no_grad=int(strict))
+    seen = beside_mask(length, strict, torch.device("cpu")).float().mean().item()
+    both = cost_per_token(model, length, beside)["core"]
+    known = cost_per_token(model, length, Passes(core_no_grad=1, core_grad=0))["core"] if strict else Cost()
+    assert both.masked - known.masked == pytest.approx((1 - seen) * 2 * length * 4 * model.d_model)
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
@@ -97,6 +172,34 @@ def test_a_step_is_the_sum_of_its_parts_and_kinds() -> None:
     whole = step_cost(config, Passes(core_no_grad=3, core_grad=2))
     assert whole.total == pytest.approx(sum(c.forward + c.backward_input + c.backward_weight for c in parts.values()))
     assert parts["core"].backward == pytest.approx(parts["core"].forward * 2 * 2 / 5)  # two of five iterations
+    assert whole.total == pytest.approx(whole.matmul + whole.attention)
+    assert list(parts) == ["embedding", "prelude", "adapter", "core", "conditioning", "coda", "head", "bridge"]
+
+
+def test_weights_and_attention_apart() -> None:
+    """The published rule: 6 FLOPs per weight and token, and 12 T D per layer for attention (arXiv 2204.02311, app. B)."""
+    model = dataclasses.replace(MODEL, noise_conditioning=False, injection="add")
+    whole = total(cost_per_token(model, T, Passes(core_grad=1)))
+    layers = model.n_prelude + model.n_core + model.n_coda
+    built = build_model(model, None, "meta")
+    weights = sum(p.numel() for name, p in built.named_parameters() if "norm" not in name and "bias" not in name)
+    assert whole.matmul == 6 * weights  # the tied table counts once, as the head
+    assert whole.attention == layers * 12 * T * model.d_model
+
+
+def test_update_is_counted_apart() -> None:
+    model = build_model(dataclasses.replace(MODEL, noise_conditioning=False), None, "meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(update_flops(model, OptimConfig()).values()) == 17 * parameters
+    assert update_flops(model, OptimConfig(ema_decay=0.99))["average"] == 3 * parameters
+
+
+def test_the_largest_preset_is_counted_in_five_seconds() -> None:
+    config = load_config(CONFIGS / "huginn-3.5b.toml")
+    start = time.perf_counter()
+    table = flops_table(config, 3.0, 2)
+    assert time.perf_counter() - start < 5
+    assert table["parameters"]["total"] > 3.5e9
 
 
 def test_inference_costs_forward_passes_alone() -> None:
