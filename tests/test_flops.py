@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import micro_config, micro_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from recurrent_db.cli import flops_table
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
+from recurrent_db.data import Batch
 from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, step_cost, total
 from recurrent_db.model import build_model
 from recurrent_db.model.layers import beside_mask
 from recurrent_db.optim import update_flops
+from recurrent_db.rng import Rng
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 MODEL = ModelConfig(vocab_size=101, d_model=32, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=40, d_condition=24)
@@ -152,6 +156,34 @@ def test_known_neighbours() -> None:
     passes = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False,
                     known_no_grad=1, beside=True)  # fmt: skip
     assert inference_cost(config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["next_token"],
+        *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
+        ["denoise-paper"],
+        *(["denoise", "--objective.denoise.draw", draw] for draw in ("batch", "sequence", "token")),
+        ["denoise", "--objective.denoise.conditioning", "two-stream"],
+        ["denoise", "--objective.denoise.targets", "separate"],
+        ["denoise", "--objective.denoise.loss", "l2"],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], injection: str) -> None:
+    """The objective itself, forward and backward, against the counter, at several realised depths."""
+    config = micro_config("--objective.name", *options, "--model.injection", injection)
+    model, objective = micro_model(config)
+    length = config.data.sequence_length
+    ids = torch.randint(61, (2, length + 1))
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
+    for step in range(4 if options[0] == "unrolled" else 1):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            objective(model, batch, Rng(0, step), 0.0)[0].backward()
+        ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
+        assert ours == pytest.approx(counter.get_total_flops() / (2 * length), rel=1e-3)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"])
