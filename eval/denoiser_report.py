@@ -89,7 +89,7 @@ class Probes:
         y_BTD = walk.targets(model)[batch.targets_BT]
         eps = self.rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "report", self.device)
         estimate = walk.estimate(model, y_BTD + sigma * eps, sigma, e_BTD, walk.clean_contexts(model, e_BTD))
-        return cross_entropy(model, walk.read(model, estimate, e_BTD.dtype), batch.targets_BT)
+        return cross_entropy(model, walk.read(model, estimate, e_BTD.dtype), batch.targets_BT)[1]
 
     def scored(self, batch: Batch, k: int, edit: Callable[[Tensor], Tensor] | None = None, shift: int = 0) -> Tensor:
         """Cross-entropy after K iterations from noise, with the state edited before the last one."""
@@ -97,7 +97,7 @@ class Probes:
         tokens = batch.tokens_BT.roll(shift, 0)
         probe = Probe(edit) if edit is not None else None
         [(_, hidden)] = model.recurrence.hidden(model, tokens, model.encode(tokens), [k], self.noise(batch), probe)
-        return cross_entropy(model, hidden, batch.targets_BT)
+        return cross_entropy(model, hidden, batch.targets_BT)[1]
 
     def state_gap(self, k: int) -> dict[str, float]:
         """NLL at K with the state replaced before the last pass, minus NLL at K: 0 means the state is not read."""

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from recurrent_db.data import Batch
 from recurrent_db.flops import Passes
+from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import Recurrence
 from recurrent_db.rng import Rng
@@ -79,7 +80,13 @@ class Stateless:
             raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
 
 
-def cross_entropy(model: LoopedLM, hidden_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Next-token cross-entropy for each position, fp32 (B, T), in nats."""
-    logits_BTV = model.logits(hidden_BTD).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view(targets_BT.shape)
+def cross_entropy(
+    model: LoopedLM, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy in nats: its mean over positions (each times its weight, broadcastable to (B, T)), to be
+    differentiated, and the plain losses, fp32 (B, T), detached."""
+    ones = torch.full(targets_BT.shape, 1 / targets_BT.numel(), device=targets_BT.device)
+    weights_BT = ones if weights_BT is None else ones * weights_BT
+    flat = targets_BT.flatten(), weights_BT.flatten()
+    mean, losses_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.embedding.weight, *flat)
+    return mean, losses_N.view(targets_BT.shape)

@@ -78,26 +78,23 @@ class Denoise:
         read_BTD = estimate_BTD.detach() if self.config.loss == "l2" else estimate_BTD
         # Dividing by sd brings the estimate to unit scale before the norm's epsilon; the norm itself ignores scale.
         hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype))
-        losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT)
-
-        total_BT = losses_BT
-        if self.config.weight == "edm":
-            total_BT = total_BT * self.precond.weight(sigma_Bs)
+        weights_Bs = self.precond.weight(sigma_Bs) if self.config.weight == "edm" else None
+        loss, losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT, weights_Bs)
         if self.config.loss == "l2":
             # The targets do not move towards their estimates: all rows in one place would be a perfect answer.
             error_BT = (estimate_BTD - y_BTD.detach()).square().mean(-1)
-            total_BT = total_BT + self.precond.weight(sigma_Bs) * error_BT
+            loss = loss + (self.precond.weight(sigma_Bs) * error_BT).mean()
         if self.config.density == "adaptive":
             tally = self.fit.tally(drawn_Bs.expand_as(losses_BT), losses_BT)
             self.tally = tally if self.tally is None else self.tally + tally
         # The part of the loss that is a next-token loss: the draws at sigma_max, where z says nothing.
         at_top_BT = (sigma_Bs >= self.config.sigma_max).float().expand_as(losses_BT)
         metrics = {
-            "loss_sigma_max": torch.stack(((losses_BT.detach() * at_top_BT).sum(), at_top_BT.sum())),
-            "loss_cross_entropy": losses_BT.detach().mean(),
+            "loss_sigma_max": torch.stack(((losses_BT * at_top_BT).sum(), at_top_BT.sum())),
+            "loss_cross_entropy": losses_BT.mean(),
             "target_cosine": mean_pairwise_cosine(model.target_rows()),
         }
-        return total_BT.mean(), metrics
+        return loss, metrics
 
     def after_step(self, taken: bool, reduce: Reduce) -> None:
         if self.tally is not None and taken:

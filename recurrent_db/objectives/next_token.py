@@ -23,8 +23,7 @@ class NextToken(Stateless):
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         e_BTD = model.encode(batch.tokens_BT)
         state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD)
-        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT).mean()
-        return loss, {}
+        return cross_entropy(model, model.decode(state_BTD), batch.targets_BT)[0], {}
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         return Passes(core_grad=1)

@@ -33,7 +33,7 @@ class Unrolled(Stateless):
         with torch.no_grad():
             state_BTD = model.iterate(state_BTD, e_BTD, without)
         state_BTD = model.iterate(state_BTD, e_BTD, with_gradient)
-        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT).mean()
+        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT)[0]
         state_rms = state_BTD.detach().float().square().mean().sqrt()
         return loss, {"depth": torch.tensor(float(without + with_gradient)), "state_rms": state_rms}
 

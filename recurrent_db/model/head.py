@@ -1,0 +1,94 @@
+"""The head and its loss in one: cross-entropy of a linear layer without ever holding all logits.
+
+Shapes: N rows (positions), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALLEST_CHUNK = 128
+"""Rows below which a matrix product no longer fills a core."""
+
+
+def chunk_rows(n_rows: int) -> int:
+    """Rows of logits that are held at once: a thirty-second, which with its copies is below an eighth of the whole."""
+    return max(SMALLEST_CHUNK, -(-n_rows // 32))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Losses by chunks of rows, and in the same pass the gradients of their weighted sum, so that nothing of size
+    N x V outlives its chunk and the backward recomputes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        table_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        dtype: torch.dtype,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        need_hidden, need_table = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden, table = hidden_ND.to(dtype), table_VD.to(dtype)
+        losses_N = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
+        d_table = torch.zeros_like(table_VD) if need_table else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            targets_R1 = targets_N[part, None]
+            logits_RV = hidden[part] @ table.T
+            log_p_RV = F.log_softmax(logits_RV, dim=-1, dtype=wide)
+            del logits_RV
+            losses_N[part] = -log_p_RV.gather(1, targets_R1)[:, 0]
+            if d_hidden is None and d_table is None:
+                continue
+            # d/d logits = (softmax - one_hot) * weight, made in place
+            d_RV = log_p_RV.exp_()
+            d_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -1, dtype=wide))
+            d_RV = d_RV.mul_(weights_N[part, None]).to(dtype)
+            if d_hidden is not None:
+                d_hidden[part] = d_RV @ table
+            if d_table is not None:
+                if d_table.dtype == dtype:
+                    torch.addmm(d_table, d_RV.T, hidden[part], out=d_table)
+                else:
+                    d_table += d_RV.T @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_table)
+        ctx.mark_non_differentiable(losses_N)
+        return (losses_N * weights_N).sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        d_hidden, d_table = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
+            None if d_table is None else d_table * scale.to(d_table.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, table_VD: Tensor, targets_N: Tensor, weights_N: Tensor, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats of the logits ``hidden @ table.T`` against ``targets`` (int64).
+
+    Returns the sum over rows of ``weights`` times losses, to differentiate by hidden and table (not by the weights), and
+    the losses themselves, fp32 or wider (N,), detached. The products run in autocast's dtype where it is on, softmax and
+    losses in fp32.
+    """
+    device_type = hidden_ND.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else table_VD.dtype
+    arguments = hidden_ND, table_VD, targets_N, weights_N.detach(), dtype, rows or chunk_rows(len(hidden_ND))
+    if not autocast:
+        return cast(tuple[Tensor, Tensor], _LinearCrossEntropy.apply(*arguments))
+    with torch.autocast(device_type, enabled=False):
+        return cast(tuple[Tensor, Tensor], _LinearCrossEntropy.apply(*arguments))
