@@ -55,7 +55,7 @@ class MemorySplit:
 
     def row(self, optimizer: torch.optim.Optimizer, ema: EMA | None, depth: int) -> dict[str, int]:
         """Columns for the metrics, at a step's end. Gradients are as large as the parameters that have them."""
-        if not self._constant or not optimizer.state:  # there is none before a first step that was taken
+        if not self._constant.get("memory/optimizer_bytes"):  # the optimizer holds nothing before a step is taken
             parameters = list(self.model.parameters())
             states = (v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor))
             self._constant = {
