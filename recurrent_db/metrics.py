@@ -82,7 +82,7 @@ class WandbLog:
                 config=to_dict(config),
                 settings=wandb.Settings(finish_timeout=FINISH_TIMEOUT),
             )
-            self.first = self.run.step
+            self.first = self.run.starting_step
         for row in rows:
             self.log(row)
 

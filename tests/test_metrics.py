@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import MICRO, ROOT, micro_config, synthetic_data
+from helpers import MICRO, ROOT, load_script, micro_config, synthetic_data
 
 from recurrent_db.checkpoint import list_checkpoints
 from recurrent_db.metrics import MetricLog, read_metrics
@@ -32,13 +35,13 @@ def words(data: Path, run: Path, *more: object) -> list[str]:
     return [*MICRO, "--data.path", str(data), "--run.dir", str(run), *map(str, more)]
 
 
-def start(data: Path, run: Path, *more: object) -> subprocess.Popen[str]:
-    """The trainer with the real wandb, in a process of its own with nobody to ask and nothing configured."""
+def start(data: Path, run: Path, *more: object, **configured: str) -> subprocess.Popen[str]:
+    """The trainer with the real wandb, in a process of its own with nobody to ask and nothing else configured."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     return subprocess.Popen(
         [sys.executable, "train/pretrain.py", *words(data, run, *more)],
         cwd=ROOT,
-        env={**environment, "HOME": str(run.parent), "NETRC": str(run.parent / "netrc")},
+        env={**environment, "HOME": str(run.parent), "NETRC": str(run.parent / "netrc"), **configured},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,6 +192,80 @@ def test_wandbs_own_process_dies(data: Path, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The real wandb, online, to a server of a few lines
+
+
+class Server(ThreadingHTTPServer):
+    """Answers what wandb asks before and during a run, and keeps the rows that it is sent."""
+
+    def __init__(self, has: int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.has = has
+        """Steps of an earlier part of the run that it has."""
+        self.received: list[tuple[int, dict[str, Any]]] = []
+        """Line of the run's history there, and the row."""
+
+    def answer(self, query: str) -> dict[str, Any]:
+        owner = {"id": "1", "name": "somebody"}
+        last = json.dumps({"_step": self.has, "step": self.has})
+        bucket = {
+            "id": "1", "name": "run", "displayName": "run", "summaryMetrics": last, "historyLineCount": self.has,
+            "historyTail": json.dumps([last]), "eventsTail": "[]", "eventsLineCount": 0, "logLineCount": 0, "tags": [],
+            "config": "{}", "wandbConfig": json.dumps({"t": 1}), "project": {"id": "1", "name": "p", "entity": owner},
+        }  # fmt: skip
+        if "query RunResumeStatus" in query:
+            return {"model": {"id": "1", "name": "p", "entity": owner, "bucket": bucket} if self.has else None}
+        if "mutation UpsertBucket" in query:
+            return {"upsertBucket": {"bucket": bucket, "inserted": not self.has}}
+        if "mutation CreateRunFiles" in query:
+            return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}}
+        return {
+            "viewer": {"id": "1", "entity": "somebody", "username": "somebody", "flags": "{}", "teams": {"edges": []}}
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        content = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+        answer: dict[str, Any] = {}
+        if self.path == "/graphql":
+            answer = {"data": self.server.answer(json.loads(content)["query"])}
+        elif self.path.endswith("/file_stream"):
+            sent = json.loads(content).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            self.server.received += enumerate(map(json.loads, sent["content"]), sent["offset"])
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("has", [0, 5])
+def test_online_a_resumed_run_sends_the_rows_that_the_server_lacks(data: Path, tmp_path: Path, has: int) -> None:
+    pytest.importorskip("wandb")
+    run = tmp_path / "run"
+    load_script("train/pretrain.py").train(micro_config(*words(data, run, "--budget.steps", 8)))
+    with Server(has) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        process = start(data, run, "--run.wandb", "online", "--budget.steps", 12, "--resume",
+                        WANDB_BASE_URL=where, WANDB_API_KEY="0" * 40)  # fmt: skip
+        _, stderr = process.communicate(timeout=120)
+        server.shutdown()
+    assert process.returncode == 0, stderr
+    assert not warnings(stderr)
+    assert "monotonically" not in stderr
+    sent = [(line, {k: v for k, v in row.items() if not k.startswith("_")}) for line, row in server.received]
+    assert sent == [(step - 1, row) for step, row in expected(run) if step > has]
+    assert [row["_step"] for _, row in server.received] == list(range(has + 1, 13))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A stand-in
 
 
@@ -196,7 +273,7 @@ class Wandb(SimpleNamespace):
     """What metrics.py uses of wandb, failing where told."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None, step: int = 0) -> None:
-        self.fails, self.error, self.step = fails, error, step
+        self.fails, self.error, self.starting_step = fails, error, step
         self.logged: list[int] = []
         self.given: dict[str, Any] = {}
         self.finished = False
