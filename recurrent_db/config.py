@@ -256,7 +256,7 @@ class RunConfig:
     log_every: int = 10
     """Optimizer steps between writes of metrics.jsonl and updates of the progress bar."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Also log to Weights & Biases."""
+    """Also log to Weights & Biases; offline, `wandb sync DIR/wandb/latest-run` uploads the whole run later."""
     wandb_project: str = "recurrent_db"
     """Project name there."""
 

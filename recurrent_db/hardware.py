@@ -56,9 +56,11 @@ def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:
 
 
 def table_peak_flops(device_name: str) -> float | None:
-    """The table's entry for a GPU by its name; None where it has none."""
-    words = f" {device_name} "
-    found = [known for known in PEAK_FLOPS if re.search(rf"(?<![A-Za-z0-9]){re.escape(known)}(?![A-Za-z0-9])", words)]
+    """The table's entry for a GPU by its name; None where it has none, or only a sibling's or the whole of a slice."""
+    if " MIG " in device_name:
+        return None
+    end = r"(?![A-Za-z0-9]| (?:Ti|SUPER|D|Laptop)\b)"
+    found = [known for known in PEAK_FLOPS if re.search(rf"(?<![A-Za-z0-9]){re.escape(known)}{end}", device_name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 

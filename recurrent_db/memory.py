@@ -54,8 +54,8 @@ class MemorySplit:
             self.activations[depth] = sum(saved.values())
 
     def row(self, optimizer: torch.optim.Optimizer, ema: EMA | None, depth: int) -> dict[str, int]:
-        """Columns for the metrics, after an optimizer step. Gradients are as large as the parameters that have them."""
-        if not self._constant:
+        """Columns for the metrics, at a step's end. Gradients are as large as the parameters that have them."""
+        if not self._constant.get("memory/optimizer_bytes"):  # the optimizer holds nothing before a step is taken
             parameters = list(self.model.parameters())
             states = (v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor))
             self._constant = {

@@ -7,13 +7,19 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from recurrent_db.config import Config, to_dict
+from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
+
+FINISH_TIMEOUT = 300.0
+"""Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""
 
 
 def plain(value: Any) -> Any:
@@ -49,64 +55,99 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricLog:
-    """One row for each optimizer step. Rows may hold device tensors; they are read when flushed, not before."""
+class WandbLog:
+    """The same rows under the same names at Weights & Biases; null values are left out.
 
-    def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
-        truncate_metrics(run_dir / "metrics.jsonl", start_step)
-        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.rows: list[dict[str, Any]] = []
-        self.wandb = self._start_wandb(run_dir, config) if config.run.wandb != "off" else None
+    Whatever fails there costs one warning and the rest of the run's rows there, never the run itself. A resumed run goes
+    on under its id. Each start sends first what wandb lacks of the ``rows`` so far: online those after the server's last
+    step (a step that it has keeps its values); offline all of them, because a killed run's file lacks its end, so that
+    the newest folder (RUN/wandb/latest-run) is whole by itself and is the one to sync.
+    """
 
-    def _start_wandb(self, run_dir: Path, config: Config) -> Any:
-        """A wandb run, or None with a warning: logging must never stop training."""
-        try:
+    def __init__(self, run_dir: Path, config: Config, rows: Iterable[dict[str, Any]]) -> None:
+        self.run: Any = None
+        with self._failures_are_warnings():
             import wandb
 
-            return wandb.init(
+            # Without a key the answer is no; wandb.init would ask for one and wait.
+            if config.run.wandb == "online" and not wandb.login(prompt=False):
+                raise UserError("no API key; set WANDB_API_KEY or run `wandb login`")
+            self.run = wandb.init(
                 project=config.run.wandb_project,
                 mode="online" if config.run.wandb == "online" else "offline",
                 dir=str(run_dir),
                 name=run_dir.resolve().name,
-                id=self._wandb_id(run_dir),
+                id=self._id(run_dir),
                 resume="allow",
                 config=to_dict(config),
+                settings=wandb.Settings(finish_timeout=FINISH_TIMEOUT),
             )
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            print(f"warning: no wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
-            return None
+            self.first = self.run.starting_step
+        for row in rows:
+            self.log(row)
+
+    @contextmanager
+    def _failures_are_warnings(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals never raise in the trainer
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            print(f"warning: no more wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
+            self.run = None
+            with suppress(BaseException):  # or it would try again, and complain again, when the process ends
+                import wandb
+
+                wandb.teardown(1)
 
     @staticmethod
-    def _wandb_id(run_dir: Path) -> str:
-        """The run's identity there: made once and kept with the run, so that a resumed run goes on under it."""
+    def _id(run_dir: Path) -> str:
+        """The run's identity there: made once and kept with the run."""
         path = run_dir / "wandb_id"
         if not path.exists():
             write_atomic(path, secrets.token_hex(8))
         return path.read_text()
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.run is not None and row["step"] >= self.first:
+            with self._failures_are_warnings():
+                self.run.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
+
+    def close(self) -> None:
+        if self.run is not None:
+            with self._failures_are_warnings():
+                self.run.finish()
+
+
+class MetricLog:
+    """One row for each optimizer step. Rows may hold device tensors; they are read when flushed, not before.
+
+    It belongs to the run directory's only process (the trainer refuses to be several).
+    """
+
+    def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
+        path = run_dir / "metrics.jsonl"
+        truncate_metrics(path, start_step)
+        self.file = path.open("a", encoding="utf-8")
+        self.rows: list[dict[str, Any]] = []
+        self.wandb = WandbLog(run_dir, config, read_metrics(path)) if config.run.wandb != "off" else None
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
     def flush(self) -> dict[str, Any] | None:
         """Write the rows collected so far to disk. Returns the last one."""
-        last = None
-        for row in self.rows:
-            last = {name: plain(value) for name, value in row.items()}
-            self.file.write(json.dumps(last) + "\n")
-            if self.wandb is not None:
-                try:
-                    self.wandb.log({k: v for k, v in last.items() if v is not None}, step=last["step"])
-                except Exception as error:
-                    print(f"warning: wandb stopped logging ({error})", file=sys.stderr)
-                    self.wandb = None
+        written = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         self.rows.clear()
+        self.file.writelines(json.dumps(row) + "\n" for row in written)
         self.file.flush()
         os.fsync(self.file.fileno())
-        return last
+        if self.wandb is not None:
+            for row in written:
+                self.wandb.log(row)
+        return written[-1] if written else None
 
     def close(self) -> None:
         self.flush()
         self.file.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.close()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from recurrent_db.config import Config, load_config
-from recurrent_db.data import DataWriter
+from recurrent_db.data import Batch, DataWriter
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.tokenizer import Tokenizer, train
@@ -55,6 +55,12 @@ def micro_model(config: Config, vocab_size: int = 61, spread: float = 0.3) -> tu
     objective = build_objective(config)
     model.recurrence = objective.recurrence
     return model, objective
+
+
+def batch(n: int = 4, length: int = 16, vocab_size: int = 61, start: int = 0) -> Batch:
+    """Random tokens at the run's positions from ``start`` on."""
+    ids = torch.randint(vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(3))
+    return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(start, start + n))
 
 
 def synthetic_tokenizer() -> Tokenizer:

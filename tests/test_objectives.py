@@ -6,19 +6,13 @@ import json
 
 import pytest
 import torch
-from helpers import OBJECTIVES, micro_config, micro_model
+from helpers import OBJECTIVES, batch, micro_config, micro_model
 
-from recurrent_db.data import Batch
 from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.rng import EVALUATION_STEP, Rng
-
-
-def batch(n: int = 4, length: int = 16, vocab_size: int = 61, start: int = 0) -> Batch:
-    ids = torch.randint(vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(3))
-    return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(start, start + n))
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "denoise-paper"])

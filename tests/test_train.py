@@ -26,6 +26,10 @@ from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+CUMULATIVE = {
+    "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
+    "flops_update",
+}  # fmt: skip
 TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes"}
 
 
@@ -63,6 +67,7 @@ def assert_same_end(a: Path, b: Path) -> None:
         for key in tensors:
             assert torch.equal(tensors[key], others[key]), f"{name}: {key}"
     assert without_times(a) == without_times(b)
+    assert all(row[key] > 0 for row in without_times(b) for key in CUMULATIVE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,8 +79,8 @@ def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> Non
     assert train(data, run, "--objective.name", "denoise", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
     written = rows(run)
     assert [row["step"] for row in written] == list(range(1, 13))
-    keys = "step tokens flops flops_forward flops_backward loss lr grad_norm tokens_per_s mfu peak_memory_bytes seconds"
-    assert set(keys.split()) <= written[0].keys()
+    keys = "step tokens loss lr grad_norm tokens_per_s mfu hfu peak_memory_bytes seconds skipped"
+    assert {*keys.split(), *CUMULATIVE} <= written[0].keys()
     assert written[-1]["flops"] == written[-1]["flops_forward"] + written[-1]["flops_backward"]
     assert written[-1]["eval/nll_k1"] > 0
     assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise"
@@ -232,9 +237,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     written = rows(tmp_path / "run")
     assert [row["skipped"] for row in written] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert written[3]["loss"] is None
+    update = written[0]["flops_update"]  # a skipped step costs its passes and no update
+    assert [row["flops_update"] for row in written] == [update * n for n in (1, 2, 3, 3, 3, 4, 5, 6)]
+    assert [row["flops"] for row in written] == pytest.approx([written[0]["flops"] * n for n in range(1, 9)])
+    assert all(row["memory/optimizer_bytes"] > 0 for row in written)
     assert all(
         torch.isfinite(t).all() for t in load_file(find_checkpoint(tmp_path / "run") / "model.safetensors").values()
     )
+
+
+def test_a_first_step_that_is_skipped_hides_no_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("train/pretrain.py")
+    broken_objective(monkeypatch, script, {0})
+    config = load_config(None, words(data, tmp_path / "run", "--objective.name", "next_token", "--budget.steps", 3))
+    script.train(config)
+    held = [row["memory/optimizer_bytes"] for row in rows(tmp_path / "run")]
+    assert held[0] == 0
+    assert held[1] == held[2] > 2 * rows(tmp_path / "run")[0]["memory/parameters_bytes"]
 
 
 def test_a_run_of_bad_steps_stops_with_a_diagnosis(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
