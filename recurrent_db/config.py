@@ -246,6 +246,8 @@ class RunConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each backpropagated core iteration and run the iteration again in the backward: memory
     that hardly grows with depth, for about a third more time in the core."""
+    compile: bool = False
+    """Compile prelude, core iteration and coda with torch.compile: slower first steps (up to minutes), faster ones after."""
     peak_flops: float | None = None
     """FLOPs per second that utilisation is a share of; none takes the device's from a table (bf16, dense), on a CPU the
     measured rate of a matrix product."""

@@ -135,6 +135,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     model = build_model(config.model, config.seed, device)
     model.recurrence = objective.recurrence
     model.core.checkpointing = config.run.activation_checkpointing
+    if config.run.compile:
+        model.compile_parts()
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     state = TrainState()
@@ -187,8 +189,10 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         if ema is not None:
             ema.swap(model)
         model.recurrence = objective.recurrence  # what the objective has learned by now is part of it
+        model.eval()
         with autocast:
             scores = score(model, batches, config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed)
+        model.train()
         if ema is not None:
             ema.swap(model)
         row: dict[str, float] = {}

@@ -16,6 +16,7 @@ Shapes: B sequences, T positions, D width, V vocabulary. States and hidden vecto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,6 +94,21 @@ class Core(nn.Module):
             Block(config.d_model, config.n_heads, config.d_mlp, config.norm_eps) for _ in range(config.n_core)
         )
 
+    def iteration(
+        self,
+        state_BTD: Tensor,
+        e_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        modulation: Modulation | None = None,
+        beside: list[Context] | None = None,
+    ) -> Tensor:
+        """Injection and all blocks, once."""
+        state_BTD = self.injection(state_BTD, e_BTD)
+        for index, block in enumerate(self.blocks):
+            layer = modulation[index] if modulation else None
+            state_BTD = block(state_BTD, rope, layer, beside[index] if beside else None)
+        return state_BTD
+
     def forward(
         self,
         state_BTD: Tensor,
@@ -102,20 +118,19 @@ class Core(nn.Module):
         modulation: Modulation | None = None,
         beside: list[Context] | None = None,
     ) -> Tensor:
-        def iteration(state_BTD: Tensor) -> Tensor:
-            state_BTD = self.injection(state_BTD, e_BTD)
-            for index, block in enumerate(self.blocks):
-                layer = modulation[index] if modulation else None
-                state_BTD = block(state_BTD, rope, layer, beside[index] if beside else None)
-            return state_BTD
-
         for _ in range(iterations):
+            arguments = state_BTD, e_BTD, rope, modulation, beside
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in an iteration is random, so there is no generator's state to keep.
-                state_BTD = checkpoint(iteration, state_BTD, use_reentrant=False, preserve_rng_state=False)
+                state_BTD = checkpoint(self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                state_BTD = iteration(state_BTD)
+                state_BTD = self.iteration(*arguments)
         return state_BTD
+
+
+def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    fast = torch.compile(part, dynamic=False)
+    return lambda *args, **kwargs: (fast if owner.training else part)(*args, **kwargs)
 
 
 class LoopedLM(nn.Module):
@@ -217,6 +232,16 @@ class LoopedLM(nn.Module):
         """Unconditioned logits (B, T, V) after ``iterations`` passes from a zero state."""
         e_BTD = self.encode(tokens_BT)
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
+
+    def compile_parts(self) -> None:
+        """Compile what training runs: prelude, one core iteration, coda, each for itself.
+
+        The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
+        (without gradient, with it from a state that needs none, with it from one that does). Shapes are static. In
+        evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
+        """
+        for owner, name in ((self, "encode"), (self.core, "iteration"), (self, "decode")):
+            setattr(owner, name, _compiled_in_training(owner, getattr(owner, name)))
 
     # -- initialisation and size ---------------------------------------------------------------------------------------
 
