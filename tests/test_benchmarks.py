@@ -16,8 +16,11 @@ from helpers import MICRO, OBJECTIVES, load_script, micro_config, micro_model, s
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
 from recurrent_db.denoise.noise import GRIDS
+from recurrent_db.flops import total
 from recurrent_db.model.looped import STATE_STD
 from recurrent_db.recurrence import DenoiseWalk, NoiseSource, truncated_normal
+from recurrent_db.report.cost import memory_by_holder, training_cost
+from recurrent_db.report.data import read_run
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 Run = Callable[..., "CompletedProcess[str]"]
@@ -37,6 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             load_config(None, [*words, "--budget.steps", "60", "--optim.lr", "1e-2"])
         )
     return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_html_report_knows_every_column_that_the_trainer_logs(folder: Path, name: str) -> None:
+    run = read_run(folder / name, name)
+    assert set(run.own_columns()) <= {"depth", "state_rms", "loss_sigma_max", "loss_cross_entropy", "target_cosine"}
+    held, cost, tokens = memory_by_holder(run), total(training_cost(run)), run.last("tokens")
+    assert held is not None and tokens is not None
+    assert held["parameters"] > 0 and held["activations"] == run.most("memory/activations_bytes")
+    assert cost.causal == pytest.approx((run.last("flops_causal") or 0) / tokens)
+    assert cost.recomputed == pytest.approx((run.last("flops_recomputed") or 0) / tokens)
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "two-stream"])
