@@ -3,25 +3,34 @@
 python eval/depth_curve.py RUN --data DIR [--k 1,2,4,8,16,32] [--draws 4] [--json OUT]
 
 Prints nats per token, bits per byte, standard error and FLOPs per token for each K. A checkpoint whose inference starts
-from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max).
+from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max). The JSON also says
+how large the state is after each core pass of the largest K.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
 from recurrent_db.commandline import parse_ints, run_command
-from recurrent_db.data import open_data, validation_batches
+from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.likelihood import score
 from recurrent_db.loading import load_with_config
-from recurrent_db.recurrence import DenoiseWalk
+from recurrent_db.model import LoopedLM
+from recurrent_db.recurrence import DenoiseWalk, NoiseSource, Probe
+from recurrent_db.rng import EVALUATION_STEP, Rng
+
+STATE_SEQUENCES = 8
+"""Held-out sequences whose states are measured."""
 
 
 @dataclass
@@ -56,6 +65,27 @@ class Args:
     """File to write the result to."""
 
 
+@torch.no_grad()
+def state_rms_by_iteration(model: LoopedLM, batches: Iterable[Batch], k: int, seed: int = 0) -> list[float]:
+    """Root mean square per component of what each core pass of a run of K = ``k`` iterations gave, first pass first.
+
+    Of a denoiser's walk that is the estimate D at each level, in units of the clean targets (Heun's steps make 2 K - 1
+    passes); else the state. One noise draw. All passes' states of a batch are held at once, so give small ones.
+    """
+    device = model.embedding.weight.device
+    sums: list[float] = []
+    count = 0
+    for batch in batches:
+        tokens_BT, probe = batch.tokens_BT.to(device), Probe()
+        noise = NoiseSource(Rng(seed, EVALUATION_STEP), batch.sample_index_B, model.config.max_seq_len)
+        for _ in model.recurrence.hidden(model, tokens_BT, model.encode(tokens_BT), [k], noise, probe):
+            pass
+        squares = [state_BTD.double().square().sum().item() for state_BTD in probe.states]
+        sums = [a + b for a, b in zip(sums or [0.0] * len(squares), squares, strict=True)]
+        count += probe.states[0].numel()
+    return [math.sqrt(value / count) for value in sums]
+
+
 def main(args: Args) -> int:
     ks = parse_ints(args.k, "--k", least=1)
     parse_ints(f"{args.draws},{args.batch_size}", "--draws and --batch-size", least=1)
@@ -71,10 +101,17 @@ def main(args: Args) -> int:
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))
     bar = tqdm(batches, desc="scoring", unit="batch", disable=None, leave=False)
     scores = score(model, bar, ks, tokenizer.byte_lengths(), args.draws, args.seed)
+    few = STATE_SEQUENCES * config.data.sequence_length
+    sequences = validation_batches(data, config.data.sequence_length, 1, min(args.tokens or few, few))
+    state_rms = state_rms_by_iteration(model, sequences, max(ks), args.seed)
     walk = model.recurrence
     result = {
         **scores.to_json(),
         "sigma": walk.density.sigma_max if isinstance(walk, DenoiseWalk) else None,
+        "state_is": "estimate" if isinstance(walk, DenoiseWalk) else "state",
+        "state_rms_by_iteration": {
+            str(number): rms if math.isfinite(rms) else None for number, rms in enumerate(state_rms, 1)
+        },
         "objective": config.objective.name,
         "checkpoint": str(checkpoint),
         "seed": args.seed,

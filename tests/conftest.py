@@ -1,7 +1,8 @@
-"""What tests share: a small tokenizer and a small data directory, each made once per session."""
+"""What tests share: a small tokenizer, a small data directory, synthetic runs and their report, each made once."""
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_runs import OBJECTIVES, fake_run
 
 from recurrent_db.data import corpus, prepare
+from recurrent_db.report import write_report
 from recurrent_db.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,3 +91,19 @@ def script_here(
         return subprocess.CompletedProcess(command, code if isinstance(code, int) else int(code is not None), out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def three_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One complete run of each objective, with baselines beside them."""
+    root = tmp_path_factory.mktemp("three")
+    (root / "baselines.json").write_text(json.dumps({"unigram": 5.1, "bigram": 3.4, "corpus": "stdlib"}))
+    return [fake_run(root / name, name, floor=2.2 + 0.2 * i, seed=i) for i, name in enumerate(OBJECTIVES)]
+
+
+@pytest.fixture(scope="session")
+def page(three_runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of `three_runs`."""
+    output = tmp_path_factory.mktemp("page") / "deep" / "report.html"
+    write_report(three_runs, output)
+    return output.read_text(encoding="utf-8")

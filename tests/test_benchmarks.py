@@ -8,10 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import numpy as np
 import pytest
-from helpers import MICRO, OBJECTIVES, load_script, synthetic_data
+import torch
+from helpers import MICRO, OBJECTIVES, load_script, micro_config, micro_model, synthetic_data
 
 from recurrent_db.config import load_config
+from recurrent_db.data import Batch
+from recurrent_db.denoise.noise import GRIDS
+from recurrent_db.flops import total
+from recurrent_db.model.looped import STATE_STD
+from recurrent_db.recurrence import DenoiseWalk, NoiseSource, truncated_normal
+from recurrent_db.report.cost import memory_by_holder, training_cost
+from recurrent_db.report.data import read_run
+from recurrent_db.rng import EVALUATION_STEP, Rng
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -30,6 +40,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             load_config(None, [*words, "--budget.steps", "60", "--optim.lr", "1e-2"])
         )
     return folder
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_html_report_knows_every_column_that_the_trainer_logs(folder: Path, name: str) -> None:
+    run = read_run(folder / name, name)
+    assert set(run.own_columns()) <= {"depth", "state_rms", "loss_sigma_max", "loss_cross_entropy", "target_cosine"}
+    held, cost, tokens = memory_by_holder(run), total(training_cost(run)), run.last("tokens")
+    assert held is not None and tokens is not None
+    assert held["parameters"] > 0 and held["activations"] == run.most("memory/activations_bytes")
+    assert cost.causal == pytest.approx((run.last("flops_causal") or 0) / tokens)
+    assert cost.recomputed == pytest.approx((run.last("flops_recomputed") or 0) / tokens)
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "two-stream"])
@@ -80,6 +101,9 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
     assert list(curve["by_k"]) == ["1", "4"]
     assert {"nll", "bits_per_byte", "stderr", "flops_per_token"} <= curve["by_k"]["1"].keys()
     assert (curve["draws"], curve["tokens"], curve["sigma"]) == (2, 256, 20.0)
+    assert curve["state_is"] == "estimate"
+    assert list(curve["state_rms_by_iteration"]) == ["1", "2", "3", "4"]
+    assert all(rms > 0 for rms in curve["state_rms_by_iteration"].values())
     for words, message in (
         (["--k", "0"], "--k must be 1 or more"),
         (["--k", "one"], "whole numbers"),
@@ -90,6 +114,58 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         told = script_here("eval/depth_curve.py", folder / "denoise", "--data", folder / "data", *words)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
         assert message in told.stderr
+
+
+def one_sequence_batches(vocab_size: int) -> list[Batch]:
+    rng = np.random.default_rng(3)
+    rows = torch.from_numpy(rng.integers(0, vocab_size, (3, 1, 12)))
+    return [Batch(row, row, torch.zeros_like(row, dtype=torch.int32), torch.tensor([i])) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("name", ["next_token", "unrolled"])
+def test_state_rms_is_that_of_the_loop_written_out(name: str) -> None:
+    model, _ = micro_model(micro_config("--objective.name", name))
+    batches, squares = one_sequence_batches(61), torch.zeros(4, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            e_BTD = model.encode(batch.tokens_BT)
+            state_BTD = torch.zeros_like(e_BTD)
+            if model.recurrence.stochastic:
+                noise = NoiseSource(Rng(5, EVALUATION_STEP), batch.sample_index_B, model.config.max_seq_len)
+                u = noise.uniform(*e_BTD.shape[1:], "state", e_BTD.device)
+                state_BTD = truncated_normal(u, STATE_STD).to(e_BTD.dtype)
+            for iteration in range(4):
+                state_BTD = model.iterate(state_BTD, e_BTD)
+                squares[iteration] += state_BTD.square().mean() / len(batches)
+    measure = load_script("eval/depth_curve.py").state_rms_by_iteration
+    expected = squares.sqrt().tolist()
+    assert len(set(expected)) == 4
+    for k in (1, 2, 3, 4):
+        assert measure(model, batches, k, 5) == pytest.approx(expected[:k], rel=1e-9)
+
+
+def test_state_rms_of_a_walk_is_that_of_its_estimates() -> None:
+    model, _ = micro_model(micro_config("--objective.name", "denoise", "--objective.denoise.bridge", "state"))
+    walk = model.recurrence
+    assert isinstance(walk, DenoiseWalk)
+    batches = one_sequence_batches(61)
+    measure = load_script("eval/depth_curve.py").state_rms_by_iteration
+    for k in (1, 2, 3, 4):
+        sigmas, squares = GRIDS[walk.config.grid](walk.density, k), torch.zeros(k, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in batches:
+                e_BTD = model.encode(batch.tokens_BT)
+                noise = NoiseSource(Rng(5, EVALUATION_STEP), batch.sample_index_B, model.config.max_seq_len)
+                z_BTD = walk.density.sigma_max * noise.normal(*e_BTD.shape[1:], "noise", e_BTD.device)
+                for index, sigma in enumerate(sigmas):
+                    estimate_BTD = walk.estimate(model, z_BTD, sigma, e_BTD)
+                    squares[index] += estimate_BTD.double().square().mean() / len(batches)
+                    if index + 1 < k:  # Euler
+                        share = sigmas[index + 1] / sigma
+                        z_BTD = share * z_BTD + (1 - share) * estimate_BTD
+        assert measure(model, batches, k, 5) == pytest.approx(squares.sqrt().tolist(), rel=1e-5)
+    walk.config.sampler = "heun"
+    assert len(measure(model, batches, 4)) == 7
 
 
 def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: Run) -> None:

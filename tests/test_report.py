@@ -1,24 +1,21 @@
-"""The report page: what it holds, what it refuses, and the one number that it computes by itself."""
+"""The report page: what it holds, what it refuses, how it reads runs, and FLOPs to reach a loss."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fake_runs import OBJECTIVES, fake_config, fake_run, save
 
 from recurrent_db.commandline import parse
-from recurrent_db.config import Config, resolve, to_dict
+from recurrent_db.config import to_dict
 from recurrent_db.errors import UserError
-from recurrent_db.flops import step_cost
-from recurrent_db.objectives import build_objective
 from recurrent_db.report import ReportArgs, main, write_report
 from recurrent_db.report.data import (
     Evaluation,
@@ -28,128 +25,12 @@ from recurrent_db.report.data import (
     read_runs,
     run_names,
     smooth,
-    training_cost,
 )
 from recurrent_db.report.page import SECTIONS, Page
 from recurrent_db.report.plots import Plots
 from recurrent_db.report.reach import Reached, choose_levels, reached_at_constant_rate, reached_at_end
-from recurrent_db.rng import Rng
-from recurrent_db.schedule import budget_progress, learning_rate_scale
 
 SCRIPT = "<script>alert(1)</script>"
-
-
-def fake_config(objective: str = "next_token", steps: int = 200) -> Config:
-    """A tiny run's configuration, resolved as training saves it."""
-    config = Config()
-    config.objective.name = objective  # type: ignore[assignment]
-    config.model.vocab_size = 512
-    config.objective.unrolled.mean_depth, config.objective.unrolled.truncation = 8, 4
-    config.budget.steps = float(steps)
-    config.data.path = "runs/demo/data"
-    resolve(config)
-    return config
-
-
-def fake_run(
-    folder: Path, objective: str = "next_token", steps: int = 200, floor: float = 2.2, seed: int = 0, share: float = 1.0
-) -> Path:
-    """A run directory with plausible numbers in every file; ``share`` below 1 cuts it short."""
-    random = np.random.default_rng(seed)
-    config = fake_config(objective, steps)
-    config.seed = seed
-    law = build_objective(config)
-    ks = [1, 4]
-    (folder / "eval").mkdir(parents=True)
-    rows: list[dict[str, Any]] = []
-    tokens_per_step = config.data.batch_size * config.data.sequence_length
-    tokens, forward, backward, seconds, progress = 0, 0.0, 0.0, 0.0, 0.0
-    for step in range(round(steps * share)):
-        passes = law.passes(Rng(seed, step), progress)
-        cost = step_cost(config, passes)
-        rate = config.optim.lr * learning_rate_scale(config.schedule, (step + 0.5) / steps)
-        tokens += tokens_per_step
-        forward += cost.forward * tokens_per_step
-        backward += cost.backward * tokens_per_step
-        spent = cost.total * tokens_per_step / 2e10 * random.uniform(0.9, 1.15)
-        seconds += spent
-        before, progress = progress, budget_progress(config.budget, forward + backward, tokens, step + 1, seconds)
-        annealed = 0.25 * max(0.0, (progress - 0.7) / 0.3)
-        true_loss = floor + 4.2 * (1 + step / (0.06 * steps)) ** -0.8 - annealed
-        row: dict[str, Any] = {
-            "step": step + 1, "tokens": tokens, "flops": forward + backward, "flops_forward": forward,
-            "flops_backward": backward, "loss": true_loss + random.normal(0, 0.08), "lr": rate,
-            "grad_norm": 0.5 + 3 / (1 + step / 20) + abs(random.normal(0, 0.1)), "tokens_per_s": tokens_per_step / spent,
-            "mfu": cost.total * tokens_per_step / spent / 5e10, "peak_memory_bytes": 4.1e8 + 1e6 * min(step, 60),
-            "seconds": seconds, "skipped": 0,
-        }  # fmt: skip
-        if objective == "unrolled":
-            row |= {"depth": float(passes.core_no_grad + passes.core_grad), "state_rms": 1 + 0.3 * progress}
-        if objective.startswith("denoise"):
-            row["loss_sigma_max"] = None if step % 7 == 3 else row["loss"]
-            row["loss"] *= 0.6
-        if int(progress * 5) > int(before * 5):
-            for k in ks:
-                nll = true_loss + 0.05 - (0.06 * math.log2(k) if objective == "unrolled" else 0.0)
-                row[f"eval/nll_k{k}"], row[f"eval/bits_per_byte_k{k}"] = nll, nll * 0.62
-            row |= {"eval/tokens": 16384, "eval/draws": 1}
-        rows.append(row)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    environment = {
-        "python": "3.11.7", "device": "cpu", "device_name": "x86_64", "git_commit": "0123456789abcdef",
-        "command": ["train/pretrain.py", "tiny.toml", "--objective.name", objective],
-    }  # fmt: skip
-    (folder / "environment.json").write_text(json.dumps(environment))
-    recurrence = law.recurrence
-    end = floor - 0.1
-    curve = {
-        str(k): {
-            "nll": end + (0.25 / k if objective == "unrolled" else -0.004 * math.log2(k)),
-            "bits_per_byte": end * 0.62, "stderr": 0.021,
-            "flops_per_token": step_cost(config, recurrence.passes(k)).forward,
-        }
-        for k in (1, 2, 4, 8, 16, 32)
-    }  # fmt: skip
-    save(folder, "depth_curve", {"by_k": curve, "tokens": 65536, "draws": 4, "sigma": None, "objective": objective})
-    texts = [
-        {"prompt": prompt, "k": k, "temperature": 0.8, "seed": 1, "text": prompt + " self, value):\n        " * 3}
-        for prompt in ("def __init__(", "import os\n", 'class Node:\n    """')
-        for k in (1, 8)
-    ]
-    save(folder, "samples", texts)
-    tasks = {
-        task: {"alias": task, "acc,none": random.uniform(0.25, 0.6), "acc_stderr,none": 0.013}
-        for task in ("arc_easy", "piqa", "blimp_anaphor_number_agreement")
-    }
-    save(folder, "lm_eval", {"by_k": {"1": tasks, "8": tasks}} if objective != "next_token" else {"results": tasks})
-    if objective.startswith("denoise"):
-        levels = [{"sigma": s, "nll": end / (1 + (0.3 / s) ** 1.5)} for s in np.geomspace(0.02, 20, 12).tolist()]
-        save(folder, "denoiser_report", {"nll_by_sigma": levels, "sigma_star": 0.21})
-    return folder
-
-
-def save(run: Path, name: str, value: object) -> None:
-    (run / "eval").mkdir(exist_ok=True)
-    (run / "eval" / f"{name}.json").write_text(json.dumps(value))
-
-
-OBJECTIVES = ("denoise", "unrolled", "next_token")
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One complete run of each objective, with baselines beside them."""
-    root = tmp_path_factory.mktemp("three")
-    (root / "baselines.json").write_text(json.dumps({"unigram": 5.1, "bigram": 3.4, "corpus": "stdlib"}))
-    return [fake_run(root / name, name, floor=2.2 + 0.2 * i, seed=i) for i, name in enumerate(OBJECTIVES)]
-
-
-@pytest.fixture(scope="module")
-def page(three: list[Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = tmp_path_factory.mktemp("page") / "deep" / "report.html"
-    write_report(three, output)
-    return output.read_text(encoding="utf-8")
 
 
 class Elements(HTMLParser):
@@ -245,7 +126,7 @@ def test_damaged_and_empty_files_leave_their_sections_out(tmp_path: Path) -> Non
     write_report([damaged, bare], tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     check_page(html)
-    assert html.count("Left out: ") == 5
+    assert html.count("Left out: ") == 7
     assert "damaged: environment.json could not be read and is left out" in html
     assert "no metrics" in html
     assert read_run(damaged, "run").loss_by_sigma == [(0.1, 1.0)]
@@ -275,7 +156,8 @@ def test_axes_have_labels_with_units(page: str) -> None:
     texts = [set(re.findall(r"<text[^>]*>([^<]*)</text>", figure)) for figure in figures]
     for expected in (
         "training compute (FLOPs)", "training data (tokens)", "training time (seconds, without evaluation)",
-        "K (core iterations at inference)", "inference compute (FLOPs/token, one draw)", "memory (GiB)",
+        "K (core iterations at inference)", "inference compute (FLOPs/token, one draw)", "memory (MiB)",
+        "iteration (core passes so far)", "RMS per component (own units)",
         "training compute (FLOPs/token)", "tokens per second", "share of peak FLOPs/s (%)", "K (core iterations)",
     ):  # fmt: skip
         assert any(expected in found for found in texts), expected
@@ -400,16 +282,6 @@ def test_levels_are_round_and_within_what_was_reached(tmp_path: Path) -> None:
     assert choose_levels([run]) == []
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_flop_split_adds_up_to_what_the_run_logged(three: list[Path], objective: str) -> None:
-    run = read_run(next(path for path in three if path.name == objective), objective)
-    cost, tokens = training_cost(run), run.last("tokens")
-    assert tokens
-    for direction in ("forward", "backward"):
-        logged = run.last(f"flops_{direction}")
-        assert logged and sum(getattr(c, direction) for c in cost.values()) == pytest.approx(logged / tokens, rel=1e-9)
-
-
 def test_lm_eval_results_of_the_harness_are_read(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", steps=20)
     results = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.01}}
@@ -458,3 +330,16 @@ def test_a_browser_shows_the_page_without_errors_or_requests(page: str, tmp_path
     assert not console and not fetched
     control = page.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png"><script>console.error("x")</script>')
     assert browse(control, tmp_path / "control")[1:] == (True, True)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+def test_the_page_is_no_wider_than_a_phone(page: str, tmp_path: Path) -> None:
+    """Tables scroll in their own boxes; nothing else sticks out of 375 pixels."""
+    measure = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
+    listen = "<script>onmessage = (event) => { document.body.dataset.width = event.data; }</script>"
+    for html, wide in ((page, False), (page.replace("<main>", '<main><pre style="width: 900px">x</pre>'), True)):
+        (tmp_path / "inner.html").write_text(html.replace("</body>", measure), encoding="utf-8")
+        frame = f'<iframe src="{(tmp_path / "inner.html").as_uri()}" style="width: 375px; border: 0"></iframe>'
+        document, _, _ = browse(f"<body>{listen}{frame}</body>", tmp_path / f"outer-{wide}")
+        width = re.search(r'data-width="(\d+)"', document)
+        assert width is not None and (int(width[1]) > 375) == wide

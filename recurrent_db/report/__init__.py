@@ -2,9 +2,13 @@
 
 data.py    a run directory -> `Run`: metrics, evaluations with their learning-rate phase, optional results
 reach.py   FLOPs to reach a held-out NLL, without mixing annealed and unannealed losses
+cost.py    what a run cost: FLOPs per token by part, bytes by holder, energy
 svg.py     a matplotlib figure -> an inline SVG that follows the page's colours
-plots.py   the figures
-page.py    the sections and the HTML around them
+figure.py  the frame of the figures: a run's look, axes, ticks, legends
+plots.py   the figures with lines
+bars.py    the figures with stacked bars
+machine.py the sections on FLOPs, memory and throughput
+page.py    the other sections, their order and the HTML around them
 style.py   the page's style sheet
 """
 
@@ -27,7 +31,7 @@ __all__ = ["ReportArgs", "main", "write_report"]
 
 @dataclass
 class ReportArgs:
-    """Compare runs on one self-contained HTML page: loss against FLOPs, NLL by K, loss by sigma, throughput, samples.
+    """Compare runs on one self-contained HTML page: loss against FLOPs, NLL by K, FLOPs, memory, throughput, samples.
 
     What a run directory does not hold is left out of the page, with a note.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +15,21 @@ from numpy.typing import NDArray
 
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, cost_per_token, inference_cost
+from recurrent_db.flops import inference_cost
 from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress
 
 Phase = Literal["constant", "end", "other"]
 Array = NDArray[np.float64]
 
 STANDARD_COLUMNS = frozenset({
-    "step", "tokens", "flops", "flops_forward", "flops_backward", "loss", "lr", "grad_norm", "tokens_per_s", "mfu",
-    "peak_memory_bytes", "seconds", "skipped",
+    "step", "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
+    "flops_causal", "flops_update", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
+    "seconds", "energy_joules", "skipped",
 })  # fmt: skip
-"""Columns that every objective logs; others, apart from ``eval/*``, are the objective's own."""
+"""Columns that every objective logs; others, apart from ``eval/*`` and ``memory/*``, are the objective's own."""
 
 
 def number(value: Any) -> float | None:
@@ -102,6 +101,10 @@ class Run:
     """In words, where ``depth`` comes from."""
     depth_tokens: float | None = None
     """Held-out tokens that ``depth`` was scored on."""
+    state_rms: list[tuple[int, float]] = field(default_factory=list)
+    """(iteration, root mean square per component of the state after it), in a run of the largest K scored."""
+    state_is: Literal["state", "estimate"] = "state"
+    """What ``state_rms`` is of: the recurrent state, or a denoiser's estimate of the clean target."""
     loss_by_sigma: list[tuple[float, float]] = field(default_factory=list)
     sigma_star: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -114,6 +117,10 @@ class Run:
         """The newest number of a column of metrics.jsonl."""
         return next((v for row in reversed(self.rows) if (v := number(row.get(column))) is not None), None)
 
+    def most(self, column: str) -> float | None:
+        """The largest number of a column of metrics.jsonl."""
+        return max((v for row in self.rows if (v := number(row.get(column))) is not None), default=None)
+
     def series(self, x: str, y: str) -> tuple[Array, Array]:
         """Two columns of metrics.jsonl, at the rows where both are numbers."""
         pairs = [(a, b) for row in self.rows if None not in (a := number(row.get(x)), b := number(row.get(y)))]
@@ -124,6 +131,10 @@ class Run:
     def progress(self) -> float | None:
         """Share of the budget that is spent; None where the run has no rows or no budget."""
         return _progress(self.config, self.rows[-1]) if self.rows else None
+
+    def progress_at(self, row: dict[str, Any]) -> float | None:
+        """Share of the budget that was spent at a row of metrics.jsonl."""
+        return _progress(self.config, row)
 
     @property
     def complete(self) -> bool:
@@ -138,7 +149,7 @@ class Run:
     def own_columns(self) -> list[str]:
         """Numeric columns that only this objective logs."""
         names = dict.fromkeys(name for row in self.rows for name, value in row.items() if number(value) is not None)
-        return [name for name in names if name not in STANDARD_COLUMNS and not name.startswith("eval/")]
+        return [name for name in names if name not in STANDARD_COLUMNS and not name.startswith(("eval/", "memory/"))]
 
     def parameters(self) -> dict[str, int] | None:
         """Parameters by part; None where the configuration names no vocabulary."""
@@ -229,6 +240,18 @@ def _read_depth(run: Run, curve: dict[str, Any]) -> None:
     run.depth.sort(key=lambda point: point.k)
 
 
+def _read_state(run: Run, curve: dict[str, Any]) -> None:
+    """Fill in the size of the state by iteration; a list counts from iteration 1."""
+    table = curve.get("state_rms_by_iteration")
+    if isinstance(table, list):
+        table = {str(index): value for index, value in enumerate(table, 1)}
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if str(key).isdecimal() and (rms := number(value)) is not None and rms >= 0:
+            run.state_rms.append((int(key), rms))
+    run.state_rms.sort()
+    run.state_is = "estimate" if curve.get("state_is") == "estimate" else "state"
+
+
 def _read_sigma(run: Run, report: dict[str, Any]) -> None:
     table = report.get("nll_by_sigma")
     pairs: list[tuple[Any, Any]] = []
@@ -288,7 +311,9 @@ def read_run(path: Path, name: str) -> Run:
     environment = _read_json(path / "environment.json", dict, notes)
     run = Run(name, path, config, json.loads(text), environment, rows, notes=notes)
     run.evaluations = evaluations(config, rows)
-    _read_depth(run, _read_json(path / "eval" / "depth_curve.json", dict, notes))
+    curve = _read_json(path / "eval" / "depth_curve.json", dict, notes)
+    _read_depth(run, curve)
+    _read_state(run, curve)
     _read_sigma(run, _read_json(path / "eval" / "denoiser_report.json", dict, notes))
     run.lm_eval = _read_lm_eval(_read_json(path / "eval" / "lm_eval.json", dict, notes))
     samples = _read_json(path / "eval" / "samples.json", list, notes)
@@ -324,37 +349,10 @@ def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> di
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FLOPs by part
-
-
-def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
-    """Mean FLOPs per training token by part.
-
-    The objective says what each step ran (its draws are a function of seed and step); of longer runs ``most`` evenly
-    spaced steps are taken. Without rows the first 256 steps stand for the run.
-    """
-    config, objective = run.config, build_objective(run.config)
-    steps: list[tuple[int, float]] = []
-    progress = 0.0
-    for row in run.rows:
-        if (step := number(row.get("step"))) is not None:
-            steps.append((int(step) - 1, progress))
-        progress = _progress(config, row) or progress
-    steps = steps or [(step, 0.0) for step in range(256)]
-    stride = math.ceil(len(steps) / most)
-    counts = Counter(objective.passes(Rng(config.seed, step), at) for step, at in steps[::stride])
-    mean: dict[str, Cost] = {}
-    for passes, count in counts.items():
-        share = count / counts.total()
-        parts = cost_per_token(config.model, config.data.sequence_length, passes)
-        for part, cost in parts.items():
-            scaled = Cost(cost.forward * share, cost.backward_input * share, cost.backward_weight * share)
-            mean[part] = mean.get(part, Cost()) + scaled
-    return mean
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Curves
+
+
+SMOOTHING = "an exponential average over about 2% of the run's steps"
 
 
 def smooth(values: Array, share: float = 0.02) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from recurrent_db.report.data import printable
-from recurrent_db.report.plots import Panel
+from recurrent_db.report.figure import Panel, memory_unit
 
 DASH = "–"
 
@@ -41,7 +41,18 @@ def memory(value: float | None) -> str:
     """Bytes in MiB or GiB."""
     if value is None:
         return DASH
-    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+    unit, factor = memory_unit(value)
+    return f"{value * factor:.3g} {unit}"
+
+
+def joules(value: float) -> str:
+    """Energy: kWh from a tenth of one, joules below."""
+    if value >= 3.6e5:
+        return f"{value / 3.6e6:.3g} kWh"
+    for factor, unit in ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value / 1e-6:.3g} µJ"
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

@@ -11,15 +11,14 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recurrent_db.flops import Cost, total
-from recurrent_db.report.data import Run, number, training_cost
-from recurrent_db.report.html import DASH, count, duration, fixed, memory, note, panels, table, text
-from recurrent_db.report.plots import PARTS, Plots, drawing, scientific, short
+from recurrent_db.report import machine
+from recurrent_db.report.cost import energy
+from recurrent_db.report.data import SMOOTHING, Run, number
+from recurrent_db.report.figure import drawing, scientific, short
+from recurrent_db.report.html import DASH, count, duration, fixed, joules, memory, note, panels, table, text
+from recurrent_db.report.plots import Plots
 from recurrent_db.report.reach import Reached, choose_levels, reached_at_constant_rate, reached_at_end
 from recurrent_db.report.style import CSS
-
-SMOOTHING = "an exponential average over about 2% of the run's steps"
-MAX_OWN_PANELS = 9
 
 
 class Page:
@@ -55,8 +54,10 @@ class Page:
     def summary(self) -> str:
         best = {run.name: min(run.depth, key=lambda point: point.nll) for run in self.runs if run.depth}
         lowest = min((point.nll for point in best.values()), default=None)
+        energies = [energy(run) for run in self.runs]
+        metered = any(energies)
         rows = []
-        for run in self.runs:
+        for run, used in zip(self.runs, energies, strict=True):
             counts, point = run.parameters(), best.get(run.name)
             parameters = count(counts["total"]) if counts else DASH
             if counts and counts["noise_conditioning"]:
@@ -81,13 +82,18 @@ class Page:
                     str(point.k) if point else DASH,
                     fixed(point.bits_per_byte if point else None),
                     duration(run.last("seconds")),
-                    memory(run.last("peak_memory_bytes")),
+                    memory(run.most("peak_memory_bytes")),
                 ]
             )
+            if metered:
+                per_token = f"<small>{joules(used.per_token)}</small>" if used else ""
+                rows[-1].append(f"{joules(used.joules)}{per_token}" if used else DASH)
         for name, nll_value in sorted(self.baselines.items(), key=lambda item: item[1]):
-            rows.append([text(name), "baseline", *[DASH] * 4, fixed(nll_value), *[DASH] * 4])
+            rows.append([text(name), "baseline", *[DASH] * 4, fixed(nll_value), *[DASH] * (5 if metered else 4)])
         head = ["Run", "Objective", "Parameters", "Training<br>tokens", "Steps", "Training<br>FLOPs",
                 "Held-out NLL<br>(nats/token)", "at K", "Bits/<br>byte", "Training<br>time", "Peak<br>memory"]  # fmt: skip
+        if metered:
+            head.append("Energy<br>(per token)")
         how = (
             "<p>Lower held-out NLL (negative log-likelihood) and fewer bits per byte are better; "
             "<code>next_token</code> is the flat model that one would train otherwise, so a recurrent objective is "
@@ -95,6 +101,8 @@ class Page:
         )
         caption = "NLL is the lowest over the K that were scored, ± its standard error over sequences. "
         caption += "“cond.”: further parameters for the noise conditioning."
+        if metered:
+            caption += " Energy is that of the whole GPU while training, and per token trained."
         if sources := self._sources():
             caption += f" Scores are from {sources}."
         warnings = "".join(f"<p><strong>Take care:</strong> {text(w)}</p>" for w in self._comparability())
@@ -166,6 +174,24 @@ class Page:
         drawn = [self.plots.nll_by_k(self.baselines), self.plots.gain_by_k() if len(ks) > 1 else None]
         return note(sentence) + self.legend() + panels(drawn) + note(f"Source: {self._sources()}.")
 
+    def state(self) -> str:
+        drawn = self.plots.state_by_iteration()
+        if drawn is None:
+            return note("Left out: no run has eval/depth_curve.json with state_rms_by_iteration.")
+        having = [run for run in self.runs if run.state_rms]
+        sentence = (
+            "Size of the state after each core pass, in a run of the largest K that was scored: root mean square over "
+            "components, positions and a few held-out sequences. A line that levels off has settled in size; one that "
+            "keeps growing or shrinking has not."
+        )
+        walks = [run.name for run in having if run.state_is == "estimate"]
+        if walks:
+            sentence += (
+                f" For a denoiser ({text(', '.join(walks))}) it is its estimate of the clean target, in the target's "
+                "units, at each noise level from sigma_max down."
+            )
+        return note(sentence) + self.legend(having) + panels([drawn], "wide")
+
     def inference(self) -> str:
         drawn = self.plots.nll_by_inference_flops() if any(run.depth for run in self.runs) else None
         if drawn is None:
@@ -192,56 +218,6 @@ class Page:
             )  # fmt: skip
         legend = self.legend([run for run in self.runs if run.loss_by_sigma])
         return note(sentence) + legend + panels([drawn], "wide")
-
-    def flops(self) -> str:
-        costs: list[dict[str, Cost] | None] = [
-            training_cost(run) if run.config.model.vocab_size else None for run in self.runs
-        ]
-        shown = [(run, cost) for run, cost in zip(self.runs, costs, strict=True) if cost]
-        if not shown:
-            return note("Left out: no configuration names the vocabulary's size.")
-        used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
-        boxes = "".join(
-            f'<li><span class="box" style="--box: var(--s{PARTS.index(part)})"></span>{part}</li>' for part in used
-        )
-        boxes += '<li><span class="box" style="--box: var(--ink); background: none"></span>plain: forward</li>'
-        boxes += '<li><span class="box hatched" style="--box: var(--ink)"></span>hatched: backward</li>'
-        rows = []
-        for run, cost in shown:
-            whole, flops, tokens = total(cost), run.last("flops"), run.last("tokens")
-            logged = f"; logged by the run: {scientific(flops / tokens)}" if flops and tokens else ""
-            rows.append([f"{self.run_label(run)} <small>{scientific(whole.total)} FLOPs/token{logged}</small>"])
-            for direction in ("forward", "backward"):
-                cells = [scientific(v) if (v := getattr(cost[part], direction)) else DASH for part in used]
-                rows.append([direction, *cells, scientific(getattr(whole, direction))])
-            shares = [f"{v / whole.total:.1%}" if (v := cost[part].total) else DASH for part in used]
-            rows.append(["share of the total", *shares, "100%"])
-        sentence = (
-            "Mean over the run's steps, from the shapes and from how often each step ran each part; matrix products "
-            "and attention are counted, a multiply-add as two. Iterations without gradient have no backward."
-        )
-        head = ["FLOPs/token", *(part.capitalize() for part in used), "Total"]
-        caption = "What a run logged is the FLOPs / tokens of its metrics.jsonl: a check on the total computed here."
-        return (
-            note(sentence) + f'<ul class="legend">{boxes}</ul>' + panels([self.plots.flop_split(costs)], "wide")
-            + table(head, rows, caption)
-        )  # fmt: skip
-
-    def machine(self) -> str:
-        own = dict.fromkeys(name for run in self.runs for name in run.own_columns())
-        own.pop("loss_sigma_max", None)  # drawn as the training loss
-        columns = ["tokens_per_s", "mfu", "peak_memory_bytes", "lr", "grad_norm", *list(own)[:MAX_OWN_PANELS]]
-        drawn = [p for name in columns if (p := self.plots.column(name))]
-        if not drawn:
-            return note("Left out: no run has metrics.jsonl.")
-        sentence = (
-            f"Over optimizer steps; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
-            "step. MFU is the share of the device's peak that model FLOPs took; on a CPU the peak is that of a "
-            "measured matrix product."
-        )
-        left_out = list(own)[MAX_OWN_PANELS:]
-        more = note(f"Also logged, not drawn: {text(', '.join(left_out))}.") if left_out else ""
-        return note(sentence) + self.legend() + panels(drawn, "grid small") + more
 
     def reach(self) -> str:
         levels = choose_levels(self.runs)
@@ -362,10 +338,12 @@ SECTIONS = (
     ("summary", "Summary", Page.summary),
     ("loss", "Loss during training", Page.loss),
     ("depth", "NLL by number of iterations K", Page.depth),
+    ("state", "State norm by iteration", Page.state),
     ("inference", "NLL against inference compute", Page.inference),
     ("sigma", "Loss by noise level", Page.sigma),
-    ("flops", "Where the FLOPs go", Page.flops),
-    ("machine", "Memory, throughput and optimisation", Page.machine),
+    ("flops", "Where the FLOPs go", machine.flops),
+    ("memory", "Memory", machine.memory_held),
+    ("machine", "Throughput and optimisation", machine.machine),
     ("reach", "FLOPs to reach a loss", Page.reach),
     ("lm-eval", "Benchmarks (lm-eval)", Page.lm_eval),
     ("samples", "Samples", Page.samples),

@@ -37,13 +37,12 @@ section {{
 .legend {{ display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 6px 0 10px; padding: 0; list-style: none; }}
 .legend li {{ display: flex; align-items: center; gap: 7px; font-size: 14px; overflow-wrap: anywhere; }}
 .swatch {{ width: 38px; height: 14px; flex: none; }}
-.box {{ width: 16px; height: 12px; flex: none; border: 1px solid var(--box); }}
-.box {{ background: color-mix(in srgb, var(--box) 45%, transparent); }}
-.box.hatched {{ background: repeating-linear-gradient(135deg, var(--box) 0 1px, transparent 1px 4px); }}
+.box {{ width: 24px; height: 14px; flex: none; }}
 .grid {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 18px 26px; }}
 .grid.small {{ grid-template-columns: repeat(3, minmax(0, 1fr)); }}
 figure {{ margin: 0; min-width: 0; }}
-figure.wide {{ max-width: 540px; }}
+figure.wide {{ max-width: 490px; }}
+.grid:not(.small) figure {{ max-width: 490px; }}
 figcaption {{ font-weight: 600; color: var(--ink); margin: 0 0 4px; }}
 figure svg {{ display: block; width: 100%; height: auto; max-width: 100%; overflow: visible; }}
 figure svg * {{ stroke-linejoin: round; stroke-linecap: butt; }}
@@ -52,7 +51,7 @@ figure svg text {{ font-family: inherit; }}
 .scroll {{ overflow-x: auto; margin: 8px -20px 0; padding: 0 20px 4px; }}
 table {{ border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; min-width: 100%; }}
 caption {{ text-align: left; caption-side: bottom; padding-top: 8px; }}
-th, td {{ padding: 6px 8px; text-align: right; vertical-align: top; white-space: nowrap; }}
+th, td {{ padding: 6px; text-align: right; vertical-align: top; white-space: nowrap; }}
 th, td {{ border-bottom: 1px solid var(--grid); }}
 thead th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; line-height: 1.25; }}
 thead th {{ border-bottom-color: var(--muted); }}
@@ -78,8 +77,12 @@ td pre + small {{ margin-top: 10px; }}
 details {{ border: 1px solid var(--grid); border-radius: 8px; padding: 6px 12px; margin: 8px 0; }}
 summary {{ cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }}
 details pre {{ margin: 8px 0; }}
+details .scroll {{ margin: 4px -12px 0; padding: 0 12px 4px; }}
+details th:first-child {{ left: -12px; }}
 dl {{ display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 14px; margin: 8px 0; font-size: 14px; }}
 dt {{ color: var(--muted); }}
+dl.note dt {{ font-weight: 600; }}
+.scroll + dl {{ margin-top: 18px; }}
 dd {{ margin: 0; overflow-wrap: anywhere; }}
 footer {{ max-width: 1132px; margin: 0 auto; padding: 0 16px 32px; }}
 @media (max-width: 760px) {{
@@ -91,6 +94,7 @@ footer {{ max-width: 1132px; margin: 0 auto; padding: 0 16px 32px; }}
   .group th {{ max-width: none; }}
   .run {{ max-width: 140px; }}
   dl {{ grid-template-columns: 1fr; }}
+  dd {{ margin-bottom: 6px; }}
 }}
 @media print {{
   body {{ background: none; }}

@@ -1,0 +1,70 @@
+"""What a run cost: FLOPs per token by part, bytes by holder, energy."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import astuple, dataclass
+
+from recurrent_db.flops import Cost, cost_per_token
+from recurrent_db.objectives import build_objective
+from recurrent_db.report.data import Run, number
+from recurrent_db.rng import Rng
+
+HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")
+"""What holds memory: the columns ``memory/*_bytes`` of metrics.jsonl."""
+
+
+def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
+    """Mean FLOPs per training token by part.
+
+    The objective says what each step ran (its draws are a function of seed and step); of longer runs ``most`` evenly
+    spaced steps are taken. Without rows the first 256 steps stand for the run.
+    """
+    config, objective = run.config, build_objective(run.config)
+    steps: list[tuple[int, float]] = []
+    progress = 0.0
+    for row in run.rows:
+        if (step := number(row.get("step"))) is not None:
+            steps.append((int(step) - 1, progress))
+        progress = run.progress_at(row) or progress
+    steps = steps or [(step, 0.0) for step in range(256)]
+    stride = math.ceil(len(steps) / most)
+    counts = Counter(objective.passes(Rng(config.seed, step), at) for step, at in steps[::stride])
+    mean: dict[str, Cost] = {}
+    for passes, count in counts.items():
+        share = count / counts.total()
+        parts = cost_per_token(config.model, config.data.sequence_length, passes, config.run.activation_checkpointing)
+        for part, cost in parts.items():
+            mean[part] = mean.get(part, Cost()) + Cost(*(value * share for value in astuple(cost)))
+    return mean
+
+
+def update_flops_per_token(run: Run) -> float | None:
+    """FLOPs per token of clipping, optimizer and weight average, as logged; None where they were not."""
+    tokens, flops = run.series("tokens", "flops_update")
+    return float(flops[-1] / tokens[-1]) if len(tokens) and tokens[-1] > 0 else None
+
+
+def memory_by_holder(run: Run) -> dict[str, float] | None:
+    """Bytes by holder, each the most of all steps; None where the run logged none of them."""
+    found = {holder: run.most(f"memory/{holder}_bytes") for holder in HOLDERS}
+    if all(value is None for value in found.values()):
+        return None
+    return {holder: value or 0.0 for holder, value in found.items()}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What the GPU used: joules by the last reading, and joules per token trained by then."""
+
+    joules: float
+    per_token: float
+
+
+def energy(run: Run) -> Energy | None:
+    """The newest reading of the energy counter; None where the run logged none."""
+    tokens, joules = run.series("tokens", "energy_joules")
+    if not len(tokens) or tokens[-1] <= 0:
+        return None
+    return Energy(float(joules[-1]), float(joules[-1] / tokens[-1]))

@@ -1,0 +1,156 @@
+"""The sections on what the runs cost: FLOPs, memory, throughput."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recurrent_db.flops import Cost, total
+from recurrent_db.report.bars import (
+    FLOP_HATCHES,
+    HOLDER_HATCHES,
+    HOLDER_NAMES,
+    PARTS,
+    box,
+    flop_split,
+    memory_split,
+    worth_drawing,
+)
+from recurrent_db.report.cost import HOLDERS, memory_by_holder, training_cost, update_flops_per_token
+from recurrent_db.report.data import SMOOTHING, Run
+from recurrent_db.report.figure import scientific
+from recurrent_db.report.html import DASH, memory, note, panels, table, text
+from recurrent_db.report.svg import INK, SERIES
+
+if TYPE_CHECKING:
+    from recurrent_db.report.page import Page
+
+MAX_OWN_PANELS = 9
+
+FLOP_COUNTS = {
+    "Model FLOPs": "forward and backward, attention over all pairs of positions; budgets and MFU count these.",
+    "Attention": "the share that attention's two products have in them; the rest are products with weights.",
+    "With the causal half": "the model FLOPs with attention over the pairs alone that the causal mask lets through.",
+    "Recomputed": "forward work that the backward does again: fused attention's scores always, the core's iterations "
+    "with activation checkpointing. Not part of the model FLOPs; HFU counts both.",
+    "Optimizer": "element-wise work of clipping, AdamW and weight average, as logged; part of no other count.",
+    "Logged": "FLOPs / tokens of metrics.jsonl, a check on the model FLOPs computed here.",
+}
+"""Columns of the second FLOP table, with a line of explanation each."""
+
+
+def _legend(items: list[tuple[str, str]]) -> str:
+    """A list of (SVG, words)."""
+    return f'<ul class="legend">{"".join(f"<li>{svg}{words}</li>" for svg, words in items)}</ul>'
+
+
+def flops(page: Page) -> str:
+    """Where the FLOPs of a training token go."""
+    shown = [(run, training_cost(run)) for run in page.runs if run.config.model.vocab_size]
+    if not shown:
+        return note("Left out: no configuration names the vocabulary's size.")
+    drawn = any(worth_drawing(cost) for _, cost in shown)
+    used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
+    boxes = [(box(f"part-{part}", SERIES[PARTS.index(part)]), part) for part in used]
+    looks = {"forward": "plain", "backward": "hatched", "recomputed": "dotted"}
+    boxes += [
+        (box(f"kind-{kind}", INK, hatch), f"{looks[kind]}: {kind}")
+        for kind, hatch in FLOP_HATCHES.items()
+        if kind != "recomputed" or drawn
+    ]
+    sentence = (
+        "Mean over the run's steps, from the shapes and from how often each step ran each part; matrix products "
+        "and attention are counted, a multiply-add as two. Iterations without gradient have no backward, and the "
+        "embedding is a lookup that costs none. The parts of a bar stand in the legend's order."
+    )
+    if not drawn:
+        sentence += " Recomputation is below 1% of every run and not drawn."
+    counts = "".join(f"<dt>{name}</dt><dd>{line}</dd>" for name, line in FLOP_COUNTS.items())
+    return (
+        note(sentence) + _legend(boxes) + panels([flop_split(page.plots, shown)], "wide")
+        + _flop_counts(page, shown) + f'<dl class="note">{counts}</dl>' + _flops_by_part(page, shown, used)
+    )  # fmt: skip
+
+
+def _flops_by_part(page: Page, shown: list[tuple[Run, dict[str, Cost]]], used: list[str]) -> str:
+    """Every number of the bars; folded away where many runs would make it long."""
+    kinds = {"forward": "forward", "backward_input": "backward, inputs", "backward_weight": "backward, weights"}
+    rows = []
+    for run, cost in shown:
+        whole = total(cost)
+        rows.append([page.run_label(run)])
+        for kind, name in {**kinds, "recomputed": "recomputed"}.items():
+            cells = [scientific(v) if (v := getattr(cost[part], kind)) else DASH for part in used]
+            rows.append([name, *cells, scientific(getattr(whole, kind))])
+            if kind == "backward_weight":
+                shares = [f"{v / whole.total:.1%}" if (v := cost[part].total) else DASH for part in used]
+                rows.append(["share of the total", *shares, "100%"])
+    inner = table(["FLOPs/token", *(part.capitalize() for part in used), "Total"], rows)
+    caption = note("Backward: towards the gradients of the inputs, and of the weights. Recomputed is not in the total.")
+    opened = " open" if len(shown) <= 3 else ""
+    return f"<details{opened}><summary>By part of the model</summary>{inner}{caption}</details>"
+
+
+def _flop_counts(page: Page, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
+    """The totals, counted in the ways that people count."""
+    rows = []
+    for run, cost in shown:
+        whole, update = total(cost), update_flops_per_token(run)
+        logged, tokens = run.last("flops"), run.last("tokens")
+        rows.append(
+            [
+                page.run_label(run),
+                scientific(whole.total),
+                f"{whole.attention / whole.total:.1%}",
+                scientific(whole.causal),
+                f"{scientific(whole.recomputed)}<small>+ {whole.recomputed / whole.total:.1%}</small>",
+                scientific(update) if update is not None else DASH,
+                scientific(logged / tokens) if logged and tokens else DASH,
+            ]
+        )
+    return table(["FLOPs/token", *FLOP_COUNTS], rows)
+
+
+def memory_held(page: Page) -> str:
+    """What holds the memory, beside the measured peak."""
+    shown = [(run, split, run.most("peak_memory_bytes")) for run in page.runs if (split := memory_by_holder(run))]
+    if not shown:
+        return note("Left out: no run has metrics.jsonl with memory by holder.")
+    boxes = [
+        (box(f"holder-{holder}", SERIES[index], HOLDER_HATCHES[holder]), HOLDER_NAMES[holder])
+        for index, holder in enumerate(HOLDERS)
+    ]
+    boxes.append(('<span aria-hidden="true">◆</span>', "measured peak"))
+    sentence = (
+        "Activations are the most that the forward pass of a micro-batch left for its backward, over all steps; "
+        "gradients are as large as the parameters that have them. The peak also holds what single operations need for "
+        "a moment, and on a CPU the whole process with its libraries; a peak far beyond the bars is an arrow (▶) at "
+        "the end of the axis."
+    )
+    rows = []
+    for run, split, peak in shown:
+        cells = [memory(split[holder]) if split[holder] else DASH for holder in HOLDERS]
+        rows.append([page.run_label(run), *cells, memory(sum(split.values())), memory(peak)])
+    head = ["Run", *(HOLDER_NAMES[holder].capitalize() for holder in HOLDERS), "Sum", "Measured<br>peak"]
+    missing = [run.name for run in page.runs if run not in [r for r, _, _ in shown]]
+    caption = f"Not logged by {text(', '.join(missing))}." if missing else ""
+    return (
+        note(sentence) + _legend(boxes) + panels([memory_split(page.plots, shown)], "wide") + table(head, rows, caption)
+    )
+
+
+def machine(page: Page) -> str:
+    """Throughput, and what else the runs logged at every step."""
+    own = dict.fromkeys(name for run in page.runs for name in run.own_columns())
+    own.pop("loss_sigma_max", None)  # drawn as the training loss
+    columns = ["tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "lr", "grad_norm", *list(own)[:MAX_OWN_PANELS]]
+    drawn = [p for name in columns if (p := page.plots.column(name))]
+    if not drawn:
+        return note("Left out: no run has metrics.jsonl.")
+    sentence = (
+        f"Over optimizer steps; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
+        "step. MFU is the share of the device's peak that model FLOPs took, HFU the share with what was recomputed; "
+        "on a CPU the peak is that of a measured matrix product."
+    )
+    left_out = list(own)[MAX_OWN_PANELS:]
+    more = note(f"Also logged, not drawn: {text(', '.join(left_out))}.") if left_out else ""
+    return note(sentence) + page.legend() + panels(drawn, "grid small") + more
