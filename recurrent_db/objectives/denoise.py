@@ -32,9 +32,11 @@ WARN_SHARE = 0.75
 """Share of draws below sigma* above which the model mostly learns to copy."""
 
 
-def mean_pairwise_cosine(rows_VD: Tensor) -> Tensor:
-    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional."""
-    unit = torch.nn.functional.normalize(rows_VD.detach().float(), dim=-1)
+def mean_pairwise_cosine(rows_VD: Tensor, most: int = 1024) -> Tensor:
+    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional.
+    Of a larger table, ``most`` to twice as many evenly spaced rows are taken."""
+    rows_VD = rows_VD.detach()[:: max(1, len(rows_VD) // most)]
+    unit = torch.nn.functional.normalize(rows_VD.float(), dim=-1)
     n = len(unit)
     return (unit.sum(0).square().sum() - n) / (n * (n - 1))
 
@@ -96,8 +98,8 @@ class Denoise:
         }
         return loss, metrics
 
-    def after_step(self, taken: bool, reduce: Reduce) -> None:
-        if self.tally is not None and taken:
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
+        if self.tally is not None and bool(taken):  # the next draws need the fit, so an adaptive density waits for it
             self.fit.update(reduce(self.tally))
             self.density = self.fit.density()
         self.tally = None
