@@ -121,8 +121,9 @@ class Backend(Protocol):
         """The back end for this rule and dtype: itself, or another where it has no form for them."""
         ...
 
-    def plan(self, rule: Rule, device: torch.device) -> Any:
-        """What `attend` needs to know of a rule, on the device, made without waiting for it."""
+    def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Any:
+        """What `attend` needs to know of a rule, on the device, made without waiting for it. ``dtype``: of queries and
+        keys."""
         ...
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Any) -> Tensor:
@@ -139,10 +140,15 @@ class Sdpa:
     def serves(self, rule: Rule, dtype: torch.dtype) -> Backend:
         return self
 
-    def plan(self, rule: Rule, device: torch.device) -> Tensor | None:
+    def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """A mask, or None where the kernel's causal flag (equal lengths) or no mask at all (one query) says the same."""
-        plain = rule.stream == "own" and rule.docs_BS is None
-        return None if plain and rule.queries in (1, rule.positions) else rule.mask(device)
+        if rule.stream == "own" and rule.docs_BS is None and rule.queries in (1, rule.positions):
+            return None
+        mask = rule.mask(device)
+        if device.type != "cpu":
+            return mask
+        # The CPU's kernel adds its mask to the scores, and would make these numbers of a bool in every layer.
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Tensor | None) -> Tensor:
         causal = plan is None and q_BHTE.shape[2] == k_BHNE.shape[2]
@@ -159,7 +165,7 @@ class Flex:
     def serves(self, rule: Rule, dtype: torch.dtype) -> Backend:
         return self
 
-    def plan(self, rule: Rule, device: torch.device) -> BlockMask:
+    def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> BlockMask:
         batch = None if rule.docs_BS is None else len(rule.docs_BS)
         return create_block_mask(rule.sees(device), batch, None, rule.queries, rule.keys, device=device)
 
@@ -184,7 +190,7 @@ class Flash:
         equal = rule.docs_BS is None or rule.queries == rule.positions
         return self if rule.stream == "own" and equal and dtype in self.dtypes else self.other
 
-    def plan(self, rule: Rule, device: torch.device) -> Tensor | None:
+    def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         return None if rule.docs_BS is None else to_device(document_starts(rule.docs_BS.cpu()), device)
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Tensor | None) -> Tensor:
@@ -229,7 +235,7 @@ class Visible:
         if device.type == "cpu" and rule.docs_BS is not None and one_document_each(rule.docs_BS):
             rule = replace(rule, docs_BS=None)
         chosen = backend.serves(rule, dtype)
-        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device))
+        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype))
 
     @cached_property
     def beside(self) -> Visible:
@@ -293,7 +299,7 @@ def _try_out(backend: Backend, need: Need) -> None:
                 )
                 for _ in range(3)
             )
-            out = backend.attend(q, k, v, backend.plan(rule, need.device)).sum()
+            out = backend.attend(q, k, v, backend.plan(rule, need.device, need.dtype)).sum()
             if need.gradients:
                 out.backward()
             out.item()  # the device reports its errors late
