@@ -93,10 +93,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 
 def tensors(rule: Rule, dtype: torch.dtype = torch.float32, gradients: bool = False) -> list[Tensor]:
-    """Queries, keys and values of 2 sequences and 3 heads of 8, in the layout that the model makes."""
+    """Queries, keys and values of 2 sequences and 3 heads of 16, in the layout that the model makes."""
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(2, n, 3, 8, generator=generator, dtype=dtype).transpose(1, 2).detach().requires_grad_(gradients)
+        torch.randn(2, n, 3, 16, generator=generator, dtype=dtype).transpose(1, 2).detach().requires_grad_(gradients)
         for n in (rule.queries, rule.keys, rule.keys)
     ]
 
@@ -164,7 +164,23 @@ def test_flex_has_no_gradient_on_the_cpu() -> None:
     with pytest.raises(UserError, match="no gradient on the CPU: train with sdpa there"):
         run(Flex(flex_attention), Rule(9, 9), q, k, v)
     q, k, v = tensors(Rule(9, 9))
-    assert run(Flex(flex_attention), Rule(9, 9), q, k, v).shape == (2, 3, 9, 8)
+    assert run(Flex(flex_attention), Rule(9, 9), q, k, v).shape == (2, 3, 9, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("case", RULES)
+@pytest.mark.parametrize("name", ["sdpa", "flex", "flash"])
+def test_back_ends_on_a_gpu_against_loops(name: Any, case: str) -> None:
+    rule, device = RULES[case], torch.device("cuda")
+    torch._dynamo.reset()
+    try:
+        backend, _ = choose(name, Need(device, torch.bfloat16, 16, rule.docs_BS is not None, rule.stream != "own"))
+    except UserError as reason:
+        pytest.skip(str(reason))
+    q, k, v = (x.to(device) for x in tensors(rule, torch.bfloat16))
+    ours = attend(q, k, v, Visible.make(rule, device, torch.bfloat16, backend))
+    torch.testing.assert_close(ours.double().cpu(), reference(q.cpu(), k.cpu(), v.cpu(), rule), rtol=0, atol=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,6 +348,22 @@ def test_auto_goes_on_where_something_is_missing_or_broken(monkeypatch: pytest.M
     backend, line = choose("auto", need(dtype=torch.float32))
     assert backend is SDPA
     assert "no flash: flash-attn needs run.dtype = bfloat16" in line
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_a_kernel_is_tried_out_before_it_is_taken(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "flash_attn")
+    flash = on_cpu("flash_attn")
+    asked = need(device=CPU, dtype=torch.float32, two_stream=True, documents=documents)
+    attention._try_out(flash, asked)
+    # A library that runs and is wrong.
+    wrong = dataclasses.replace(
+        flash,
+        dense=lambda *qkv, causal: flash.dense(*qkv, causal=False),
+        varlen=lambda *qkv, causal, **sizes: flash.varlen(*qkv, causal=False, **sizes),
+    )
+    with pytest.raises(Unusable, match="flash and sdpa disagree on this device"):
+        attention._try_out(wrong, asked)
 
 
 def test_a_library_that_breaks_while_loading_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,22 +287,28 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_out(backend: Backend, need: Need) -> None:
-    """Run a back end as it will be used, forward and (where wanted) backward: kernels may import and yet not run on
-    this device. Raises `Unusable`."""
-    length = 128
-    docs = (torch.arange(length) >= length // 2).int()[None]
+    """Run a back end as it will be used, and compare it with `sdpa`, gradients (where wanted) included: kernels may import
+    and yet not run on this device. Raises `Unusable`."""
+    length, generator = 128, torch.Generator().manual_seed(0)
+    docs = (torch.arange(length) >= 50).int()[None] if need.documents else None
+    streams: list[Stream] = ["own", "beside"] if need.two_stream else ["own"]
     try:
-        for rule in (Rule(length, length), Rule(length, length, docs)):
+        for rule in (Rule(length, length, docs, stream) for stream in streams):
+            if backend.serves(rule, need.dtype) is not backend:
+                continue
             q, k, v = (
-                torch.ones(1, 2, length, need.head_size, device=need.device, dtype=need.dtype).requires_grad_(
-                    need.gradients
-                )
-                for _ in range(3)
+                torch.randn(1, 2, n, need.head_size, generator=generator)
+                .to(need.device, need.dtype)
+                .requires_grad_(need.gradients)
+                for n in (rule.queries, rule.keys, rule.keys)
             )
-            out = backend.attend(q, k, v, backend.plan(rule, need.device, need.dtype)).sum()
-            if need.gradients:
-                out.backward()
-            out.item()  # the device reports its errors late
+            results: list[tuple[Tensor, ...]] = []
+            for each in (backend, SDPA):
+                out = each.attend(q, k, v, each.plan(rule, need.device, need.dtype))
+                results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))) if need.gradients else (out,))
+            for ours, theirs in zip(*results, strict=True):
+                if not torch.allclose(ours, theirs, rtol=0.1, atol=0.1):  # the rounding of half precision, and no more
+                    raise Unusable(f"{backend.name} and sdpa disagree on this device")
     except Exception as error:
         raise Unusable(_first_line(error)) from None
 
