@@ -40,6 +40,7 @@ from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, StepClock
 from recurrent_db.model import build_model
+from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Metrics, build_objective
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
@@ -131,9 +132,18 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     if config.eval.points:  # found out now, and not at the first evaluation
         next(validation_batches(validation, length, 1, length))
     checkpoint = check_run_dir(config, resume, overwrite)
+    need = Need(
+        device=device,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        head_size=config.model.d_model // config.model.n_heads,
+        documents=config.data.document_mask,
+        two_stream=config.objective.name.startswith("denoise")
+        and config.objective.denoise.conditioning == "two-stream",
+    )
+    attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)
     model = build_model(config.model, config.seed, device)
-    model.recurrence = objective.recurrence
+    model.recurrence, model.attention, model.document_mask = objective.recurrence, attention, config.data.document_mask
     model.core.checkpointing = config.run.activation_checkpointing
     if config.run.compile:
         model.compile_parts()
@@ -173,6 +183,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
         f" + {counts['noise_conditioning']:,} for noise conditioning",
         f"{data.tokens:,} training tokens, {length * batch_size:,} a step; run directory {run_dir}",
+        attention_line,
         *objective.describe(model),
         *([f"resuming at step {state.step}"] if checkpoint is not None else []),
     ):

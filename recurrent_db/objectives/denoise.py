@@ -74,12 +74,13 @@ class Denoise:
         eps_BTD = rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "noise", y_BTD.device)
         z_BTD = torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
 
-        e_BTD = model.encode(batch.tokens_BT)
-        clean = self.recurrence.clean_contexts(model, e_BTD)
-        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_Bs, e_BTD, clean)
+        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+        e_BTD = model.encode(batch.tokens_BT, visible)
+        clean = self.recurrence.clean_contexts(model, e_BTD, visible)
+        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_Bs, e_BTD, clean, visible)
         read_BTD = estimate_BTD.detach() if self.config.loss == "l2" else estimate_BTD
         # Dividing by sd brings the estimate to unit scale before the norm's epsilon; the norm itself ignores scale.
-        hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype))
+        hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype), visible=visible)
         weights_Bs = self.precond.weight(sigma_Bs) if self.config.weight == "edm" else None
         loss, losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT, weights_Bs)
         if self.config.loss == "l2":
