@@ -226,26 +226,32 @@ class Visible:
     """Serves this rule or names the one that does."""
     backend: Backend
     plan: Any
+    compiled: bool = False
 
     @classmethod
-    def make(cls, rule: Rule, device: torch.device, dtype: torch.dtype, backend: Backend = SDPA) -> Visible:
-        """``dtype`` is the one that queries and keys will have."""
-        # Without borders the mask is the causal one, which a CPU computes faster. Elsewhere the same kernel serves every
-        # batch: a compiled step would otherwise be compiled twice.
-        if device.type == "cpu" and rule.docs_BS is not None and one_document_each(rule.docs_BS):
+    def make(
+        cls, rule: Rule, device: torch.device, dtype: torch.dtype, backend: Backend = SDPA, compiled: bool = False
+    ) -> Visible:
+        """``dtype`` is the one that queries and keys will have; ``compiled`` code gets the same form for every batch."""
+        # Without borders the mask is the causal one, which a CPU computes faster.
+        steady = compiled or device.type != "cpu"
+        if not steady and rule.docs_BS is not None and one_document_each(rule.docs_BS):
             rule = replace(rule, docs_BS=None)
         chosen = backend.serves(rule, dtype)
-        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype))
+        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype), compiled)
+
+    def _other(self, stream: Stream) -> Visible:
+        return self.make(replace(self.rule, stream=stream), self.device, self.dtype, self.asked, self.compiled)
 
     @cached_property
     def beside(self) -> Visible:
         """The same for a stream beside this one: each position sees this stream's positions up to its own, and itself."""
-        return self.make(replace(self.rule, stream="beside"), self.device, self.dtype, self.asked)
+        return self._other("beside")
 
     @cached_property
     def strictly_beside(self) -> Visible:
         """As `beside`, but only this stream's positions before its own."""
-        return self.make(replace(self.rule, stream="strictly beside"), self.device, self.dtype, self.asked)
+        return self._other("strictly beside")
 
 
 def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> Tensor:

@@ -53,7 +53,7 @@ class _ScaledRMS(torch.autograd.Function):
         if weight.ndim == 1:
             mean = (product.flatten(0, -2) @ weight).view(rstd.shape)
         else:
-            mean = product.mul_(weight).sum(-1, keepdim=True)
+            mean = (product * weight).sum(-1, keepdim=True)
         dx = (dy * weight).addcmul_(unit, mean.div_(-x.shape[-1])).mul_(rstd)
         return dx, d_weight, d_shift, None
 

@@ -131,8 +131,8 @@ class Core(nn.Module):
         return state_BTD
 
 
-def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    fast = torch.compile(part, dynamic=False)
+def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    fast = torch.compile(part, dynamic=False, backend=backend)
     return lambda *args, **kwargs: (fast if owner.training else part)(*args, **kwargs)
 
 
@@ -143,6 +143,8 @@ class LoopedLM(nn.Module):
     """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
     attention: Backend = SDPA
     """What computes attention; the same function whichever it is."""
+    compiled: bool = False
+    """Whether `compile_parts` was called."""
     document_mask: bool = True
     """Whether packed documents do not attend to each other (config.DataConfig.document_mask)."""
 
@@ -182,7 +184,7 @@ class LoopedLM(nn.Module):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         rule = Rule(length, length, docs_BT if self.document_mask else None)
-        return Visible.make(rule, weight.device, dtype, self.attention)
+        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training)
 
     def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
@@ -262,7 +264,7 @@ class LoopedLM(nn.Module):
         e_BTD = self.encode(tokens_BT)
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, backend: str = "inductor") -> None:
         """Compile what training runs: prelude, one core iteration, coda, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
@@ -270,7 +272,8 @@ class LoopedLM(nn.Module):
         evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
         """
         for owner, name in ((self, "encode"), (self.core, "iteration"), (self, "decode")):
-            setattr(owner, name, _compiled_in_training(owner, getattr(owner, name)))
+            setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
+        self.compiled = True
 
     # -- initialisation and size ---------------------------------------------------------------------------------------
 
