@@ -19,11 +19,13 @@ import pytest
 import torch
 from helpers import MICRO, OBJECTIVES, ROOT, load_script, synthetic_data
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurrent_db
 from recurrent_db.checkpoint import find_checkpoint, list_checkpoints
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
+from recurrent_db.model import attention
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -263,6 +265,59 @@ def test_skipped_steps_change_nothing_but_the_counters(
     for kind, tensors in saved[0].items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, saved[1][kind][key]), (kind, key)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: single numbers read, shapes that depend on values."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().split(".")[0] in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
+    ["denoise", "--objective.denoise.conditioning", "two-stream"], ["denoise", "--optim.ema_decay", "0.9"]],
+    ids=lambda o: o[-1])  # fmt: skip
+def test_a_step_makes_the_host_wait_for_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """Between log intervals no step reads a device value; the counts of a run of 4 steps and one of 12 are the same."""
+    counts = []
+    for steps in (4, 12):
+        # Asked on a CPU alone, of ids that are there.
+        monkeypatch.setattr(attention, "one_document_each", lambda docs_BS: False)
+        read = {"tolist": 0, "cpu": 0, "numpy": 0}
+        for name in read:
+            original = getattr(torch.Tensor, name)
+
+            def counting(
+                tensor: torch.Tensor, *args: Any, name: str = name, original: Any = original, read: Any = read
+            ) -> Any:
+                read[name] += tensor.is_floating_point()  # whole numbers are sample indices and documents, on the CPU
+                return original(tensor, *args)
+
+            monkeypatch.setattr(torch.Tensor, name, counting)
+        more = ["--objective.name", *options, "--budget.steps", steps, "--eval.points", 0, "--run.log_every", 100]
+        with HostReads() as reads:
+            train(data, tmp_path / f"run-{steps}", *more, "--run.checkpoint_every", 100)
+        monkeypatch.undo()
+        logged = len(rows(tmp_path / f"run-{steps}")[0]) * steps  # reading a row for the log comes after the last step
+        counts.append((reads.count, read["cpu"], read["numpy"], read["tolist"] < logged))
+    assert counts[0] == counts[1]
+    assert counts[0][3]
+
+
+def test_the_count_of_host_reads_sees_one(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostReads() as reads:
+        bool(torch.ones(()) > 0)
+        torch.ones(3).nonzero()
+    assert reads.count == 2
 
 
 def test_a_run_of_bad_steps_stops_with_a_diagnosis(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
