@@ -17,7 +17,7 @@ from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.depth import poisson_quantile, sample_depth
-from recurrent_db.model.layers import apply_rope, rope_table, scaled_rms
+from recurrent_db.model.layers import GatedMLP, apply_rope, rope_table, scaled_rms
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 
@@ -307,3 +307,11 @@ def test_compiles_once_whatever_changes(options: list[str]) -> None:
     assert after["unique_graphs"] <= (3 if options != ["unrolled"] else 5)
     assert dict(torch._dynamo.utils.counters["stats"]) | {"calls_captured": 0} == after | {"calls_captured": 0}
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_gated_product_and_its_backward() -> None:
+    mlp = GatedMLP(4, 3).double()
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    gate, up = mlp.fc(x).chunk(2, dim=-1)
+    torch.testing.assert_close(mlp(x), mlp.proj(torch.nn.functional.silu(gate) * up))
+    assert torch.autograd.gradcheck(mlp, x)

@@ -29,7 +29,7 @@ class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 
     PyTorch composes its RMS norm from a dozen passes over memory where there is no fused kernel, which on a CPU is half of
-    a small model's step; this takes three forward and seven backward. x: (..., D) fp32 or wider; weight and shift (or
+    a small model's step; this takes three forward and six backward. x: (..., D) fp32 or wider; weight and shift (or
     None) broadcast to x.
     """
 
@@ -37,16 +37,15 @@ class _ScaledRMS(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.shift_shape = None if shift is None else shift.shape
         unit = x * rstd
-        return unit.mul_(weight) if shift is None else torch.addcmul(shift, unit, weight)
+        ctx.save_for_backward(unit, weight, rstd)
+        ctx.shift_shape = None if shift is None else shift.shape
+        return unit * weight if shift is None else torch.addcmul(shift, unit, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         (dy,) = grads
-        x, weight, rstd = ctx.saved_tensors
-        unit = x * rstd
+        unit, weight, rstd = ctx.saved_tensors
         product = dy * unit
         d_weight = product.sum_to_size(weight.shape)
         d_shift = None if ctx.shift_shape is None else dy.sum_to_size(ctx.shift_shape)
@@ -54,7 +53,7 @@ class _ScaledRMS(torch.autograd.Function):
             mean = (product.flatten(0, -2) @ weight).view(rstd.shape)
         else:
             mean = (product * weight).sum(-1, keepdim=True)
-        dx = (dy * weight).addcmul_(unit, mean.div_(-x.shape[-1])).mul_(rstd)
+        dx = (dy * weight).addcmul_(unit, mean.div_(-unit.shape[-1])).mul_(rstd)
         return dx, d_weight, d_shift, None
 
 
@@ -166,6 +165,28 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v, context.visible).transpose(1, 2).flatten(2))
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of the two halves of the last axis, with the backward written into one buffer: PyTorch would make
+    the halves' gradients apart and copy them together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        ctx.save_for_backward(x)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (dy,) = grads
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        dx = torch.empty_like(x)
+        d_gate, d_up = dx.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        return dx
+
+
 class GatedMLP(nn.Module):
     """proj(silu(gate) * up), gate and up from one fused projection with the gate half first."""
 
@@ -175,7 +196,10 @@ class GatedMLP(nn.Module):
         self.proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTM, up_BTM = self.fc(x_BTD).chunk(2, dim=-1)
+        both_BTM = self.fc(x_BTD)
+        if both_BTM.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.proj(_SwiGLU.apply(both_BTM))
+        gate_BTM, up_BTM = both_BTM.chunk(2, dim=-1)
         return self.proj(F.silu(gate_BTM) * up_BTM)
 
 

@@ -32,7 +32,7 @@ WARN_SHARE = 0.75
 """Share of draws below sigma* above which the model mostly learns to copy."""
 
 
-def mean_pairwise_cosine(rows_VD: Tensor, most: int = 1024) -> Tensor:
+def mean_pairwise_cosine(rows_VD: Tensor, most: int = 256) -> Tensor:
     """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional.
     Of a larger table, ``most`` to twice as many evenly spaced rows are taken."""
     rows_VD = rows_VD.detach()[:: max(1, len(rows_VD) // most)]
