@@ -31,7 +31,7 @@ from recurrent_db.checkpoint import (
 )
 from recurrent_db.commandline import guard
 from recurrent_db.config import Config, load_config, to_dict
-from recurrent_db.data import Loader, load_tokenizer, open_data, validation_batches
+from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import step_cost
@@ -224,6 +224,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
+    batches = prefetch(loader, state.step, micro_batch_size, device)
     model.train()
     while progress < 1 and not stop_signal:
         started = time.perf_counter()
@@ -239,8 +240,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         # Forward and backward, micro-batch by micro-batch; each weighs as many tokens as it has.
         loss = torch.zeros((), device=device)
         metrics: Metrics = {}
-        for micro in loader.micro_batches(state.step, micro_batch_size):
-            micro = micro.to(device)
+        for micro in next(batches):
             share = len(micro.tokens_BT) / batch_size
             with autocast, memory.forward(device, passes.core_grad):
                 micro_loss, micro_metrics = objective(model, micro, rng, progress)
