@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ CUMULATIVE = {
     "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
     "flops_update",
 }  # fmt: skip
-TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes"}
+TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share"}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,38 @@ def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -
     train(data, tmp_path / "fresh", "--objective.name", "denoise", "--budget.steps", 1)
     tuned, fresh = rows(tmp_path / "tuned")[0]["loss"], rows(tmp_path / "fresh")[0]["loss"]
     assert tuned < fresh - 0.5
+
+
+def test_muon_learns_says_its_share_and_resumes_bit_for_bit(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--optim.name", "muon", "--objective.name", "next_token", "--optim.lr", "1e-2", "--budget.steps", 40,
+               "--run.checkpoint_every", 20, "--run.log_every", 4, "--optim.ema_decay", 0.9]  # fmt: skip
+    train(data, tmp_path / "whole", *options)
+    share = re.search(r"update (\d+\.\d)% of the time; ", capsys.readouterr().err)
+    assert share is not None
+    shares = [row.get("optimizer_share") for row in rows(tmp_path / "whole")]
+    assert [one is not None for one in shares] == [step % 4 == 0 for step in range(1, 41)]
+    logged = [one for one in shares if one is not None]
+    assert 0 < min(logged) <= float(share[1]) / 100 + 1e-3
+    assert float(share[1]) / 100 - 1e-3 <= max(logged) < 1
+    losses = [row["loss"] for row in rows(tmp_path / "whole")]
+    assert losses[-1] < losses[0] - 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(list_checkpoints(tmp_path / "cut")[-1])
+    train(data, tmp_path / "cut", *options, resume="newest")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    state = load_file(find_checkpoint(tmp_path / "cut") / "optimizer.safetensors")
+    assert "momentum_buffer/core.blocks.0.attn.qkv.weight" in state
+    assert "exp_avg/embedding.weight" in state
+    with pytest.raises(UserError, match=r"optim\.name was muon and is now adamw"):
+        train(data, tmp_path / "cut", *options, "--optim.name", "adamw", resume="newest")
+
+
+def test_adamws_share_is_logged_and_not_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(data, tmp_path / "run", "--budget.steps", 3)
+    assert 0 < rows(tmp_path / "run")[-1]["optimizer_share"] < 1
+    assert "of the time" not in capsys.readouterr().err
 
 
 def test_the_average_of_the_weights_is_what_is_scored_and_loaded(data: Path, tmp_path: Path) -> None:
@@ -287,6 +320,7 @@ def complain(script_here: Run, *arguments: object) -> str:
     [
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
         (["--model.n_heads", "3"], "not divisible"),
+        (["--optim.name", "moun"], "optim.name"),
         (["--objective.unrolled.mean_depth", "0"], "above 0"),
         (["--objective.denoise.sigma_min", "9", "--objective.denoise.sigma_max", "3"], "must be below sigma_max"),
         (["--data.path", "nowhere"], "nowhere"),

@@ -35,7 +35,7 @@ from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, valid
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import step_cost
-from recurrent_db.hardware import EnergyMeter, choose_device, environment, peak_flops, peak_memory_bytes
+from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog
@@ -90,6 +90,9 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
             raise UserError(f"cannot resume {config.run.dir}: {section} was {old} and is now {new}")
     if checkpoint.tokenizer().hash != tokenizer.hash:
         raise UserError(f"cannot resume {config.run.dir}: the data was made with another tokenizer")
+    if before["optim"]["name"] != now["optim"]["name"]:  # their states have nothing in common
+        old, new = before["optim"]["name"], now["optim"]["name"]
+        raise UserError(f"cannot resume {config.run.dir}: optim.name was {old} and is now {new}")
     for section in ("data", "optim", "schedule", "budget"):
         for key, value in now[section].items():
             if before[section][key] != value:
@@ -167,6 +170,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     counts = model.parameter_counts()
     peak = peak_flops(device, config.run.peak_flops)
     memory, energy, update = MemorySplit(model), EnergyMeter(device), sum(update_flops(model, config.optim).values())
+    clock = UpdateClock(device)
     for line in (
         f"{config.objective.name} on {device}: {counts['total']:,} parameters"
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
@@ -201,6 +205,12 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             row[f"eval/bits_per_byte_k{k}"] = result.bits_per_byte
         return {**row, "eval/tokens": scores.tokens, "eval/draws": scores.draws}
 
+    def share_of_update() -> str:
+        """What the update takes of this process's steps, where it is more than AdamW's few percent."""
+        if config.optim.name != "muon" or not clock.step_seconds:
+            return ""
+        return f", update {clock.update_seconds / clock.step_seconds:.1%} of the time"
+
     def save() -> None:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
             print(f"warning: weights are not finite at step {state.step}: no checkpoint is written", file=sys.stderr)
@@ -228,6 +238,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     model.train()
     while progress < 1 and not stop_signal:
         started = time.perf_counter()
+        clock.mark()
         rng = Rng(config.seed, state.step)
         tokens = batch_size * length
         passes = objective.passes(rng, progress)
@@ -249,6 +260,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             for name, value in micro_metrics.items():
                 value = value if value.ndim else value * share
                 metrics[name] = metrics[name] + value if name in metrics else value
+        clock.mark()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
 
         # A step whose loss or gradient is not finite changes nothing but the counters.
@@ -258,6 +270,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             if ema is not None:
                 ema.update(model)
         optimizer.zero_grad(set_to_none=True)
+        clock.mark()
         objective.after_step(finite, lambda tensor: tensor)  # one process: nothing to sum over
 
         seconds = time.perf_counter() - started
@@ -291,6 +304,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             **metrics,
         }
         if state.step % config.run.log_every == 0 or progress >= 1:
+            row["optimizer_share"] = clock.share()
             used = energy.joules()
             if used is not None:
                 state.energy_joules += used
@@ -305,7 +319,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(
                     f" step {state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
-                    f" {state.flops:.2e} FLOPs", refresh=False
+                    f" {state.flops:.2e} FLOPs{share_of_update()}", refresh=False
                 )  # fmt: skip
             bar.update(round(100 * min(progress, 1)) - bar.n)
         if state.skipped_in_a_row >= config.optim.max_skipped:
@@ -327,7 +341,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         return 130 if stop_signal == signal.SIGINT else 0
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
     print(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}; {run_dir}",
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}{share_of_update()}; {run_dir}",
         file=sys.stderr,
     )
     return 0
