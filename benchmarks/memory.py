@@ -74,7 +74,8 @@ def step_of(config_path: Path, name: str, vocab_size: int, batch_size: int) -> C
     model, objective = build_model(config.model, 0), build_objective(config)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (batch_size, config.data.sequence_length + 1), generator=generator)
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), ids[:, 1:].int(), torch.arange(batch_size))
+    docs = torch.zeros(batch_size, config.data.sequence_length, dtype=torch.int32)  # one document each
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), docs, torch.arange(batch_size))
 
     if "scoring" in name:
         k, rng, model.recurrence = int(name.split()[-1]), Rng(0, EVALUATION_STEP), objective.recurrence

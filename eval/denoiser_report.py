@@ -85,18 +85,22 @@ class Probes:
         """Cross-entropy at one noise level with z made from the answer; ``shift`` takes another sequence's context."""
         model, walk = self.model, self.model.recurrence
         assert isinstance(walk, DenoiseWalk)
-        e_BTD = model.encode(batch.tokens_BT).roll(shift, 0)
+        tokens_BT, docs_BT = batch.tokens_BT.roll(shift, 0), batch.doc_ids_BT.roll(shift, 0)
+        visible = model.visible(tokens_BT.shape[1], docs_BT)
+        e_BTD = model.encode(tokens_BT, visible)
         y_BTD = walk.targets(model)[batch.targets_BT]
         eps = self.rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "report", self.device)
-        estimate = walk.estimate(model, y_BTD + sigma * eps, sigma, e_BTD, walk.clean_contexts(model, e_BTD))
-        return cross_entropy(model, walk.read(model, estimate, e_BTD.dtype), batch.targets_BT)[1]
+        clean = walk.clean_contexts(model, e_BTD, visible)
+        estimate = walk.estimate(model, y_BTD + sigma * eps, sigma, e_BTD, clean, visible)
+        return cross_entropy(model, walk.read(model, estimate, e_BTD.dtype, visible=visible), batch.targets_BT)[1]
 
     def scored(self, batch: Batch, k: int, edit: Callable[[Tensor], Tensor] | None = None, shift: int = 0) -> Tensor:
         """Cross-entropy after K iterations from noise, with the state edited before the last one."""
         model = self.model
         tokens = batch.tokens_BT.roll(shift, 0)
-        probe = Probe(edit) if edit is not None else None
-        [(_, hidden)] = model.recurrence.hidden(model, tokens, model.encode(tokens), [k], self.noise(batch), probe)
+        visible = model.visible(tokens.shape[1], batch.doc_ids_BT.roll(shift, 0))
+        probe, e_BTD = Probe(edit) if edit is not None else None, model.encode(tokens, visible)
+        [(_, hidden)] = model.recurrence.hidden(model, tokens, e_BTD, [k], self.noise(batch), probe, visible)
         return cross_entropy(model, hidden, batch.targets_BT)[1]
 
     def state_gap(self, k: int) -> dict[str, float]:
@@ -123,14 +127,15 @@ class Probes:
         model, walk = self.model, self.model.recurrence
         sums: list[list[Tensor]] = []
         for batch in self.batches:
-            probe, e_BTD = Probe(), model.encode(batch.tokens_BT)
-            [_] = list(walk.hidden(model, batch.tokens_BT, e_BTD, [k], self.noise(batch), probe))
+            visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+            probe, e_BTD = Probe(), model.encode(batch.tokens_BT, visible)
+            [_] = list(walk.hidden(model, batch.tokens_BT, e_BTD, [k], self.noise(batch), probe, visible))
             row = []
             for index, state in enumerate(probe.states):
                 if isinstance(walk, DenoiseWalk):
-                    hidden = walk.read(model, state, e_BTD.dtype, probe.codas[index])
+                    hidden = walk.read(model, state, e_BTD.dtype, probe.codas[index], visible)
                 else:
-                    hidden = model.decode(state)
+                    hidden = model.decode(state, visible=visible)
                 log_p = model.logits(hidden).float().log_softmax(-1)
                 row.append(-(log_p.exp() * log_p).sum(-1).mean())
             sums.append(row)

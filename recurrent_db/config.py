@@ -27,6 +27,7 @@ from recurrent_db.errors import UserError
 T = TypeVar("T")
 
 ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-paper"]
+AttentionName = Literal["auto", "sdpa", "flex", "flash"]
 
 
 @dataclass
@@ -161,6 +162,8 @@ class DataConfig:
     """Sequences in an optimizer step, over all processes."""
     micro_batch_size: int = 0
     """Sequences in one forward pass of one process; 0 takes the whole share at once."""
+    document_mask: bool = True
+    """Packed documents do not attend to each other."""
     verify: bool = True
     """Check the checksums of the shards before training."""
 
@@ -244,6 +247,8 @@ class RunConfig:
     """cpu, cuda, cuda:1, or auto (cuda where there is one)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
+    attention: AttentionName = "auto"
+    """What computes attention: PyTorch's fused kernels, FlexAttention, flash-attn; auto takes the best that runs here."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     activation_checkpointing: bool = False

@@ -72,13 +72,15 @@ def token_log_probabilities(
     rng: Rng,
     requests: Tensor,
     draws: int = 1,
+    docs_BT: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """log p(target | tokens up to its position) by K, fp32 (B, T), from a mixture of ``draws`` noise draws.
 
     ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
-    runs once whatever ``draws`` is.
+    runs once whatever ``draws`` is. ``docs`` (int (B, T), on the CPU) says which document each position of a packed
+    sequence belongs to; without it each sequence is one.
     """
-    each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws)
+    each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws, docs_BT)
     return {k: log_p_MBT.logsumexp(0) - math.log(len(log_p_MBT)) for k, log_p_MBT in each.items()}
 
 
@@ -90,14 +92,16 @@ def draw_log_probabilities(
     rng: Rng,
     requests: Tensor,
     draws: int,
+    docs_BT: Tensor | None = None,
 ) -> dict[int, Tensor]:
     """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1."""
     recurrence = model.recurrence
-    e_BTD = model.encode(tokens_BT)
+    visible = model.visible(tokens_BT.shape[1], docs_BT)
+    e_BTD = model.encode(tokens_BT, visible)
     each: dict[int, list[Tensor]] = {k: [] for k in ks}
     for draw in range(draws if recurrence.stochastic else 1):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise):
+        for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise, visible=visible):
             log_p_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
             each[k].append(log_p_BTV.gather(-1, targets_BT[..., None])[..., 0])
     return {k: torch.stack(log_ps) for k, log_ps in each.items()}
@@ -194,7 +198,9 @@ def score_draws(
         length = batch.tokens_BT.shape[1]
         n_bytes += lengths[batch.targets_BT].sum().item()
         tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
-        each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, max(wanted))
+        each = draw_log_probabilities(
+            model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, max(wanted), batch.doc_ids_BT
+        )
         for k, log_p_MBT in each.items():
             for m in sorted(wanted):
                 log_p_BT = log_p_MBT[:m].logsumexp(0) - math.log(m)

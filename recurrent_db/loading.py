@@ -40,7 +40,7 @@ def load_with_config(
     load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
     objective = build_objective(config)
     objective.load_state_dict(checkpoint.training()[1])
-    model.recurrence = objective.recurrence
+    model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
 

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from recurrent_db.checkpoint import TrainState
 from recurrent_db.config import Config, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
+from recurrent_db.flops import Cost
 
 FINISH_TIMEOUT = 300.0
 """Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""
@@ -116,6 +119,39 @@ class WandbLog:
         if self.run is not None:
             with self._failures_are_warnings():
                 self.run.finish()
+
+
+class StepClock:
+    """Training time by step, for a device that runs behind the host.
+
+    Only where the host has waited for the device (`settle`) is the clock right; the time since it last did is shared out
+    among the steps in between in proportion to their FLOPs.
+    """
+
+    def __init__(self, peak: float | None) -> None:
+        self.peak, self.started = peak, 0.0
+        self.open: list[tuple[dict[str, Any], int, Cost]] = []
+
+    def start(self) -> None:
+        """A step begins."""
+        if not self.open:
+            self.started = time.perf_counter()
+
+    def add(self, row: dict[str, Any], tokens: int, cost: Cost) -> None:
+        """A step has been launched; ``cost`` is per token."""
+        self.open.append((row, tokens, cost))
+
+    def settle(self, state: TrainState) -> None:
+        """The device has caught up: write the time columns of the rows since the last time, and ``state.seconds``."""
+        seconds = time.perf_counter() - self.started
+        whole = sum(cost.hardware * tokens for _, tokens, cost in self.open)
+        for row, tokens, cost in self.open:
+            share = seconds * cost.hardware * tokens / whole
+            state.seconds += share
+            row["seconds"], row["tokens_per_s"] = state.seconds, tokens / share
+            row["mfu"] = cost.total * tokens / share / self.peak if self.peak else None
+            row["hfu"] = cost.hardware * tokens / share / self.peak if self.peak else None
+        self.open.clear()
 
 
 class MetricLog:

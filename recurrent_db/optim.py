@@ -88,6 +88,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
     return fused_adamw(parameter_groups(model, config.weight_decay), config)
 
 
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer step that changes nothing where ``skip`` (0-dimensional bool) is true: the fused kernel reads the
+    flag on the device, as it does for torch.amp.GradScaler."""
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def update_flops(model: nn.Module, config: OptimConfig) -> dict[str, float]:
     """FLOPs of one optimizer step, counted from the formulas; independent of the batch.
 
@@ -115,7 +122,7 @@ class EMA:
     """An exponential moving average of a model's parameters, fp32, corrected for its start.
 
     shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights
-    are forgotten quickly.
+    are forgotten quickly. Skipped steps count as updates that change nothing.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -123,12 +130,15 @@ class EMA:
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, skip: Tensor) -> None:
+        """Take the weights in, unless ``skip`` (0-dimensional bool, on their device) says that the step was skipped."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         weights = dict(model.named_parameters())
         shadow = [self.shadow[name] for name in weights]
-        torch._foreach_lerp_(shadow, list(weights.values()), 1 - decay)
+        change = torch._foreach_sub(list(weights.values()), shadow)
+        torch._foreach_mul_(change, (1 - decay) * ~skip)
+        torch._foreach_add_(shadow, change)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.flops import Passes
+from recurrent_db.model.attention import Visible
 from recurrent_db.model.layers import Context
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.rng import Rng
@@ -97,9 +98,10 @@ class Recurrence(Protocol):
         ks: Sequence[int],
         noise: NoiseSource,
         probe: Probe | None = None,
+        visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (K, hidden_BTD) for each K of ``ks`` in rising order; ``model.logits(hidden)`` predicts the next token.
-        ``e`` is the prelude's output for ``tokens``."""
+        ``e`` is the prelude's output for ``tokens``, and ``visible`` what it was made with (plain causal by default)."""
         ...
 
     def passes(self, k: int) -> Passes:
@@ -131,7 +133,9 @@ class PlainRecurrence:
         ks: Sequence[int],
         noise: NoiseSource,
         probe: Probe | None = None,
+        visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
+        visible = visible or model.visible(e_BTD.shape[1])
         state = torch.zeros_like(e_BTD)
         if self.initial == "random":
             u = noise.uniform(e_BTD.shape[1], e_BTD.shape[2], "state", e_BTD.device)
@@ -139,14 +143,14 @@ class PlainRecurrence:
         done = 0
         for k in sorted(set(ks)):
             if probe is None:
-                state = model.iterate(state, e_BTD, k - done)
+                state = model.iterate(state, e_BTD, k - done, visible=visible)
             else:
                 for iteration in range(1, k + 1):
                     state = probe.edit(state) if probe.edit is not None and iteration == k else state
-                    state = model.iterate(state, e_BTD)
+                    state = model.iterate(state, e_BTD, visible=visible)
                     probe.states.append(state)
             done = k
-            yield k, model.decode(state)
+            yield k, model.decode(state, visible=visible)
 
     def passes(self, k: int) -> Passes:
         return Passes(core_no_grad=k, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
@@ -175,25 +179,36 @@ class DenoiseWalk:
         """Clean targets of all tokens, fp32 (V, D)."""
         return normalised(model.target_rows(), self.config.target_norm)
 
-    def clean_contexts(self, model: LoopedLM, e_BTD: Tensor) -> list[Context] | None:
+    def clean_contexts(self, model: LoopedLM, e_BTD: Tensor, visible: Visible | None = None) -> list[Context] | None:
         """The clean stream of two-stream conditioning: one unconditioned pass over e from a silent state, whose keys
         every noise level reads. None for one stream."""
         if self.config.conditioning != "two-stream":
             return None
-        return model.core_contexts(torch.zeros_like(e_BTD), e_BTD)[0]
+        return model.core_contexts(torch.zeros_like(e_BTD), e_BTD, visible=visible)[0]
 
     def estimate(
-        self, model: LoopedLM, z_BTD: Tensor, sigma: float, e_BTD: Tensor, beside: list[Context] | None = None
+        self,
+        model: LoopedLM,
+        z_BTD: Tensor,
+        sigma: float,
+        e_BTD: Tensor,
+        beside: list[Context] | None = None,
+        visible: Visible | None = None,
     ) -> Tensor:
         """D at one noise level, fp32 (B, T, D)."""
         sigma_B1 = torch.full((z_BTD.shape[0], 1), sigma, dtype=torch.float32, device=z_BTD.device)
-        return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside)
+        return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside, visible)
 
     def read(
-        self, model: LoopedLM, estimate_BTD: Tensor, dtype: torch.dtype, beside: list[Context] | None = None
+        self,
+        model: LoopedLM,
+        estimate_BTD: Tensor,
+        dtype: torch.dtype,
+        beside: list[Context] | None = None,
+        visible: Visible | None = None,
     ) -> Tensor:
         """Hidden vectors (B, T, D) that an estimate reads out to."""
-        return model.decode((estimate_BTD / self.precond.sd).to(dtype), beside)
+        return model.decode((estimate_BTD / self.precond.sd).to(dtype), beside, visible)
 
     def _bridge(self, logits_BTV: Tensor, rows_VD: Tensor, u_BT1: Tensor | None) -> Tensor:
         if self.config.bridge == "hard":
@@ -205,7 +220,7 @@ class DenoiseWalk:
         return rows_VD[picks]
 
     def _known(
-        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, eps_BTD: Tensor
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, eps_BTD: Tensor, visible: Visible
     ) -> tuple[list[Context], list[Context]]:
         """Streams of the core and the coda in which position j holds the known token j+1's target at noise sigma, as
         in training. Strict: position i sees j < i, whose token j+1 <= i it knows."""
@@ -215,9 +230,10 @@ class DenoiseWalk:
         z_BTD = y_BTD + sigma * eps_BTD
         sigma_B1 = torch.full((len(z_BTD), 1), sigma, dtype=torch.float32, device=z_BTD.device)
         view_BTD = self.precond.view(z_BTD, sigma_B1[..., None]).to(e_BTD.dtype)
-        core, state_BTD = model.core_contexts(view_BTD, e_BTD, self.precond.c_noise(sigma_B1), strict=True, finish=True)
+        c_noise_B1 = self.precond.c_noise(sigma_B1)
+        core, state_BTD = model.core_contexts(view_BTD, e_BTD, c_noise_B1, strict=True, finish=True, visible=visible)
         estimate_BTD = self.precond.combine(z_BTD, state_BTD, sigma_B1[..., None])
-        return core, model.coda_contexts((estimate_BTD / self.precond.sd).to(e_BTD.dtype), strict=True)
+        return core, model.coda_contexts((estimate_BTD / self.precond.sd).to(e_BTD.dtype), strict=True, visible=visible)
 
     def hidden(
         self,
@@ -227,18 +243,20 @@ class DenoiseWalk:
         ks: Sequence[int],
         noise: NoiseSource,
         probe: Probe | None = None,
+        visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         length, width = e_BTD.shape[1:]
+        here = visible or model.visible(length)
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
         rows_VD = self.targets(model)
-        clean = self.clean_contexts(model, e_BTD)
+        clean = self.clean_contexts(model, e_BTD, here)
         sampler, bridge = self.config.sampler, self.config.bridge
 
         def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
             if self.config.neighbours == "own":
                 return clean, None
             eps = noise.normal(length, width, f"neighbours/{sigma!r}", e_BTD.device)
-            return self._known(model, tokens_BT, e_BTD, sigma, eps)
+            return self._known(model, tokens_BT, e_BTD, sigma, eps, here)
 
         for k in sorted(set(ks)):
             sigmas = GRIDS[self.config.grid](self.density, k)
@@ -248,13 +266,13 @@ class DenoiseWalk:
                 nonlocal reads
                 reads += 1
                 core, coda = streams(sigma)
-                estimate = self.estimate(model, z, sigma, e_BTD, core)
+                estimate = self.estimate(model, z, sigma, e_BTD, core, here)
                 if probe is not None:
                     probe.states.append(estimate)
                     probe.codas.append(coda)
                 if bridge == "state":
                     return estimate
-                logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda))
+                logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda, here))
                 u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if bridge == "sample" else None
                 return self._bridge(logits, rows_VD, u)
 
@@ -264,11 +282,11 @@ class DenoiseWalk:
             core, coda = streams(sigmas[-1])
             if probe is not None and probe.edit is not None:
                 z = probe.edit(z)
-            estimate = self.estimate(model, z, sigmas[-1], e_BTD, core)
+            estimate = self.estimate(model, z, sigmas[-1], e_BTD, core, here)
             if probe is not None:
                 probe.states.append(estimate)
                 probe.codas.append(coda)
-            yield k, self.read(model, estimate, e_BTD.dtype, coda)
+            yield k, self.read(model, estimate, e_BTD.dtype, coda, here)
 
     def passes(self, k: int) -> Passes:
         evaluations = EVALUATIONS[self.config.sampler] * (k - 1) + 1

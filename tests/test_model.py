@@ -9,11 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
+from helpers import micro_config
 
 from recurrent_db.config import ModelConfig, load_config
+from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.depth import poisson_quantile, sample_depth
+from recurrent_db.model.layers import apply_rope, rope_table, scaled_rms
+from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 
 SMALL = ModelConfig(vocab_size=31, d_model=16, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=24, max_seq_len=16)
@@ -232,3 +237,73 @@ def test_full_backpropagation_keeps_the_depth() -> None:
         without, with_gradient = sample_depth(Rng(0, step), 8, 0.5, 0)
         assert without == 0
         assert with_gradient == sum(sample_depth(Rng(0, step), 8, 0.5, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written-out kernels and compilation
+
+
+@pytest.mark.parametrize("weight_shape", [(6,), (2, 1, 6), (2, 3, 6)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_scaled_rms_and_its_backward(weight_shape: tuple[int, ...], shifted: bool) -> None:
+    """Against the formula (arXiv 1910.07467) and, for the backward, against finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 3, 6), weight_shape, (2, 1, 6))
+    )
+    add = shift if shifted else None
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + (shift if shifted else 0)
+    torch.testing.assert_close(scaled_rms(x, weight, add, 1e-6), expected)
+    inputs = (x, weight, shift) if shifted else (x, weight)
+    assert torch.autograd.gradcheck(lambda x, w, *s: scaled_rms(x, w, s[0] if s else None, 1e-6), inputs)
+
+
+def test_scaled_rms_of_silence_and_of_large_numbers() -> None:
+    weight = torch.ones(8)
+    zero = torch.zeros(1, 8, requires_grad=True)
+    out = scaled_rms(zero, weight, None, 1e-6)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(1, 8))
+    assert zero.grad is not None
+    assert torch.isfinite(zero.grad).all()
+    torch.testing.assert_close(scaled_rms(torch.full((1, 8), 1e15), weight, None, 1e-6), torch.ones(1, 8))
+
+
+def test_rotation_as_complex_product_equals_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tables = rope_table(5, 8, 50_000.0, torch.device("cpu"))
+    ours = apply_rope(x, *tables)
+    (gradient,) = torch.autograd.grad(ours.square().sum() + ours.sum(), x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    real = apply_rope(x, *tables)
+    torch.testing.assert_close(ours, real)
+    torch.testing.assert_close(gradient, torch.autograd.grad(real.square().sum() + real.sum(), x)[0])
+
+
+@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
+    ["denoise", "--objective.denoise.conditioning", "two-stream"]], ids=lambda o: o[-1])  # fmt: skip
+def test_compiles_once_whatever_changes(options: list[str]) -> None:
+    """50 steps of new noise levels, depths, tokens and documents: each part is compiled in the first steps, no
+    graph twice. The graphs run as they are (eager back end); what compiles is counted, not what a compiler makes of it."""
+    config = micro_config("--objective.name", *options, "--data.sequence_length", "16")
+    config.model.vocab_size = 61
+    model, objective = build_model(config.model, 0), build_objective(config)
+    plain = build_model(config.model, 0)
+    model.compile_parts(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator, after = torch.Generator().manual_seed(0), {}
+    for step in range(50):
+        ids = torch.randint(61, (3, 17), generator=generator)
+        docs = torch.randint(2, (3, 16), generator=generator).cumsum(1) * (step % 3 > 0)
+        made = Batch(ids[:, :-1], ids[:, 1:], docs, torch.arange(3) + 3 * step)
+        loss = objective(model, made, Rng(0, step), 0.0)[0]
+        loss.backward()
+        if step < 2:
+            torch.testing.assert_close(loss, objective(plain, made, Rng(0, step), 0.0)[0])
+        if step == 9:
+            after = dict(torch._dynamo.utils.counters["stats"])
+    assert after["unique_graphs"] <= (3 if options != ["unrolled"] else 5)
+    assert dict(torch._dynamo.utils.counters["stats"]) | {"calls_captured": 0} == after | {"calls_captured": 0}
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -175,12 +175,12 @@ def test_the_adaptive_density_learns_after_a_step_and_survives_json() -> None:
     for step in range(30):
         train(model, batch(n=16), Rng(0, step), 0.0)
         assert step > 0 or train.density is before  # nothing changes within a step
-        train.after_step(True, lambda tally: tally)
+        train.after_step(torch.tensor(True), lambda tally: tally)
     assert train.density != before
     learned = train.density
     train(model, batch(n=16), Rng(0, 30), 0.0)
     train.tally *= float("nan")
-    train.after_step(False, lambda tally: tally)  # a step that was skipped teaches nothing
+    train.after_step(torch.tensor(False), lambda tally: tally)  # a step that was skipped teaches nothing
     assert train.density == learned
     again = build_objective(config)
     again.load_state_dict(json.loads(json.dumps(train.state_dict())))

@@ -8,12 +8,12 @@ so a resumed run equals an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -38,10 +38,11 @@ from recurrent_db.flops import step_cost
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
-from recurrent_db.metrics import MetricLog
+from recurrent_db.metrics import MetricLog, StepClock
 from recurrent_db.model import build_model
+from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Metrics, build_objective
-from recurrent_db.optim import EMA, build_optimizer, update_flops
+from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
 from recurrent_db.tokenizer import Tokenizer
@@ -134,9 +135,18 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     if config.eval.points:  # found out now, and not at the first evaluation
         next(validation_batches(validation, length, 1, length))
     checkpoint = check_run_dir(config, resume, overwrite)
+    need = Need(
+        device=device,
+        dtype=torch.bfloat16 if bfloat16 else torch.float32,
+        head_size=config.model.d_model // config.model.n_heads,
+        documents=config.data.document_mask,
+        two_stream=config.objective.name.startswith("denoise")
+        and config.objective.denoise.conditioning == "two-stream",
+    )
+    attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)
     model = build_model(config.model, config.seed, device)
-    model.recurrence = objective.recurrence
+    model.recurrence, model.attention, model.document_mask = objective.recurrence, attention, config.data.document_mask
     model.core.checkpointing = config.run.activation_checkpointing
     if config.run.compile:
         model.compile_parts()
@@ -170,12 +180,14 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     counts = model.parameter_counts()
     peak = peak_flops(device, config.run.peak_flops)
     memory, energy, update = MemorySplit(model), EnergyMeter(device), sum(update_flops(model, config.optim).values())
-    clock = UpdateClock(device)
+    cost_of = functools.cache(lambda passes: step_cost(config, passes))
+    update_clock = UpdateClock(device)
     for line in (
         f"{config.objective.name} on {device}: {counts['total']:,} parameters"
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
         f" + {counts['noise_conditioning']:,} for noise conditioning",
         f"{data.tokens:,} training tokens, {length * batch_size:,} a step; run directory {run_dir}",
+        attention_line,
         *objective.describe(model),
         *([f"resuming at step {state.step}"] if checkpoint is not None else []),
     ):
@@ -207,9 +219,9 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     def share_of_update() -> str:
         """What the update takes of this process's steps, where it is more than AdamW's few percent."""
-        if config.optim.name != "muon" or not clock.step_seconds:
+        if config.optim.name != "muon" or not update_clock.step_seconds:
             return ""
-        return f", update {clock.update_seconds / clock.step_seconds:.1%} of the time"
+        return f", update {update_clock.update_seconds / update_clock.step_seconds:.1%} of the time"
 
     def save() -> None:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
@@ -217,6 +229,13 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             return
         log.flush()
         save_checkpoint(run_dir, config, tokenizer, model, optimizer, ema, state, objective.state_dict())
+
+    def settle() -> None:
+        """Wait for the device, and bring the counters that it holds up to date."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        clock.settle(state)
+        state.skipped, state.skipped_in_a_row = skips.tolist()
 
     # SIGINT and SIGTERM end the run after the step in flight, with a checkpoint.
     stop_signal = 0
@@ -230,19 +249,21 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
-    log = MetricLog(run_dir, config, state.step)
+    log, clock = MetricLog(run_dir, config, state.step), StepClock(peak)
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
     batches = prefetch(loader, state.step, micro_batch_size, device)
     model.train()
+    # Skipped steps in all and in a row. They live on the device: a step makes the host wait for nothing.
+    skips = torch.tensor([state.skipped, state.skipped_in_a_row], device=device)
     while progress < 1 and not stop_signal:
-        started = time.perf_counter()
-        clock.mark()
+        clock.start()
+        update_clock.mark()
         rng = Rng(config.seed, state.step)
         tokens = batch_size * length
         passes = objective.passes(rng, progress)
-        cost = step_cost(config, passes)
+        cost = cost_of(passes)
         # The rate of a step is that of its middle, so that neither the first nor the last step has rate zero.
         scale = learning_rate_scale(config.schedule, progress_after(cost.total * tokens / 2, tokens / 2, 0.5))
         for group in optimizer.param_groups:
@@ -260,27 +281,21 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             for name, value in micro_metrics.items():
                 value = value if value.ndim else value * share
                 metrics[name] = metrics[name] + value if name in metrics else value
-        clock.mark()
+        update_clock.mark()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
 
         # A step whose loss or gradient is not finite changes nothing but the counters.
-        finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        if finite:
-            optimizer.step()
-            if ema is not None:
-                ema.update(model)
+        skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        step_unless(skip, optimizer)
+        if ema is not None:
+            ema.update(model, skip)
         optimizer.zero_grad(set_to_none=True)
-        clock.mark()
-        objective.after_step(finite, lambda tensor: tensor)  # one process: nothing to sum over
+        update_clock.mark()
+        objective.after_step(~skip, lambda tensor: tensor)  # one process: nothing to sum over
+        skips = torch.stack((skips[0] + skip, (skips[1] + 1) * skip))
 
-        seconds = time.perf_counter() - started
         state.step += 1
-        state.count(cost, update if finite else 0.0, tokens)
-        state.seconds += seconds
-        state.skipped += not finite
-        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-        before, progress = progress, progress_after(0, 0, 0)
-
+        state.count(cost, update, tokens)
         row = {
             "step": state.step,
             "tokens": state.tokens,
@@ -294,27 +309,32 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             "loss": loss,
             "lr": config.optim.lr * scale,
             "grad_norm": grad_norm,
-            "tokens_per_s": tokens / seconds,
-            "mfu": cost.total * tokens / seconds / peak if peak else None,
-            "hfu": cost.hardware * tokens / seconds / peak if peak else None,
+            "skipped": skips[0],
             "peak_memory_bytes": peak_memory_bytes(device),
             **memory.row(optimizer, ema, passes.core_grad),
-            "seconds": state.seconds,
-            "skipped": state.skipped,
             **metrics,
         }
-        if state.step % config.run.log_every == 0 or progress >= 1:
-            row["optimizer_share"] = clock.share()
+        log.add(row)
+        clock.add(row, tokens, cost)
+
+        # Now and then the host waits, looks at the clock, and writes what it has.
+        if config.budget.seconds:
+            settle()
+        before, progress = progress, progress_after(0, 0, 0)
+        points = config.eval.points
+        evaluating = points and (progress >= 1 or int(progress * points) > int(before * points))
+        logging = state.step % config.run.log_every == 0 or progress >= 1
+        saving = state.step % config.run.checkpoint_every == 0
+        if evaluating or logging or saving:
+            settle()
+        if evaluating:
+            row.update(evaluate())
+        if logging:
+            row["optimizer_share"] = update_clock.share()
             used = energy.joules()
             if used is not None:
                 state.energy_joules += used
                 row["energy_joules"] = state.energy_joules
-        points = config.eval.points
-        if points and (progress >= 1 or int(progress * points) > int(before * points)):
-            row.update(evaluate())
-        log.add(row)
-
-        if state.step % config.run.log_every == 0 or progress >= 1:
             last = log.flush()
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(
@@ -328,12 +348,13 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
                 f"stopped at step {state.step}: loss or gradient not finite {state.skipped_in_a_row} steps in a row;"
                 f" the newest checkpoint is from before, try a lower optim.lr (now {config.optim.lr:g})"
             )
-        if state.step % config.run.checkpoint_every == 0:
+        if saving:
             save()
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end
     bar.close()
+    settle()
     save()
     log.close()
     if stop_signal:

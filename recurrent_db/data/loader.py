@@ -41,7 +41,8 @@ class Batch:
     targets_BT: torch.Tensor
     """int64: the token after each input token."""
     doc_ids_BT: torch.Tensor
-    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends."""
+    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends. Who sees
+    whom is planned from it on the CPU."""
     sample_index_B: torch.Tensor
     """int64: each sequence's global position p in the run; randomness is keyed by it."""
 
@@ -49,18 +50,18 @@ class Batch:
         return len(self.tokens_BT)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``; ``sample_index_B`` stays on the CPU, where the draws that it keys are made."""
+        """The same batch on ``device``. ``doc_ids_BT`` and ``sample_index_B`` stay on the CPU, where attention is planned
+        and noise is drawn by them, without waiting for the device."""
         return Batch(
             self.tokens_BT.to(device, non_blocking=True),
             self.targets_BT.to(device, non_blocking=True),
-            self.doc_ids_BT.to(device, non_blocking=True),
+            self.doc_ids_BT,
             self.sample_index_B,
         )
 
     def pin(self) -> Batch:
-        """The same batch in pinned memory, from which a copy to a GPU does not wait."""
-        tokens_BT, targets_BT = self.tokens_BT.pin_memory(), self.targets_BT.pin_memory()
-        return Batch(tokens_BT, targets_BT, self.doc_ids_BT.pin_memory(), self.sample_index_B)
+        """The same batch, what `to` copies in pinned memory: a copy from there to a GPU makes nobody wait."""
+        return Batch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), self.doc_ids_BT, self.sample_index_B)
 
     def slice(self, start: int, stop: int) -> Batch:
         """Sequences ``start`` to ``stop`` of the batch, as views."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recurrent_db.model.attention import Visible
 from recurrent_db.model.layers import Context
 from recurrent_db.model.looped import LoopedLM
 
@@ -60,6 +61,7 @@ class Precond:
         sigma_Bs: Tensor,
         e_BTD: Tensor,
         beside: list[Context] | None = None,
+        visible: Visible | None = None,
     ) -> Tensor:
         """One conditioned pass of the core: the estimate D of y, fp32 (B, T, D).
 
@@ -68,10 +70,11 @@ class Precond:
             sigma_Bs: fp32 noise levels, (B, 1) or (B, T).
             e_BTD: clean context from the prelude.
             beside: a context stream that positions see instead of their neighbours.
+            visible: who sees whom otherwise; plain causal where not given.
         """
         sigma = sigma_Bs[..., None]
         view_BTD = self.view(z_BTD, sigma).to(e_BTD.dtype)
-        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs), beside)
+        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs), beside, visible)
         return self.combine(z_BTD, state, sigma)
 
     def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:

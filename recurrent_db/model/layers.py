@@ -8,7 +8,7 @@ SiLU MLP, interleaved RoPE in fp32, learned bias on queries and keys added befor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,16 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def sdpa(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor) -> Tensor:
-    """Causal attention by PyTorch's fused kernel; the CPU reference. Returns (B, H, T, E)."""
-    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
-
-
-ATTENTION: dict[str, AttentionFunction] = {"sdpa": sdpa}
-"""Attention back ends by name: equal lengths, causal, (B, H, T, E) in and out."""
+from recurrent_db.model.attention import Visible, attend
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +53,7 @@ class _ScaledRMS(torch.autograd.Function):
         if weight.ndim == 1:
             mean = (product.flatten(0, -2) @ weight).view(rstd.shape)
         else:
-            mean = product.mul_(weight).sum(-1, keepdim=True)
+            mean = (product * weight).sum(-1, keepdim=True)
         dx = (dy * weight).addcmul_(unit, mean.div_(-x.shape[-1])).mul_(rstd)
         return dx, d_weight, d_shift, None
 
@@ -132,32 +123,24 @@ class Context:
     """Keys and values of one layer of a context stream, for a second stream that attends to it.
 
     The second stream's position i sees the context's positions <= i (< i where it is strict) and itself. Nothing of
-    size 2T x 2T exists: T queries meet 2T keys under one (T, 2T) mask that all layers share.
+    size 2T x 2T exists: T queries meet 2T keys.
     """
 
     k_BHTE: Tensor
     v_BHTE: Tensor
-    mask_TS: Tensor
-    """bool (T, 2T): which of [context keys, own keys] each position sees."""
-
-
-def beside_mask(length: int, strict: bool, device: torch.device) -> Tensor:
-    """The mask of `Context`: [lower triangle of the context, diagonal of the stream itself]."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    own = torch.eye(length, dtype=torch.bool, device=device)
-    return torch.cat((ones.tril(-1 if strict else 0), own), dim=1)
+    visible: Visible
+    """Which of [context keys, own keys] each position sees; all layers share it."""
 
 
 class Attention(nn.Module):
     """Causal multi-head attention with one fused QKV projection."""
 
-    def __init__(self, dim: int, n_heads: int, backend: str = "sdpa") -> None:
+    def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads, self.head_size = n_heads, dim // n_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.qk_bias = nn.Parameter(torch.zeros(2, n_heads, self.head_size))
         self.proj = nn.Linear(dim, dim, bias=False)
-        self.attend = ATTENTION[backend]
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, T, E) each, rotated."""
@@ -166,21 +149,21 @@ class Attention(nn.Module):
         k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
         return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], keep: list[KeysValues] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible, keep: list[KeysValues] | None = None
+    ) -> Tensor:
         """Attention within x. Where ``keep`` is given, this layer's keys and values are appended to it."""
         q, k, v = self.project(x_BTD, rope)
         if keep is not None:
             keep.append((k, v))
-        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
 
     def beside(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
         """Queries of x see the context's keys up to their own position (or before it, where the context is strict)
         and their own key, and no other position of x. See `Context`."""
         q, k, v = self.project(x_BTD, rope)
-        out = F.scaled_dot_product_attention(
-            q, torch.cat((context.k_BHTE, k), dim=2), torch.cat((context.v_BHTE, v), dim=2), attn_mask=context.mask_TS
-        )
-        return self.proj(out.transpose(1, 2).flatten(2))
+        k, v = torch.cat((context.k_BHTE, k), dim=2), torch.cat((context.v_BHTE, v), dim=2)
+        return self.proj(attend(q, k, v, context.visible).transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -214,6 +197,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
+        visible: Visible,
         modulation: tuple[Tensor, ...] | None = None,
         context: Context | None = None,
         keep: list[KeysValues] | None = None,
@@ -221,7 +205,7 @@ class Block(nn.Module):
         """One block; with a ``context`` the attention is `Attention.beside` it instead of within x."""
 
         def attend(x: Tensor) -> Tensor:
-            return self.attn(x, rope, keep) if context is None else self.attn.beside(x, rope, context)
+            return self.attn(x, rope, visible, keep) if context is None else self.attn.beside(x, rope, context)
 
         if modulation is None:
             x_BTD = self.norm_2(attend(self.norm_1(x_BTD)) + x_BTD)
@@ -273,6 +257,7 @@ def contexts(
     blocks: nn.ModuleList,
     x_BTD: Tensor,
     rope: tuple[Tensor, Tensor],
+    visible: Visible,
     strict: bool,
     modulation: Sequence[tuple[Tensor, ...]] | None = None,
     finish: bool = False,
@@ -286,8 +271,8 @@ def contexts(
     for index, block in enumerate(cast(list[Block], blocks)):
         layer = modulation[index] if modulation is not None else None
         if finish or index + 1 < len(blocks):
-            x_BTD = block(x_BTD, rope, layer, keep=kept)
+            x_BTD = block(x_BTD, rope, visible, layer, keep=kept)
         else:
             kept.append(block.keys_values(x_BTD, rope, layer))
-    mask_TS = beside_mask(x_BTD.shape[1], strict, x_BTD.device)
-    return [Context(k, v, mask_TS) for k, v in kept], x_BTD
+    beside = visible.strictly_beside if strict else visible.beside
+    return [Context(k, v, beside) for k, v in kept], x_BTD

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
+from recurrent_db.model.attention import SDPA, Backend, Rule, Visible
 from recurrent_db.model.layers import Block, Context, NoiseEmbedding, RMSNorm, contexts, rope_table, wide
 from recurrent_db.rng import key
 
@@ -99,6 +100,7 @@ class Core(nn.Module):
         state_BTD: Tensor,
         e_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
+        visible: Visible,
         modulation: Modulation | None = None,
         beside: list[Context] | None = None,
     ) -> Tensor:
@@ -106,7 +108,7 @@ class Core(nn.Module):
         state_BTD = self.injection(state_BTD, e_BTD)
         for index, block in enumerate(self.blocks):
             layer = modulation[index] if modulation else None
-            state_BTD = block(state_BTD, rope, layer, beside[index] if beside else None)
+            state_BTD = block(state_BTD, rope, visible, layer, beside[index] if beside else None)
         return state_BTD
 
     def forward(
@@ -114,12 +116,13 @@ class Core(nn.Module):
         state_BTD: Tensor,
         e_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
+        visible: Visible,
         iterations: int = 1,
         modulation: Modulation | None = None,
         beside: list[Context] | None = None,
     ) -> Tensor:
         for _ in range(iterations):
-            arguments = state_BTD, e_BTD, rope, modulation, beside
+            arguments = state_BTD, e_BTD, rope, visible, modulation, beside
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in an iteration is random, so there is no generator's state to keep.
                 state_BTD = checkpoint(self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -128,8 +131,8 @@ class Core(nn.Module):
         return state_BTD
 
 
-def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    fast = torch.compile(part, dynamic=False)
+def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+    fast = torch.compile(part, dynamic=False, backend=backend)
     return lambda *args, **kwargs: (fast if owner.training else part)(*args, **kwargs)
 
 
@@ -138,6 +141,12 @@ class LoopedLM(nn.Module):
 
     recurrence: Recurrence
     """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
+    attention: Backend = SDPA
+    """What computes attention; the same function whichever it is."""
+    compiled: bool = False
+    """Whether `compile_parts` was called."""
+    document_mask: bool = True
+    """Whether packed documents do not attend to each other (config.DataConfig.document_mask)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -164,12 +173,26 @@ class LoopedLM(nn.Module):
         weight = self.embedding.weight
         return rope_table(length, head_size, self.config.rope_base, weight.device, wide(weight.dtype))
 
-    def encode(self, tokens_BT: Tensor) -> Tensor:
+    def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
+        """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
+        ``docs`` says which document each position belongs to (int (B, T), on the CPU), those of i's own document.
+
+        The parts below make a plain causal one where none is given. Ask under the autocast that the pass runs under.
+        """
+        weight = self.embedding.weight
+        kind, dtype = weight.device.type, weight.dtype
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        rule = Rule(length, length, docs_BT if self.document_mask else None)
+        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training)
+
+    def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
-        rope = self.rope(tokens_BT.shape[1])
+        length = tokens_BT.shape[1]
+        rope, visible = self.rope(length), visible or self.visible(length)
         x_BTD = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
         for block in self.prelude:
-            x_BTD = block(x_BTD, rope)
+            x_BTD = block(x_BTD, rope, visible)
         return x_BTD
 
     def _modulation(self, c_noise_Bs: Tensor | None) -> Modulation | None:
@@ -186,14 +209,16 @@ class LoopedLM(nn.Module):
         iterations: int = 1,
         c_noise_Bs: Tensor | None = None,
         beside: list[Context] | None = None,
+        visible: Visible | None = None,
     ) -> Tensor:
         """``iterations`` passes of the core, (B, T, D) to (B, T, D). Position i sees states and contexts <= i.
 
         ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
         ``beside`` (from `core_contexts`) makes position i see another stream's positions instead of its neighbours.
         """
-        rope = self.rope(e_BTD.shape[1])
-        return self.core(state_BTD, e_BTD, rope, iterations, self._modulation(c_noise_Bs), beside)
+        length = e_BTD.shape[1]
+        rope, visible = self.rope(length), visible or self.visible(length)
+        return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
 
     def core_contexts(
         self,
@@ -202,23 +227,29 @@ class LoopedLM(nn.Module):
         c_noise_Bs: Tensor | None = None,
         strict: bool = False,
         finish: bool = False,
+        visible: Visible | None = None,
     ) -> tuple[list[Context], Tensor]:
         """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
         and with ``finish`` the pass's output."""
-        x_BTD, rope = self.core.injection(state_BTD, e_BTD), self.rope(e_BTD.shape[1])
-        return contexts(self.core.blocks, x_BTD, rope, strict, self._modulation(c_noise_Bs), finish)
+        length = e_BTD.shape[1]
+        rope, visible = self.rope(length), visible or self.visible(length)
+        x_BTD = self.core.injection(state_BTD, e_BTD)
+        return contexts(self.core.blocks, x_BTD, rope, visible, strict, self._modulation(c_noise_Bs), finish)
 
-    def decode(self, state_BTD: Tensor, beside: list[Context] | None = None) -> Tensor:
+    def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
-        rope = self.rope(state_BTD.shape[1])
+        length = state_BTD.shape[1]
+        rope, visible = self.rope(length), visible or self.visible(length)
         x_BTD = self.final_norm(state_BTD)
         for index, block in enumerate(self.coda):
-            x_BTD = block(x_BTD, rope, None, beside[index] if beside else None)
+            x_BTD = block(x_BTD, rope, visible, None, beside[index] if beside else None)
         return self.final_norm(x_BTD)
 
-    def coda_contexts(self, state_BTD: Tensor, strict: bool = False) -> list[Context]:
+    def coda_contexts(self, state_BTD: Tensor, strict: bool = False, visible: Visible | None = None) -> list[Context]:
         """Keys and values of the coda over a context stream's states, for `decode`'s ``beside``."""
-        return contexts(self.coda, self.final_norm(state_BTD), self.rope(state_BTD.shape[1]), strict)[0]
+        length = state_BTD.shape[1]
+        rope, visible = self.rope(length), visible or self.visible(length)
+        return contexts(self.coda, self.final_norm(state_BTD), rope, visible, strict)[0]
 
     def target_rows(self) -> Tensor:
         """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
@@ -233,7 +264,7 @@ class LoopedLM(nn.Module):
         e_BTD = self.encode(tokens_BT)
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, backend: str = "inductor") -> None:
         """Compile what training runs: prelude, one core iteration, coda, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
@@ -241,7 +272,8 @@ class LoopedLM(nn.Module):
         evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
         """
         for owner, name in ((self, "encode"), (self.core, "iteration"), (self, "decode")):
-            setattr(owner, name, _compiled_in_training(owner, getattr(owner, name)))
+            setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
+        self.compiled = True
 
     # -- initialisation and size ---------------------------------------------------------------------------------------
 

@@ -44,9 +44,10 @@ class Objective(Protocol):
         """What a step computes for each token, realised draws included: the basis of the FLOP count."""
         ...
 
-    def after_step(self, taken: bool, reduce: Reduce) -> None:
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
         """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
-        them, unless the step was not ``taken`` because a number was not finite. ``reduce`` sums a tensor over all
+        them, unless the step was not ``taken`` because a number was not finite (a 0-dimensional bool on the device;
+        to look at it on the host makes the host wait). ``reduce`` sums a tensor over all
         processes; draws must not change before this."""
         ...
 
@@ -66,7 +67,7 @@ class Objective(Protocol):
 class Stateless:
     """Base of objectives that learn nothing of their own and have nothing to say."""
 
-    def after_step(self, taken: bool, reduce: Reduce) -> None:
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
         pass
 
     def describe(self, model: LoopedLM) -> list[str]:

@@ -32,9 +32,11 @@ WARN_SHARE = 0.75
 """Share of draws below sigma* above which the model mostly learns to copy."""
 
 
-def mean_pairwise_cosine(rows_VD: Tensor) -> Tensor:
-    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional."""
-    unit = torch.nn.functional.normalize(rows_VD.detach().float(), dim=-1)
+def mean_pairwise_cosine(rows_VD: Tensor, most: int = 1024) -> Tensor:
+    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional.
+    Of a larger table, ``most`` to twice as many evenly spaced rows are taken."""
+    rows_VD = rows_VD.detach()[:: max(1, len(rows_VD) // most)]
+    unit = torch.nn.functional.normalize(rows_VD.float(), dim=-1)
     n = len(unit)
     return (unit.sum(0).square().sum() - n) / (n * (n - 1))
 
@@ -72,12 +74,13 @@ class Denoise:
         eps_BTD = rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "noise", y_BTD.device)
         z_BTD = torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
 
-        e_BTD = model.encode(batch.tokens_BT)
-        clean = self.recurrence.clean_contexts(model, e_BTD)
-        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_Bs, e_BTD, clean)
+        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+        e_BTD = model.encode(batch.tokens_BT, visible)
+        clean = self.recurrence.clean_contexts(model, e_BTD, visible)
+        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_Bs, e_BTD, clean, visible)
         read_BTD = estimate_BTD.detach() if self.config.loss == "l2" else estimate_BTD
         # Dividing by sd brings the estimate to unit scale before the norm's epsilon; the norm itself ignores scale.
-        hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype))
+        hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype), visible=visible)
         weights_Bs = self.precond.weight(sigma_Bs) if self.config.weight == "edm" else None
         loss, losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT, weights_Bs)
         if self.config.loss == "l2":
@@ -96,8 +99,8 @@ class Denoise:
         }
         return loss, metrics
 
-    def after_step(self, taken: bool, reduce: Reduce) -> None:
-        if self.tally is not None and taken:
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
+        if self.tally is not None and bool(taken):  # the next draws need the fit, so an adaptive density waits for it
             self.fit.update(reduce(self.tally))
             self.density = self.fit.density()
         self.tally = None

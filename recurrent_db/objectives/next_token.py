@@ -21,9 +21,10 @@ class NextToken(Stateless):
         self.recurrence = PlainRecurrence(initial="zeros")
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
-        e_BTD = model.encode(batch.tokens_BT)
-        state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD)
-        return cross_entropy(model, model.decode(state_BTD), batch.targets_BT)[0], {}
+        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+        e_BTD = model.encode(batch.tokens_BT, visible)
+        state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD, visible=visible)
+        return cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0], {}
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         return Passes(core_grad=1)

@@ -27,13 +27,14 @@ class Unrolled(Stateless):
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         without, with_gradient = self._depth(rng)
-        e_BTD = model.encode(batch.tokens_BT)
+        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+        e_BTD = model.encode(batch.tokens_BT, visible)
         u = rng.uniform(batch.sample_index_B, tuple(e_BTD.shape[1:]), "state", e_BTD.device, torch.float32)
         state_BTD = truncated_normal(u, STATE_STD).to(e_BTD.dtype)
         with torch.no_grad():
-            state_BTD = model.iterate(state_BTD, e_BTD, without)
-        state_BTD = model.iterate(state_BTD, e_BTD, with_gradient)
-        loss = cross_entropy(model, model.decode(state_BTD), batch.targets_BT)[0]
+            state_BTD = model.iterate(state_BTD, e_BTD, without, visible=visible)
+        state_BTD = model.iterate(state_BTD, e_BTD, with_gradient, visible=visible)
+        loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
         state_rms = state_BTD.detach().float().square().mean().sqrt()
         return loss, {"depth": torch.tensor(float(without + with_gradient)), "state_rms": state_rms}
 
