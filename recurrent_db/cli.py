@@ -152,7 +152,7 @@ def flops(args: FlopsArgs) -> int:
     parts = ", ".join(f"{name} {value:.3g}" for name, value in update["flops_per_step"].items() if value)
     per_token = sum(update["flops_per_step"].values()) / update["tokens_per_step"]
     print(
-        f"\nnot in the total, element-wise, per optimizer step: {parts}; that is {per_token:.3g} per token of a step"
+        f"\nnot in the total, per optimizer step: {parts}; that is {per_token:.3g} per token of a step"
         f" of {update['tokens_per_step']:,}, {100 * per_token / table['per_token']['denoise']:.2g} percent of denoise"
     )
     runs, ratio = table["ratio_of_runs"], table["ratio_to_denoise"]

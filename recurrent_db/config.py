@@ -170,8 +170,11 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, clipping, averaging."""
+    """AdamW or Muon, clipping, averaging."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything; or Muon (orthogonalised momentum) for the matrices of blocks and adapter, AdamW for the rest.
+    Both take the same rate and weight decay."""
     lr: float = 3e-3
     """Peak learning rate."""
     beta1: float = 0.9

@@ -1,7 +1,7 @@
 """FLOPs, counted from shapes and from how often each part really runs.
 
 A multiply-add is two FLOPs. Counted are matrix products and attention. Norms, activations, softmax, embedding lookups and
-the optimizer's element-wise work are not, as is the field's custom for model FLOPs; the optimizer's are counted apart
+the optimizer's work are not, as is the field's custom for model FLOPs; the optimizer's is counted apart
 (`optim.update_flops`). Backward costs the forward again for the gradient to the inputs and again for the gradient to
 the weights; iterations that run without gradient cost their forward alone. What the backward computes a second time
 (checkpointed iterations, the scores of fused attention) is a kind of its own: it is work of the hardware, not of the

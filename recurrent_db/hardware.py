@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -106,6 +107,41 @@ class EnergyMeter:
             return None
         used, self._last = (now - self._last) / 1000, now
         return used
+
+
+class UpdateClock:
+    """The share of the steps' time that their updates take: clipping, optimizer, weight average.
+
+    Three marks a step: its start, its update's start, its end. On CUDA they are events in the device's own stream, which
+    `share` waits for and nothing else does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.update_seconds = self.step_seconds = 0.0
+        """Sums over the steps that `share` was asked about."""
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def share(self) -> float:
+        """Over the steps since the last call; there must have been one."""
+        if self.device.type == "cuda":
+            self._marks[-1].synchronize()
+            between = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self._marks)]
+        else:
+            between = [b - a for a, b in itertools.pairwise(self._marks)]
+        self._marks.clear()
+        update, step = sum(between[1::3]), sum(between[0::3]) + sum(between[1::3])
+        self.update_seconds += update
+        self.step_seconds += step
+        return update / step
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -23,6 +23,12 @@ def test_every_preset_is_there() -> None:
     assert {p.stem for p in CONFIGS} >= {"tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"}
 
 
+def test_tiny_shows_how_to_choose_muon(tmp_path: Path) -> None:
+    text = next(p for p in CONFIGS if p.stem == "tiny").read_text()
+    (tmp_path / "c.toml").write_text(text.replace("# name =", "name ="))
+    assert load_config(tmp_path / "c.toml").optim.name == "muon"
+
+
 def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('seed = 3\n[optim]\nlr = 1\n[init]\nfrom = "a"\n')
@@ -45,6 +51,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("[objective.unrolled]\nmean_depth = 0", "objective.unrolled.mean_depth must be above 0"),
         ("[eval]\nk = [0]", "eval.k must be 1 or more"),
         ("[data]\nsequence_length = 4096", "above model.max_seq_len"),
+        ('[optim]\nname = "moun"', "config key optim.name = 'moun' is none of adamw, muon; did you mean 'muon'?"),
         ("[optim]\nlr = -1", "optim.lr must be above 0"),
         ("model = 3", "model is a table"),
         ("[model", "not valid TOML"),

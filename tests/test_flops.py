@@ -17,7 +17,7 @@ from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, step_cost, total
 from recurrent_db.model import build_model
-from recurrent_db.model.layers import beside_mask
+from recurrent_db.model.attention import Rule
 from recurrent_db.optim import update_flops
 from recurrent_db.rng import Rng
 
@@ -116,7 +116,8 @@ def test_masked_pairs_are_those_that_the_masks_hide(length: int, strict: bool) -
     assert plain.masked == pytest.approx(hidden * plain.attention)
     assert plain.causal == pytest.approx(plain.total - plain.masked)
     beside = Passes(core_no_grad=1, core_grad=0, beside=True, known_no_grad=int(strict))
-    seen = beside_mask(length, strict, torch.device("cpu")).float().mean().item()
+    rule = Rule(length, length, stream="strictly beside" if strict else "beside")
+    seen = rule.mask(torch.device("cpu")).float().mean().item()
     both = cost_per_token(model, length, beside)["core"]
     known = cost_per_token(model, length, Passes(core_no_grad=1, core_grad=0))["core"] if strict else Cost()
     assert both.masked - known.masked == pytest.approx((1 - seen) * 2 * length * 4 * model.d_model)

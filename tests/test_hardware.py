@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import load_script, micro_config, synthetic_data
 
-from recurrent_db.hardware import EnergyMeter, peak_flops, table_peak_flops
+from recurrent_db.hardware import EnergyMeter, UpdateClock, peak_flops, table_peak_flops
 from recurrent_db.metrics import read_metrics
 
 CUDA = torch.device("cuda")
@@ -151,3 +151,36 @@ def test_a_runs_energy_adds_up_over_resumptions(tmp_path: Path, monkeypatch: pyt
     script.train(micro_config(*options, "--budget.steps", 8), resume="newest")
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row.get("energy_joules") for row in rows] == [None, 2.5, None, 5.0, None, 7.5, None, 10.0]
+
+
+class Event:
+    """A CUDA event of a device that lags behind the host: recorded at once, done a second of its own time later."""
+
+    now, waited = 0.0, 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_the_updates_share_is_the_devices_and_is_read_at_log_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = UpdateClock(CUDA)
+    for forward, update, between in ((6, 2, 50), (9, 3, 50), (1, 3, 50)):
+        for pause in (forward, update, between):
+            clock.mark()
+            Event.now += pause
+        if forward == 9:
+            assert Event.waited == 0
+            assert clock.share() == pytest.approx(5 / 20)
+    assert clock.share() == pytest.approx(3 / 4)
+    assert Event.waited == 2
+    assert (clock.update_seconds, clock.step_seconds) == pytest.approx((8, 24))

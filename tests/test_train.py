@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,9 @@ CUMULATIVE = {
     "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
     "flops_update",
 }  # fmt: skip
-TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes"}
+TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share", "memory/activations_bytes"}
+"""Columns that differ between equal runs. Activations are measured at a process's first step of each depth, and are fewer
+where that step's sequences hold one document each."""
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,38 @@ def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -
     assert tuned < fresh - 0.5
 
 
+def test_muon_learns_says_its_share_and_resumes_bit_for_bit(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--optim.name", "muon", "--objective.name", "next_token", "--optim.lr", "1e-2", "--budget.steps", 40,
+               "--run.checkpoint_every", 20, "--run.log_every", 4, "--optim.ema_decay", 0.9]  # fmt: skip
+    train(data, tmp_path / "whole", *options)
+    share = re.search(r"update (\d+\.\d)% of the time; ", capsys.readouterr().err)
+    assert share is not None
+    shares = [row.get("optimizer_share") for row in rows(tmp_path / "whole")]
+    assert [one is not None for one in shares] == [step % 4 == 0 for step in range(1, 41)]
+    logged = [one for one in shares if one is not None]
+    assert 0 < min(logged) <= float(share[1]) / 100 + 1e-3
+    assert float(share[1]) / 100 - 1e-3 <= max(logged) < 1
+    losses = [row["loss"] for row in rows(tmp_path / "whole")]
+    assert losses[-1] < losses[0] - 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(list_checkpoints(tmp_path / "cut")[-1])
+    train(data, tmp_path / "cut", *options, resume="newest")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    state = load_file(find_checkpoint(tmp_path / "cut") / "optimizer.safetensors")
+    assert "momentum_buffer/core.blocks.0.attn.qkv.weight" in state
+    assert "exp_avg/embedding.weight" in state
+    with pytest.raises(UserError, match=r"optim\.name was muon and is now adamw"):
+        train(data, tmp_path / "cut", *options, "--optim.name", "adamw", resume="newest")
+
+
+def test_adamws_share_is_logged_and_not_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(data, tmp_path / "run", "--budget.steps", 3)
+    assert 0 < rows(tmp_path / "run")[-1]["optimizer_share"] < 1
+    assert "of the time" not in capsys.readouterr().err
+
+
 def test_the_average_of_the_weights_is_what_is_scored_and_loaded(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(data, run, "--objective.name", "next_token", "--budget.steps", 6, "--optim.ema_decay", 0.9)
@@ -246,14 +281,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     )
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_skipped_steps_change_nothing_but_the_counters(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Weights, moments and average after [good, bad, good] are those of the two good steps: the flag is read on the
     device, where it must reach all of them."""
     script = load_script("train/pretrain.py")
     options = ["--objective.name", "next_token", "--optim.ema_decay", 0.9, "--schedule.name", "constant",
-               "--schedule.warmup", 0]  # fmt: skip
+               "--schedule.warmup", 0, "--optim.name", optimizer]  # fmt: skip
     saved = []
     for name, steps in (("good", 1), ("bad", 3)):
         broken_objective(monkeypatch, script, {1, 2} if name == "bad" else set())
@@ -282,7 +318,8 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
-    ["denoise", "--objective.denoise.conditioning", "two-stream"], ["denoise", "--optim.ema_decay", "0.9"]],
+    ["denoise", "--objective.denoise.conditioning", "two-stream"], ["denoise", "--optim.ema_decay", "0.9"],
+    ["next_token", "--optim.name", "muon"]],
     ids=lambda o: o[-1])  # fmt: skip
 def test_a_step_makes_the_host_wait_for_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
@@ -349,6 +386,7 @@ def complain(script_here: Run, *arguments: object) -> str:
     [
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
         (["--model.n_heads", "3"], "not divisible"),
+        (["--optim.name", "moun"], "optim.name"),
         (["--objective.unrolled.mean_depth", "0"], "above 0"),
         (["--objective.denoise.sigma_min", "9", "--objective.denoise.sigma_max", "3"], "must be below sigma_max"),
         (["--data.path", "nowhere"], "nowhere"),

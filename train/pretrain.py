@@ -31,11 +31,11 @@ from recurrent_db.checkpoint import (
 )
 from recurrent_db.commandline import guard
 from recurrent_db.config import Config, load_config, to_dict
-from recurrent_db.data import Loader, load_tokenizer, open_data, validation_batches
+from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import step_cost
-from recurrent_db.hardware import EnergyMeter, choose_device, environment, peak_flops, peak_memory_bytes
+from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, StepClock
@@ -91,6 +91,9 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
             raise UserError(f"cannot resume {config.run.dir}: {section} was {old} and is now {new}")
     if checkpoint.tokenizer().hash != tokenizer.hash:
         raise UserError(f"cannot resume {config.run.dir}: the data was made with another tokenizer")
+    if before["optim"]["name"] != now["optim"]["name"]:  # their states have nothing in common
+        old, new = before["optim"]["name"], now["optim"]["name"]
+        raise UserError(f"cannot resume {config.run.dir}: optim.name was {old} and is now {new}")
     for section in ("data", "optim", "schedule", "budget"):
         for key, value in now[section].items():
             if before[section][key] != value:
@@ -178,6 +181,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     peak = peak_flops(device, config.run.peak_flops)
     memory, energy, update = MemorySplit(model), EnergyMeter(device), sum(update_flops(model, config.optim).values())
     cost_of = functools.cache(lambda passes: step_cost(config, passes))
+    update_clock = UpdateClock(device)
     for line in (
         f"{config.objective.name} on {device}: {counts['total']:,} parameters"
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
@@ -213,6 +217,12 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             row[f"eval/bits_per_byte_k{k}"] = result.bits_per_byte
         return {**row, "eval/tokens": scores.tokens, "eval/draws": scores.draws}
 
+    def share_of_update() -> str:
+        """What the update takes of this process's steps, where it is more than AdamW's few percent."""
+        if config.optim.name != "muon" or not update_clock.step_seconds:
+            return ""
+        return f", update {update_clock.update_seconds / update_clock.step_seconds:.1%} of the time"
+
     def save() -> None:
         if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
             print(f"warning: weights are not finite at step {state.step}: no checkpoint is written", file=sys.stderr)
@@ -243,11 +253,13 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
+    batches = prefetch(loader, state.step, micro_batch_size, device)
     model.train()
     # Skipped steps in all and in a row. They live on the device: a step makes the host wait for nothing.
     skips = torch.tensor([state.skipped, state.skipped_in_a_row], device=device)
     while progress < 1 and not stop_signal:
         clock.start()
+        update_clock.mark()
         rng = Rng(config.seed, state.step)
         tokens = batch_size * length
         passes = objective.passes(rng, progress)
@@ -260,8 +272,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         # Forward and backward, micro-batch by micro-batch; each weighs as many tokens as it has.
         loss = torch.zeros((), device=device)
         metrics: Metrics = {}
-        for micro in loader.micro_batches(state.step, micro_batch_size):
-            micro = micro.to(device)
+        for micro in next(batches):
             share = len(micro.tokens_BT) / batch_size
             with autocast, memory.forward(device, passes.core_grad):
                 micro_loss, micro_metrics = objective(model, micro, rng, progress)
@@ -270,6 +281,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             for name, value in micro_metrics.items():
                 value = value if value.ndim else value * share
                 metrics[name] = metrics[name] + value if name in metrics else value
+        update_clock.mark()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
 
         # A step whose loss or gradient is not finite changes nothing but the counters.
@@ -278,6 +290,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         if ema is not None:
             ema.update(model, skip)
         optimizer.zero_grad(set_to_none=True)
+        update_clock.mark()
         objective.after_step(~skip, lambda tensor: tensor)  # one process: nothing to sum over
         skips = torch.stack((skips[0] + skip, (skips[1] + 1) * skip))
 
@@ -317,6 +330,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         if evaluating:
             row.update(evaluate())
         if logging:
+            row["optimizer_share"] = update_clock.share()
             used = energy.joules()
             if used is not None:
                 state.energy_joules += used
@@ -325,7 +339,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(
                     f" step {state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
-                    f" {state.flops:.2e} FLOPs", refresh=False
+                    f" {state.flops:.2e} FLOPs{share_of_update()}", refresh=False
                 )  # fmt: skip
             bar.update(round(100 * min(progress, 1)) - bar.n)
         if state.skipped_in_a_row >= config.optim.max_skipped:
@@ -348,7 +362,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         return 130 if stop_signal == signal.SIGINT else 0
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
     print(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}; {run_dir}",
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}{share_of_update()}; {run_dir}",
         file=sys.stderr,
     )
     return 0

@@ -8,12 +8,14 @@
    tokenizer in one directory, which appears complete or not at all; open it again, checked.
 5. ``loader``: cut each source into packed sequences of T tokens, order them by a keyed permutation, mix the sources in
    exact shares, and give rank r of any number of processes its part of step s as a `Batch`.
+6. ``prefetch``: the batches of the next steps on the device, prepared by a thread where that pays.
 
 A sample is a function of (seed, global position): nothing about the order has to be saved or restored.
 """
 
 from recurrent_db.data.corpus import Document, stdlib_documents
 from recurrent_db.data.loader import Batch, Loader, permute, validation_batches
+from recurrent_db.data.prefetch import prefetch
 from recurrent_db.data.prepare import Prepared, prepare
 from recurrent_db.data.shards import (
     DataWriter,
@@ -40,6 +42,7 @@ __all__ = [
     "load_tokenizer",
     "open_data",
     "permute",
+    "prefetch",
     "prepare",
     "read_documents",
     "read_manifest",

@@ -59,6 +59,10 @@ class Batch:
             self.sample_index_B,
         )
 
+    def pin(self) -> Batch:
+        """The same batch, what `to` copies in pinned memory: a copy from there to a GPU makes nobody wait."""
+        return Batch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), self.doc_ids_BT, self.sample_index_B)
+
     def slice(self, start: int, stop: int) -> Batch:
         """Sequences ``start`` to ``stop`` of the batch, as views."""
         return Batch(*(getattr(self, part.name)[start:stop] for part in fields(self)))
@@ -135,10 +139,12 @@ def _floor_share(positions: np.ndarray, a: int, b: int) -> np.ndarray:
     return cycles * a + rest * a // b
 
 
-def _cut(rows: np.ndarray, eos_id: int, positions: np.ndarray) -> Batch:
-    """(B, T + 1) ids -> Batch."""
+def _cut(rows: np.ndarray, data: TokenData, positions: np.ndarray) -> Batch:
+    """(B, T + 1) ids -> Batch. Raises `UserError` for an id that is none: shards may be damaged after they were checked."""
+    if rows.max() >= data.vocab_size:
+        raise UserError(f"{data.where}: damaged: token id {rows.max()} outside the vocabulary of {data.vocab_size}")
     tokens_BT1 = torch.from_numpy(rows)
-    ended = rows[:, :-1] == eos_id
+    ended = rows[:, :-1] == data.eos_id
     doc_ids = np.zeros(ended.shape, dtype=np.int32)
     np.cumsum(ended[:, :-1], axis=1, out=doc_ids[:, 1:])
     return Batch(
@@ -221,7 +227,7 @@ class Loader:
         rows = np.empty((len(positions), T + 1), dtype=np.int64)
         for row, number, j in zip(rows, source.tolist(), sequence.tolist(), strict=True):
             row[:] = self.data.sources[self.names[number]].read(j * T, T + 1)
-        return _cut(rows, self.data.eos_id, positions)
+        return _cut(rows, self.data, positions)
 
     def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
         if self.batch_size % world or not 0 <= rank < world:
@@ -304,4 +310,4 @@ def validation_batches(
         for row, position in zip(rows, positions.tolist(), strict=True):
             number = int(np.searchsorted(starts, position, side="right")) - 1
             row[:] = data.sources[names[number]].read((position - int(starts[number])) * T, T + 1)
-        yield _cut(rows, data.eos_id, positions)
+        yield _cut(rows, data, positions)

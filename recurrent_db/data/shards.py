@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import mmap
 import os
 import re
 import shutil
@@ -236,6 +237,14 @@ def check_source_name(name: str) -> None:
 # Reading
 
 
+def _check_length(array: np.ndarray) -> None:
+    """Raise UserError where a mapped file was cut short: to read past its end would kill the process without a word."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.base.size() < array.nbytes:
+        raise UserError(
+            f"{array.filename}: truncated while in use: {array.base.size()} bytes of {array.nbytes} are left"
+        )
+
+
 @dataclass
 class TokenSource:
     """The concatenated shards of one source: a read-only array of ``tokens`` ids that need not fit in memory."""
@@ -254,12 +263,18 @@ class TokenSource:
         self.documents = sum(len(offsets) - 1 for offsets in self.offsets)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids ``start`` to ``start + count``, in the shards' dtype. Raises IndexError outside the source."""
+        """Ids ``start`` to ``start + count``, in the shards' dtype.
+
+        Raises:
+            IndexError: outside the source.
+            UserError: a shard has become shorter than it was when it was opened.
+        """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} to {start + count} of source {self.name!r}, which has {self.tokens}")
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while count > 0:
+            _check_length(self.arrays[shard])
             part = self.arrays[shard][start - int(self.starts[shard]) :][:count]
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1

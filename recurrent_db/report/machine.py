@@ -32,7 +32,7 @@ FLOP_COUNTS = {
     "With the causal half": "the model FLOPs with attention over the pairs alone that the causal mask lets through.",
     "Recomputed": "forward work that the backward does again: fused attention's scores always, the core's iterations "
     "with activation checkpointing. Not part of the model FLOPs; HFU counts both.",
-    "Optimizer": "element-wise work of clipping, AdamW and weight average, as logged; part of no other count.",
+    "Optimizer": "clipping, optimizer and weight average, as logged; part of no other count.",
     "Logged": "FLOPs / tokens of metrics.jsonl, a check on the model FLOPs computed here.",
 }
 """Columns of the second FLOP table, with a line of explanation each."""
