@@ -96,7 +96,8 @@ class Args:
     seed: int = 0
     """Seed of weights, tokens and noise."""
     quick: bool = False
-    """The preset tiny, with few and short repetitions: under 50 seconds on two cores when eager."""
+    """The preset tiny, with few and short repetitions, and but one of each after 25 seconds, on a machine with other work:
+    under 50 seconds on two cores when eager."""
     no_reference: bool = False
     """Leave the Llama out; the package transformers is then not needed."""
     json: Path | None = None
@@ -117,6 +118,8 @@ class Setting:
     compiled: bool
     device: torch.device
     dtype: torch.dtype
+    until: float = math.inf
+    """When (`time.perf_counter`) to stop repeating."""
 
     def config(self, objective: str) -> Config:
         length = ["--data.sequence_length", str(self.args.length), "--model.max_seq_len", str(self.args.length)]
@@ -245,7 +248,9 @@ def in_turns(setting: Setting, actions: Sequence[Callable[[], object]], least: l
     """Seconds per call of each action in each repetition: A, B, A, B. ``least``: what a call takes at about the least."""
     calls = [max(1, math.ceil(setting.args.seconds / seconds)) for seconds in least]
     times: list[list[float]] = [[] for _ in actions]
-    for _ in range(setting.args.repetitions):
+    for done in range(setting.args.repetitions):
+        if done and time.perf_counter() > setting.until:
+            break
         for action, count, kept in zip(actions, calls, times, strict=True):
             kept.append(seconds_of(action, setting.device, count))
     return times
@@ -390,7 +395,8 @@ def settings(args: Args) -> list[Setting]:
                 raise UserError(f"--{option}: there is no {word!r}; there are {', '.join(known[option])}")
     modes = {"none": [False], "compiled": [True], "both": [False, True]}[args.compile]
     every = itertools.product(presets.split(","), args.backends.split(","), modes)
-    return [Setting(args, preset, backend, mode, device, dtype) for preset, backend, mode in every]
+    until = time.perf_counter() + 25 if args.quick else math.inf
+    return [Setting(args, preset, backend, mode, device, dtype, until) for preset, backend, mode in every]
 
 
 def run(args: Args, result: dict[str, Any]) -> None:
