@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
+from recurrent_db.flops import Passes
 
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
@@ -54,6 +56,52 @@ def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def product_seconds(
+    rows: int, n_in: int, n_out: int, dtype: torch.dtype = torch.float32, seconds: float = 0.03
+) -> tuple[float, float]:
+    """Seconds on this CPU of a linear layer's matrix products alone, the best of at least three: its forward, and its
+    backward (gradient to the input and to the weight). x: (rows, n_in), weight: (n_out, n_in)."""
+    x, weight, dy = (torch.rand(shape).to(dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
+
+    def best(a: torch.Tensor, b: torch.Tensor) -> float:
+        out = torch.mm(a, b)
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < seconds:
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return best(x, weight.T), best(dy, weight) + best(dy.T, x)
+
+
+def attainable_flops(
+    model: ModelConfig, passes: Passes, rows: int, dtype: torch.dtype, best: dict[Any, tuple[float, float]]
+) -> float:
+    """FLOPs per second of a training step of ``rows`` tokens that did nothing but its products with weights, at their own
+    sizes and as often as it does them, each as fast as this CPU does it alone. Unlike the rate of one large product, it is
+    within reach of a step. ``best`` keeps the best times between calls: the machine may be busy during one of them.
+    """
+    width, hidden = model.d_model, model.d_mlp
+    ends, grad = model.n_prelude + model.n_coda, passes.core_grad + passes.clean_grad
+    runs = passes.core_no_grad + grad
+    blocks = ends + model.n_core * runs, ends + model.n_core * grad
+    layers = [
+        *((*shape, *blocks) for shape in ((width, 3 * width), (width, width), (width, 2 * hidden), (hidden, width))),
+        (width, model.vocab_size, 1, 1),
+    ]
+    if model.injection != "add":
+        layers.append((2 * width if model.injection == "linear" else width, width, runs, grad))
+    flops = seconds = 0.0
+    for n_in, n_out, forwards, backwards in layers:
+        now, kept = product_seconds(rows, n_in, n_out, dtype), (rows, n_in, n_out, dtype)
+        before = best.get(kept, now)
+        best[kept] = min(before[0], now[0]), min(before[1], now[1])
+        flops += 2 * rows * n_in * n_out * (forwards + 2 * backwards)
+        seconds += forwards * best[kept][0] + backwards * best[kept][1]
+    return flops / seconds
 
 
 def table_peak_flops(device_name: str) -> float | None:

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from recurrent_db.config import AttentionName
 from recurrent_db.errors import UserError
 
 Stream = Literal["own", "beside", "strictly beside"]
@@ -367,15 +366,17 @@ BACKENDS: dict[str, Callable[[Need], Backend]] = {"sdpa": _sdpa, "flex": _flex, 
 """Back ends by name. Each builder raises `Unusable` where its back end cannot serve a need."""
 
 
-def choose(name: AttentionName, need: Need) -> tuple[Backend, str]:
+def choose(name: str, need: Need) -> tuple[Backend, str]:
     """The back end called ``name``, and a line that says what was taken and why.
 
     ``auto`` always finds one: on CUDA flash, else flex where something other than plain causal attention is needed;
     elsewhere, and where neither runs, sdpa.
 
     Raises:
-        UserError: a back end asked for by name cannot serve the need.
+        UserError: a back end asked for by name cannot serve the need, or there is none of that name.
     """
+    if name != "auto" and name not in BACKENDS:
+        raise UserError(f"there is no attention back end {name!r}; there are auto, {', '.join(BACKENDS)}")
     if name != "auto":
         try:
             backend = BACKENDS[name](need)

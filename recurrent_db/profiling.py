@@ -1,0 +1,106 @@
+"""Where the time of a training step goes: by what its operations do, and by phase.
+
+PyTorch's profiler records every operation with the time that it spent itself, without the operations that it called: on
+a CPU that operation's own, on CUDA that of the kernels it launched. Here each is put into one of `GROUPS` by its name, or
+by the operation that called it. The profiler takes time of its own for each operation, so that a small model's many
+small operations look dearer than they are; what a step takes in all is measured without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+OPTIMIZER = "optimizer, clipping"
+LOSS = "softmax, loss"
+OTHER = "other"
+
+GROUPS = {
+    "attention": r"(?i).*(scaled_dot_product|flash_?att|flex_att|efficient_att|sdpa).*",
+    "matmul": r"(add|b|badd)?mm(_|\.out)?|_?scaled_mm|_grouped_mm|matmul|linear|einsum|.*(_linear|convolution).*",
+    LOSS: r"(?i).*(softmax|nll_loss|cross_?entropy).*|gather|scatter(_add)?_?",
+    OPTIMIZER: r"_fused_adamw_|_foreach_.*|Optimizer\..*",
+    "embedding": r"embedding.*|index_select",
+    "random numbers": r"(normal|uniform|random|bernoulli|exponential)_?|special_ndtri|erfinv_?",
+    "copies": r"copy_|_?to_copy|to|clone|contiguous|(cat|stack)(\.out)?|fill_|zero_|(zeros|ones|full|empty)(_like)?"
+    r"|(constant_)?pad(_nd)?|_reshape_alias|slice_backward|select_backward|Mem(cpy|set).*",
+    "norm, elementwise": r"(add|sub|rsub|mul|div|addcmul|addcdiv|lerp|neg|abs|reciprocal|square|r?sqrt|pow|exp2?|log|cos|sin"
+    r"|silu|sigmoid|tanh|clamp(_min|_max)?|minimum|maximum|where|masked_fill|complex|polar|sum|mean|sum_to_size|cumsum|any|all"
+    r"|diff|eq|ne|ge|gt|le|lt|bitwise_\w+|logical_\w+|mv|addmv|dot)_?|silu_backward|linalg_vector_norm|.*(rms|layer)_norm.*"
+    r"|_?(Fused|Scaled)R(MS|ms).*|.*Compiled(Fx|Func).*|Torch-Compiled Region.*|triton_.*|.*cpp_fused.*",
+}
+"""Group by the operation's name without its namespace, the first that fits whole; what fits none is `OTHER`: views,
+dispatch, autograd's bookkeeping. What a compiler fused is one piece of code: it counts as elementwise, whatever norms,
+softmax or lookups it holds (its matrix products and its attention are called as operations and count as such)."""
+
+_PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
+_PHASES = ("forward", "backward", "update")
+
+
+def group_of(name: str, callers: tuple[str, ...] = ()) -> str:
+    """The group of an operation called ``name``; ``callers`` are the names of what called it, nearest first.
+
+    All that happens in a range called ``update`` is `OPTIMIZER`; of the linear cross-entropy all but matrix products is
+    `LOSS`.
+    """
+    if "update" in callers or name == "update":
+        return OPTIMIZER
+    short = name.rpartition("::")[2]
+    group = next((group for group, pattern in _PATTERNS.items() if pattern.fullmatch(short)), OTHER)
+    if group != "matmul" and any("LinearCrossEntropy" in caller for caller in callers):
+        return LOSS
+    return group
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Seconds of one step by group and by phase, in the profiler's time."""
+
+    by_group: dict[str, float]
+    by_phase: dict[str, float]
+
+    @property
+    def outside(self) -> float:
+        """Share of the time that is neither in matrix products nor in attention."""
+        total = sum(self.by_group.values())
+        return 1 - (self.by_group["matmul"] + self.by_group["attention"]) / total if total else 0.0
+
+
+def time_split(step: Callable[[], object], device: torch.device, steps: int = 2) -> TimeSplit:
+    """Profile ``steps`` calls of ``step``.
+
+    The step marks its phases with `torch.profiler.record_function`: ``forward``, ``backward``, ``update``. Operations in
+    none of them count as forward.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    by_group = dict.fromkeys((*GROUPS, OTHER), 0.0)
+    by_phase = dict.fromkeys(_PHASES, 0.0)
+    events: list[Any] = list(profile.events() or [])
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel: its time is also that of the operation which launched it
+        microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        callers, parent = [], event.cpu_parent
+        while parent is not None:
+            callers.append(parent.name)
+            parent = parent.cpu_parent
+        names = [event.name, *callers]
+        if "update" in names:
+            phase = "update"
+        else:  # on CUDA the backward runs in a thread of its own, outside of the range
+            back = any(name == "backward" or name.startswith("autograd::engine") for name in names)
+            phase = "backward" if back else "forward"
+        by_group[group_of(event.name, tuple(callers))] += microseconds / 1e6 / steps
+        by_phase[phase] += microseconds / 1e6 / steps
+    return TimeSplit(by_group, by_phase)

@@ -1,0 +1,48 @@
+"""A plain Llama of the same shape, for comparison: what a user would train with Hugging Face's transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from recurrent_db.config import Config
+from recurrent_db.errors import UserError
+
+
+def build_reference(config: Config) -> nn.Module:
+    """Llama with the looped model's widths, its layers at K = 1, its vocabulary, tied embeddings and fused attention.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise UserError("the reference needs pip install transformers; --no-reference leaves it out") from None
+    model = config.model
+    shape: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_mlp,
+        "num_hidden_layers": model.n_prelude + model.n_core + model.n_coda,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_heads,
+        "max_position_embeddings": config.data.sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def reference_flops(model: nn.Module, tokens_1T: Tensor) -> float:
+    """FLOPs per token of forward and backward, by PyTorch's counter. It knows nothing of some fused attention kernels, so
+    the plain one is run for it."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(input_ids=tokens_1T, labels=tokens_1T).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / tokens_1T.numel()
