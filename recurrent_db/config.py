@@ -500,5 +500,5 @@ def validate(config: Config) -> None:
     positive(config.eval, "eval", "tokens", "batch_size", "draws")
     need(bool(config.eval.k), "eval.k must name at least one number of iterations")
     need(min(config.eval.k) >= 1, f"eval.k must be 1 or more, got {min(config.eval.k)}")
-    positive(run, "run", "checkpoint_every", "keep", "log_every")
+    positive(run, "run", "checkpoint_every", "keep", "log_every", "peak_flops")
     need(run.threads >= 0, f"run.threads must be 0 or more, got {run.threads}")
