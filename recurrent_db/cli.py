@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,19 +40,20 @@ class FlopsArgs:
     """Print JSON instead of tables."""
 
 
-def training_passes(config: Config) -> dict[str, tuple[Passes, bool]]:
-    """Passes of a training step of depth r = mean_depth, and whether its core is conditioned on noise.
+def training_passes(config: Config) -> dict[str, Passes]:
+    """Passes of a training step of depth r = mean_depth.
 
     The depth sampler's own mean is r + 1 (its Poisson count starts at one); runs log what they really did.
     """
     unrolled = config.objective.unrolled
     depth, truncation = unrolled.mean_depth, min(unrolled.truncation or unrolled.mean_depth, unrolled.mean_depth)
+    levels = config.data.sequence_length if config.objective.denoise.draw == "token" else 1
     return {
-        "next_token": (Passes(core_grad=1), False),
-        "unrolled_truncated": (Passes(core_no_grad=depth - truncation, core_grad=truncation), False),
-        "unrolled_full": (Passes(core_grad=depth), False),
-        "denoise": (Passes(core_grad=1), True),
-        "denoise_two_stream": (Passes(core_grad=1, clean_grad=1, beside=True), True),
+        "next_token": Passes(core_grad=1),
+        "unrolled_truncated": Passes(core_no_grad=depth - truncation, core_grad=truncation),
+        "unrolled_full": Passes(core_grad=depth),
+        "denoise": Passes(core_grad=1, noise_levels=levels),
+        "denoise_two_stream": Passes(core_grad=1, clean_grad=1, beside=True, noise_levels=levels),
     }
 
 
@@ -79,14 +81,12 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     """Everything that ``recurrent-db flops`` prints, as plain values."""
     length = config.data.sequence_length
     parts: dict[str, dict[str, Cost]] = {}
-    for name, (passes, conditioned) in training_passes(config).items():
-        config.model.noise_conditioning = conditioned
+    for name, passes in training_passes(config).items():
         parts[name] = cost_per_token(config.model, length, passes, config.run.activation_checkpointing)
     per_token = {name: total(costs).total for name, costs in parts.items()}
 
     inference: dict[str, dict[str, float]] = {}
     for name in ("unrolled", "denoise"):
-        config.model.noise_conditioning = name == "denoise"
         config.objective.name = "denoise" if name == "denoise" else "unrolled"
         recurrence = build_objective(config).recurrence
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
@@ -116,8 +116,10 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
 
 def flops(args: FlopsArgs) -> int:
     config = load_config(args.config)
-    if args.epochs_ratio <= 0:
-        raise UserError(f"--epochs-ratio must be above 0, got {args.epochs_ratio}")
+    for option, value in (("--epochs-ratio", args.epochs_ratio), ("--cache-bytes", args.cache_bytes),
+                          ("--vocab-size", args.vocab_size)):  # fmt: skip
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{option} must be above 0, got {value}")
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     table = flops_table(config, args.epochs_ratio, args.cache_bytes)
     if args.json:
@@ -155,17 +157,21 @@ def flops(args: FlopsArgs) -> int:
         f"\nnot in the total, per optimizer step: {parts}; that is {per_token:.3g} per token of a step"
         f" of {update['tokens_per_step']:,}, {100 * per_token / table['per_token']['denoise']:.2g} percent of denoise"
     )
-    runs, ratio = table["ratio_of_runs"], table["ratio_to_denoise"]
+    runs, ratio, depth = table["ratio_of_runs"], table["ratio_to_denoise"], config.objective.unrolled.mean_depth
     print(
         f"\nunrolled against denoise trained on {args.epochs_ratio:g}x the tokens. Counted in iterations, as the paper does:"
         f" {runs['iterations']:.1f}; counted in FLOPs: {runs['flops_full']:.1f} (full backpropagation),"
         f" {runs['flops_truncated']:.1f} (truncated)."
     )
     print(
-        f"per token, before the extra epochs: {ratio['unrolled_full']:.1f} (full),"
-        f" {ratio['unrolled_truncated']:.1f} (truncated)"
+        f"Per token, before the extra epochs: {depth} iterations; {ratio['unrolled_full']:.1f} (full) and"
+        f" {ratio['unrolled_truncated']:.1f} (truncated) in FLOPs."
     )
-    print(f"\nper generated token{'':<9}" + "".join(f"{f'K={k}':>12}" for k in KS))
+    print(
+        "\nper generated token at T tokens of context, with a key-value cache (`generate` keeps none yet: it runs the"
+    )
+    print("whole window again for each token)")
+    print(f"{'':<28}" + "".join(f"{f'K={k}':>12}" for k in KS))
     for name, by_k in table["inference_flops_per_token"].items():
         print(f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values()))
     print(f"{'cache bytes':<28}" + "".join(f"{value:>12,}" for value in table["cache_bytes_per_token"].values()))

@@ -41,8 +41,8 @@ class Passes:
     """Passes of a stream of known tokens' noised targets through core and coda."""
     beside: bool = False
     """Whether the core's passes attend to another stream's keys besides their own."""
-    noise_levels: int = 1
-    """Noise levels per sequence that a conditioned core embeds for one pass: 1, or T for per-token draws."""
+    noise_levels: int = 0
+    """Noise levels per sequence that the core is conditioned on in one pass: none, 1, or T for per-token draws."""
     bridges: int = 0
     """Products of the vocabulary's probabilities with the target table."""
 
@@ -146,7 +146,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     read_runs = passes.readouts_no_grad, passes.readouts_grad
     conditioned = core_runs[0] + known, core_runs[1]
     conditioning = Cost()
-    if model.noise_conditioning:
+    if passes.noise_levels:
         share = passes.noise_levels / length
         first = _part(model.d_condition**2, 0, 0, share * conditioned[0], share * conditioned[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.

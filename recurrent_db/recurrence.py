@@ -297,6 +297,7 @@ class DenoiseWalk:
             readouts_no_grad=reads,
             readouts_grad=0,
             prelude_grad=False,
+            noise_levels=1,
             bridges=evaluations - 1 if self.config.bridge == "soft" else 0,
             clean_no_grad=int(self.config.conditioning == "two-stream"),
             known_no_grad=evaluations if self.config.neighbours == "known" else 0,

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from recurrent_db import cli
+from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
+from recurrent_db.flops import step_cost
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 
@@ -26,6 +30,17 @@ def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -
     assert table["cache_bytes_per_token"]["8"] == 2 * 512 * 2 * 36
 
 
+def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
+    """The table is that of the configuration's own step."""
+    path = tmp_path / "token.toml"
+    text = (CONFIGS / "tiny.toml").read_text()
+    path.write_text(text.replace("[objective.unrolled]", '[objective.denoise]\ndraw = "token"\n[objective.unrolled]'))
+    config = load_config(path)
+    config.model.vocab_size = 2048
+    own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
+    assert cli.flops_table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)
+
+
 def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
     cli.run(["flops", str(CONFIGS / "pythia-70m-looped.toml")])
     told = capsys.readouterr().out
@@ -39,6 +54,9 @@ def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str
         (["flops"], "required"),
         (["flops", "nowhere.toml"], "no config file"),
         (["flops", str(CONFIGS / "tiny.toml"), "--epochs-ratio", "0"], "above 0"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--epochs-ratio", "nan"], "--epochs-ratio must be above 0"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--cache-bytes", "-2"], "--cache-bytes must be above 0"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--vocab-size", "0"], "--vocab-size must be above 0"),
         (["report", "nowhere"], "nowhere"),
     ],
 )

@@ -141,7 +141,7 @@ def test_two_streams(injection: str) -> None:
         clean, _ = model.core_contexts(torch.zeros_like(e_BTD), e_BTD)
         state = model.iterate(e_BTD, e_BTD, 1, torch.zeros(B, 1, device="meta"), clean)
         model.logits(model.decode(state)).sum().backward()
-    ours = total(cost_per_token(config, T, Passes(core_grad=1, clean_grad=1, beside=True))).total
+    ours = total(cost_per_token(config, T, Passes(core_grad=1, clean_grad=1, beside=True, noise_levels=1))).total
     assert ours == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
 
 
@@ -155,7 +155,7 @@ def test_known_neighbours() -> None:
         coda = model.coda_contexts(state, strict=True)
         model.logits(model.decode(model.iterate(e_BTD, e_BTD, 1, level, core), coda))
     passes = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False,
-                    known_no_grad=1, beside=True)  # fmt: skip
+                    known_no_grad=1, beside=True, noise_levels=1)  # fmt: skip
     assert inference_cost(config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
 
 
@@ -163,6 +163,8 @@ def test_known_neighbours() -> None:
     "options",
     [
         ["next_token"],
+        ["next_token", "--model.noise_conditioning", "True"],  # built, and never run
+        ["unrolled", "--model.noise_conditioning", "True"],
         *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
         ["denoise-paper"],
         *(["denoise", "--objective.denoise.draw", draw] for draw in ("batch", "sequence", "token")),
@@ -194,7 +196,9 @@ def test_presets(preset: str) -> None:
     model.vocab_size = model.vocab_size or 2048
     for conditioned in (False, True):
         model.noise_conditioning = conditioned
-        ours = total(cost_per_token(model, length, Passes(core_no_grad=2, core_grad=1))).total
+        ours = total(
+            cost_per_token(model, length, Passes(core_no_grad=2, core_grad=1, noise_levels=int(conditioned)))
+        ).total
         assert ours == pytest.approx(counted(model, length, 2, 1, int(conditioned), batch=1), rel=1e-3)
 
 

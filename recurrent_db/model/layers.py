@@ -25,6 +25,20 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class Linear(nn.Linear):
+    """A linear layer that is born without values: the model's own initialisation writes them."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """A table that is born without values, like `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 
@@ -137,9 +151,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads, self.head_size = n_heads, dim // n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.qk_bias = nn.Parameter(torch.zeros(2, n_heads, self.head_size))
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, T, E) each, rotated."""
@@ -192,8 +206,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc = nn.Linear(dim, 2 * hidden, bias=False)
-        self.proj = nn.Linear(hidden, dim, bias=False)
+        self.fc = Linear(dim, 2 * hidden, bias=False)
+        self.proj = Linear(hidden, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         both_BTM = self.fc(x_BTD)
@@ -258,8 +272,8 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, dim: int, n_blocks: int, hidden: int) -> None:
         super().__init__()
         self.n_blocks, self.dim, self.n_features = n_blocks, dim, hidden
-        self.hidden = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, n_blocks * 6 * dim)
+        self.hidden = Linear(hidden, hidden)
+        self.out = Linear(hidden, n_blocks * 6 * dim)
 
     def forward(self, c_noise_Bs: Tensor) -> list[tuple[Tensor, ...]]:
         """c_noise: fp32 (B, 1) for one level per sequence or (B, T) per token. Returns, for each block, six (B, 1|T, D)."""

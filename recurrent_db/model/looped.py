@@ -26,7 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
 from recurrent_db.model.attention import SDPA, Backend, Rule, Visible
-from recurrent_db.model.layers import Block, Context, NoiseEmbedding, RMSNorm, contexts, rope_table, wide
+from recurrent_db.model.layers import (
+    Block,
+    Context,
+    Embedding,
+    Linear,
+    NoiseEmbedding,
+    RMSNorm,
+    contexts,
+    rope_table,
+    wide,
+)
 from recurrent_db.rng import key
 
 if TYPE_CHECKING:
@@ -43,7 +53,7 @@ class LinearInjection(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.adapter = nn.Linear(2 * dim, dim, bias=False)
+        self.adapter = Linear(2 * dim, dim, bias=False)
 
     def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
         return self.adapter(torch.cat((state_BTD, e_BTD), dim=-1))
@@ -58,7 +68,7 @@ class DiagonalInjection(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.log_rate = nn.Parameter(torch.full((dim,), math.log(math.log(2.0))))
-        self.adapter = nn.Linear(dim, dim, bias=False)
+        self.adapter = Linear(dim, dim, bias=False)
 
     def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
         decay_D = torch.exp(-torch.exp(self.log_rate))
@@ -155,8 +165,8 @@ class LoopedLM(nn.Module):
         self.config = config
         width = config.d_model
         block = lambda: Block(width, config.n_heads, config.d_mlp, config.norm_eps)  # noqa: E731
-        self.embedding = nn.Embedding(config.vocab_size, width)
-        self.target_embedding = nn.Embedding(config.vocab_size, width) if config.separate_targets else None
+        self.embedding = Embedding(config.vocab_size, width)
+        self.target_embedding = Embedding(config.vocab_size, width) if config.separate_targets else None
         self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(block() for _ in range(config.n_coda))

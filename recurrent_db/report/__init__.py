@@ -22,9 +22,7 @@ from typing import Annotated
 import tyro
 
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
-from recurrent_db.report.data import merge_baselines, read_runs
-from recurrent_db.report.page import build_page
+from recurrent_db.files import check_output, write_atomic
 
 __all__ = ["ReportArgs", "main", "write_report"]
 
@@ -56,11 +54,14 @@ def write_report(
     Raises:
         UserError: no run is given, or a directory is no run (it has no readable ``config.json``).
     """
+    from recurrent_db.report.data import merge_baselines, read_runs  # matplotlib loads slowly, and only here
+    from recurrent_db.report.page import build_page
+
     if not runs:
         raise UserError("no run directory is given")
+    check_output(output)
     loaded = read_runs(runs)
     page = build_page(loaded, merge_baselines(runs, baselines), png_dir)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, page)
 
 
