@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in one go: speed, memory, the tests that need one.
 #
-#   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash memory tests; all of them by default
+#   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash documents memory tests; all by default
 #
 # Writes OUT/STEP.json and OUT/STEP.log (OUT: benchmarks/results/gpu). A step that fails or runs out of its time does not
 # stop the others; the last line says which did, and the exit status is then 1. The steps' limits add up to less than 25
@@ -18,7 +18,7 @@ if [ "${1:-}" = "--dry-run" ]; then
     dry=yes
     shift
 fi
-known="sdpa compiled flex flash memory tests"
+known="sdpa compiled flex flash documents memory tests"
 steps=("$@")
 [ "${#steps[@]}" -gt 0 ] || read -ra steps <<<"$known"
 for name in "${steps[@]}"; do
@@ -89,6 +89,7 @@ has() { # has PYTHON-IMPORT: whether it works
 speed=("$python" benchmarks/speed.py --device cuda)
 some="next_token,denoise-two-stream" # what differs between back ends: one stream, two streams
 memory=("$python" benchmarks/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
+documents=("$python" benchmarks/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
 if lacks transformers || [ -n "$dry" ]; then
     speed+=(--no-reference)
 fi
@@ -96,6 +97,7 @@ if [ -n "$dry" ]; then
     export TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     speed+=(--device cpu --quick --repetitions 1 --warmup 1 --seconds 0.01 --objectives next_token)
     memory=("$python" benchmarks/memory.py --batch-size 1 --repetitions 1)
+    documents=("$python" benchmarks/documents.py --batch-size 1 --pairs 2)
 fi
 
 for name in "${steps[@]}"; do
@@ -104,13 +106,13 @@ for name in "${steps[@]}"; do
         step sdpa 270 "${speed[@]}" --backends sdpa --json "$OUT/sdpa.json"
         ;;
     compiled)
-        step compiled 480 "${speed[@]}" --backends sdpa --compile compiled --json "$OUT/compiled.json"
+        step compiled 450 "${speed[@]}" --backends sdpa --compile compiled --json "$OUT/compiled.json"
         ;;
     flex)
         if [ -n "$dry" ]; then
             skip flex "FlexAttention trains on a GPU alone"
         else
-            step flex 240 "${speed[@]}" --backends flex --compile both --objectives "$some" --json "$OUT/flex.json"
+            step flex 210 "${speed[@]}" --backends flex --compile both --objectives "$some" --json "$OUT/flex.json"
         fi
         ;;
     flash)
@@ -122,6 +124,9 @@ for name in "${steps[@]}"; do
         else
             skip flash "flash-attn is not installed"
         fi
+        ;;
+    documents)
+        step documents 90 "${documents[@]}" --json "$OUT/documents.json"
         ;;
     memory)
         step memory 90 "${memory[@]}" --json "$OUT/memory.json"

@@ -435,6 +435,7 @@ def validate(config: Config) -> None:
         for name in names:
             value = getattr(section, name)
             need(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}")
+            need(value is None or math.isfinite(value), f"{prefix}.{name} must be finite, got {value}")
 
     positive(model, "model", "d_model", "n_heads", "n_core", "d_mlp", "max_seq_len", "d_condition", "expected_depth",
              "rope_base", "norm_eps")  # fmt: skip

@@ -20,6 +20,7 @@ from recurrent_db.config import Config, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import Cost
+from recurrent_db.hardware import EnergyMeter
 
 FINISH_TIMEOUT = 300.0
 """Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""
@@ -122,19 +123,21 @@ class WandbLog:
 
 
 class StepClock:
-    """Training time by step, for a device that runs behind the host.
+    """Training time and energy by step, for a device that runs behind the host.
 
-    Only where the host has waited for the device (`settle`) is the clock right; the time since it last did is shared out
-    among the steps in between in proportion to their FLOPs.
+    Only where the host has waited for the device (`settle`) is the clock right; what was used since it last did is shared
+    out among the steps in between in proportion to their FLOPs. What lies between a settling and the next step
+    (evaluation, checkpoints) is not counted.
     """
 
-    def __init__(self, peak: float | None) -> None:
-        self.peak, self.started = peak, 0.0
+    def __init__(self, peak: float | None, meter: EnergyMeter) -> None:
+        self.peak, self.meter, self.started = peak, meter, 0.0
         self.open: list[tuple[dict[str, Any], int, Cost]] = []
 
     def start(self) -> None:
         """A step begins."""
         if not self.open:
+            self.meter.joules()
             self.started = time.perf_counter()
 
     def add(self, row: dict[str, Any], tokens: int, cost: Cost) -> None:
@@ -142,8 +145,10 @@ class StepClock:
         self.open.append((row, tokens, cost))
 
     def settle(self, state: TrainState) -> None:
-        """The device has caught up: write the time columns of the rows since the last time, and ``state.seconds``."""
-        seconds = time.perf_counter() - self.started
+        """The device has caught up: write the columns of time and energy of the rows since the last time, and both sums."""
+        if not self.open:
+            return
+        seconds, joules = time.perf_counter() - self.started, self.meter.joules()
         whole = sum(cost.hardware * tokens for _, tokens, cost in self.open)
         for row, tokens, cost in self.open:
             share = seconds * cost.hardware * tokens / whole
@@ -151,6 +156,10 @@ class StepClock:
             row["seconds"], row["tokens_per_s"] = state.seconds, tokens / share
             row["mfu"] = cost.total * tokens / share / self.peak if self.peak else None
             row["hfu"] = cost.hardware * tokens / share / self.peak if self.peak else None
+            row["peak_flops"] = self.peak
+            if joules is not None:
+                state.energy_joules += joules * share / seconds
+                row["energy_joules"] = state.energy_joules
         self.open.clear()
 
 

@@ -20,8 +20,10 @@ from typing import Any
 import pytest
 from helpers import MICRO, ROOT, load_script, micro_config, synthetic_data
 
-from recurrent_db.checkpoint import list_checkpoints
-from recurrent_db.metrics import MetricLog, read_metrics
+from recurrent_db import metrics
+from recurrent_db.checkpoint import TrainState, list_checkpoints
+from recurrent_db.flops import Cost
+from recurrent_db.metrics import MetricLog, StepClock, read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -388,3 +390,38 @@ def test_a_resumed_run_sends_what_wandb_lacks(tmp_path: Path, monkeypatch: pytes
         assert stand_in.finished
         ids.add((stand_in.given["id"], stand_in.given["resume"]))
     assert ids == {((tmp_path / "wandb_id").read_text(), "allow")}
+
+
+class Meter:
+    """A meter that has used one joule for each reading of the clock."""
+
+    def __init__(self, joules: list[float | None]) -> None:
+        self.answers = joules
+
+    def joules(self) -> float | None:
+        return self.answers.pop(0)
+
+
+def test_time_and_energy_are_shared_out_by_flops_and_only_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 16.0, 100.0, 103.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    # Read where an interval starts (thrown away: evaluation, a checkpoint) and where it ends.
+    clock, state = StepClock(1e3, Meter([99.0, 30.0, 99.0, 7.0])), TrainState()  # type: ignore[arg-type]
+    rows: list[dict[str, Any]] = [{}, {}, {}]
+    cost = Cost(forward=1.0, backward_input=1.0, backward_weight=1.0, recomputed=1.0)
+    clock.start()
+    clock.add(rows[0], 10, cost)
+    clock.start()
+    clock.add(rows[1], 20, cost)
+    clock.settle(state)
+    clock.settle(state)  # nothing has happened since
+    assert [rows[0]["seconds"], rows[1]["seconds"]] == [2.0, 6.0]
+    assert [rows[0]["energy_joules"], rows[1]["energy_joules"]] == [10.0, 30.0]
+    assert rows[1]["tokens_per_s"] == 5.0
+    assert rows[1]["mfu"] == 3 * 20 / 4 / 1e3
+    assert rows[1]["hfu"] == 4 * 20 / 4 / 1e3
+    clock.start()
+    clock.add(rows[2], 10, cost)
+    clock.settle(state)
+    assert (state.seconds, state.energy_joules) == (9.0, 37.0)
+    assert rows[2]["energy_joules"] == 37.0

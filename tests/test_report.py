@@ -14,7 +14,7 @@ import pytest
 from fake_runs import OBJECTIVES, fake_config, fake_run, save
 
 from recurrent_db.commandline import parse
-from recurrent_db.config import to_dict
+from recurrent_db.config import load_config, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.report import ReportArgs, main, write_report
 from recurrent_db.report.data import (
@@ -254,6 +254,18 @@ def test_flops_to_reach_never_mixes_annealed_and_constant() -> None:
     assert reached_at_constant_rate(resumed, 4.0) == Reached(1e13, at_most=True)
 
 
+def test_an_end_before_the_rate_has_come_down_is_no_annealed_end(tmp_path: Path) -> None:
+    """A run of 40 steps that was resumed at step 20 with a budget of 20 is complete, and halfway through its decay."""
+    config = load_config(None, ["--budget.steps", "20", "--schedule.name", "cosine", "--schedule.warmup", "0"])
+    spent = {"tokens": 1.0, "flops": 1.0, "seconds": 1.0}
+    halfway = [
+        {**spent, "step": n, "lr": config.optim.lr * (0.5 + (20 - n) / 40), "eval/nll_k1": 3.0} for n in (19, 20)
+    ]
+    assert [e.phase for e in evaluations(config, halfway)] == ["other", "other"]
+    annealed = [{**row, "lr": 0.01 * config.optim.lr} for row in halfway]
+    assert [e.phase for e in evaluations(config, annealed)] == ["other", "end"]
+
+
 def test_phases_come_from_the_schedule_and_the_rate(tmp_path: Path) -> None:
     run = read_run(fake_run(tmp_path / "wsd", steps=100), "wsd")
     assert [e.phase for e in run.evaluations] == ["constant", "constant", "constant", "other", "end"]
@@ -262,10 +274,11 @@ def test_phases_come_from_the_schedule_and_the_rate(tmp_path: Path) -> None:
     assert [e.phase for e in cut.evaluations] == ["constant", "constant", "constant", "other"] and not cut.complete
 
     rows = [{"step": s, "tokens": s, "flops": s, "seconds": s, "lr": 3e-3, "eval/nll_k1": 3.0} for s in (1, 50, 100)]
+    rows[-1]["lr"] = 1e-5
     config = fake_config(steps=100)
     config.schedule.name, config.schedule.warmup = "cosine", 0.0
     assert [e.phase for e in evaluations(config, rows)] == ["other", "other", "end"]
-    config.schedule.name = "constant"
+    config.schedule.name, rows[-1]["lr"] = "constant", 3e-3
     assert [e.phase for e in evaluations(config, rows)] == ["constant"] * 3
 
 

@@ -255,8 +255,8 @@ def test_everything_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    logs = {f"{step}.log" for step in ["sdpa", "compiled", "flex", "flash", "memory", "tests"]}
-    assert logs | {"sdpa.json", "memory.json", "tests.xml"} <= found
+    logs = {f"{step}.log" for step in ["sdpa", "compiled", "flex", "flash", "documents", "memory", "tests"]}
+    assert logs | {"sdpa.json", "documents.json", "memory.json", "tests.xml"} <= found
     assert json.loads((tmp_path / "out/sdpa.json").read_text())["rows"]
     assert result.stdout.splitlines()[-1].startswith("all done")
 

@@ -33,7 +33,16 @@ CUMULATIVE = {
     "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
     "flops_update",
 }  # fmt: skip
-TIMES = {"seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share", "memory/activations_bytes"}
+TIMES = {
+    "peak_flops",
+    "seconds",
+    "tokens_per_s",
+    "mfu",
+    "hfu",
+    "peak_memory_bytes",
+    "optimizer_share",
+    "memory/activations_bytes",
+}
 """Columns that differ between equal runs. Activations are measured at a process's first step of each depth, and are fewer
 where that step's sequences hold one document each."""
 

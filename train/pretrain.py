@@ -175,11 +175,17 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         if ema is not None:
             ema = EMA(model, config.optim.ema_decay)
     run_dir = make_run_dir(config, overwrite)
-    write_atomic(run_dir / "environment.json", json.dumps(environment(device), indent=1))
+    peak = peak_flops(device, config.run.peak_flops)
+    peak_line = (
+        f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
+    )
+    if config.run.peak_flops is None:
+        peak_line += ", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops"
+    described = {**environment(device), "peak_flops": peak, "peak_note": peak_line}
+    write_atomic(run_dir / "environment.json", json.dumps(described, indent=1))
 
     counts = model.parameter_counts()
-    peak = peak_flops(device, config.run.peak_flops)
-    memory, energy, update = MemorySplit(model), EnergyMeter(device), sum(update_flops(model, config.optim).values())
+    memory, update = MemorySplit(model), sum(update_flops(model, config.optim).values())
     cost_of = functools.cache(lambda passes: step_cost(config, passes))
     update_clock = UpdateClock(device)
     for line in (
@@ -188,8 +194,10 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         f" + {counts['noise_conditioning']:,} for noise conditioning",
         f"{data.tokens:,} training tokens, {length * batch_size:,} a step; run directory {run_dir}",
         attention_line,
+        peak_line,
         *objective.describe(model),
         *([f"resuming at step {state.step}"] if checkpoint is not None else []),
+        *([f"no checkpoint in {run_dir}: starting afresh"] if resume and checkpoint is None else []),
     ):
         print(line, file=sys.stderr)
 
@@ -249,10 +257,12 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
-    log, clock = MetricLog(run_dir, config, state.step), StepClock(peak)
+    log, clock = MetricLog(run_dir, config, state.step), StepClock(peak, EnergyMeter(device))
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
     bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
+    if progress >= 1:
+        print(f"nothing to do: at step {state.step} the budget is spent", file=sys.stderr)
     batches = prefetch(loader, state.step, micro_batch_size, device)
     model.train()
     # Skipped steps in all and in a row. They live on the device: a step makes the host wait for nothing.
@@ -331,10 +341,6 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             row.update(evaluate())
         if logging:
             row["optimizer_share"] = update_clock.share()
-            used = energy.joules()
-            if used is not None:
-                state.energy_joules += used
-                row["energy_joules"] = state.energy_joules
             last = log.flush()
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(

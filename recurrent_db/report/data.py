@@ -19,7 +19,7 @@ from recurrent_db.flops import inference_cost
 from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.schedule import budget_progress
+from recurrent_db.schedule import budget_progress, learning_rate_scale
 
 Phase = Literal["constant", "end", "other"]
 Array = NDArray[np.float64]
@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 STANDARD_COLUMNS = frozenset({
     "step", "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
     "flops_causal", "flops_update", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
-    "seconds", "energy_joules", "skipped",
+    "seconds", "energy_joules", "skipped", "peak_flops", "optimizer_share",
 })  # fmt: skip
 """Columns that every objective logs; others, apart from ``eval/*`` and ``memory/*``, are the objective's own."""
 
@@ -175,6 +175,15 @@ def _by_k(row: dict[str, Any], prefix: str) -> dict[int, float]:
     return {int(match[1]): value for match, value in found if match and value is not None}
 
 
+def _annealed(config: Config, rows: Sequence[dict[str, Any]], rate: float | None) -> bool:
+    """Whether the run is complete and its last rate is that of its schedule's end: a budget that was made smaller on
+    the way ends a run before its rate has come down."""
+    last = _progress(config, rows[-1]) or 0.0
+    before = (_progress(config, rows[-2]) or 0.0) if len(rows) > 1 else 0.0
+    scale = learning_rate_scale(config.schedule, min(1.0, (before + last) / 2))
+    return last >= 1 and rate is not None and rate <= config.optim.lr * (scale + 0.02)
+
+
 def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluation]:
     """Rows with held-out scores, each with the phase of the learning rate that it was read in."""
     result: list[Evaluation] = []
@@ -193,7 +202,7 @@ def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluati
         phase: Phase = "other"
         if constant:
             phase = "constant"
-        elif row is rows[-1] and (_progress(config, row) or 0.0) >= 1:
+        elif row is rows[-1] and _annealed(config, rows, rate):
             phase = "end"
         bits = _by_k(row, "eval/bits_per_byte_k")
         result.append(Evaluation(int(step), tokens, flops, seconds, nll, bits, phase, stretch))
