@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch import nn
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch, DataWriter
@@ -61,6 +62,15 @@ def batch(n: int = 4, length: int = 16, vocab_size: int = 61, start: int = 0) ->
     """Random tokens at the run's positions from ``start`` on."""
     ids = torch.randint(vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(3))
     return Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(start, start + n))
+
+
+def with_values(module: nn.Module) -> nn.Module:
+    """A part by itself, its parameters drawn: layers are born without values."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return module
 
 
 def synthetic_tokenizer() -> Tokenizer:

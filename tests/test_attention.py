@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MICRO, micro_config, micro_model
+from helpers import MICRO, micro_config, micro_model, with_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -439,7 +439,7 @@ def test_a_compiled_block_serves_every_batch(name: str) -> None:
     backend = SDPA if name == "sdpa" else Flex(flex_attention)
     counter = CompileCounter()
     torch._dynamo.reset()
-    block = Block(16, 2, 24, 1e-6)
+    block = with_values(Block(16, 2, 24, 1e-6))
     compiled = torch.compile(block, backend=counter, fullgraph=True)
     rope = rope_table(9, 8, 1e4, CPU)
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
-from helpers import micro_config
+from helpers import micro_config, with_values
 
 from recurrent_db.config import ModelConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.depth import poisson_quantile, sample_depth
-from recurrent_db.model.layers import GatedMLP, apply_rope, rope_table, scaled_rms
+from recurrent_db.model.layers import Attention, GatedMLP, apply_rope, rope_table, scaled_rms
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 
@@ -259,6 +259,18 @@ def test_scaled_rms_and_its_backward(weight_shape: tuple[int, ...], shifted: boo
     assert torch.autograd.gradcheck(lambda x, w, *s: scaled_rms(x, w, s[0] if s else None, 1e-6), inputs)
 
 
+def test_queries_keys_and_values_and_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = with_values(Attention(8, 2)).double()
+    rope = rope_table(3, 4, 1e4, torch.device("cpu"), torch.float64)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    inputs = (x, attention.qk_bias, attention.qkv.weight)
+    assert torch.autograd.gradcheck(lambda x, *_: attention.project(x, rope), inputs)
+    ours = attention.project(x, rope)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    for a, b in zip(ours, attention.project(x, rope), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_scaled_rms_of_silence_and_of_large_numbers() -> None:
     weight = torch.ones(8)
     zero = torch.zeros(1, 8, requires_grad=True)
@@ -310,7 +322,7 @@ def test_compiles_once_whatever_changes(options: list[str]) -> None:
 
 
 def test_gated_product_and_its_backward() -> None:
-    mlp = GatedMLP(4, 3).double()
+    mlp = with_values(GatedMLP(4, 3)).double()
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     gate, up = mlp.fc(x).chunk(2, dim=-1)
     torch.testing.assert_close(mlp(x), mlp.proj(torch.nn.functional.silu(gate) * up))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST_CHUNK = 128
-"""Rows below which a matrix product no longer fills a core."""
+SMALLEST_CHUNK = 256
+"""Rows below which the matrix products no longer fill two cores."""
 
 
 def chunk_rows(n_rows: int) -> int:

@@ -127,6 +127,35 @@ def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     return turned.flatten(-2).to(x_BTHE.dtype)
 
 
+class _RotatedQKV(torch.autograd.Function):
+    """The fused projection's output to queries, keys (both with their bias, rotated) and values, (B, T, H, E) each. The
+    backward is written into one buffer, which PyTorch would stack from three.
+
+    qkv: (B, T, 3 D) fp32 or wider; bias: (2, H, E); turn: complex (T, E/2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turn)
+        parts = qkv.unflatten(-1, (3, *bias.shape[1:]))
+        qk = parts[:, :, :2] + bias
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn[:, None, None])
+        return qk[:, :, 0], qk[:, :, 1], parts[:, :, 2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        back = turn.conj().resolve_conj()[:, None]
+        dv = grads[2]
+        d = dv.new_empty(*dv.shape[:2], 3, *dv.shape[2:])
+        pairs = torch.view_as_complex(d.unflatten(-1, (-1, 2)))
+        for index in (0, 1):
+            gradient = torch.view_as_complex(grads[index].unflatten(-1, (-1, 2)))
+            torch.mul(gradient, back, out=pairs[:, :, index])
+        d[:, :, 2] = dv
+        return d.flatten(2), d[:, :, :2].sum((0, 1)), None
+
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, (B, H, T, E) each."""
 
@@ -157,9 +186,17 @@ class Attention(nn.Module):
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, T, E) each, rotated."""
-        q_BTHE, k_BTHE, v_BTHE = self.qkv(x_BTD).unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
-        q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
-        k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
+        qkv_BTD3 = self.qkv(x_BTD)
+        if (
+            qkv_BTD3.device.type == "cpu"
+            and qkv_BTD3.dtype == wide(qkv_BTD3.dtype)
+            and not torch.compiler.is_compiling()
+        ):
+            q_BTHE, k_BTHE, v_BTHE = _RotatedQKV.apply(qkv_BTD3, self.qk_bias, torch.complex(*rope))
+        else:
+            q_BTHE, k_BTHE, v_BTHE = qkv_BTD3.unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
+            q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
+            k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
         return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
 
     def forward(
@@ -186,17 +223,18 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        ctx.save_for_backward(x)
-        return F.silu(gate).mul_(up)
+        active = F.silu(gate)
+        ctx.save_for_backward(x, active)
+        return active * up
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (dy,) = grads
-        (x,) = ctx.saved_tensors
+        x, active = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=d_up)
+        torch.mul(dy, active, out=d_up)
         torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
         return dx
 
