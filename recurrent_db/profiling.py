@@ -31,7 +31,8 @@ GROUPS = {
     "norm, elementwise": r"(add|sub|rsub|mul|div|addcmul|addcdiv|lerp|neg|abs|reciprocal|square|r?sqrt|pow|exp2?|log|cos|sin"
     r"|silu|sigmoid|tanh|clamp(_min|_max)?|minimum|maximum|where|masked_fill|complex|polar|sum|mean|sum_to_size|cumsum|any|all"
     r"|diff|eq|ne|ge|gt|le|lt|bitwise_\w+|logical_\w+|mv|addmv|dot)_?|silu_backward|linalg_vector_norm|.*(rms|layer)_norm.*"
-    r"|_?(Fused|Scaled)R(MS|ms).*|_SwiGLU.*|_RotatedQKV.*|.*Compiled(Fx|Func).*|Torch-Compiled Region.*|triton_.*|.*cpp_fused.*",
+    r"|_?(Fused|Scaled)R(MS|ms).*|_SwiGLU.*|_RotatedQKV.*"
+    r"|.*Compiled(Fx|Func).*|Torch-Compiled Region.*|triton_.*|.*cpp_fused.*",
 }
 """Group by the operation's name without its namespace, the first that fits whole; what fits none is `OTHER`: views,
 dispatch, autograd's bookkeeping. What a compiler fused is one piece of code: it counts as elementwise, whatever norms,
