@@ -150,8 +150,10 @@ class _RotatedQKV(torch.autograd.Function):
         d = dv.new_empty(*dv.shape[:2], 3, *dv.shape[2:])
         pairs = torch.view_as_complex(d.unflatten(-1, (-1, 2)))
         for index in (0, 1):
-            gradient = torch.view_as_complex(grads[index].unflatten(-1, (-1, 2)))
-            torch.mul(gradient, back, out=pairs[:, :, index])
+            gradient = grads[index]
+            if gradient.stride(-1) != 1:  # not every attention kernel returns it along the head
+                gradient = gradient.contiguous()
+            torch.mul(torch.view_as_complex(gradient.unflatten(-1, (-1, 2))), back, out=pairs[:, :, index])
         d[:, :, 2] = dv
         return d.flatten(2), d[:, :, :2].sum((0, 1)), None
 
