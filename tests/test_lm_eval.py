@@ -134,7 +134,7 @@ def test_batching_order_and_padding_change_nothing(runs: Path, objective: str) -
         many = RecurrentDBLM(**arguments, **sizes)
         batched = many.loglikelihood(requests("loglikelihood", *(PAIRS[i] for i in shuffled)), disable_tqdm=True)
         for index, (log_p, greedy) in zip(shuffled, batched, strict=True):
-            assert log_p == pytest.approx(alone[index][0], abs=1e-4, rel=1e-6)
+            assert log_p == pytest.approx(alone[index][0], abs=1e-4, rel=5e-6)
             assert greedy == alone[index][1]
     other = RecurrentDBLM(**arguments, seed=1).loglikelihood(requests("loglikelihood", PAIRS[0]), disable_tqdm=True)
     assert (other[0] == pytest.approx(alone[0], abs=1e-6)) == (not one.model.recurrence.stochastic)
