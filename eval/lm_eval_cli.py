@@ -2,15 +2,24 @@
 
 python eval/lm_eval_cli.py --model_args checkpoint=RUN,k=8 --tasks NAMES [--data DIR] [the harness's own options]
 
---model is recurrent_db unless another is named. Its model arguments: checkpoint (run directory or checkpoint folder), k
-(core iterations, default 8), draws (noise draws in a likelihood, default 1), max_length (tokens, default the model's
-window), dtype (float32 or bfloat16), seed (of the noise, default 0). --batch_size is auto and --device is auto unless
-given.
+--model is recurrent_db unless another is named. Its model arguments:
+  checkpoint     run directory or checkpoint folder
+  k              core iterations (default 8)
+  sigma          noise level that a denoiser's inference starts from (default its sigma_max)
+  draws          noise draws in a likelihood (default 1)
+  max_length     tokens (default the model's window)
+  dtype          float32 (default) or bfloat16
+  seed           of the noise (default 0)
+  prefix_reuse   run what requests begin with in common once (default true)
+  cache          file to keep answers in and to take them from, JSON lines; so does --use_cache
+--batch_size is auto and --device is auto unless given.
 
 Tasks with --data DIR:
   heldout_cloze           made from the held-out text of a data directory (train/prepare_data.py); chance is 0.25
+  heldout_last_word       from the same text, in the manner of LAMBADA
   arc_easy, piqa          DIR/arc_easy_validation.jsonl, DIR/piqa_validation.jsonl (and _train, _test where there)
   blimp_PARADIGM, blimp   DIR/blimp/PARADIGM.jsonl; the group averages the paradigms that are there
+  lambada                 DIR/lambada_test.jsonl or DIR/lambada_validation.jsonl
 The prompts and metrics are the harness's own. Every other name, and these without --data, is the harness's task of that
 name, which downloads its data.
 
@@ -23,12 +32,10 @@ import os
 import sys
 
 # Read when tqdm is first imported; the harness's bars know nothing of terminals.
-os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
+os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else "1")
 
 import argparse
 import contextlib
-import fnmatch
-import hashlib
 import io
 import json
 import logging
@@ -39,17 +46,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, task_name
+
 from recurrent_db.commandline import guard
-from recurrent_db.data.shards import MANIFEST
 from recurrent_db.errors import UserError
-from recurrent_db.heldout_task import write_heldout_task
 
 T = TypeVar("T")
 
 MODEL = "recurrent_db"
-TASKS = Path(__file__).resolve().parent / "tasks"
-PARADIGMS = 67
-"""All of BLiMP."""
 
 # Fields of the harness's configuration that `simple_evaluate` takes under the same name.
 PASSED_ON = (
@@ -114,125 +118,14 @@ def complete(args: argparse.Namespace, file: dict[str, Any]) -> None:
             given = default
         if given is not None:
             setattr(args, name, given)
+    # The harness's own cache unpickles what its file holds, and does not know whose answers they are.
+    if file.get("use_cache"):
+        raise UserError("use_cache in the --config file: name the file for answers as cache among the model_args")
     if args.use_cache:
-        # The harness's cache knows a request but not whose answer it holds.
-        from recurrent_db.checkpoint import find_checkpoint
-
-        checkpoint = find_checkpoint(Path(str(model_args.get("checkpoint", "")))).resolve()
-        owner = json.dumps([str(checkpoint), {**model_args, "checkpoint": ""}], sort_keys=True, default=str)
-        args.use_cache += "-" + hashlib.sha256(owner.encode()).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks without a network
-
-
-def _read_yaml(file: str, **values: str) -> dict[str, Any]:
-    import yaml
-
-    text = (TASKS / f"{file}.yaml").read_text(encoding="utf-8")
-    for key, value in values.items():
-        text = text.replace(f"{{{key}}}", value)
-    return yaml.safe_load(text)
-
-
-def _check_rows(path: Path, fields: Sequence[str]) -> None:
-    """Raise UserError unless the file is JSONL whose first row has ``fields``."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            row = json.loads(file.readline() or "null")
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not JSONL: its first line is no JSON object") from None
-    missing = [field for field in fields if not isinstance(row, dict) or field not in row]
-    if missing:
-        raise UserError(f"{path}: its rows lack {', '.join(missing)}")
-
-
-def _localize(config: dict[str, Any], folder: Path, fields: Sequence[str]) -> dict[str, Any]:
-    """A task whose data files are absolute paths in ``folder``; splits without a file are left out.
-
-    Raises:
-        UserError: no file to evaluate on, or one with other rows.
-    """
-    files: dict[str, str] = config["dataset_kwargs"]["data_files"]
-    there = {split: (folder / name).resolve() for split, name in files.items() if (folder / name).is_file()}
-    splits = {name: config.get(f"{name}_split") for name in ("training", "validation", "test")}
-    if not any(splits[name] in there for name in ("validation", "test")):
-        wanted = " or ".join(files[s] for n, s in splits.items() if s in files and n != "training")
-        raise UserError(f"task {config['task']}: there is no {wanted} in {folder}")
-    for path in there.values():
-        _check_rows(path, fields)
-    config["dataset_kwargs"]["data_files"] = {split: str(path) for split, path in there.items()}
-    for name, split in splits.items():
-        if split not in there:
-            config[f"{name}_split"] = None
-    return config
-
-
-def _blimp(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    """The group and its paradigms, or those that the name or pattern ``wanted`` means."""
-    names = sorted(path.stem for path in (folder / "blimp").glob("*.jsonl"))
-    chosen = names if wanted == "blimp" else [name for name in names if fnmatch.fnmatch(f"blimp_{name}", wanted)]
-    if not chosen:
-        what = wanted.removeprefix("blimp_") if wanted.startswith("blimp_") else "*"
-        raise UserError(f"task {wanted}: there is no blimp/{what}.jsonl in {folder}")
-    fields = ("sentence_good", "sentence_bad")
-    tasks = [_localize(_read_yaml("blimp", name=name), folder, fields) for name in chosen]
-    if wanted != "blimp":
-        return tasks
-    if len(names) < PARADIGMS:
-        logging.getLogger("lm_eval").warning("blimp: %s has %d of the %d paradigms", folder, len(names), PARADIGMS)
-    return [{**_read_yaml("blimp_group"), "task": [task["task"] for task in tasks]}, *tasks]
-
-
-def _heldout(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    path = write_heldout_task(folder)
-    return [_localize(_read_yaml("heldout_cloze"), path.parent, ("context", "choices", "label"))]
-
-
-def _arc_easy(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    return [_localize(_read_yaml("arc_easy"), folder, ("question", "choices", "answerKey"))]
-
-
-def _piqa(folder: Path, wanted: str) -> list[dict[str, Any]]:
-    return [_localize(_read_yaml("piqa"), folder, ("goal", "sol1", "sol2", "label"))]
-
-
-OFFLINE: dict[str, Callable[[Path, str], list[dict[str, Any]]]] = {
-    "heldout_cloze": _heldout,
-    "arc_easy": _arc_easy,
-    "piqa": _piqa,
-    "blimp": _blimp,
-    "blimp_*": _blimp,
-}
-
-
-def maker(name: str) -> Callable[[Path, str], list[dict[str, Any]]] | None:
-    """Who makes the offline task of this name; None for the harness's other tasks."""
-    return next((make for pattern, make in OFFLINE.items() if fnmatch.fnmatchcase(name, pattern)), None)
-
-
-def offline_tasks(names: Sequence[str], data: Path | None) -> list[dict[str, Any]]:
-    """Configurations of those of ``names`` that are offline tasks and have --data.
-
-    Raises:
-        UserError: --data is missing where it is needed, is no folder, or lacks a task's files.
-    """
-    if data is None:
-        if "heldout_cloze" in names:
-            raise UserError("task heldout_cloze needs --data DIR, a folder made by train/prepare_data.py")
-        return []
-    if not data.is_dir():
-        raise UserError(f"--data {data}: no such folder")
-    configs: dict[str, dict[str, Any]] = {}
-    for name in names:
-        make = maker(name)
-        if make is None:
-            continue
-        if make is not _heldout and (data / MANIFEST).is_file():
-            raise UserError(f"task {name} reads benchmark JSONL, but --data {data} holds token shards")
-        configs.update((config.get("group") or config["task"], config) for config in make(data, name))
-    return list(configs.values())
+        if "cache" in model_args:
+            raise UserError("the file for answers is given twice, as --use_cache and as the model argument cache")
+        args.model_args = {**model_args, "cache": args.use_cache}
+        args.use_cache = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +150,7 @@ def quiet_harness() -> Iterator[None]:
     held = logging.handlers.MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, target=printer, flushOnClose=False)
     logger.addHandler(held)
     logger.propagate = False
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         yield
         held.flush()
@@ -322,7 +215,7 @@ def evaluate(config: Any, folder: Path) -> None:
         evaluation_tracker=tracker,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False, metadata=config.metadata),
     )
-    if results is None:
+    if results is None or os.environ.get("RANK", "0") != "0":  # the harness knows the first process of each machine
         return
     samples = results.pop("samples") if config.log_samples else None
     # The harness names a model's folder of results after arguments that ours does not have.
@@ -373,19 +266,14 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
     mistakes = (ValueError, KeyError, ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
-    with tempfile.TemporaryDirectory(prefix="lm-eval-") as temporary:
-        for task in offline:
-            text = json.dumps(task)  # which is YAML
-            (Path(temporary) / f"{task.get('group') or task['task']}.yaml").write_text(text, encoding="utf-8")
-        available = [task.get("group") or task["task"] for task in offline]
-        hits = (fnmatch.filter(available, name) if maker(name) and offline else [name] for name in names)
-        config.tasks = args.tasks = list(dict.fromkeys(name for matching in hits for name in matching))
-        if offline and set(config.tasks) <= set(available) and not any(services):
-            datasets.config.HF_DATASETS_CACHE = Path(temporary) / "cache"
-            harness_errors(lambda: evaluate(config, Path(temporary)), *mistakes)
+    with task_folder(offline) as folder:
+        config.tasks = args.tasks = chosen(names, offline)
+        if offline and set(config.tasks) <= set(map(task_name, offline)) and not any(services):
+            datasets.config.HF_DATASETS_CACHE = folder / "cache"
+            harness_errors(lambda: evaluate(config, folder), *mistakes)
             return
         if offline:
-            args.include_path = [*([config.include_path] if config.include_path else []), temporary]
+            args.include_path = [*([config.include_path] if config.include_path else []), str(folder)]
             logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace the harness's: meant
         try:
             harness_errors(lambda: args.func(args), *mistakes)

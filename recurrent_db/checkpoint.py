@@ -8,6 +8,7 @@ Randomness has no state to save: see `rng`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -208,6 +209,14 @@ def fault(checkpoint: Path) -> str | None:
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     return None
+
+
+def content_hash(checkpoint: Path) -> str:
+    """SHA-256 (hexadecimal) of what decides a good checkpoint's answers: weights, configuration, tokenizer, the
+    objective's state. Copies of a checkpoint have the same one."""
+    files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "optimizer.safetensors")
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def find_checkpoint(path: Path, fall_back: bool = True) -> Path:

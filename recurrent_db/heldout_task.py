@@ -1,8 +1,10 @@
-"""``heldout_cloze``: a multiple-choice task for the harness, made from the held-out documents of a data directory.
+"""Tasks for the harness made from the held-out documents of a data directory, so that a fresh run can be put through it
+offline. Nothing is downloaded, and the same data give the same items.
 
-An item is a span of held-out text that ends at a line break, and four candidates for how the text goes on: the true
-next line and three lines of other held-out documents, of about its length. Chance is 0.25. Nothing is downloaded, and
-the same data give the same items, so that a fresh run can be put through the harness offline.
+- ``heldout_cloze``, multiple choice: a span of held-out text that ends at a line break, and four candidates for how the
+  text goes on: the true next line and three lines of other held-out documents, of about its length. Chance is 0.25.
+- ``heldout_last_word``, in the manner of LAMBADA (arXiv 1606.06031): a passage whose last word has occurred in it before;
+  asked for is that word, whole.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from recurrent_db.data import document, load_tokenizer, open_data
@@ -19,7 +22,6 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.rng import key
 
-FILE = "heldout_cloze.jsonl"
 N_CHOICES = 4
 
 # Bounds on what is read, so that a split of any size takes about a second.
@@ -31,6 +33,8 @@ _LINES_PER_DOCUMENT = 64
 _CONTEXT, _LEAST_CONTEXT = 256, 64
 _LINE = 80
 _LETTERS = 8
+_PASSAGE = 400
+_WORD = re.compile(r"(?<= )[^\W\d_]{4,}(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,22 @@ class Item:
     """Source and number of the held-out document."""
 
 
-def _context(text: str, end: int) -> str:
-    """At most ``_CONTEXT`` characters before ``end``, from a line's or else a word's beginning where there is one."""
-    if end <= _CONTEXT:
+@dataclass(frozen=True)
+class Passage:
+    """A text whose last word is asked for, as it stands in the JSONL file."""
+
+    text: str
+    document: str
+    """Source and number of the held-out document."""
+
+
+def _context(text: str, end: int, most: int = _CONTEXT) -> str:
+    """At most ``most`` characters before ``end``, from a line's or else a word's beginning where there is one."""
+    if end <= most:
         return text[:end]
-    start = end - _CONTEXT
+    start = end - most
     for border in ("\n", " "):
-        found = text.find(border, start, end - _CONTEXT // 2)
+        found = text.find(border, start, end - most // 2)
         if found >= 0:
             return text[found + 1 : end]
     return text[start:end]
@@ -140,18 +153,46 @@ def _nearest(line: _Line, pool: list[_Line]) -> list[str]:
     return list(chosen.values())
 
 
-def write_heldout_task(directory: Path, count: int = 200, seed: int = 0) -> Path:
-    """Write `heldout_items` as JSONL into the data directory (or, where that is read-only, a new temporary one).
+def heldout_passages(directory: Path, count: int = 200, seed: int = 0) -> list[Passage]:
+    """At most ``count`` passages from the validation split of a data directory; the same every time.
 
-    Returns the file's absolute path. Items are made anew each time, so the file is never stale. Raises as they do.
+    Raises:
+        UserError: no data directory, or no held-out passage whose last word has occurred in it.
     """
-    items = heldout_items(directory, count, seed)
-    text = "".join(json.dumps(asdict(item)) + "\n" for item in items)
-    path = directory.resolve() / FILE
+    by_document: list[list[tuple[int, Passage]]] = []
+    for name, text in _documents(directory, seed):
+        found = []
+        for match in _WORD.finditer(text):
+            before = _context(text, match.start(), _PASSAGE)
+            if len(before.strip()) >= _LEAST_CONTEXT and re.search(rf"\b{match[0]}\b", before):
+                found.append((key("word", seed, name, match.start()), Passage(before + match[0], name)))
+        by_document.append(sorted(found, key=lambda pair: pair[0]))
+    longest = max(map(len, by_document), default=0)
+    turns = (found[turn][1] for turn in range(longest) for found in by_document if turn < len(found))
+    passages = list(islice(turns, count))
+    if not passages:
+        raise UserError(f"{directory}: no held-out text for heldout_last_word: no word comes back within a passage")
+    return passages
+
+
+_MAKERS: dict[str, Callable[[Path, int, int], Sequence[Item | Passage]]] = {
+    "heldout_cloze": heldout_items,
+    "heldout_last_word": heldout_passages,
+}
+
+
+def write_heldout_task(directory: Path, task: str = "heldout_cloze", count: int = 200, seed: int = 0) -> Path:
+    """Write a task's items as JSONL into the data directory (or, where that is read-only, a new temporary one).
+
+    Returns the file's absolute path. Items are made anew each time, so the file is never stale. Raises as their makers
+    do.
+    """
+    text = "".join(json.dumps(asdict(item)) + "\n" for item in _MAKERS[task](directory, count, seed))
+    path = directory.resolve() / f"{task}.jsonl"
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
     except OSError:
-        path = Path(tempfile.mkdtemp(prefix="heldout-cloze-")) / FILE
+        path = Path(tempfile.mkdtemp(prefix="heldout-")) / path.name
         write_atomic(path, text)
     return path

@@ -114,44 +114,15 @@ def leave_one_out(log_p_MBT: Tensor) -> Tensor:
     return torch.stack([-(rest.logsumexp(0) - math.log(m - 1)).double().sum() for rest in others]).cpu()
 
 
-# Logits held at once by `score_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
+# Logits held at once by `read_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
 _LOGITS_AT_ONCE = 1 << 24
 
 
-def score_positions(
-    model: LoopedLM,
-    tokens_BT: Tensor,
-    rows_N: Tensor,
-    positions_N: Tensor,
-    targets_N: Tensor,
-    k: int,
-    rng: Rng,
-    requests: Tensor,
-    draws: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """`token_log_probabilities` at N chosen positions and one K, and whether each target is the most likely token.
-
-    Both come from the same mixture of ``draws`` noise draws. Vocabulary-wide tensors are made for the chosen positions
-    alone and in parts, so memory does not grow with N. (The bridges of a walk still read every position.)
-
-    Args:
-        rows_N, positions_N, targets_N: int64 on the model's device: which sequence, which of its positions, and the
-            token after it.
-        requests: int64 (B,) on the CPU; keys the noise.
-
-    Returns:
-        log p (fp32, (N,)) and greedy (bool, (N,)).
-    """
-    recurrence = model.recurrence
-    if not recurrence.stochastic:
-        draws = 1
-    e_BTD = model.encode(tokens_BT)
-    chosen = []
-    for draw in range(draws):
-        noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        [(_, hidden_BTD)] = recurrence.hidden(model, tokens_BT, e_BTD, [k], noise)
-        chosen.append(hidden_BTD[rows_N, positions_N])
-    hidden_MND = torch.stack(chosen)
+def read_positions(model: LoopedLM, hidden_MND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of one target at each of N positions (fp32), from the mixture over M draws of the hidden vectors there, and
+    whether the mixture has it for the most likely token (bool). Vocabulary-wide tensors are made in parts, so memory does
+    not grow with N."""
+    draws = len(hidden_MND)
     part = max(1, _LOGITS_AT_ONCE // (draws * model.config.vocab_size))
     log_p, greedy = [], []
     for start in range(0, len(targets_N), part):

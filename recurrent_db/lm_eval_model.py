@@ -2,20 +2,20 @@
 
     python eval/lm_eval_cli.py --model recurrent_db --model_args checkpoint=RUN,k=8 --tasks ...
 
-Importing this module registers the name; it needs the extra ``eval``. Scores come from `likelihood.score_positions` and
-text from `generate.generate_tokens`, so the harness sees the model that every other command sees.
+Importing this module registers the name; it needs the extra ``eval``. Scores come from `windows.Scorer` and text from
+`generate.generate_tokens`, so the harness sees the model that every other command sees.
 
 - A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
-- Batching, order and padding change nothing: sequences are padded on the right of a causal model, and noise is a
-  function of the request. For a (context, continuation) pair it is keyed by the context, so that the choices of one
-  question are compared under the same noise; for a rolling window by the window; for a text by its prompt.
+- Batching, order, padding, shared prefixes and processes change nothing: see `windows`. For a (context, continuation)
+  pair the noise is keyed by the context, so that the choices of one question are compared under the same noise; for a
+  rolling window by the window; for a text by its prompt.
 - A request longer than the window keeps its right end, as in the harness's own models.
 - Where the tokens of the context are not the first tokens of context + continuation (a token straddles the border), the
   pair is cut after the longest common prefix: the continuation's score then includes the straddling token whole, and no
   byte of the continuation is lost.
-
-One process only.
+- Several processes (torchrun) each load the checkpoint and share out the work among themselves. The harness sees one
+  process: its own way of dividing, by documents, would draw other few-shot examples for each number of processes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,27 @@ import contextlib
 import difflib
 import inspect
 import logging
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from recurrent_db.answers import Answers, fingerprint
+from recurrent_db.checkpoint import content_hash
+from recurrent_db.denoise.noise import Below
 from recurrent_db.errors import UserError
 from recurrent_db.generate import generate_tokens
-from recurrent_db.likelihood import score_positions
 from recurrent_db.loading import load_with_config
+from recurrent_db.model.looped import build_model
+from recurrent_db.processes import Processes
+from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
+from recurrent_db.windows import Result, Scorer, Window
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -51,21 +59,10 @@ if TYPE_CHECKING:
 
 eval_logger = logging.getLogger("lm_eval.recurrent_db")
 
-# Automatic batches: tokens (a CPU is fastest while they stay in its caches), and vocabulary-wide values (one fp32 copy
-# of 256 MiB on a CPU, 1 GiB on a GPU) at once.
-_AUTO_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 15}
-_AUTO_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
-
-@dataclass(frozen=True)
-class Window:
-    """What one forward pass scores: the tokens after the last ``len(targets)`` of ``inputs``."""
-
-    inputs: tuple[int, ...]
-    targets: tuple[int, ...]
-    request: int
-    """Key of the noise."""
+ANSWERS_VERSION = 1
+"""Raised when the same request to the same checkpoint gets another answer than before: kept answers are void."""
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
@@ -79,6 +76,13 @@ def _whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
+def _truth(name: str, value: Any) -> bool:
+    """A model argument as bool."""
+    if str(value).lower() not in ("true", "false"):
+        raise UserError(f"model argument {name} must be true or false, got {value!r}")
+    return str(value).lower() == "true"
+
+
 @register_model("recurrent_db")
 class RecurrentDBLM(TemplateLM):
     """The harness's model arguments (``--model_args checkpoint=RUN,k=8,...``) are the constructor's.
@@ -86,13 +90,20 @@ class RecurrentDBLM(TemplateLM):
     Args:
         checkpoint: run directory or checkpoint folder.
         k: core iterations, 1 or more.
+        sigma: noise level that a denoiser's inference starts from, at most (and by default) its sigma_max: at k = 1 the
+            level of the one read-out, at k > 1 the top of the walk's grid. z starts as noise of that size, without the
+            answer in it, so lower levels show how the model reads noise that it takes for signal.
         draws: noise draws in the mixture of a likelihood; inference without noise ignores it.
-        batch_size: sequences at once, or "auto": as many as hold 1,024 tokens (a GPU: 32,768) and 2^26 logits (2^28).
+        batch_size: sequences at once, or "auto" (also "auto:N"): as many as hold 1,024 tokens (a GPU: 32,768) and 2^26
+            logits (2^28). Where a GPU's memory does not hold them, half as many.
         max_batch_size: the most sequences at once.
         max_length: window in tokens, at most (and by default) the model's.
         dtype: "float32", or "bfloat16" for autocast as in training.
         device: cpu, cuda, cuda:N or auto.
         seed: of the noise and of sampling.
+        prefix_reuse: run what the choices of a question (or other requests) begin with once.
+        cache: file to keep answers in and to take them from, JSON lines; see `answers`. Answers are told apart by the
+            checkpoint's content and everything else that changes them.
 
     Raises:
         UserError: an argument that is unknown or out of range, or no checkpoint there.
@@ -102,6 +113,7 @@ class RecurrentDBLM(TemplateLM):
         self,
         checkpoint: str = "",
         k: int | str = 8,
+        sigma: float | str | None = None,
         draws: int | str = 1,
         batch_size: int | str | None = "auto",
         max_batch_size: int | str | None = None,
@@ -109,6 +121,8 @@ class RecurrentDBLM(TemplateLM):
         dtype: str = "float32",
         device: str = "auto",
         seed: int | str = 0,
+        prefix_reuse: bool | str = True,
+        cache: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -124,24 +138,100 @@ class RecurrentDBLM(TemplateLM):
         if not checkpoint:
             raise UserError("the model needs a run: --model_args checkpoint=RUN,k=8")
         self.k = _whole_number("k", k, 1)
-        self.draws = _whole_number("draws", draws, 1)
         self.seed = _whole_number("seed", seed, 0)
-        automatic = batch_size is None or str(batch_size).startswith("auto")
-        self.batch_size = None if automatic else _whole_number("batch_size", batch_size, 1)
-        self.max_batch_size = None if max_batch_size is None else _whole_number("max_batch_size", max_batch_size, 1)
+        draws = _whole_number("draws", draws, 1)
+        automatic = batch_size is None or re.fullmatch(r"auto(:\d+(\.\d+)?)?", str(batch_size))
+        size = None if automatic else _whole_number("batch_size", batch_size, 1)
+        most = None if max_batch_size is None else _whole_number("max_batch_size", max_batch_size, 1)
+        reuse = _truth("prefix_reuse", prefix_reuse)
         if dtype not in _DTYPES:
             raise UserError(f"model argument dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         self.dtype = dtype
+        self._warned: set[tuple[Any, ...]] = set()
+        self.processes = Processes.join()
+        if self.processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            device = f"cuda:{int(os.environ.get('LOCAL_RANK', self.processes.rank)) % torch.cuda.device_count()}"
         self.model, self.tokenizer, config, self.checkpoint = load_with_config(str(checkpoint), str(device))
         self._device = self.model.embedding.weight.device
         window = self.model.config.max_seq_len
         self.max_length = window if max_length is None else _whole_number("max_length", max_length, 1)
         if self.max_length > window:
             raise UserError(f"model argument max_length = {max_length} is above the model's window of {window} tokens")
-        self.objective = config.objective.name
-        self.rng = Rng(self.seed, EVALUATION_STEP)
+        self.run_config, self.objective = config, config.objective.name
+        self.sigma = self._start_at(sigma)
+        self.scorer = Scorer(
+            self.model,
+            self.k,
+            draws if self.model.recurrence.stochastic else 1,
+            Rng(self.seed, EVALUATION_STEP),
+            self.eot_token_id,
+            size,
+            most,
+            reuse,
+            self.processes,
+            autocast=self._autocast,
+        )
+        self.cache = None if cache is None else Path(cache)
+        self._weights = content_hash(self.checkpoint)
+        self.choose(self.k)
         if self.objective == "next_token" and self.k > 1:
-            eval_logger.warning("%s was trained at K = 1 (next_token) and is evaluated at K = %d", checkpoint, self.k)
+            self._warn("%s was trained at K = 1 (next_token) and is evaluated at K = %d", checkpoint, self.k)
+
+    def _start_at(self, sigma: float | str | None) -> float | None:
+        """Make a denoiser's inference start from ``sigma``; where it starts (None: there is no noise level)."""
+        walk = self.model.recurrence
+        if not isinstance(walk, DenoiseWalk):
+            if sigma is not None:
+                raise UserError(f"model argument sigma: inference of a {self.objective} checkpoint has no noise level")
+            return None
+        low, high = walk.density.sigma_min, walk.density.sigma_max
+        try:
+            level = high if sigma is None else float(sigma)
+        except ValueError:
+            level = float("nan")
+        # A walk needs room below its top.
+        if not (low < level <= high or (level == low and self.k == 1)):
+            raise UserError(
+                f"model argument sigma must be above this checkpoint's sigma_min = {low:g} and at most its "
+                f"sigma_max = {high:g}, got {sigma!r}"
+            )
+        if level < high:
+            self.model.recurrence = replace(walk, density=Below(walk.density, level))
+        return level
+
+    def choose(self, k: int) -> None:
+        """Evaluate at ``k`` from now on."""
+        self.k = self.scorer.k = k
+        if self.cache is not None:
+            owner = {
+                "version": ANSWERS_VERSION,
+                "checkpoint": self._weights,
+                "k": k,
+                "sigma": self.sigma,
+                "draws": self.scorer.draws,
+                "seed": self.seed,
+                "dtype": self.dtype,
+                "device": self._device.type,  # a GPU draws other noise than a CPU
+            }
+            self.scorer.answers = Answers(self.cache, owner)
+
+    def untrain(self, seed: int = 0) -> None:
+        """Replace the weights by the ones that training of this model could have started from."""
+        fresh = build_model(self.model.config, seed)
+        self.model.load_state_dict(fresh.state_dict())
+        self._weights = f"{self._weights} before training, seed {seed}"
+        self.choose(self.k)
+
+    def _warn(self, message: str, *values: Any) -> None:
+        """A warning, once for all processes and however often."""
+        if self.processes.rank == 0 and (message, *values) not in self._warned:
+            self._warned.add((message, *values))
+            eval_logger.warning(message, *values)
+
+    @property
+    def _quiet(self) -> bool | None:
+        """For tqdm: no bar, or one where there is a terminal."""
+        return None if self.processes.rank == 0 else True
 
     # -- what the harness asks about the model -----------------------------------------------------------------------
 
@@ -166,8 +256,11 @@ class RecurrentDBLM(TemplateLM):
             "checkpoint": str(self.checkpoint),
             "objective": self.objective,
             "k": self.k,
-            "draws": self.draws if self.model.recurrence.stochastic else 1,
+            "sigma": self.sigma,
+            "draws": self.scorer.draws,
             "noise_seed": self.seed,
+            "processes": self.processes.world,
+            "prefix_reuse": self.scorer.reuse,
             "max_length": self.max_length,
             "model_dtype": self.dtype,
             "model_num_parameters": self.model.parameter_counts()["total"],
@@ -199,7 +292,7 @@ class RecurrentDBLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
+    ) -> list[Result]:
         windows = []
         for _, context, continuation in requests:
             kept = (context + continuation)[-(self.max_length + 1) :]
@@ -208,12 +301,12 @@ class RecurrentDBLM(TemplateLM):
         cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         lost = sum(len(continuation) > self.max_length for _, _, continuation in requests)
         if cut:
-            eval_logger.warning(
+            self._warn(
                 "%d of %d requests are longer than the window of %d tokens and lose their left end; %d of them lose part "
                 "of the continuation, whose score then covers fewer tokens",
                 cut, len(requests), self.max_length, lost,
             )  # fmt: skip
-        scored = self._score(windows, disable_tqdm)
+        scored = self.scorer.score(windows, show=not disable_tqdm)
         results = [scored[window] for window in windows]
         for (pair, _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, result)
@@ -235,57 +328,11 @@ class RecurrentDBLM(TemplateLM):
                 ids = (*context, *continuation)
                 windows.append(Window(ids[:-1], tuple(continuation), key("rolling", *ids)))
             windows_by_text.append(windows)
-        scored = self._score([window for windows in windows_by_text for window in windows], disable_tqdm)
+        scored = self.scorer.score([w for windows in windows_by_text for w in windows], show=not disable_tqdm)
         results = [sum(scored[window][0] for window in windows) for windows in windows_by_text]
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return [float(result) for result in results]
-
-    def _batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Windows of like length together, the longest first, so that too large a batch fails at once."""
-        ordered = sorted(windows, key=lambda window: -len(window.inputs))
-        kind = "cuda" if self._device.type == "cuda" else "cpu"
-        tokens = min(_AUTO_TOKENS[kind], _AUTO_LOGITS[kind] // self.model.config.vocab_size)
-        start = 0
-        while start < len(ordered):
-            size = self.batch_size or max(1, tokens // len(ordered[start].inputs))
-            size = min(size, self.max_batch_size or size)
-            yield ordered[start : start + size]
-            start += size
-
-    @torch.no_grad()
-    def _score(self, windows: Sequence[Window], disable_tqdm: bool) -> dict[Window, tuple[float, bool]]:
-        """Sum of log p (nats) and greedy flag of every distinct window; no targets score (0, True)."""
-        scored: dict[Window, tuple[float, bool]] = {}
-        unique = list(dict.fromkeys(windows))
-        todo = [window for window in unique if window.targets]
-        scored.update((window, (0.0, True)) for window in unique if not window.targets)
-        with tqdm(total=len(todo), desc="scoring", unit="request", leave=False, disable=disable_tqdm or None) as bar:
-            for batch in self._batches(todo):
-                scored.update(zip(batch, self._score_batch(batch), strict=True))
-                bar.update(len(batch))
-        return scored
-
-    def _score_batch(self, batch: list[Window]) -> list[tuple[float, bool]]:
-        length = max(len(window.inputs) for window in batch)
-        # Right padding: no position of a causal model sees what comes after it.
-        padded = [window.inputs + (self.eot_token_id,) * (length - len(window.inputs)) for window in batch]
-        rows = [row for row, window in enumerate(batch) for _ in window.targets]
-        positions = [len(w.inputs) - len(w.targets) + i for w in batch for i in range(len(w.targets))]
-        targets = [target for window in batch for target in window.targets]
-        rows_N, positions_N, targets_N = (
-            torch.tensor(values, device=self._device) for values in (rows, positions, targets)
-        )
-        tokens_BT = torch.tensor(padded, device=self._device)
-        requests = torch.tensor([window.request for window in batch])
-        with self._autocast():
-            log_p_N, greedy_N = score_positions(
-                self.model, tokens_BT, rows_N, positions_N, targets_N, self.k, self.rng, requests, self.draws
-            )
-        counts = [len(window.targets) for window in batch]
-        sums = [part.sum().item() for part in log_p_N.double().cpu().split(counts)]
-        flags = [bool(part.all()) for part in greedy_N.cpu().split(counts)]
-        return list(zip(sums, flags, strict=True))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = _DTYPES[self.dtype]
@@ -300,20 +347,34 @@ class RecurrentDBLM(TemplateLM):
         is repeated with sampling gets other draws each time.
         """
         repeats: Counter[tuple[str, str]] = Counter()
-        done: dict[tuple[str, str, int], str] = {}
-        results = []
-        for request in tqdm(requests, desc="generating", unit="request", leave=False, disable=disable_tqdm or None):
+        names = []
+        asked: dict[tuple[str, str, int], tuple[str, dict[str, Any]]] = {}
+        for request in requests:
             context, given = request.args
             options = normalize_gen_kwargs(given)
             content = (context, repr(sorted(given.items())))
-            name = (*content, repeats[content] if options["do_sample"] else 0)
+            names.append((*content, repeats[content] if options["do_sample"] else 0))
             repeats[content] += 1
-            if name not in done:
-                prompt = self.tok_encode(context) or [self.eot_token_id]
-                done[name] = self._generate(prompt, options, key("generate", name[-1], *prompt))
-                self.cache_hook.add_partial("generate_until", request.args, done[name])
-            results.append(done[name])
-        return results
+            asked.setdefault(names[-1], (context, options))
+        mine = self.processes.share(list(asked.items()))
+        bar = tqdm(mine, desc="generating", unit="request", leave=False, disable=disable_tqdm or self._quiet)
+        texts = self.processes.merge([self._text(context, options, name[-1]) for name, (context, options) in bar])
+        done = dict(zip(asked, texts, strict=True))
+        for request, name in zip(requests, names, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, done[name])
+        return [done[name] for name in names]
+
+    def _text(self, context: str, options: dict[str, Any], repeat: int) -> str:
+        """The continuation of a context, kept or new."""
+        prompt = self.tok_encode(context) or [self.eot_token_id]
+        asked, answers = ["text", prompt, options, repeat], self.scorer.answers
+        known = answers.get(asked) if answers else None
+        if isinstance(known, str):
+            return known
+        text = self._generate(prompt, options, key("generate", repeat, *prompt))
+        if answers is not None:
+            answers.add({fingerprint(asked): text})
+        return text
 
     def _generate(self, prompt: list[int], options: dict[str, Any], request: int) -> str:
         # Sampling without a temperature is sampling from the model's own distribution.

@@ -6,10 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def unigram_log_p(counts_V: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Log-probabilities (V,) of tokens seen so often (add-one)."""
+    smoothed = counts_V + 1.0
+    return np.log(smoothed / smoothed.sum())
+
+
 def unigram_nll(train: NDArray[np.integer], held_out: NDArray[np.integer], vocab_size: int) -> float:
     """Nats per token of ``held_out[1:]`` under the token frequencies of ``train`` (add-one)."""
-    counts = np.bincount(train, minlength=vocab_size) + 1.0
-    return float(-np.log(counts / counts.sum())[held_out[1:]].mean())
+    return float(-unigram_log_p(np.bincount(train, minlength=vocab_size))[held_out[1:]].mean())
 
 
 def bigram_nll(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from recurrent_db.checkpoint import TrainState, save_checkpoint
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch, DataWriter
 from recurrent_db.model import LoopedLM, build_model
@@ -71,6 +72,21 @@ def with_values(module: nn.Module) -> nn.Module:
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     return module
+
+
+def make_checkpoint(folder: Path, tokenizer: Tokenizer, objective: str, window: int, *options: str) -> Path:
+    """A run of a small model that has never been trained, away from its initialisation, where noise hardly matters, but not
+    so far that its iterations drive neighbouring states apart."""
+    shape = ["--model.d_model", "32", "--model.n_heads", "2", "--model.d_mlp", "64", "--model.n_core", "1"]
+    window_options = ["--model.max_seq_len", str(window), "--data.sequence_length", str(window)]
+    config = load_config(None, [*MICRO, *shape, *window_options, "--objective.name", objective, *options])
+    config.model.vocab_size = tokenizer.vocab_size
+    model = build_model(config.model, seed=0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(folder, config, tokenizer, model, optimizer, None, TrainState(), {})
+    return folder
 
 
 def synthetic_tokenizer() -> Tokenizer:

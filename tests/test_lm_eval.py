@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,33 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import OBJECTIVES, ROOT, load_script, make_checkpoint
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'recurrent-db[eval]')")
 
 import yaml  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from recurrent_db import lm_eval_model  # noqa: E402
-from recurrent_db.checkpoint import TrainState, save_checkpoint  # noqa: E402
 from recurrent_db.commandline import guard  # noqa: E402
-from recurrent_db.config import Config, ModelConfig, resolve  # noqa: E402
 from recurrent_db.data import prepare  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
-from recurrent_db.heldout_task import FILE, heldout_items, write_heldout_task  # noqa: E402
-from recurrent_db.likelihood import score_positions, token_log_probabilities  # noqa: E402
+from recurrent_db.heldout_task import heldout_items, write_heldout_task  # noqa: E402
 from recurrent_db.lm_eval_model import RecurrentDBLM  # noqa: E402
-from recurrent_db.loading import load  # noqa: E402
-from recurrent_db.model.looped import build_model  # noqa: E402
-from recurrent_db.recurrence import NoiseSource  # noqa: E402
-from recurrent_db.rng import EVALUATION_STEP, Rng  # noqa: E402
+from recurrent_db.rng import key  # noqa: E402
 from recurrent_db.tokenizer import Tokenizer  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
 WINDOW = 48
-OBJECTIVES = ("next_token", "unrolled", "denoise")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
     """A folder with an untrained checkpoint of each objective, under its name."""
     folder = tmp_path_factory.mktemp("runs")
     for name in OBJECTIVES:
-        shape = ModelConfig(tokenizer.vocab_size, 32, 2, 1, 1, 1, 64, WINDOW)
-        config = Config(model=shape)
-        config.objective.name, config.data.sequence_length = name, WINDOW
-        resolve(config)
-        model = build_model(shape, seed=0)
-        for parameter in model.parameters():  # away from the initialisation, where the noise hardly matters
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        save_checkpoint(
-            folder / name, config, tokenizer, model, torch.optim.AdamW(model.parameters()), None, TrainState(), {}
-        )
+        make_checkpoint(folder / name, tokenizer, name, WINDOW)
     return folder
 
 
@@ -79,97 +61,7 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
 
 
-PAIRS = [
-    ("def main(", "argv=None):"),
-    ("", "import os"),
-    ("The capital ", "of France"),
-    ("x = 1\n", "y = 2"),
-    ("\n\n", "class A:"),
-    ("naïve ", "日本語 \U0001f468\u200d\U0001f469"),
-    ("é", "\u0301\U0001f308"),
-    ("a" * 300, " b"),
-    ("short", " " + "long continuation " * 20),
-    ("", "return " * 40),
-    ("context", ""),
-    ("def main(", "argv=None):"),
-]
-
-
-def naive(run: Path, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """The pair's score without batching or padding in float64: one forward pass for each token."""
-    model, _ = load(run, "cpu")
-    model.double()
-    ids = (context + continuation)[-(WINDOW + 1) :]
-    total, greedy = 0.0, True
-    for place in range(max(1, len(ids) - len(continuation)), len(ids)):
-        with torch.no_grad():
-            log_p = model(torch.tensor([ids[:place]]), 1)[0, -1].log_softmax(-1)
-        total += log_p[ids[place]].item()
-        greedy &= log_p.argmax().item() == ids[place]
-    return total, greedy
-
-
 # -- likelihood --------------------------------------------------------------------------------------------------------
-
-
-def test_matches_an_independent_implementation(runs: Path, tokenizer: Tokenizer) -> None:
-    lm = RecurrentDBLM(str(runs / "next_token"), k=1, batch_size=5)
-    results = lm.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
-    for (context, continuation), (log_p, greedy) in zip(PAIRS, results, strict=True):
-        whole = tokenizer.encode(context + continuation)
-        head = tokenizer.encode(context.rstrip())
-        assert whole[: len(head)] == head, "these pairs have no token across the border"
-        expected = naive(runs / "next_token", head or [tokenizer.eos_id], whole[len(head) :])
-        assert log_p == pytest.approx(expected[0], abs=1e-3, rel=1e-5)
-        assert greedy == expected[1]
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_batching_order_and_padding_change_nothing(runs: Path, objective: str) -> None:
-    arguments = {"checkpoint": str(runs / objective), "k": 3, "draws": 2}
-    one = RecurrentDBLM(**arguments, batch_size=1)
-    alone = [one.loglikelihood(requests("loglikelihood", pair), disable_tqdm=True)[0] for pair in PAIRS]
-    shuffled = random.Random(0).sample(range(len(PAIRS)), len(PAIRS))
-    for sizes in ({"batch_size": 7}, {"batch_size": "auto", "max_batch_size": 5}, {"batch_size": "auto:4"}):
-        many = RecurrentDBLM(**arguments, **sizes)
-        batched = many.loglikelihood(requests("loglikelihood", *(PAIRS[i] for i in shuffled)), disable_tqdm=True)
-        for index, (log_p, greedy) in zip(shuffled, batched, strict=True):
-            assert log_p == pytest.approx(alone[index][0], abs=1e-4, rel=5e-6)
-            assert greedy == alone[index][1]
-    other = RecurrentDBLM(**arguments, seed=1).loglikelihood(requests("loglikelihood", PAIRS[0]), disable_tqdm=True)
-    assert (other[0] == pytest.approx(alone[0], abs=1e-6)) == (not one.model.recurrence.stochastic)
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_score_positions_is_token_log_probabilities(
-    runs: Path, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("recurrent_db.likelihood._LOGITS_AT_ONCE", 5000)  # several parts
-    model, _ = load(runs / objective, "cpu")
-    vocab, draws, k, rng = model.config.vocab_size, 3, 2, Rng(0, EVALUATION_STEP)
-    tokens = torch.randint(vocab, (3, 11), generator=torch.Generator().manual_seed(0))
-    targets, rows = torch.randint(vocab, (3, 11)), torch.arange(3).repeat_interleave(11)
-    ids = torch.tensor([5, 6, 7])
-    with torch.no_grad():
-        # Half of the targets are the mixture's own argmax, computed over the whole vocabulary.
-        hidden = [
-            next(
-                iter(
-                    model.recurrence.hidden(
-                        model, tokens, model.encode(tokens), [k], NoiseSource(rng, ids, WINDOW, draw)
-                    )
-                )
-            )[1]
-            for draw in range(draws)
-        ]
-        best = sum(model.logits(h).softmax(-1) for h in hidden).argmax(-1)
-        targets[:, ::2] = best[:, ::2]
-        expected = token_log_probabilities(model, tokens, targets, [k], rng, ids, draws)[k]
-        log_p, greedy = score_positions(
-            model, tokens, rows, torch.arange(11).repeat(3), targets.flatten(), k, rng, ids, draws
-        )
-    torch.testing.assert_close(log_p.view(3, 11), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(greedy.view(3, 11), targets == best)
 
 
 def test_greedy_flag(runs: Path, tokenizer: Tokenizer) -> None:
@@ -197,24 +89,6 @@ def test_no_byte_of_a_continuation_is_lost(runs: Path, tokenizer: Tokenizer, tex
             assert tokenizer.decode_bytes(tail).endswith(continuation.encode())
             straddled += len(scored) < len(tokenizer.encode(context.rstrip()))
     assert straddled, "the case that TemplateLM gets wrong did not occur"
-
-
-def test_rolling_is_the_sum_of_its_windows(runs: Path, tokenizer: Tokenizer) -> None:
-    text = "for name in sorted(names):\n    print(name, \u65e5)\n" * 6
-    ids = tokenizer.encode(text)
-    assert len(ids) > 2 * WINDOW
-    windows = [
-        make_disjoint_window(pair)
-        for pair in get_rolling_token_windows(
-            token_list=ids, prefix_token=tokenizer.eos_id, max_seq_len=WINDOW, context_len=1
-        )
-    ]
-    assert [token for _, continuation in windows for token in continuation] == ids
-    expected = sum(naive(runs / "next_token", *window)[0] for window in windows)
-    lm = RecurrentDBLM(str(runs / "next_token"), k=1)
-    scored = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("",), ("x",)), disable_tqdm=True)
-    assert scored[:2] == pytest.approx([expected, 0.0], rel=1e-5)
-    assert all(type(value) is float for value in scored)
 
 
 # -- generation --------------------------------------------------------------------------------------------------------
@@ -265,10 +139,8 @@ def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> 
 def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The script as a module; what it does to the environment is undone."""
     environment = dict(os.environ)
-    spec = importlib.util.spec_from_file_location("lm_eval_cli", ROOT / "eval" / "lm_eval_cli.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(ROOT / "eval")
+    module = load_script("eval/lm_eval_cli.py")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     yield module
     os.environ.clear()
@@ -282,16 +154,77 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]
         ("piqa", "piqa/piqa.yaml"),
         ("blimp", "blimp/_template_yaml"),
         ("blimp_group", "blimp/_blimp.yaml"),
+        ("lambada", "lambada/lambada_standard.yaml"),
+        ("lambada", "lambada/lambada_openai.yaml"),
     ],
 )
 def test_prompts_and_metrics_are_the_official_ones(ours: str, official: str) -> None:
     mine = yaml.safe_load((ROOT / "eval" / "tasks" / f"{ours}.yaml").read_text(encoding="utf-8"))
     theirs = yaml.safe_load((OFFICIAL / official).read_text(encoding="utf-8"))
     differ = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
-    # Only where the data come from: their file, and for BLiMP which paradigms.
-    assert differ <= {"dataset_path", "dataset_name", "dataset_kwargs", "task"}
+    # Only where the data come from: their file and splits, and for BLiMP which paradigms. A tag is a name for several.
+    allowed = {"dataset_path", "dataset_name", "dataset_kwargs", "task"}
+    assert differ <= allowed | ({"tag", "validation_split"} if ours == "lambada" else set())
     if "group" not in mine:
-        assert {"doc_to_text", "doc_to_target", "doc_to_choice", "metric_list"} <= mine.keys()
+        assert {"doc_to_text", "doc_to_target", "metric_list"} <= mine.keys()
+
+
+class Made(TemplateLM):
+    """A model whose answers are made of the requests, so that every metric gets something to work on."""
+
+    eot_token_id = 0
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        raise NotImplementedError
+
+    _loglikelihood_tokens = loglikelihood_rolling = generate_until = tok_encode  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, str]] = []
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.asked += [request.args for request in requests]
+        return [(-float(key(*request.args) % 1000), key(*request.args) % 3 == 0) for request in requests]
+
+
+@pytest.mark.parametrize(
+    "ours, official",
+    [
+        ("arc_easy", "arc/arc_easy.yaml"),
+        ("piqa", "piqa/piqa.yaml"),
+        ("blimp_first", "blimp/_template_yaml"),
+        ("lambada", "lambada/lambada_standard.yaml"),
+        ("lambada", "lambada/lambada_openai.yaml"),
+    ],
+)
+def test_same_requests_and_results_as_the_official_tasks(
+    cli: ModuleType, tmp_path: Path, ours: str, official: str
+) -> None:
+    """The harness with its own task description on the same rows, but for the download; with an example before each."""
+    write_benchmarks(tmp_path / "files")
+    [mine] = cli.offline_tasks([ours], tmp_path / "files")
+    theirs = yaml.safe_load((OFFICIAL / official).read_text(encoding="utf-8"))
+    theirs = {name: value for name, value in theirs.items() if name not in ("dataset_name", "tag")}
+    theirs.update({name: mine[name] for name in ("dataset_path", "dataset_kwargs")}, task="theirs")
+    there = mine["dataset_kwargs"]["data_files"]
+    for split in ("training_split", "validation_split", "test_split"):
+        if theirs.get(split) not in there:
+            theirs[split] = None
+    with cli.task_folder([mine, theirs]) as folder:
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        results, asked = [], []
+        for name in (ours, "theirs"):
+            lm = Made()
+            done = lm_eval.simple_evaluate(lm, tasks=[name], task_manager=manager, num_fewshot=1, bootstrap_iters=10)
+            results.append(
+                {name: value for name, value in done["results"][name].items() if name not in ("alias", "name")}
+            )
+            asked.append(lm.asked)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) >= 3
+    assert results[0] == results[1]
+    assert any(name.startswith("acc,") for name in results[0])
 
 
 def test_shared_benchmarks_make_the_harness_prompts(cli: ModuleType, shared: Path, tmp_path: Path) -> None:
@@ -335,7 +268,7 @@ def test_heldout_items(data: Path, texts: list[str], tmp_path: Path, monkeypatch
         for choice in item.choices:
             assert any(choice in text for text in held_out)
     path = write_heldout_task(data)
-    assert path == data.resolve() / FILE
+    assert path == data.resolve() / "heldout_cloze.jsonl"
     before = path.stat().st_mtime_ns
     assert write_heldout_task(data).stat().st_mtime_ns == before
     path.unlink()
@@ -380,6 +313,7 @@ def write_benchmarks(folder: Path) -> None:
         "piqa_validation": {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Turn the jam.", "label": 0},
         "blimp/first": {"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."},
         "blimp/second": {"sentence_good": "She saw herself.", "sentence_bad": "She saw himself."},
+        "lambada_test": {"text": "The cat saw the dog, and the dog saw the cat"},
     }
     for name, row in rows.items():
         lines = [json.dumps({**row, "id": number}) + "\n" for number in range(3)]

@@ -102,6 +102,27 @@ class PiecewiseLogUniform:
         return sigma.clamp(self.sigma_min, self.sigma_max)
 
 
+@dataclass(frozen=True)
+class Below:
+    """A law of sigma cut off at ``sigma_max``: what lies below it, with probability 1."""
+
+    law: Density
+    sigma_max: float
+
+    @property
+    def sigma_min(self) -> float:
+        return self.law.sigma_min
+
+    def _share(self) -> Tensor:
+        return self.law.cdf(torch.tensor(self.sigma_max, dtype=torch.float64))
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        return (self.law.cdf(sigma) / self._share()).clamp(max=1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.law.quantile(u.double() * self._share()).clamp(max=self.sigma_max)
+
+
 class AdaptiveFit:
     """Fits a density to the loss as a function of sigma so that equal probability means equal decrease of the loss
     (time warping, CDCD, arXiv 2211.15089, section 3.3): p(ln sigma) proportional to dL / d ln sigma.

@@ -1,0 +1,300 @@
+"""Accuracy on tasks by number of core iterations K, beside chance, a unigram model and the same model untrained.
+
+python eval/sweep.py RUN --k 1,2,4,8,16,32 --tasks arc_easy,blimp --data DIR [--json OUT] [--plot OUT.svg]
+
+For each K: accuracy, its standard error and bootstrap interval, forward FLOPs for each item, seconds, and z, the paired
+difference to the better of the unigram and the untrained model on the same items in units of its standard error. Tasks
+are the offline ones of eval/lm_eval_cli.py, with the harness's prompts; choices that score the same share the credit.
+FLOPs count shared beginnings once, as they are run. Under torchrun the processes share the work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Read when tqdm is first imported; the harness's bars know nothing of terminals.
+os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else "1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import tyro
+from lm_eval_cli import quiet_harness
+from numpy.typing import NDArray
+from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder
+from sweep_tables import BASELINES, Row, Table, compare, group_table, plot, text
+
+from recurrent_db.accuracy import Accuracy, Floats, credit
+from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.data import open_data
+from recurrent_db.data.shards import MANIFEST
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.ngram import unigram_log_p
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from recurrent_db.lm_eval_model import RecurrentDBLM
+
+
+@dataclass
+class Args:
+    """Accuracy of a run's newest good checkpoint on offline tasks, by number of core iterations."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint folder."""
+    data: Path
+    """Folder of the tasks' files: benchmark JSONL, or a folder made by train/prepare_data.py for the heldout tasks."""
+    tasks: str = "arc_easy,piqa,blimp"
+    """Names separated by commas: arc_easy, piqa, blimp, blimp_PARADIGM, blimp_*, lambada, heldout_cloze,
+    heldout_last_word."""
+    k: str = "1,2,4,8,16,32"
+    """Numbers of core iterations, separated by commas."""
+    untrained_k: int | None = None
+    """Core iterations of the untrained model; the least of --k by default."""
+    counts: Path | None = None
+    """Data directory whose training tokens the unigram model counts; the run's own by default, or --data."""
+    draws: int = 1
+    """Noise draws in the mixture of a likelihood."""
+    sigma: float | None = None
+    """Noise level that a denoiser's inference starts from; its sigma_max by default."""
+    limit: int | None = None
+    """Items of each task, at most."""
+    fewshot: int = 0
+    """Solved examples before each question (BLiMP takes none)."""
+    batch_size: str = "auto"
+    """Sequences at once, or auto."""
+    seed: int = 0
+    """Seed of the noise, and of the untrained weights."""
+    cache: Path | None = None
+    """File to keep answers in and to take them from; a sweep that was killed goes on from it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or auto."""
+    json: Path | None = None
+    """File to write the rows to."""
+    plot: Path | None = None
+    """File for a plot of accuracy against FLOPs: .svg, .png or .pdf."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the harness's samples to rows
+
+Samples = list[dict[str, Any]]
+Answer = tuple[float, bool]
+"""Log-likelihood and greedy flag of a continuation."""
+
+
+def item_credits(task: Task, samples: Samples, answers: Sequence[Sequence[Answer]]) -> dict[str, Floats]:
+    """Credit by metric for each item, (N,), from the answers to its requests."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return {"acc": np.array([float(greedy) for ((_, greedy),) in answers])}
+    wanted = [metric["metric"] for metric in task.config.metric_list]
+    credits: dict[str, list[float]] = {metric: [] for metric in ("acc", "acc_norm") if metric in wanted}
+    for sample, answer in zip(samples, answers, strict=True):
+        scores = [log_p for log_p, _ in answer]
+        lengths = [len(choice) for choice in task.doc_to_choice(sample["doc"])]
+        for metric, values in credits.items():
+            normed = [s / n for s, n in zip(scores, lengths, strict=True)] if metric == "acc_norm" else scores
+            values.append(credit(normed, sample["target"]))
+    return {metric: np.array(values) for metric, values in credits.items()}
+
+
+def chance(task: Task, samples: Samples) -> Floats:
+    """What guessing among the choices gets of each item; where there are none, nothing."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return np.zeros(len(samples))
+    return np.array([1 / len(sample["arguments"]) for sample in samples])
+
+
+def unigram_answers(lm: RecurrentDBLM, samples: Samples, log_p_V: Floats) -> list[list[Answer]]:
+    """What token frequencies alone make of the same requests."""
+    best = int(log_p_V.argmax())
+
+    def answer(context: str, continuation: str) -> Answer:
+        tokens = lm._encode_pair(context, continuation)[1]
+        return float(log_p_V[tokens].sum()), all(token == best for token in tokens)
+
+    return [[answer(*arguments) for arguments in sample["arguments"]] for sample in samples]
+
+
+def token_counts(args: Args, lm: RecurrentDBLM) -> NDArray[np.int64] | None:
+    """How often the training data hold each token, (V,); None where no such data are there.
+
+    Raises:
+        UserError: --counts names no training data of the run's tokenizer.
+    """
+    for folder in (args.counts,) if args.counts else (Path(lm.run_config.data.path), args.data):
+        if args.counts is None and not (folder / MANIFEST).is_file():
+            continue
+        try:
+            data = open_data(folder, "train", expect_tokenizer_hash=lm.tokenizer.hash)
+        except UserError:
+            if args.counts:
+                raise
+            continue
+        counts = np.zeros(lm.tokenizer.vocab_size, dtype=np.int64)
+        for source in data.sources.values():
+            for start in range(0, source.tokens, 1 << 24):
+                part = source.read(start, min(1 << 24, source.tokens - start))
+                counts += np.bincount(part, minlength=len(counts))
+        return counts
+    return None
+
+
+@dataclass
+class Sweep:
+    """Runs models on tasks and collects rows."""
+
+    args: Args
+    ks: list[int]
+    rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    """By task and metric."""
+    samples: dict[str, Samples] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        model: str,
+        k: int | None,
+        credits: dict[str, Floats],
+        flops: float | None,
+        seconds: float | None,
+    ) -> None:
+        for metric, credits_N in credits.items():
+            row = Row(name, metric, model, k, len(credits_N), Accuracy.of(credits_N), flops, seconds, credits_N)
+            self.rows.setdefault((name, metric), []).append(row)
+
+    def run(self, lm: RecurrentDBLM, tasks: dict[str, Task], model: str) -> None:
+        """One model at its K on all tasks."""
+        from lm_eval.evaluator import evaluate
+
+        for name, task in tasks.items():
+            before = lm.scorer.flops, lm.scorer.seconds
+            result = evaluate(
+                lm, {"tasks": {name: task}, "groups": {}}, limit=self.args.limit, bootstrap_iters=0, log_samples=True
+            )
+            assert result is not None  # every process is the harness's first
+            samples = self.samples[name] = result["samples"][name]
+            answers = [sample["filtered_resps"] for sample in samples]
+            cost = lm.scorer.flops - before[0], lm.scorer.seconds - before[1]
+            self.add(name, model, lm.k, item_credits(task, samples, answers), *cost)
+
+    def add_baselines(self, lm: RecurrentDBLM, tasks: dict[str, Task], counts: NDArray[np.int64] | None) -> None:
+        """Chance and the unigram model, on the items of the runs before."""
+        for name, task in tasks.items():
+            samples = self.samples[name]
+            metrics = [metric for of, metric in self.rows if of == name]
+            self.add(name, "chance", None, {metric: chance(task, samples) for metric in metrics}, None, None)
+            if counts is not None:
+                answers = unigram_answers(lm, samples, unigram_log_p(counts))
+                self.add(name, "unigram", None, item_credits(task, samples, answers), None, None)
+
+    def tables(self, groups: dict[str, list[str]]) -> list[Table]:
+        """All tables, those of groups first; a group's tasks are in its table."""
+        by_task: dict[str, list[Table]] = {}
+        for (name, metric), rows in self.rows.items():
+            rows.sort(key=lambda row: (row.baseline, row.k or 0))
+            by_task.setdefault(name, []).append(compare(Table(name, metric, rows)))
+        grouped = [group_table(group, [by_task[name][0] for name in names]) for group, names in groups.items()]
+        members = {name for names in groups.values() for name in names}
+        return grouped + [table for name, tables in by_task.items() if name not in members for table in tables]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def check(args: Args) -> tuple[list[int], list[str]]:
+    """Numbers of iterations and names of tasks. Raises UserError for what can be seen to be wrong beforehand."""
+    ks = parse_ints(args.k, "--k", least=1)
+    numbers = (("--untrained-k", args.untrained_k, 1), ("--limit", args.limit, 1), ("--fewshot", args.fewshot, 0))
+    for option, value, least in numbers:
+        if value is not None:
+            parse_ints(str(value), option, least)
+    names = [name for name in args.tasks.split(",") if name]
+    for name in names:
+        if maker(name) is None:
+            raise UserError(f"--tasks {name}: no offline task; there are {', '.join(OFFLINE)}")
+    if not names:
+        raise UserError("--tasks names no task")
+    if args.plot is not None and args.plot.suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
+    for path in (args.json, args.plot):
+        if path is not None:
+            check_output(path)
+    return ks, names
+
+
+def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, list[Table]]:
+    """All tables."""
+    try:
+        import datasets
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f'the lm-eval harness is not installed ({error}): pip install "recurrent-db[eval]"') from None
+    from recurrent_db.lm_eval_model import RecurrentDBLM
+
+    configs = offline_tasks(names, args.data)
+
+    def model(k: int) -> RecurrentDBLM:
+        return RecurrentDBLM(
+            str(args.run), k, args.sigma, args.draws, args.batch_size, device=args.device, seed=args.seed,
+            cache=None if args.cache is None else str(args.cache),
+        )  # fmt: skip
+
+    lm = model(ks[0])
+    counts = token_counts(args, lm)
+    if counts is None:
+        lm._warn("no unigram row: the run's training data are not at %s (--counts DIR)", lm.run_config.data.path)
+    with task_folder(configs) as folder:
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        loaded = TaskManager(include_path=str(folder), include_defaults=False).load(chosen(names, configs))
+        tasks: dict[str, Task] = loaded["tasks"]
+        for task in tasks.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", args.fewshot)
+            task.set_fewshot_seed(seed=1234)  # the harness's
+        runs = Sweep(args, ks)
+        name = args.run.resolve().name
+        for k in ks:
+            lm.choose(k)
+            runs.run(lm, tasks, f"{name} (run)" if name in BASELINES else name)
+        untrained = model(args.untrained_k or ks[0])
+        untrained.untrain(args.seed)
+        runs.run(untrained, tasks, "untrained")
+        runs.add_baselines(lm, tasks, counts)
+    groups = {config["group"]: config["task"] for config in configs if "group" in config}
+    return lm, runs.tables(groups)
+
+
+def main(args: Args) -> int:
+    ks, names = check(args)
+    with quiet_harness():
+        lm, tables = sweep(args, ks, names)
+    if lm.processes.rank:
+        return 0
+    info = lm.get_model_info()
+    print(f"{lm.checkpoint}: {lm.objective}, {info['draws']} draws, {lm.processes.world} processes")
+    for table in tables:
+        print("\n" + text(table))
+    if args.json is not None:
+        rows = [row.to_json() for table in tables for part in (table, *table.members) for row in part.rows]
+        result = {
+            "checkpoint": str(lm.checkpoint), "objective": lm.objective, "k": ks, "draws": info["draws"],
+            "sigma": lm.sigma, "seed": args.seed, "limit": args.limit, "fewshot": args.fewshot, "rows": rows,
+        }  # fmt: skip
+        write_atomic(args.json, json.dumps(result, indent=1))
+    if args.plot is not None:
+        plot(tables, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

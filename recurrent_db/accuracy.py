@@ -1,0 +1,93 @@
+"""How often a model is right on a task's items, how sure that is, and whether it beats another on the same items.
+
+Shapes: N items, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurrent_db.rng import key
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 1000
+
+
+def credit(scores: Sequence[float], right: int) -> float:
+    """1 where the right choice has the highest score; where several have it, the share of it that guessing among them
+    gets. (The harness takes the first of them, which makes a model that cannot tell right from wrong look perfect
+    on a task whose right choice always comes first.) Scores a billionth apart are the same."""
+    best = max(scores)
+    tied = [index for index, score in enumerate(scores) if score >= best - 1e-9 * max(1.0, abs(best))]
+    return (right in tied) / len(tied)
+
+
+def resampled_means(credits_N: Floats, seed: int = 0) -> Floats:
+    """Means of bootstrap samples, (R,)."""
+    n = len(credits_N)
+    rng = np.random.default_rng(key(seed, "bootstrap", n))
+    return np.array([credits_N[rng.integers(0, n, n)].mean() for _ in range(RESAMPLES)])
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers."""
+
+    mean: float
+    stderr: float
+    """Standard error over items; NaN for one item."""
+    resamples_R: Floats
+    """Bootstrap means."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The middle 95 percent of the bootstrap means."""
+        low, high = np.quantile(self.resamples_R, (0.025, 0.975))
+        return float(low), float(high)
+
+    @classmethod
+    def of(cls, credits_N: Floats) -> Accuracy:
+        n = len(credits_N)
+        stderr = float(credits_N.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        return cls(float(credits_N.mean()), stderr, resampled_means(credits_N))
+
+    @classmethod
+    def average(cls, parts: Sequence[Accuracy]) -> Accuracy:
+        """Of a group of tasks that weigh the same, their items being independent."""
+        stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
+        # In an order of its own each: tasks of one length are resampled alike.
+        mixed = [np.random.default_rng(number).permutation(part.resamples_R) for number, part in enumerate(parts)]
+        return cls(float(np.mean([part.mean for part in parts])), stderr, np.mean(mixed, axis=0))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two models' accuracies on the same items."""
+
+    mean: float
+    stderr: float
+
+    @classmethod
+    def of(cls, ours_N: Floats, theirs_N: Floats) -> Difference:
+        difference_N = ours_N - theirs_N
+        n = len(difference_N)
+        return cls(float(difference_N.mean()), float(difference_N.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan)
+
+    @classmethod
+    def average(cls, parts: Sequence[Difference]) -> Difference:
+        """Of a group of tasks that weigh the same."""
+        stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
+        return cls(float(np.mean([part.mean for part in parts])), stderr)
+
+    @property
+    def z(self) -> float:
+        """In units of its standard error; 0 where no item differs."""
+        if self.stderr == 0:
+            return math.copysign(math.inf, self.mean) if self.mean else 0.0
+        return self.mean / self.stderr

@@ -1,0 +1,73 @@
+"""Several processes that share one list of work, as torchrun starts them.
+
+Every process holds the whole list, does its share of it, and gets all results. What a process does never depends on how
+many there are, so neither do the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from recurrent_db.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its like; by itself unless `join` says otherwise."""
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    @classmethod
+    def join(cls) -> Processes:
+        """The processes that a process group, or torchrun's environment, speaks of. They talk through gloo, on the CPU.
+
+        Raises:
+            UserError: the others cannot be reached.
+        """
+        if not dist.is_available():
+            return cls()
+        if not dist.is_initialized():
+            if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+                return cls()
+            try:
+                # The slowest process may take long over its share.
+                dist.init_process_group("gloo", timeout=timedelta(weeks=1))
+            except (RuntimeError, ValueError) as error:
+                raise UserError(f"cannot reach the other processes: {error}") from None
+        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    def share(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's part: every ``world``-th item, so that a sorted list is shared out evenly."""
+        return work[self.rank :: self.world]
+
+    def merge(self, results: Sequence[Any]) -> list[Any]:
+        """The results (JSON values) of the whole list, from every process's results of its share, in its order.
+
+        All processes must call it. Floats come through exactly.
+        """
+        if self.world == 1:
+            return list(results)
+        mine = torch.frombuffer(bytearray(json.dumps(list(results)).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(mine)]), group=self.group)
+        room = max(int(size) for size in sizes)
+        padded = [torch.zeros(room, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(padded, torch.nn.functional.pad(mine, (0, room - len(mine))), group=self.group)
+        parts = [json.loads(bytes(part[: int(size)].numpy())) for part, size in zip(padded, sizes, strict=True)]
+        merged: list[Any] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            merged[rank :: self.world] = part
+        return merged
