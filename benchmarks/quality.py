@@ -217,6 +217,7 @@ class Quality:
         on_gpu = self.resolved(Run(self.arms[0], 0, 1e-3, 1.0))[1]
         jobs = args.jobs or (1 if on_gpu else max(1, (os.cpu_count() or 1) // args.threads))
         self.slice = Slice(self.work, jobs, args.threads, args.minutes)
+        self.identities: dict[str, dict[str, Any]] = {}
         self.results = self.read_results()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -244,7 +245,9 @@ class Quality:
 
     def identity(self, run: Run) -> dict[str, Any]:
         """What two results must share to be of one comparison, beside their names."""
-        return identity(self.resolved(run)[0])
+        if run.name not in self.identities:
+            self.identities[run.name] = identity(self.resolved(run)[0])
+        return self.identities[run.name]
 
     def scoring(self) -> dict[str, Any]:
         return {"k": self.ks, "tokens": self.score_tokens, "draws": self.args.draws}
@@ -434,7 +437,10 @@ class Quality:
         return {arm: result["budget_flops"] for arm, result in best.items()}
 
     def pending(self) -> list[Run]:
-        return [run for run in self.wanted() if run.name not in self.results]
+        runs = [run for run in self.wanted() if run.name not in self.results]
+        for run in runs:  # here and not in the threads of `do`: the parser redirects the standard error of the process
+            self.identity(run)
+        return runs
 
     def finished(self, run: Run) -> None:
         path = self.folder / f"{run.name}.json"

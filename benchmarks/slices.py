@@ -54,12 +54,14 @@ class Slice:
         jobs: commands at once.
         threads: of each command.
         minutes: length of the slice; none has no end.
+        resumable: whether a job that is stopped goes on later from where it was.
     """
 
     work: Path
     jobs: int = 1
     threads: int = 1
     minutes: float | None = None
+    resumable: bool = True
     stopping: bool = False
     _live: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     _guard: threading.Lock = field(default_factory=threading.Lock)
@@ -156,8 +158,8 @@ class Slice:
             work: does a job; gets the job and the lock's file descriptor, for `call`. What it leaves undone by raising
                 `Stopped` is pending again in the next slice.
             seconds: how long a job will take, or goes on to take; asked only where there is an end. A job that does not
-                fit into what is left of the slice is not started, unless it would fit into no slice of this length: then
-                it goes as far as it gets.
+                fit into what is left of the slice is not started, unless it is resumable and would fit into no slice of this
+                length: then it goes as far as it gets.
             done: called in this thread after each job.
 
         Returns:
@@ -207,7 +209,8 @@ class Slice:
     def _fits(self, seconds: float) -> bool:
         if self.minutes is None:
             return True
-        return self.minutes_left > 0 and (seconds <= self.minutes_left * 60 or seconds > self.minutes * 60)
+        never = self.resumable and seconds > self.minutes * 60
+        return self.minutes_left > 0 and (never or seconds <= self.minutes_left * 60)
 
     @staticmethod
     def _hold(lock: int, work: Callable[[Any, int], None], job: Any) -> None:
