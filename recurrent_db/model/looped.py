@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
-from recurrent_db.model.attention import SDPA, Backend, Rule, Visible
+from recurrent_db.model.attention import SDPA, Backend, Past, Rule, Visible
 from recurrent_db.model.head import SoftmaxLoss, softmax_loss, softmax_loss_to_fuse
 from recurrent_db.model.layers import (
     Block,
@@ -182,16 +182,17 @@ class LoopedLM(nn.Module):
 
     # -- the four parts ------------------------------------------------------------------------------------------------
 
-    def rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions 0..length-1, (T, E/2) each, fp32 or wider."""
+    def rope(self, positions: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables for positions, or for so many from 0 on: (T, E/2) each, fp32 or wider."""
         weight = self.embedding.weight
         place = weight.device, wide(weight.dtype)
-        if place not in self._ropes or len(self._ropes[place][0]) < length:
-            head_size = self.config.d_model // self.config.n_heads
-            longest = max(length, self.config.max_seq_len)
-            self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
+        head_size, base = self.config.d_model // self.config.n_heads, self.config.rope_base
+        if isinstance(positions, Tensor):
+            return rope_table(positions, head_size, base, *place)
+        if place not in self._ropes or len(self._ropes[place][0]) < positions:
+            self._ropes[place] = rope_table(max(positions, self.config.max_seq_len), head_size, base, *place)
         cos, sin = self._ropes[place]
-        return cos[:length], sin[:length]
+        return cos[:positions], sin[:positions]
 
     def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
         """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
@@ -199,17 +200,24 @@ class LoopedLM(nn.Module):
 
         The parts below make a plain causal one where none is given. Ask under the autocast that the pass runs under.
         """
+        return self.served(Rule(length, length, docs_BT if self.document_mask else None))
+
+    def served(self, rule: Rule, past: Past | None = None) -> Visible:
+        """A rule with what serves it here, for all of a forward pass. Ask under the autocast that the pass runs under."""
         weight = self.embedding.weight
         kind, dtype = weight.device.type, weight.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        rule = Rule(length, length, docs_BT if self.document_mask else None)
-        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training)
+        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training, past)
+
+    def _frame(self, length: int, visible: Visible | None) -> tuple[tuple[Tensor, Tensor], Visible]:
+        """Rotary tables of a pass over ``length`` positions, and who sees whom in it."""
+        visible = visible or self.visible(length)
+        return self.rope(length) if visible.past is None else visible.past.rope, visible
 
     def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
-        length = tokens_BT.shape[1]
-        return self._encode(tokens_BT, self.rope(length), visible or self.visible(length))
+        return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
 
     def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
         x_BTD = lookup(tokens_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
@@ -238,8 +246,7 @@ class LoopedLM(nn.Module):
         ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
         ``beside`` (from `core_contexts`) makes position i see another stream's positions instead of its neighbours.
         """
-        length = e_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(e_BTD.shape[1], visible)
         return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
 
     def core_contexts(
@@ -253,18 +260,16 @@ class LoopedLM(nn.Module):
     ) -> tuple[list[Context], Tensor]:
         """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
         and with ``finish`` the pass's output."""
-        length = e_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(e_BTD.shape[1], visible)
         x_BTD = self.core.injection(state_BTD, e_BTD)
         return contexts(self.core.blocks, x_BTD, rope, visible, strict, self._modulation(c_noise_Bs), finish)
 
     def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
-        length = state_BTD.shape[1]
-        return self._decode(state_BTD, self.rope(length), beside, visible or self.visible(length))
+        return self._decode(state_BTD, beside, *self._frame(state_BTD.shape[1], visible))
 
     def _decode(
-        self, state_BTD: Tensor, rope: tuple[Tensor, Tensor], beside: list[Context] | None, visible: Visible
+        self, state_BTD: Tensor, beside: list[Context] | None, rope: tuple[Tensor, Tensor], visible: Visible
     ) -> Tensor:
         x_BTD = self.final_norm(state_BTD)
         for index, block in enumerate(self.coda):
@@ -273,8 +278,7 @@ class LoopedLM(nn.Module):
 
     def coda_contexts(self, state_BTD: Tensor, strict: bool = False, visible: Visible | None = None) -> list[Context]:
         """Keys and values of the coda over a context stream's states, for `decode`'s ``beside``."""
-        length = state_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(state_BTD.shape[1], visible)
         return contexts(self.coda, self.final_norm(state_BTD), rope, visible, strict)[0]
 
     def target_rows(self) -> Tensor:
