@@ -39,6 +39,16 @@ class Embedding(nn.Embedding):
         pass
 
 
+def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of a table that also gets a dense gradient in the same backward, as the tied head's does: (*ids, D).
+
+    On the CPU the rows' gradient is sparse and is added to the dense one, which saves writing and adding a table of
+    zeros. (On CUDA the sum would make the host wait.)
+    """
+    sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return F.embedding(ids, table_VD, sparse=sparse)
+
+
 class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from recurrent_db.model.layers import (
     NoiseEmbedding,
     RMSNorm,
     contexts,
+    lookup,
     rope_table,
     wide,
 )
@@ -218,7 +219,7 @@ class LoopedLM(nn.Module):
         return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
 
     def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        x_BTD = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
+        x_BTD = lookup(tokens_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
         for block in self.prelude:
             x_BTD = block(x_BTD, rope, visible)
         return x_BTD
@@ -282,6 +283,12 @@ class LoopedLM(nn.Module):
     def target_rows(self) -> Tensor:
         """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
         return self.embedding.weight if self.target_embedding is None else self.target_embedding.weight
+
+    def target_rows_of(self, ids: Tensor) -> Tensor:
+        """Rows of `target_rows`, (*ids, D); without a table of their own they share the head's gradient."""
+        if self.target_embedding is not None:
+            return cast(Tensor, self.target_embedding(ids))
+        return lookup(ids, self.embedding.weight)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Tied head: (..., D) to (..., V) in the model's dtype."""
