@@ -143,6 +143,8 @@ def lay_out(model: LoopedLM, rows: Sequence[Row], pad: int) -> tuple[Tensor, Ten
             done = path[-1]
     each = torch.arange(length).repeat(len(rows), 1)
     rule = Tree(length, length, each, seen_BTT=seen_BTT)
-    past = Placed(model.rope(to_device(places_BT, device)))
+    cos_SF, sin_SF = model.rope(int(places_BT.max()) + 1)
+    at = to_device(places_BT, device)
+    past = Placed((cos_SF[at], sin_SF[at]))
     dtype = model.served(Rule(length, length)).dtype
     return tokens_BT, places_BT, Visible.make(rule, device, dtype, SDPA, past=past)

@@ -3,7 +3,7 @@
     python eval/lm_eval_cli.py --model recurrent_db --model_args checkpoint=RUN,k=8 --tasks ...
 
 Importing this module registers the name; it needs the extra ``eval``. Scores come from `windows.Scorer` and text from
-`generate.generate_tokens`, so the harness sees the model that every other command sees.
+`generate.complete`, so the harness sees the model that every other command sees.
 
 - A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
@@ -27,6 +27,7 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,13 @@ from recurrent_db.answers import Answers, fingerprint
 from recurrent_db.checkpoint import content_hash
 from recurrent_db.denoise.noise import Below
 from recurrent_db.errors import UserError
-from recurrent_db.generate import generate_tokens
+from recurrent_db.generate import ROWS_AT_ONCE, complete
 from recurrent_db.loading import load_with_config
 from recurrent_db.model.looped import build_model
 from recurrent_db.processes import Processes
 from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
+from recurrent_db.sampling import Sampling
 from recurrent_db.windows import Result, Scorer, Window
 
 try:
@@ -343,8 +345,8 @@ class RecurrentDBLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to (and without) the first stop string, the end of the document or ``max_gen_toks``.
 
-        Greedy unless the task sets ``do_sample`` or a temperature; ``top_p`` and ``top_k`` are honoured. A request that
-        is repeated with sampling gets other draws each time.
+        Greedy unless the task sets ``do_sample`` or a temperature; ``top_k``, ``top_p``, ``min_p`` and
+        ``repetition_penalty`` are honoured. A request that is repeated with sampling gets other draws each time.
         """
         repeats: Counter[tuple[str, str]] = Counter()
         names = []
@@ -356,56 +358,60 @@ class RecurrentDBLM(TemplateLM):
             names.append((*content, repeats[content] if options["do_sample"] else 0))
             repeats[content] += 1
             asked.setdefault(names[-1], (context, options))
-        mine = self.processes.share(list(asked.items()))
-        bar = tqdm(mine, desc="generating", unit="request", leave=False, disable=disable_tqdm or self._quiet)
-        texts = self.processes.merge([self._text(context, options, name[-1]) for name, (context, options) in bar])
-        done = dict(zip(asked, texts, strict=True))
+        # Like of length together; every process takes some of each.
+        order = sorted(asked, key=lambda name: (repr(asked[name][1]), -len(asked[name][0])))
+        mine = self.processes.share(order)
+        with tqdm(total=len(mine), desc="generating", unit="request", leave=False,
+                  disable=disable_tqdm or self._quiet) as bar:  # fmt: skip
+            made = self._texts([(*asked[name], name[-1]) for name in mine], bar.update)
+        done = dict(zip(order, self.processes.merge(made), strict=True))
         for request, name in zip(requests, names, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, done[name])
         return [done[name] for name in names]
 
-    def _text(self, context: str, options: dict[str, Any], repeat: int) -> str:
-        """The continuation of a context, kept or new."""
-        prompt = self.tok_encode(context) or [self.eot_token_id]
-        asked, answers = ["text", prompt, options, repeat], self.scorer.answers
-        known = answers.get(asked) if answers else None
-        if isinstance(known, str):
-            return known
-        text = self._generate(prompt, options, key("generate", repeat, *prompt))
-        if answers is not None:
-            answers.add({fingerprint(asked): text})
-        return text
+    def _texts(self, asked: Sequence[tuple[str, dict[str, Any], int]], progress: Callable[[int], object]) -> list[str]:
+        """Continuations of (context, options, number of the repeat), kept or new, those of equal options in batches."""
+        texts: dict[int, str] = {}
+        prompts: list[list[int]] = []
+        todo: dict[str, list[int]] = {}
+        answers = self.scorer.answers
+        for number, (context, options, repeat) in enumerate(asked):
+            prompts.append(self.tok_encode(context) or [self.eot_token_id])
+            known = answers.get(["text", prompts[-1], options, repeat]) if answers else None
+            if isinstance(known, str):
+                texts[number] = known
+            else:
+                todo.setdefault(repr(options), []).append(number)
+        progress(len(texts))
+        rows = self.scorer.batch_size or ROWS_AT_ONCE
+        rows = min(rows, self.scorer.max_batch_size or rows)
+        for numbers in todo.values():
+            numbers.sort(key=lambda number: -len(prompts[number]))
+            for start in range(0, len(numbers), rows):
+                batch = numbers[start : start + rows]
+                options = asked[batch[0]][1]
+                keys = [key("generate", asked[number][2], *prompts[number]) for number in batch]
+                new = self._generate([prompts[number] for number in batch], options, keys)
+                texts.update(zip(batch, new, strict=True))
+                if answers is not None:
+                    each = [(["text", prompts[n], options, asked[n][2]], texts[n]) for n in batch]
+                    answers.add({fingerprint(request): text for request, text in each})
+                progress(len(batch))
+        return [texts[number] for number in range(len(asked))]
 
-    def _generate(self, prompt: list[int], options: dict[str, Any], request: int) -> str:
+    def _generate(self, prompts: list[list[int]], options: dict[str, Any], keys: list[int]) -> list[str]:
         # Sampling without a temperature is sampling from the model's own distribution.
         temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
-        top_k, top_p = int(options.get("top_k") or 0), float(options.get("top_p") or 1.0)
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise UserError(
-                f"generation needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
-                f"got {temperature}, {top_k} and {top_p}"
-            )
-        # Compared as bytes: a stop string may end inside a token, and a token inside a character.
-        stops = [stop.encode() for stop in options["until"] if stop]
-        overlap = max(map(len, stops), default=1) - 1
-        text = bytearray()
+        sampling = Sampling(
+            temperature,
+            int(options.get("top_k") or 0),
+            float(options.get("top_p") or 1.0),
+            float(options.get("min_p") or 0.0),
+            float(options.get("repetition_penalty") or 1.0),
+        )
         with self._autocast():
-            for token in generate_tokens(
-                self.model,
-                prompt[-self.max_length :],
-                self.k,
-                max_new_tokens=options["max_gen_toks"],
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=self.seed,
-                request=request,
-                stop_id=self.eot_token_id,
-            ):
-                searched = max(0, len(text) - overlap)
-                text += self.tokenizer.decode_bytes([token])
-                found = [place for stop in stops if (place := text.find(stop, searched)) >= 0]
-                if found:
-                    del text[min(found) :]
-                    break
-        return text.decode("utf-8", errors="replace")
+            texts = complete(
+                self.model, self.tokenizer, [prompt[-self.max_length :] for prompt in prompts], self.k,
+                options["max_gen_toks"], sampling, self.seed, keys, options["until"], rows=len(prompts),
+            )  # fmt: skip
+        return list(map(str, texts))

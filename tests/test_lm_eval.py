@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +24,6 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from recurrent_db import lm_eval_model  # noqa: E402
 from recurrent_db.commandline import guard  # noqa: E402
 from recurrent_db.data import prepare  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
@@ -94,28 +94,46 @@ def test_no_byte_of_a_continuation_is_lost(runs: Path, tokenizer: Tokenizer, tex
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def test_generation_stops_at_strings_across_tokens(
+def test_generation_stops_at_strings_and_lengths(
     runs: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """How stop strings are found: test_generate.py."""
     lm = RecurrentDBLM(str(runs / "next_token"), k=1)
     text = "one two\nthree \u65e5\u672c\u8a9e four\n\n\nfive"
     ids = tokenizer.encode(text)
-    monkeypatch.setattr(
-        lm_eval_model, "generate_tokens", lambda *args, max_new_tokens, **more: iter(ids[:max_new_tokens])
-    )
+
+    def said(model: Any, prompts: Any, k: int, count: int, *rest: Any) -> Iterator[tuple[int, int]]:
+        over = rest[-1]
+        return ((0, token) for token in itertools.takewhile(lambda token: not over(0, token), ids[:count]))
+
+    monkeypatch.setattr(sys.modules["recurrent_db.generate"], "stream", said)
 
     def generate(**options: Any) -> str:
         return lm.generate_until(requests("generate_until", ("Q:", options)), disable_tqdm=True)[0]
 
     assert generate(until=[]) == text
-    for start in range(len(text)):
-        for end in range(start + 1, min(len(text), start + 8) + 1):
-            stop = text[start:end]
-            assert generate(until=[stop, "not there"]) == text[: text.index(stop)]
     assert generate(until=["four", "three", "e \u65e5"]) == "one two\n"
     assert generate(until="\n\n") == text[: text.index("\n\n")]
     assert generate(until=[""], max_gen_toks=3) == tokenizer.decode(ids[:3])
     assert generate(until=["five"], max_new_tokens=2) == tokenizer.decode(ids[:2])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_generation_in_batches_is_generation_one_by_one(runs: Path, objective: str) -> None:
+    """Prompts of all lengths, some beyond the window; options that differ; stop strings that end texts at their own time."""
+    sampled = {"max_gen_toks": 9, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
+    prompts = ["", "import ", "def main(", "x" * 70, "one two three " * 20, "import "]
+    asked = [(prompt, {**options, "until": stops}) for prompt in prompts
+             for options, stops in ((sampled, ["e", "\n"]), (sampled, []), ({"max_gen_toks": 5}, " "))]  # fmt: skip
+    texts = []
+    for sizes in ({"batch_size": 1}, {}, {"batch_size": 4}):
+        lm = RecurrentDBLM(str(runs / objective), k=2, **sizes)
+        texts.append(lm.generate_until(requests("generate_until", *asked), disable_tqdm=True))
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0][0] != texts[0][15]  # the same prompt, sampled again
+    ends = [text for text, (_, options) in zip(texts[0], asked, strict=True) if options["until"] == ["e", "\n"]]
+    assert not any(stop in text for text in ends for stop in ("e", "\n"))
+    assert len(set(map(len, texts[0]))) > 3
 
 
 def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> None:

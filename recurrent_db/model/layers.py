@@ -39,6 +39,16 @@ class Embedding(nn.Embedding):
         pass
 
 
+def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of a table that also gets a dense gradient in the same backward, as the tied head's does: (*ids, D).
+
+    On the CPU the rows' gradient is sparse and is added to the dense one, which saves writing and adding a table of
+    zeros. (On CUDA the sum would make the host wait.)
+    """
+    sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return F.embedding(ids, table_VD, sparse=sparse)
+
+
 class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 
@@ -104,16 +114,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(
-    positions: int | Tensor, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+    length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (..., E/2) of ``dtype``.
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (T, E/2) of ``dtype``.
 
-    Pair e of a head turns by position * base^(-2e/E). ``positions``: any shape, or how many there are from 0 on.
+    Pair e of a head turns by position * base^(-2e/E).
     """
-    if isinstance(positions, int):
-        positions = torch.arange(positions, dtype=torch.float64, device=device)
     rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
-    angles = positions[..., None] * rates
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

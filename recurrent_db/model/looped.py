@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
 from recurrent_db.model.attention import SDPA, Backend, Past, Rule, Visible
+from recurrent_db.model.head import SoftmaxLoss, softmax_loss, softmax_loss_to_fuse
 from recurrent_db.model.layers import (
     Block,
     Context,
@@ -34,6 +35,7 @@ from recurrent_db.model.layers import (
     NoiseEmbedding,
     RMSNorm,
     contexts,
+    lookup,
     rope_table,
     wide,
 )
@@ -153,6 +155,8 @@ class LoopedLM(nn.Module):
     """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
     attention: Backend = SDPA
     """What computes attention; the same function whichever it is."""
+    softmax_loss: SoftmaxLoss = staticmethod(softmax_loss)
+    """What the head's loss is made by; compiled with the other parts."""
     compiled: bool = False
     """Whether `compile_parts` was called."""
     document_mask: bool = True
@@ -174,14 +178,20 @@ class LoopedLM(nn.Module):
         self.noise_embedding = (
             NoiseEmbedding(width, config.n_core, config.d_condition) if config.noise_conditioning else None
         )
+        self._ropes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # -- the four parts ------------------------------------------------------------------------------------------------
 
-    def rope(self, positions: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions, or for so many from 0 on: (T, E/2) each, fp32 or wider."""
-        head_size = self.config.d_model // self.config.n_heads
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables for positions 0..length-1, (T, E/2) each, fp32 or wider."""
         weight = self.embedding.weight
-        return rope_table(positions, head_size, self.config.rope_base, weight.device, wide(weight.dtype))
+        place = weight.device, wide(weight.dtype)
+        if place not in self._ropes or len(self._ropes[place][0]) < length:
+            head_size = self.config.d_model // self.config.n_heads
+            longest = max(length, self.config.max_seq_len)
+            self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
+        cos, sin = self._ropes[place]
+        return cos[:length], sin[:length]
 
     def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
         """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
@@ -206,8 +216,10 @@ class LoopedLM(nn.Module):
 
     def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
-        rope, visible = self._frame(tokens_BT.shape[1], visible)
-        x_BTD = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
+        return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
+
+    def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+        x_BTD = lookup(tokens_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
         for block in self.prelude:
             x_BTD = block(x_BTD, rope, visible)
         return x_BTD
@@ -253,7 +265,11 @@ class LoopedLM(nn.Module):
 
     def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
-        rope, visible = self._frame(state_BTD.shape[1], visible)
+        return self._decode(state_BTD, beside, *self._frame(state_BTD.shape[1], visible))
+
+    def _decode(
+        self, state_BTD: Tensor, beside: list[Context] | None, rope: tuple[Tensor, Tensor], visible: Visible
+    ) -> Tensor:
         x_BTD = self.final_norm(state_BTD)
         for index, block in enumerate(self.coda):
             x_BTD = block(x_BTD, rope, visible, None, beside[index] if beside else None)
@@ -268,6 +284,12 @@ class LoopedLM(nn.Module):
         """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
         return self.embedding.weight if self.target_embedding is None else self.target_embedding.weight
 
+    def target_rows_of(self, ids: Tensor) -> Tensor:
+        """Rows of `target_rows`, (*ids, D); without a table of their own they share the head's gradient."""
+        if self.target_embedding is not None:
+            return cast(Tensor, self.target_embedding(ids))
+        return lookup(ids, self.embedding.weight)
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Tied head: (..., D) to (..., V) in the model's dtype."""
         return nn.functional.linear(hidden_BTD, self.embedding.weight)
@@ -278,14 +300,15 @@ class LoopedLM(nn.Module):
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile what training runs: prelude, one core iteration, coda, each for itself.
+        """Compile what training runs: prelude, one core iteration, coda, softmax and loss, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
         (without gradient, with it from a state that needs none, with it from one that does). Shapes are static. In
         evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
         """
-        for owner, name in ((self, "encode"), (self.core, "iteration"), (self, "decode")):
+        for owner, name in ((self, "_encode"), (self.core, "iteration"), (self, "_decode")):
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
+        self.softmax_loss = torch.compile(softmax_loss_to_fuse, dynamic=False, backend=backend)
         self.compiled = True
 
     # -- initialisation and size ---------------------------------------------------------------------------------------
