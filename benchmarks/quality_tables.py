@@ -57,7 +57,17 @@ def arm_entry(results: Sequence[Result], arm: str, budget: float) -> dict[str, A
     rates, best = by_rate(results, arm, budget), best_rate(results, arm, budget)
     if best is None:
         return None
-    hidden = ("config", "nll_by_sequence", "evaluations", "identity", "arm", "budget_flops")
+    hidden = (
+        "nll_by_sequence",
+        "evaluations",
+        "identity",
+        "corpus",
+        "scoring",
+        "words",
+        "limit",
+        "arm",
+        "budget_flops",
+    )
     sweep = sweep_of(rates)
     seeds = [result for _, result in sorted(rates[best].items()) if "failed" not in result]
     return {
@@ -178,7 +188,7 @@ def table(
         key=lambda arm: min(mean_by_k(entries[arm]["seeds"]).values()),
         default=None,
     )
-    head = ["arm", "rate", "seeds", *(f"K={k}" for k in ks), "bits/byte", f"less than {flat}" if flat else "-",
+    head = ["arm", "rate", "seeds", *(f"K={k}" for k in ks), "bits/byte", f"minus {flat}" if flat else "-",
             "FLOPs", "tokens", "price", "distinct-2", "repetition"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     per_token = {arm: entry["seeds"][0]["flops"] / entry["seeds"][0]["tokens"] for arm, entry in entries.items()}
