@@ -127,11 +127,12 @@ class _Pass:
     again: int = 0
 
     def __post_init__(self) -> None:
-        padding, device = self.cache.padding, self.cache.model.embedding.weight.device
-        positions = torch.arange(self.first, self.stop, device=device)
-        if padding is not None:
-            positions = positions - torch.tensor(padding, device=device)[:, None]
-        self.rope = self.cache.model.rope(positions)
+        cos_SF, sin_SF = self.cache.model.rope(self.stop)
+        here: slice | Tensor = slice(self.first, self.stop)
+        if self.cache.padding is not None:  # the padding's own positions do not matter
+            padding_B1 = torch.tensor(self.cache.padding, device=cos_SF.device)[:, None]
+            here = (torch.arange(self.first, self.stop, device=cos_SF.device) - padding_B1).clamp(min=0)
+        self.rope = cos_SF[here], sin_SF[here]
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> KeysValues:
         if k_BHTE.requires_grad:

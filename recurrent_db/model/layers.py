@@ -114,16 +114,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(
-    positions: int | Tensor, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+    length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (..., E/2) of ``dtype``.
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (T, E/2) of ``dtype``.
 
-    Pair e of a head turns by position * base^(-2e/E). ``positions``: any shape, or how many there are from 0 on.
+    Pair e of a head turns by position * base^(-2e/E).
     """
-    if isinstance(positions, int):
-        positions = torch.arange(positions, dtype=torch.float64, device=device)
     rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
-    angles = positions[..., None] * rates
+    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -182,17 +182,16 @@ class LoopedLM(nn.Module):
 
     # -- the four parts ------------------------------------------------------------------------------------------------
 
-    def rope(self, positions: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions, or for so many from 0 on: (T, E/2) each, fp32 or wider."""
+    def rope(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables for positions 0..length-1, (T, E/2) each, fp32 or wider."""
         weight = self.embedding.weight
         place = weight.device, wide(weight.dtype)
-        head_size, base = self.config.d_model // self.config.n_heads, self.config.rope_base
-        if isinstance(positions, Tensor):
-            return rope_table(positions, head_size, base, *place)
-        if place not in self._ropes or len(self._ropes[place][0]) < positions:
-            self._ropes[place] = rope_table(max(positions, self.config.max_seq_len), head_size, base, *place)
+        if place not in self._ropes or len(self._ropes[place][0]) < length:
+            head_size = self.config.d_model // self.config.n_heads
+            longest = max(length, self.config.max_seq_len)
+            self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
         cos, sin = self._ropes[place]
-        return cos[:positions], sin[:positions]
+        return cos[:length], sin[:length]
 
     def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
         """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
