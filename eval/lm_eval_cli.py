@@ -36,6 +36,7 @@ os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() and os.environ.g
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import logging
@@ -279,9 +280,9 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
             harness_errors(lambda: args.func(args), *mistakes)
         except UserError as error:
             local = [name for name in names if maker(name)] if data is None else []
-            raise UserError(
-                f"{error}{f' (--data DIR has {local[0]} read from local files)' if local else ''}"
-            ) from None
+            near = difflib.get_close_matches(next((n for n in names if not maker(n)), ""), OFFLINE, n=1)
+            hint = f" (--data DIR has {local[0]} read from local files)" if local else ""
+            raise UserError(f"{error}{hint}{f'; did you mean {near[0]}?' if near else ''}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

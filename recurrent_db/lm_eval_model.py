@@ -184,7 +184,10 @@ class RecurrentDBLM(TemplateLM):
         walk = self.model.recurrence
         if not isinstance(walk, DenoiseWalk):
             if sigma is not None:
-                raise UserError(f"model argument sigma: inference of a {self.objective} checkpoint has no noise level")
+                article = "an" if self.objective[0] in "aeiou" else "a"
+                raise UserError(
+                    f"model argument sigma: {article} {self.objective} checkpoint has no noise level to start from"
+                )
             return None
         low, high = walk.density.sigma_min, walk.density.sigma_max
         try:
@@ -387,17 +390,32 @@ class RecurrentDBLM(TemplateLM):
         rows = min(rows, self.scorer.max_batch_size or rows)
         for numbers in todo.values():
             numbers.sort(key=lambda number: -len(prompts[number]))
-            for start in range(0, len(numbers), rows):
-                batch = numbers[start : start + rows]
+            while numbers:
+                batch = numbers[:rows]
                 options = asked[batch[0]][1]
                 keys = [key("generate", asked[number][2], *prompts[number]) for number in batch]
-                new = self._generate([prompts[number] for number in batch], options, keys)
+                try:
+                    new = self._generate([prompts[number] for number in batch], options, keys)
+                except torch.OutOfMemoryError:
+                    new = []
+                if not new:
+                    rows = self._fewer(len(batch))
+                    continue
+                del numbers[:rows]
                 texts.update(zip(batch, new, strict=True))
                 if answers is not None:
                     each = [(["text", prompts[n], options, asked[n][2]], texts[n]) for n in batch]
                     answers.add({fingerprint(request): text for request, text in each})
                 progress(len(batch))
         return [texts[number] for number in range(len(asked))]
+
+    def _fewer(self, rows: int) -> int:
+        """How many texts to generate at once where the GPU's memory did not hold ``rows``."""
+        if rows == 1:
+            raise UserError("the GPU's memory does not hold one text: a smaller max_length or dtype=bfloat16 may fit")
+        self._warn("out of GPU memory with %d texts at once; going on with fewer", rows)
+        torch.cuda.empty_cache()
+        return rows // 2
 
     def _generate(self, prompts: list[list[int]], options: dict[str, Any], keys: list[int]) -> list[str]:
         # Sampling without a temperature is sampling from the model's own distribution.

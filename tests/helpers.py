@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,30 @@ def make_checkpoint(folder: Path, tokenizer: Tokenizer, objective: str, window: 
     optimizer = torch.optim.AdamW(model.parameters())
     save_checkpoint(folder, config, tokenizer, model, optimizer, None, TrainState(), {})
     return folder
+
+
+def write_benchmarks(folder: Path, rows: int = 3) -> None:
+    """Files of each benchmark's shape, made up."""
+    (folder / "blimp").mkdir(parents=True)
+    names = ["cat", "dog", "mouse", "naïve bird", "日", "cow", "hen"]
+    for number in range(rows):
+        name = names[number % len(names)]
+        made = {
+            "arc_easy_validation": {
+                "question": f"Which is a colour of a {name}?",
+                "choices": {"text": ["red", "seven", "loud", f"the {name}"], "label": ["A", "B", "C", "D"]},
+                "answerKey": "ACBD"[number % 4],
+            },
+            "piqa_validation": {
+                "goal": f"Open a jar for a {name}", "sol1": "Turn the lid.", "sol2": "Turn the jam.", "label": number % 2,
+            },
+            "blimp/first": {"sentence_good": f"The {name}s sleep.", "sentence_bad": f"The {name}s sleeps."},
+            "blimp/second": {"sentence_good": f"A {name} saw her.", "sentence_bad": f"Her saw a {name}."},
+            "lambada_test": {"text": f"The {name} saw the dog, and the dog saw the {name}"},
+        }  # fmt: skip
+        for file, row in made.items():
+            with (folder / f"{file}.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**row, "id": number}) + "\n")
 
 
 def synthetic_tokenizer() -> Tokenizer:

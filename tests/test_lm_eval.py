@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OBJECTIVES, ROOT, load_script, make_checkpoint
+from helpers import OBJECTIVES, ROOT, load_script, make_checkpoint, write_benchmarks
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'recurrent-db[eval]')")
 
@@ -27,7 +28,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from recurrent_db.commandline import guard  # noqa: E402
 from recurrent_db.data import prepare  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
-from recurrent_db.heldout_task import heldout_items, write_heldout_task  # noqa: E402
+from recurrent_db.heldout_task import heldout_items, heldout_passages, write_heldout_task  # noqa: E402
 from recurrent_db.lm_eval_model import RecurrentDBLM  # noqa: E402
 from recurrent_db.rng import key  # noqa: E402
 from recurrent_db.tokenizer import Tokenizer  # noqa: E402
@@ -136,6 +137,26 @@ def test_generation_in_batches_is_generation_one_by_one(runs: Path, objective: s
     assert len(set(map(len, texts[0]))) > 3
 
 
+def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [(text, {"max_gen_toks": 3, "until": []}) for text in ("a", "import", "x = ", "def", "return 1", "if", "")]
+    lm = RecurrentDBLM(str(runs / "denoise"), k=1)
+    expected = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+    generate, sizes, room = lm._generate, [], 2
+
+    def tight(prompts: list[list[int]], *rest: Any) -> list[str]:
+        sizes.append(len(prompts))
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(prompts, *rest)
+
+    monkeypatch.setattr(lm, "_generate", tight)
+    assert lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) == expected
+    assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
+    room = 0
+    with pytest.raises(UserError, match="does not hold one text"):
+        lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
+
+
 def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> None:
     lm = RecurrentDBLM(str(runs / "denoise"), k=2)
     greedy, sampled = {"max_gen_toks": 6}, {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
@@ -203,7 +224,7 @@ class Made(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.asked += [request.args for request in requests]
-        return [(-float(key(*request.args) % 1000), key(*request.args) % 3 == 0) for request in requests]
+        return [(-float(key(*request.args) % 1000) / 100, key(*request.args) % 3 == 0) for request in requests]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +289,22 @@ def test_shared_benchmarks_make_the_harness_prompts(cli: ModuleType, shared: Pat
     assert made["blimp_causative"] == (1000, "", ["Aaron breaks the glass.", "Aaron appeared the glass."], 0)
 
 
+def test_heldout_passages(data: Path, texts: list[str]) -> None:
+    passages = heldout_passages(data, 50)
+    assert passages == heldout_passages(data, 50)
+    assert passages != heldout_passages(data, 50, seed=1)
+    assert len(passages) == 50
+    for passage in passages:
+        context, word = passage.text.rsplit(" ", 1)
+        assert word.isalpha() and len(word) >= 4
+        assert word in re.findall(r"\w+", context)
+        assert any(re.search(re.escape(passage.text) + r"(?!\w)", text) for text in texts[2:8])
+    path = write_heldout_task(data, "heldout_last_word", 7)
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == [
+        p.text for p in heldout_passages(data, 7)
+    ]
+
+
 def test_heldout_items(data: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = heldout_items(data, 50)
     assert items == heldout_items(data, 50)
@@ -319,27 +356,8 @@ def test_command_runs_heldout_cloze(
     assert len(samples.read_text(encoding="utf-8").splitlines()) == 6
 
 
-def write_benchmarks(folder: Path) -> None:
-    """Three rows of each benchmark's shape, made up."""
-    (folder / "blimp").mkdir(parents=True)
-    rows = {
-        "arc_easy_validation": {
-            "question": "Which is a colour?",
-            "choices": {"text": ["red", "seven", "loud"], "label": ["A", "B", "C"]},
-            "answerKey": "A",
-        },
-        "piqa_validation": {"goal": "Open a jar", "sol1": "Turn the lid.", "sol2": "Turn the jam.", "label": 0},
-        "blimp/first": {"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps."},
-        "blimp/second": {"sentence_good": "She saw herself.", "sentence_bad": "She saw himself."},
-        "lambada_test": {"text": "The cat saw the dog, and the dog saw the cat"},
-    }
-    for name, row in rows.items():
-        lines = [json.dumps({**row, "id": number}) + "\n" for number in range(3)]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
 def test_command_runs_local_benchmarks(
-    cli: ModuleType, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: ModuleType, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: Path
 ) -> None:
     write_benchmarks(tmp_path / "files")
     model = ["--model_args", f"checkpoint={runs / 'unrolled'},k=2", "device=cpu"]
@@ -351,6 +369,41 @@ def test_command_runs_local_benchmarks(
     assert cli.main([*model, "--tasks", "blimp_f*", *where]) == 0
     out = capsys.readouterr().out
     assert "blimp_first" in out and "blimp_second" not in out
+    kept = tmp_path / "answers"
+    assert cli.main([*model, "--tasks", "lambada", "--batch_size", "auto:2", "--use_cache", str(kept), *where]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert len(kept.read_text().splitlines()) == 1 + 3  # not a database of pickles
+    assert cli.main([*model, "--tasks", "heldout_last_word", "--limit", "5", "--data", str(data)]) == 0
+    assert "heldout_last_word" in capsys.readouterr().out
+
+
+def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path) -> None:
+    """With examples before the questions, which the harness draws one after another; the files are written once."""
+    write_benchmarks(tmp_path / "files", 7)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    samples = []
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        out = tmp_path / str(len(samples))
+        words = [
+            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args", f"checkpoint={runs / 'denoise'},k=2",
+            "--tasks", "arc_easy,blimp,lambada", "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples",
+            "--output_path", out,
+        ]  # fmt: skip
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("|blimp ") == 2  # among the tasks, and among the groups
+        files = sorted(out.rglob("samples_*.jsonl"))
+        assert len(files) == 4
+        assert len(list(out.rglob("results_*.json"))) == 1
+        rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+        samples.append({(row["prompt_hash"], row["doc_id"], json.dumps(row["arguments"])): row for row in rows})
+    alone, together = samples
+    assert alone.keys() == together.keys()
+    assert len(alone) == 4 * 7
+    for name, row in alone.items():
+        for (ours, flag), (theirs, other) in zip(row["filtered_resps"], together[name]["filtered_resps"], strict=True):
+            assert float(ours) == pytest.approx(float(theirs), abs=1e-4)
+            assert flag == other
 
 
 def test_mistakes_are_one_line(
@@ -377,6 +430,30 @@ def test_mistakes_are_one_line(
         (["--model_args", run, "--tasks", "arc_easy", "--data", files, "--bogus"], "unrecognized arguments: --bogus"),
         (["--model_args", run, "--tasks", "arc_easy", "--data", files, "--log_samples"], "--output_path"),
         (["--model_args", run, "--tasks", "arc_easy", "--data"], "--data"),
+        (["--model_args", run, "--tasks", "arc_eazy", "--data", files], "arc_eazy; did you mean arc_easy?"),
+        (["--model_args", run, "--tasks", "heldout_last_word"], "needs --data"),
+        *(
+            (["--model_args", f"checkpoint={runs / name},{wrong}", "--tasks", "arc_easy", "--data", files], expected)
+            for name, wrong, expected in (
+                ("next_token", "sigma=1.0", "a next_token checkpoint has no noise level"),
+                ("unrolled", "sigma=1.0", "an unrolled checkpoint has no noise level"),
+                ("denoise", "sigma=21", "at most its sigma_max = 20"),
+                ("denoise", "sigma=0.02,k=2", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise", "sigma=0.019,k=1", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise", "sigma=much", "got 'much'"),
+                ("denoise", "sigma=nan", "sigma must be"),
+                ("denoise", "batch_size=automatic", "batch_size must be"),
+                ("denoise", "prefix_reuse=perhaps", "true or false"),
+                ("denoise", "dtype=float16", "dtype must be one of"),
+                ("denoise", "draws=0", "draws must be"),
+                ("denoise", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
+                ("denoise", f"cache={files}", "cannot keep answers in"),
+            )
+        ),
+        (
+            ["--model_args", f"{run},cache=x", "--use_cache", "y", "--tasks", "arc_easy", "--data", files],
+            "given twice, as --use_cache and",
+        ),
     ]
     for argv, expected in cases:
         with pytest.raises(SystemExit) as stop:
@@ -387,11 +464,12 @@ def test_mistakes_are_one_line(
         assert len(err.splitlines()) == 1, err
 
 
-def test_without_the_harness_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["lm_eval_cli.py", "--tasks", "piqa"], ["sweep.py", ".", "--data", "."]])
+def test_without_the_harness_is_one_line(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "lm_eval.py").write_text("raise ImportError('absent')", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "eval" / "lm_eval_cli.py"), "--tasks", "piqa"],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        [sys.executable, str(ROOT / "eval" / words[0]), *words[1:]],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "recurrent-db[eval]" in done.stderr
