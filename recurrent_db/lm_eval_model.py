@@ -85,6 +85,16 @@ def _truth(name: str, value: Any) -> bool:
     return str(value).lower() == "true"
 
 
+def _refuse(unknown: dict[str, Any]) -> None:
+    """Raise UserError for arguments that the model does not have."""
+    unknown.pop("trust_remote_code", None)  # the harness adds it to every model's arguments; it is the tasks'
+    for name in unknown:
+        known = [p for p in inspect.signature(RecurrentDBLM).parameters if p != "unknown"]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise UserError(f"unknown model argument {name!r}; {hint}")
+
+
 @register_model("recurrent_db")
 class RecurrentDBLM(TemplateLM):
     """The harness's model arguments (``--model_args checkpoint=RUN,k=8,...``) are the constructor's.
@@ -128,15 +138,7 @@ class RecurrentDBLM(TemplateLM):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        unknown.pop("trust_remote_code", None)  # the harness adds it to every model's arguments; it is the tasks'
-        if unknown:
-            name = next(iter(unknown))
-            known = [p for p in inspect.signature(RecurrentDBLM).parameters if p != "unknown"]
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"unknown model argument {name!r}; "
-                + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
-            )
+        _refuse(unknown)
         if not checkpoint:
             raise UserError("the model needs a run: --model_args checkpoint=RUN,k=8")
         self.k = _whole_number("k", k, 1)
