@@ -268,6 +268,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
             runs.run(lm, tasks, f"{name} (run)" if name in BASELINES else name)
         untrained = model(args.untrained_k or ks[0])
         untrained.untrain(args.seed)
+        untrained._warned = lm._warned  # once is enough
         runs.run(untrained, tasks, "untrained")
         runs.add_baselines(lm, tasks, counts)
     groups = {config["group"]: config["task"] for config in configs if "group" in config}
@@ -281,9 +282,6 @@ def main(args: Args) -> int:
     if lm.processes.rank:
         return 0
     info = lm.get_model_info()
-    print(f"{lm.checkpoint}: {lm.objective}, {info['draws']} draws, {lm.processes.world} processes")
-    for table in tables:
-        print("\n" + text(table))
     if args.json is not None:
         rows = [row.to_json() for table in tables for part in (table, *table.members) for row in part.rows]
         result = {
@@ -293,6 +291,9 @@ def main(args: Args) -> int:
         write_atomic(args.json, json.dumps(result, indent=1))
     if args.plot is not None:
         plot(tables, args.plot)
+    print(f"{lm.checkpoint}: {lm.objective}, {info['draws']} draws, {lm.processes.world} processes")
+    for table in tables:
+        print("\n" + text(table))
     return 0
 
 

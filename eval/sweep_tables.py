@@ -168,9 +168,13 @@ def text(table: Table) -> str:
 def plot(tables: Sequence[Table], path: Path) -> None:
     """Accuracy against FLOPs for each item, one panel for each table, K beside the points."""
     with drawing():
-        figure = Figure(figsize=(5.2 * len(tables), 3.9), layout="constrained", facecolor=PAPER)
-        panels = np.ravel(figure.subplots(1, len(tables), squeeze=False))
-        for axes, table in zip(panels, tables, strict=True):
+        columns = min(3, len(tables))
+        lines = math.ceil(len(tables) / columns)
+        figure = Figure(figsize=(5.2 * columns, 3.9 * lines), layout="constrained", facecolor=PAPER)
+        panels = np.ravel(figure.subplots(lines, columns, squeeze=False))
+        for spare in panels[len(tables) :]:
+            spare.axis("off")
+        for axes, table in zip(panels, tables, strict=False):
             rows = table.by_k
             x = [row.flops_per_item or math.nan for row in rows]
             means = np.array([row.accuracy.mean for row in rows])

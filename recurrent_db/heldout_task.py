@@ -33,7 +33,7 @@ _LINES_PER_DOCUMENT = 64
 _CONTEXT, _LEAST_CONTEXT = 256, 64
 _LINE = 80
 _LETTERS = 8
-_PASSAGE = 400
+_PASSAGE = 300
 _WORD = re.compile(r"(?<= )[^\W\d_]{4,}(?!\w)")
 
 
