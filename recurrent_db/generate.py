@@ -71,6 +71,7 @@ class Decoder:
         """Where each row's context starts."""
         self._noise: dict[tuple[object, ...], tuple[int, Tensor]] = {}
 
+    @torch.inference_mode()
     def logits(self) -> Tensor:
         """Logits of the next token of each row that is alive, in the order of `alive`, (rows, V). To be called again when
         each of them has got that token."""
@@ -122,7 +123,6 @@ def _never(row: int, token: int) -> bool:
     return False
 
 
-@torch.no_grad()
 def stream(
     model: LoopedLM,
     prompts: Sequence[Sequence[int]],

@@ -219,6 +219,7 @@ class DenoiseWalk:
         """Clean targets of all tokens, fp32 or wider (V, D)."""
         return normalised(model.target_rows(), self.config.target_norm) if self.targets_VD is None else self.targets_VD
 
+    @torch.no_grad()
     def ready(self, model: LoopedLM) -> DenoiseWalk:
         return replace(self, targets_VD=self.targets(model) if self.config.bridge == "soft" else None)
 
