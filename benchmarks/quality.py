@@ -22,16 +22,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import quality_tables as tables
+from quality_runs import complete, contradiction, dotted, floats, identity, limit_corpus, middle_first
 from quality_tables import FLAT, Result, is_flat
 from slices import ROOT, Failed, Slice
 
 from recurrent_db.checkpoint import list_checkpoints
 from recurrent_db.commandline import parse_ints, run_command
-from recurrent_db.config import Config, config_from_json, load_config, to_dict
-from recurrent_db.data import DataWriter, document, load_tokenizer, open_data, read_manifest
+from recurrent_db.config import Config, config_from_json, load_config
+from recurrent_db.data import load_tokenizer, open_data, read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import inference_cost, step_cost
+from recurrent_db.hardware import choose_device
 from recurrent_db.metrics import read_metrics
 from recurrent_db.objectives import build_objective
 from recurrent_db.report.data import evaluations
@@ -143,28 +145,6 @@ class Run:
         return f"{self.arm}-seed{self.seed}-lr{self.rate:g}-flops{self.budget:g}{limited}"
 
 
-def floats(text: str, option: str) -> list[float]:
-    """Numbers above 0, separated by commas, rising and without repeats."""
-    try:
-        values = sorted({float(word) for word in text.split(",")})
-    except ValueError:
-        raise UserError(f"{option} takes numbers separated by commas, got {text!r}") from None
-    if not all(0 < value < math.inf for value in values):
-        raise UserError(f"{option} must be above 0, got {text}")
-    return values
-
-
-def dotted(text: str) -> list[str]:
-    """ "a.b=1 c=2" as command-line words."""
-    words = []
-    for pair in text.split():
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--options takes KEY=VALUE pairs separated by spaces, got {pair!r}")
-        words += ["--" + key, value]
-    return words
-
-
 def choose_arms(text: str) -> list[str]:
     """Names of arms, in the table's order."""
     names = text.split(",") if text else list(ARMS)
@@ -172,11 +152,6 @@ def choose_arms(text: str) -> list[str]:
         if name not in ARMS:
             raise UserError(f"no arm {name!r}; there are: {', '.join(ARMS)}")
     return [name for name in ARMS if name in names]
-
-
-def middle_first(rates: Sequence[float]) -> list[float]:
-    """The middle one first: a first table is there early."""
-    return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
 
 
 class Quality:
@@ -236,8 +211,6 @@ class Quality:
 
     def resolved(self, run: Run) -> tuple[Config, bool]:
         """The configuration that the trainer will run, and whether on a GPU."""
-        from recurrent_db.hardware import choose_device
-
         words = self.words(run)
         config = load_config(Path(words[0]), words[1:])
         config.model.vocab_size = config.model.vocab_size or self.vocab_size
@@ -263,9 +236,16 @@ class Quality:
             "arm": run.arm, "seed": run.seed, "learning_rate": run.rate, "budget_flops": run.budget, "limit": run.limit,
             "words": ARMS[run.arm], "corpus": self.corpus, "scoring": self.scoring(), "identity": self.identity(run),
         }  # fmt: skip
+        score = self.work / f"{run.name}.score.json"
         try:
             if not complete(directory, run.budget):
                 self.slice.call(log, lock, "train/pretrain.py", *words, "--resume")
+            trained = time.monotonic()
+            self.slice.call(
+                log, lock, "benchmarks/quality_score.py", directory, "--data", self.data, "--json", score,
+                "--k", self.args.k, "--tokens", self.score_tokens, "--draws", self.args.draws,
+                "--threads", self.args.threads, "--device", self.args.device,
+            )  # fmt: skip
         except Failed as error:
             if "not finite" not in str(error):
                 raise
@@ -278,13 +258,6 @@ class Quality:
             }
             write_atomic(self.folder / name, json.dumps({**head, **spent, "failed": str(error)}))
             return
-        trained = time.monotonic()
-        score = self.work / f"{run.name}.score.json"
-        self.slice.call(
-            log, lock, "benchmarks/quality_score.py", directory, "--data", self.data, "--json", score, "--k", self.args.k,
-            "--tokens", self.score_tokens, "--draws", self.args.draws, "--threads", self.args.threads,
-            "--device", self.args.device,
-        )  # fmt: skip
         if before < run.budget:
             self.slice.measured(run.arm, run.budget - before, trained - started)
         self.slice.measured(f"{run.arm}/score", 1, time.monotonic() - trained)
@@ -437,6 +410,11 @@ class Quality:
         return {arm: result["budget_flops"] for arm, result in best.items()}
 
     def pending(self) -> list[Run]:
+        for run in self.wanted():  # another process may have finished some
+            if run.name not in self.results and (path := self.folder / f"{run.name}.json").exists():
+                result = json.loads(path.read_text())
+                if result["scoring"] == self.scoring():
+                    self.results[run.name] = result
         runs = [run for run in self.wanted() if run.name not in self.results]
         for run in runs:  # here and not in the threads of `do`: the parser redirects the standard error of the process
             self.identity(run)
@@ -475,7 +453,11 @@ class Quality:
                 for budget in budgets
             }
             main = self.budgets[-1] if self.budgets[-1] in budgets else max(budgets, default=self.budgets[-1])
-            text = "\n\n".join(f"{budget:g} FLOPs\n\n{tables.table(results, names, budget)}" for budget in budgets)
+            text = (
+                "No run is complete yet."
+                if not budgets
+                else "\n\n".join(f"{budget:g} FLOPs\n\n{tables.table(results, names, budget)}" for budget in budgets)
+            )
             reached = self.reached(results, names, budgets, main)
             merged = {
                 "budget_flops": main, "arms": by_budget.get(main, {}), "sweep": tables.sweep_cost(results, main),
@@ -502,59 +484,6 @@ class Quality:
             levels = [(ends[best], f"the end of {best} at {main:.2e} FLOPs")]
         found = [name for name in arms if any(result["arm"] == name for result in results)]
         return [(nll, why, tables.reach(results, found, budgets, nll)) for nll, why in levels]
-
-
-def identity(config: Config) -> dict[str, Any]:
-    """The part of a configuration that makes a result what it is."""
-    whole = to_dict(config)
-    kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
-    kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
-    name = whole["objective"]["name"]
-    kept["objective"] = {
-        key: value
-        for key, value in whole["objective"].items()
-        if key == "name" or name.replace("-", "_").startswith(key)
-    }
-    return kept
-
-
-def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
-    """The first key that both have and that differs. Options that came since then are no contradiction."""
-    for key in before.keys() & now.keys():
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
-            if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:
-                return found
-        elif before[key] != now[key]:
-            return f"{prefix}{key} ({before[key]}, now {now[key]})"
-    return None
-
-
-def complete(directory: Path, budget: float) -> bool:
-    """Whether a run has spent its budget and saved its end."""
-    if not (directory / "metrics.jsonl").exists() or not list_checkpoints(directory):
-        return False
-    rows = read_metrics(directory / "metrics.jsonl")
-    return (
-        bool(rows)
-        and rows[-1]["flops"] >= budget
-        and list_checkpoints(directory)[-1].name == f"step-{rows[-1]['step']:08d}"
-    )
-
-
-def limit_corpus(data: Path, out: Path, tokens: int) -> None:
-    """A data directory of the first ``tokens`` training tokens of ``data`` (its sources one after the other), which has no
-    validation split. One that is there already is kept."""
-    if out.exists():
-        return
-    tokenizer, left = load_tokenizer(data), tokens
-    with DataWriter(out, tokenizer) as writer:
-        for name, source in open_data(data, "train").sources.items():
-            for number in range(source.documents):
-                if left < 2:
-                    break
-                ids = document(source, number)[:-1].tolist()[: left - 1]  # the writer adds the separator
-                left -= writer.add("train", name, f"{name}-{number}", tokenizer.decode_bytes(ids), ids)
-        writer.commit({"first_tokens_of": str(data)})
 
 
 def main(args: Args) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quality import ARMS, choose_arms, floats, middle_first
+from quality import ARMS, choose_arms
+from quality_runs import floats, middle_first
 from quality_tables import Result, by_rate, sweep_of
 from reasoning_tasks import TASKS
 from slices import ROOT, Failed, Slice

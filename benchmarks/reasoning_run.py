@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import ARMS, dotted
+from quality import ARMS
+from quality_runs import dotted
 from reasoning_tasks import TASKS, Task
 from slices import ROOT
 from tqdm import tqdm

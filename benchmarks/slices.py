@@ -177,7 +177,13 @@ class Slice:
                     for job in pending() if not self.stopping else ():
                         if len(running) == self.jobs:
                             break
-                        if job in begun or not self._fits(expected := seconds(job) if self.minutes else 0.0):
+                        if job in begun:
+                            continue
+                        try:
+                            expected = seconds(job) if self.minutes else 0.0
+                        except Stopped:  # while it was measured
+                            break
+                        if not self._fits(expected):
                             continue
                         lock = self._lock(job.name)
                         if lock is None:

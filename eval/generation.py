@@ -47,19 +47,23 @@ from recurrent_db.judge import COMPARED_DOCUMENTS, Judge, Reading, check_apart, 
 from recurrent_db.loading import load_with_config
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.recurrence import DenoiseWalk
-from recurrent_db.text_metrics import DISTINCT_MARGIN, Measures, half_samples, has_mauve, measure, ranks
+from recurrent_db.text_metrics import (
+    COLUMNS,
+    DISTINCT_MARGIN,
+    Measures,
+    cells,
+    half_samples,
+    has_mauve,
+    heading,
+    measure,
+    rank,
+)
 from recurrent_db.tokenizer import Tokenizer
 
 FEATURES = {
     "mauve": "the judge's hidden state (after the final norm) of the last token of prompt and continuation",
     "mauve_mean": "the mean of the judge's hidden states over the continuation",
 }
-COLUMNS = {
-    "mauve": ("MAUVE", 3), "mauve_mean": ("MAUVE-mean", 3),
-    "generative_ppl": ("gen-PPL", 1), "bits_per_byte": ("bits/byte", 3), "distinct_1": ("dist-1", 3),
-    "distinct_2": ("dist-2", 3), "distinct_4": ("dist-4", 3), "repetition": ("rep-4", 3),
-}  # fmt: skip
-"""Measures in the order of the table, with their heading and digits."""
 
 Walk = dict[str, str]
 Row = dict[str, Any]
@@ -274,31 +278,15 @@ class Bench:
         return rows
 
 
-def rank(rows: list[Row]) -> None:
-    """Add ``ranked`` and ``rank`` to rows, the first of which is the anchor (and has none)."""
-
-    def column(name: str) -> list[float]:
-        return [float("nan") if row[name] is None else row[name] for row in rows]
-
-    distinct_2, perplexity = column("distinct_2"), column("generative_ppl")
-    for row, place in zip(rows, [None, *ranks(distinct_2[1:], perplexity[1:], distinct_2[0])], strict=True):
-        row["ranked"], row["rank"] = place is not None, place
-
-
 def table(rows: list[Row]) -> str:
-    """Rows for people; an interval is given as its half width."""
-    head = "".join(f"{title:>16}" for title, _ in COLUMNS.values())
-    lines = [f"{'row':<10}{'K':>4} {'decoding':<13}{'walk':<16}{'bytes':>6}{head}{'rank':>6}"]
+    """Rows for people."""
+    lines = [f"{'row':<10}{'K':>4} {'decoding':<13}{'walk':<16}{'bytes':>6}{heading()}{'rank':>6}"]
     for row in rows:
         walk = " ".join(filter(None, (row["bridge"], row["sampler"])))
         line = (
             f"{row['name']:<10}{row['k'] or '':>4} {row['decoding'] or '':<13}{walk:<16}{row['bytes_per_text']:>6.0f}"
         )
-        for name, (_, digits) in COLUMNS.items():
-            low, high = row["intervals"].get(name, (0, 0))
-            value = "-" if row[name] is None else f"{row[name]:.{digits}f}"
-            line += f"{value + (f' ±{(high - low) / 2:.{digits}f}' if high > low else ''):>16}"
-        lines.append(f"{line}{row['rank'] or '-':>6}")
+        lines.append(f"{line}{cells(row)}{row['rank'] or '-':>6}")
     return "\n".join(lines)
 
 
@@ -318,7 +306,7 @@ def main(args: Args) -> int:
     untrained = build_model(config.model, config.seed, model.embedding.weight.device).eval()
 
     rows = [bench.real_row(), *bench.generated_rows(model, untrained, tries, decodings), *bench.baseline_rows()]
-    rank(rows)
+    rank(rows[0], rows[1:])
     result = {
         "checkpoint": str(checkpoint), "objective": config.objective.name, "judge": str(judge.checkpoint),
         "judge_data": judge.kept.get("data"), "judge_tokenizer": judge.tokenizer.hash, "shared_documents": bench.shared,

@@ -216,15 +216,40 @@ def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequ
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Ranks
+# Rows of a table: a dict with each measure (or None) under its name, and its interval under "intervals"
+
+COLUMNS = {
+    "mauve": ("MAUVE", 3), "mauve_mean": ("MAUVE-mean", 3), "generative_ppl": ("gen-PPL", 1),
+    "bits_per_byte": ("bits/byte", 3), "distinct_1": ("dist-1", 3), "distinct_2": ("dist-2", 3), "distinct_4": ("dist-4", 3),
+    "repetition": ("rep-4", 3),
+}  # fmt: skip
+"""Measures in the order of a table, with heading and digits."""
 
 
-def ranks(distinct_2: Sequence[float], measure: Sequence[float], real: float) -> list[int | None]:
-    """Ranks from 1 by ``measure``, the lowest first, of the rows whose ``distinct_2`` is within `DISTINCT_MARGIN` of
-    real text's; None for the others, and for rows without a measure. Equal measures share a rank."""
-    near = [abs(value - real) <= DISTINCT_MARGIN + 1e-12 for value in distinct_2]
-    ranked = [value for value, ok in zip(measure, near, strict=True) if ok and np.isfinite(value)]
-    return [
-        1 + sum(other < value for other in ranked) if ok and np.isfinite(value) else None
-        for value, ok in zip(measure, near, strict=True)
-    ]
+def rank(real: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``ranked`` and ``rank`` to rows: from 1 by generative perplexity, the lowest first, for those whose distinct-2
+    is within `DISTINCT_MARGIN` of real text's; the others, and ``real`` itself, have none. Equals share a rank."""
+
+    def near(row: dict[str, Any]) -> bool:
+        known = None not in (row["distinct_2"], real["distinct_2"], row["generative_ppl"])
+        return known and abs(row["distinct_2"] - real["distinct_2"]) <= DISTINCT_MARGIN + 1e-12
+
+    perplexities = [row["generative_ppl"] for row in rows if near(row)]
+    for row in (real, *rows):
+        row["ranked"] = row is not real and near(row)
+        row["rank"] = 1 + sum(other < row["generative_ppl"] for other in perplexities) if row["ranked"] else None
+
+
+def heading() -> str:
+    """Headings of the measures."""
+    return "".join(f"{title:>15}" for title, _ in COLUMNS.values())
+
+
+def cells(row: dict[str, Any]) -> str:
+    """A row's measures under `heading`, each with half of its interval's width."""
+    line = ""
+    for name, (_, digits) in COLUMNS.items():
+        value = "-" if row[name] is None else f"{row[name]:.{digits}f}"
+        low, high = row["intervals"].get(name, (0.0, 0.0))
+        line += f"{value + (f' ±{(high - low) / 2:.{digits}f}' if high > low else ''):>15}"
+    return line

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from recurrent_db.judge import Reading
 from recurrent_db.text_metrics import (
+    COLUMNS,
+    cells,
     distinct,
     half_samples,
     has_mauve,
+    heading,
     interval,
     mauve_score,
     measure,
-    ranks,
+    rank,
     repetition,
 )
 
@@ -92,10 +95,23 @@ def test_no_resamples_no_interval() -> None:
 
 
 def test_ranks() -> None:
-    distinct_2 = [0.80, 0.771, 0.829, 0.76, 0.85, 0.79, 0.8]
-    measures = [30.0, 20.0, 25.0, 1.0, 2.0, 20.0, math.nan]
-    assert ranks(distinct_2, measures, real=0.80) == [4, 1, 3, None, None, 1, None]
-    assert ranks([0.5], [1.0], real=math.nan) == [None]
+    distinct_2 = [0.80, 0.771, 0.829, 0.76, 0.85, 0.79, 0.8, None]
+    perplexity = [30.0, 20.0, 25.0, 1.0, 2.0, 20.0, None, 3.0]
+    rows = [{"distinct_2": d, "generative_ppl": p} for d, p in zip(distinct_2, perplexity, strict=True)]
+    real = {"distinct_2": 0.80, "generative_ppl": 10.0}
+    rank(real, rows)
+    assert [row["rank"] for row in rows] == [4, 1, 3, None, None, 1, None, None]
+    assert [row["ranked"] for row in rows] == [row["rank"] is not None for row in rows]
+    assert real["ranked"] is False and real["rank"] is None
+    rank({"distinct_2": None, "generative_ppl": None}, rows)
+    assert not any(row["ranked"] for row in rows)
+
+
+def test_cells_stand_under_their_headings() -> None:
+    row = {**dict.fromkeys(COLUMNS, 0.5), "mauve": None, "intervals": {"distinct_2": [0.4, 0.62]}}
+    line = cells(row)
+    assert len(line) == len(heading())
+    assert line.split() == ["-", "0.500", "0.5", "0.500", "0.500", "0.500", "±0.110", "0.500", "0.500"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
