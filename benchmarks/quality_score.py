@@ -28,11 +28,13 @@ from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.flops import inference_cost
+from recurrent_db.generate import stream
 from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.loading import load_with_config
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence import DenoiseWalk, NoiseSource
+from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.sampling import Sampling
 
 TEXT_MOST_K = 8
 """Samples are drawn at the K of the lowest NLL, but at most this one: sampling costs K passes for each token."""
@@ -83,23 +85,12 @@ def nll_by_sequence(model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int]
     return result
 
 
-@torch.no_grad()
 def continue_prompts(model: LoopedLM, prompts_PT: Tensor, k: int, new_tokens: int, temperature: float) -> Tensor:
-    """Sampled continuations, int64 (P, new_tokens), of prompts of one length, which with them fit the model's window."""
-    device, rng = model.embedding.weight.device, Rng(0, EVALUATION_STEP)
-    ids_PT, requests = prompts_PT.to(device), torch.arange(len(prompts_PT))
-    for _ in range(new_tokens):
-        noise = NoiseSource(rng, requests, model.config.max_seq_len)
-        [(_, hidden_PTD)] = model.recurrence.hidden(model, ids_PT, model.encode(ids_PT), [k], noise)
-        logits_PV = model.logits(hidden_PTD[:, -1]).double()
-        u_P1 = rng.uniform(requests, (1,), f"token/{ids_PT.shape[1]}").to(device)
-        if temperature == 0:
-            next_P1 = logits_PV.argmax(-1, keepdim=True)
-        else:
-            cumulative_PV = (logits_PV / temperature).softmax(-1).cumsum(-1)
-            next_P1 = torch.searchsorted(cumulative_PV, u_P1, right=True).clamp(max=logits_PV.shape[-1] - 1)
-        ids_PT = torch.cat((ids_PT, next_P1), dim=1)
-    return ids_PT[:, prompts_PT.shape[1] :].cpu()
+    """Sampled continuations, int64 (P, new_tokens), of prompts of one length."""
+    texts: list[list[int]] = [[] for _ in prompts_PT]
+    for row, token in stream(model, prompts_PT.tolist(), k, new_tokens, Sampling(temperature)):
+        texts[row].append(token)
+    return torch.tensor(texts)
 
 
 def distinct_2(texts: Iterable[Sequence[int]]) -> float:

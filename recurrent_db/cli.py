@@ -16,7 +16,7 @@ from recurrent_db import report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, total
+from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_token, inference_cost, total
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim import update_flops
@@ -57,12 +57,6 @@ def training_passes(config: Config) -> dict[str, Passes]:
     }
 
 
-def cache_bytes_per_token(config: Config, k: int, size: int) -> int:
-    """Keys and values of one token: prelude and coda once, the core's for each of K iterations (nothing shared)."""
-    model = config.model
-    return 2 * model.d_model * size * (model.n_prelude + model.n_core * k + model.n_coda)
-
-
 def _kinds(cost: Cost) -> dict[str, float]:
     """FLOPs by kind, and the two other ways to look at them."""
     names = ("forward", "backward", "backward_input", "backward_weight", "recomputed", "attention", "causal")
@@ -86,10 +80,12 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     per_token = {name: total(costs).total for name, costs in parts.items()}
 
     inference: dict[str, dict[str, float]] = {}
+    cache: dict[str, dict[str, int]] = {}
     for name in ("unrolled", "denoise"):
         config.objective.name = "denoise" if name == "denoise" else "unrolled"
         recurrence = build_objective(config).recurrence
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
+        cache[name] = {str(k): cache_size * cache_numbers_per_token(config.model, recurrence.passes(k)) for k in KS}
     config.model.noise_conditioning = True
     depth = config.objective.unrolled.mean_depth
     model = build_model(config.model, None, "meta")
@@ -110,7 +106,8 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
             "flops_truncated": per_token["unrolled_truncated"] / per_token["denoise"] / epochs_ratio,
         },
         "inference_flops_per_token": inference,
-        "cache_bytes_per_token": {str(k): cache_bytes_per_token(config, k, cache_size) for k in KS},
+        "cache_bytes_per_token": cache["unrolled"],
+        "cache_bytes_per_token_denoise": cache["denoise"],
     }
 
 
@@ -167,14 +164,13 @@ def flops(args: FlopsArgs) -> int:
         f"Per token, before the extra epochs: {depth} iterations; {ratio['unrolled_full']:.1f} (full) and"
         f" {ratio['unrolled_truncated']:.1f} (truncated) in FLOPs."
     )
-    print(
-        "\nper generated token at T tokens of context, with a key-value cache (`generate` keeps none yet: it runs the"
-    )
-    print("whole window again for each token)")
+    print("\nper generated token at T tokens of context, from a key-value cache as `generate` keeps")
     print(f"{'':<28}" + "".join(f"{f'K={k}':>12}" for k in KS))
     for name, by_k in table["inference_flops_per_token"].items():
         print(f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values()))
-    print(f"{'cache bytes':<28}" + "".join(f"{value:>12,}" for value in table["cache_bytes_per_token"].values()))
+    for name, suffix in (("unrolled", ""), ("denoise", "_denoise")):
+        sizes = table[f"cache_bytes_per_token{suffix}"].values()
+        print(f"{'cache bytes, ' + name:<28}" + "".join(f"{value:>12,}" for value in sizes))
     counts = table["parameters"]
     print(f"\nparameters: {counts['total']:,}, and {counts['noise_conditioning']:,} for noise conditioning")
     return 0

@@ -184,3 +184,12 @@ def step_cost(config: Config, passes: Passes) -> Cost:
 def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
     """Forward FLOPs per token of scoring sequences of ``length`` tokens."""
     return total(cost_per_token(model, length, passes)).forward
+
+
+def cache_numbers_per_token(model: ModelConfig, passes: Passes) -> int:
+    """What a key-value cache (`cache.Cache`) keeps of a token, in numbers: a key and a value for each layer and visit of
+    the streams that later positions see, and the prelude's output for known neighbours."""
+    core = passes.clean_no_grad or passes.core_no_grad  # known neighbours' passes are as many as the core's
+    coda = passes.known_no_grad or passes.readouts_no_grad
+    layers = model.n_prelude + model.n_core * core + model.n_coda * coda
+    return model.d_model * (2 * layers + (passes.known_no_grad > 0))

@@ -59,7 +59,7 @@ class Decoder:
         if not all(prompts):
             raise UserError("a prompt needs at least one token")
         self.model, self.k, self.rng, self.requests = model, k, rng, list(requests)
-        self.window = model.config.max_seq_len
+        self.window, self._recurrence = model.config.max_seq_len, model.recurrence.ready(model)
         self.ids = [list(prompt) for prompt in prompts]
         self.alive = list(range(len(prompts)))
         """Rows that are not at their end."""
@@ -69,7 +69,9 @@ class Decoder:
         """Which row each of the cache's is."""
         self._firsts = [max(0, len(prompt) - self.window) for prompt in prompts]
         """Where each row's context starts."""
+        self._noise: dict[tuple[object, ...], tuple[int, Tensor]] = {}
 
+    @torch.inference_mode()
     def logits(self) -> Tensor:
         """Logits of the next token of each row that is alive, in the order of `alive`, (rows, V). To be called again when
         each of them has got that token."""
@@ -77,33 +79,36 @@ class Decoder:
         grown = [row for row in self.alive if len(self.ids[row]) - self._firsts[row] > self.window]
         for row in grown:
             self._firsts[row] += max(1, self.window // 2)
-        if self.cache is not None and not grown:
+        if self.cache is None or grown:
+            tokens = self._begin()
+        else:
             full, half = self.cache.length == self.cache.capacity, 2 * len(self.alive) <= len(self._rows)
             if len(self.alive) < len(self._rows) and (full or half):
                 self.cache = self.cache.take([self._rows.index(row) for row in self.alive])
-                self._rows = list(self.alive)
+                self._rows, self._noise = list(self.alive), {}
             tokens = [[self.ids[row][-1]] for row in self._rows]
-        else:
-            self._rows = list(self.alive)
-            contexts = [self.ids[row][self._firsts[row] :] for row in self._rows]
-            longest = max(map(len, contexts))
-            capacity = min(self.window, longest + self._room)
-            padding = [longest - len(context) for context in contexts]
-            self.cache = Cache(self.model, len(self._rows), capacity, padding)
-            tokens = [[0] * pad + context for pad, context in zip(padding, contexts, strict=True)]
+        assert self.cache is not None
         logits = self._run(self.cache, torch.tensor(tokens, device=self.model.embedding.weight.device))
         return logits if self._rows == self.alive else logits[[self._rows.index(row) for row in self.alive]]
+
+    def _begin(self) -> list[list[int]]:
+        """An empty cache for the contexts of the rows that are alive, and these, padded."""
+        self._rows, self._noise = list(self.alive), {}
+        contexts = [self.ids[row][self._firsts[row] :] for row in self._rows]
+        longest = max(map(len, contexts))
+        padding = [longest - len(context) for context in contexts]
+        self.cache = Cache(self.model, len(self._rows), min(self.window, longest + self._room), padding)
+        return [[0] * pad + context for pad, context in zip(padding, contexts, strict=True)]
 
     def _run(self, cache: Cache, tokens_BT: Tensor) -> Tensor:
         """Logits after the last of the tokens that follow the cache's, (B, V)."""
         requests = torch.tensor([self.requests[row] for row in self._rows])
         most = max(1, _LOGITS_AT_ONCE // (len(tokens_BT) * self.model.config.vocab_size))
         for part_BT in tokens_BT.split(most, dim=1):
-            noise = NoiseSource(self.rng, requests, self.window, offset=self._offsets(cache))
+            noise = NoiseSource(self.rng, requests, self.window, offset=self._offsets(cache), kept=self._noise)
             visible = cache.grow(part_BT.shape[1])
             e_BTD = self.model.encode(part_BT, visible)
-            recurrence = self.model.recurrence
-            [(_, hidden_BTD)] = recurrence.hidden(self.model, part_BT, e_BTD, [self.k], noise, visible=visible)
+            [(_, hidden_BTD)] = self._recurrence.hidden(self.model, part_BT, e_BTD, [self.k], noise, visible=visible)
         return self.model.logits(hidden_BTD[:, -1])
 
     def _offsets(self, cache: Cache) -> int | tuple[int, ...]:
@@ -118,7 +123,6 @@ def _never(row: int, token: int) -> bool:
     return False
 
 
-@torch.no_grad()
 def stream(
     model: LoopedLM,
     prompts: Sequence[Sequence[int]],

@@ -49,6 +49,8 @@ class NoiseSource:
     page: int
     draw: int = 0
     offset: int | tuple[int, ...] = 0
+    kept: dict[tuple[object, ...], tuple[int, Tensor]] | None = None
+    """The last page of each stream, where one position after another is asked for."""
 
     def back(self, positions: int) -> NoiseSource:
         """The same from so many positions earlier on."""
@@ -69,16 +71,24 @@ class NoiseSource:
             rest = replace(self, offset=0)._pages(length + self.offset, width, stream, device, normal)
             return torch.cat((padding, rest), dim=1)
         first, last = self.offset // self.page, (self.offset + length - 1) // self.page
-        pages = []
-        for page in range(first, last + 1):
-            name, shape = f"{stream}/draw{self.draw}/page{page}", (self.page, width)
-            pages.append(
-                self.rng.normal(self.requests, shape, name, device)
-                if normal
-                else self.rng.uniform(self.requests, shape, name, device, torch.float32)
-            )
+        found = [self._page(page, width, stream, device, normal) for page in range(first, last + 1)]
         start = self.offset - first * self.page
-        return torch.cat(pages, dim=1)[:, start : start + length]
+        pages_BPD = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return pages_BPD[:, start : start + length]
+
+    def _page(self, page: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
+        """(B, page, width)."""
+        place = (stream, self.draw, *self.requests.tolist())
+        if self.kept is not None and place in self.kept and self.kept[place][0] == page:
+            return self.kept[place][1]
+        name, shape = f"{stream}/draw{self.draw}/page{page}", (self.page, width)
+        if normal:
+            rows = self.rng.normal(self.requests, shape, name, device)
+        else:
+            rows = self.rng.uniform(self.requests, shape, name, device, torch.float32)
+        if self.kept is not None:
+            self.kept[place] = page, rows
+        return rows
 
     def normal(self, length: int, width: int, stream: str, device: torch.device) -> Tensor:
         """fp32 standard normals (B, length, width)."""
@@ -122,6 +132,11 @@ class Recurrence(Protocol):
         """Yield (K, hidden_BTD) for each K of ``ks`` in rising order; ``model.logits(hidden)`` predicts the next token.
         ``e`` is the prelude's output for ``tokens``, and ``visible`` what it was made with (plain causal by default; from
         `Cache.grow` where the tokens follow others)."""
+        ...
+
+    def ready(self, model: LoopedLM) -> Recurrence:
+        """The same, with what depends on the model's weights alone made once: for many calls, while they stay as they
+        are."""
         ...
 
     def passes(self, k: int) -> Passes:
@@ -172,6 +187,9 @@ class PlainRecurrence:
             done = k
             yield k, model.decode(state, visible=visible)
 
+    def ready(self, model: LoopedLM) -> PlainRecurrence:
+        return self
+
     def passes(self, k: int) -> Passes:
         return Passes(core_no_grad=k, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
 
@@ -194,10 +212,16 @@ class DenoiseWalk:
     precond: Precond
     config: DenoiseConfig
     stochastic: bool = True
+    targets_VD: Tensor | None = None
+    """Clean targets of a model that this is `ready` for."""
 
     def targets(self, model: LoopedLM) -> Tensor:
         """Clean targets of all tokens, fp32 or wider (V, D)."""
-        return normalised(model.target_rows(), self.config.target_norm)
+        return normalised(model.target_rows(), self.config.target_norm) if self.targets_VD is None else self.targets_VD
+
+    @torch.no_grad()
+    def ready(self, model: LoopedLM) -> DenoiseWalk:
+        return replace(self, targets_VD=self.targets(model) if self.config.bridge == "soft" else None)
 
     def clean_contexts(self, model: LoopedLM, e_BTD: Tensor, visible: Visible | None = None) -> list[Context] | None:
         """The clean stream of two-stream conditioning: one unconditioned pass over e from a silent state, whose keys
@@ -230,14 +254,18 @@ class DenoiseWalk:
         """Hidden vectors (B, T, D) that an estimate reads out to."""
         return model.decode((estimate_BTD / self.precond.sd).to(dtype), beside, visible)
 
-    def _bridge(self, logits_BTV: Tensor, rows_VD: Tensor, u_BT1: Tensor | None) -> Tensor:
-        if self.config.bridge == "hard":
-            return rows_VD[logits_BTV.argmax(-1)]
-        probabilities = logits_BTV.to(wide(logits_BTV.dtype)).softmax(-1)
-        if u_BT1 is None:
-            return probabilities @ rows_VD
-        picks = (probabilities.cumsum(-1) < u_BT1).sum(-1).clamp(max=len(rows_VD) - 1)
-        return rows_VD[picks]
+    def _bridge(self, model: LoopedLM, logits_BTV: Tensor, targets_VD: Tensor | None, u_BT1: Tensor | None) -> Tensor:
+        """The estimate of y that a read-out stands for, (B, T, D): soft where there are ``targets``, sampled where there is
+        ``u``, hard where there is neither."""
+        if targets_VD is None and u_BT1 is None:
+            picks_BT = logits_BTV.argmax(-1)
+        else:
+            probabilities_BTV = logits_BTV.to(wide(logits_BTV.dtype)).softmax(-1)
+            if targets_VD is not None:
+                return probabilities_BTV @ targets_VD
+            assert u_BT1 is not None
+            picks_BT = (probabilities_BTV.cumsum(-1) < u_BT1).sum(-1).clamp(max=logits_BTV.shape[-1] - 1)
+        return normalised(model.target_rows()[picks_BT], self.config.target_norm)
 
     def _known(
         self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, noise: NoiseSource, visible: Visible
@@ -272,7 +300,8 @@ class DenoiseWalk:
         length, width = e_BTD.shape[1:]
         here = visible or model.visible(length)
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
-        rows_VD = self.targets(model)
+        soft = self.config.bridge == "soft" and max(ks, default=1) > 1
+        targets_VD = self.targets(model) if soft else None
         clean = self.clean_contexts(model, e_BTD, here)
         sampler, bridge, known = self.config.sampler, self.config.bridge, self.config.neighbours == "known"
         lagging, lagging_e_BTD = here.once_more(e_BTD) if known else (here, e_BTD)
@@ -298,7 +327,7 @@ class DenoiseWalk:
                     return estimate
                 logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda, here))
                 u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if bridge == "sample" else None
-                return self._bridge(logits, rows_VD, u)
+                return self._bridge(model, logits, targets_VD, u)
 
             for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
                 eps = noise.normal(length, width, f"step/{index}", z.device) if sampler in STOCHASTIC else None

@@ -11,13 +11,15 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, OBJECTIVES, load_script, micro_config, micro_model, synthetic_data
+from helpers import MICRO, OBJECTIVES, ROOT, load_script, micro_config, micro_model, synthetic_data
 
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
 from recurrent_db.denoise.noise import GRIDS
-from recurrent_db.flops import total
+from recurrent_db.flops import cache_numbers_per_token, cost_per_token, total
+from recurrent_db.model import build_model
 from recurrent_db.model.looped import STATE_STD
+from recurrent_db.objectives import build_objective
 from recurrent_db.recurrence import DenoiseWalk, NoiseSource, truncated_normal
 from recurrent_db.report.cost import memory_by_holder, training_cost
 from recurrent_db.report.data import read_run
@@ -238,3 +240,38 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
     assert min(flops) >= 2e10
     again = script("benchmarks/demo.py", "--out", tmp_path)
     assert again.returncode == 2  # a folder that is no demo is left alone
+
+
+def test_decode(script_here: Run, tmp_path: Path) -> None:
+    """Decoding is measured beside products that are, to the FLOP, what the count says of weights."""
+    words = [
+        "--config",
+        ROOT / "train/configs/tiny.toml",
+        "--vocab-size",
+        "64",
+        "--k",
+        "3",
+        "--tokens",
+        "32",
+        "--rows",
+        "2",
+    ]
+    result = script_here("benchmarks/decode.py", *words, "--json", tmp_path / "decode.json")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("denoise")
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [row["objective"] for row in rows] == ["unrolled", "denoise"]
+    script = load_script("benchmarks/decode.py")
+    for row in rows:
+        assert row["speedup"] == pytest.approx(row["seconds_recomputing"] / row["seconds"])
+        assert row["over_needed"] == pytest.approx(row["seconds"] / row["seconds_needed"])
+        config = load_config(ROOT / "train/configs/tiny.toml", ["--objective.name", row["objective"]])
+        config.model.vocab_size = 64
+        model = build_model(config.model, 0)
+        model.recurrence = build_objective(config).recurrence
+        cost = total(cost_per_token(config.model, 1, model.recurrence.passes(3)))
+        assert script.products(model, 3)[1] == cost.matmul
+        assert row["cache_bytes_per_token"] == 4 * cache_numbers_per_token(config.model, model.recurrence.passes(3))
+    result = script_here("benchmarks/decode.py", *words[:4], "--tokens", "200")
+    assert result.returncode == 2
+    assert "above the model's window of 128" in result.stderr

@@ -10,6 +10,8 @@ from helpers import micro_config, micro_model
 from torch import Tensor
 
 from recurrent_db.cache import Cache
+from recurrent_db.cli import flops_table
+from recurrent_db.flops import cache_numbers_per_token
 from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -195,13 +197,20 @@ def test_bytes(options: list[str], k: int) -> None:
     model, rows, capacity = built(options, torch.float32), 2, 10
     cache = Cache(model, rows, capacity)
     cached(model, cache, text(2, 4), [k])
-    config, passes = model.config, model.recurrence.passes(k)
-    core = passes.clean_no_grad if passes.clean_no_grad else passes.core_no_grad
-    coda = passes.known_no_grad if passes.known_no_grad else passes.readouts_no_grad
-    layers = config.n_prelude + config.n_core * core + config.n_coda * coda
-    known = int(passes.known_no_grad > 0)
-    assert len(cache.slots) == layers
-    assert cache.bytes == rows * capacity * config.d_model * 4 * (2 * layers + known)
+    passes = model.recurrence.passes(k)
+    assert cache.bytes == rows * capacity * 4 * cache_numbers_per_token(model.config, passes)
+
+
+def test_the_printed_bytes_are_a_caches() -> None:
+    """`recurrent-db flops` against a cache of that model."""
+    for name, key in (("unrolled", ""), ("denoise", "_denoise")):
+        config = micro_config("--objective.name", name)
+        model = micro_model(config)[0].bfloat16()
+        table = flops_table(config, 3.0, 2)["cache_bytes_per_token" + key]
+        for k in (1, 4):
+            cache = Cache(model, 1, 5)
+            cached(model, cache, text(1, 5), [k], [0])
+            assert cache.bytes == 5 * table[str(k)]
 
 
 def test_slots_are_named_by_layer_and_visit() -> None:

@@ -211,6 +211,13 @@ def test_sixteen_together_draw_what_each_draws_alone(
         assert [token for _, token in alone] == together[row], row
 
 
+def test_a_model_can_be_trained_after_it_has_generated() -> None:
+    model = small(["denoise"])
+    assert len(list(generate_tokens(model, [1, 2], 2, 3))) == 3
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert model.embedding.weight.grad is not None
+
+
 def test_texts_together_are_the_texts_alone(tokenizer: Tokenizer) -> None:
     model = fresh("unrolled", tokenizer)
     prompts = ["import os", "", "x = [", "def f(a, b):\n    return"]

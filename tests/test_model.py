@@ -271,6 +271,21 @@ def test_queries_keys_and_values_and_their_backward(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(a, b)
 
 
+def test_the_forward_without_gradients_is_the_same() -> None:
+    """Written-out kernels skip what they keep for the backward; no number changes."""
+    for conditioned in (False, True):
+        model = perturbed(dataclasses.replace(SMALL, noise_conditioning=conditioned)).float()
+        tokens, level = torch.arange(12).view(1, 12), torch.full((1, 1), 0.3) if conditioned else None
+        results = []
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                e_BTD = model.encode(tokens)
+                results.append(model.decode(model.iterate(e_BTD, e_BTD, 2, level)))
+        assert results[0].requires_grad
+        assert not results[1].requires_grad
+        assert torch.equal(*results)
+
+
 def test_scaled_rms_of_silence_and_of_large_numbers() -> None:
     weight = torch.ones(8)
     zero = torch.zeros(1, 8, requires_grad=True)

@@ -49,6 +49,21 @@ def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
     return F.embedding(ids, table_VD, sparse=sparse)
 
 
+class _Forgetful:
+    """What a `torch.autograd.Function` keeps its tensors in, where nobody will ask for them."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """The function, whose backward is written out; where no gradient is wanted its forward alone, at a third less cost
+    for a single position."""
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Forgetful(), *arguments)
+
+
 class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 
@@ -60,7 +75,7 @@ class _ScaledRMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        rstd = norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = x * rstd
         ctx.save_for_backward(unit, weight, rstd)
         ctx.shift_shape = None if shift is None else shift.shape
@@ -87,7 +102,7 @@ def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> T
     On the CPU, and where nothing fuses it, by `_ScaledRMS`; in compiled code and on CUDA from PyTorch's own norm.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return cast(Tensor, _ScaledRMS.apply(x, weight, shift, eps))
+        return cast(Tensor, _applied(_ScaledRMS, x, weight, shift, eps))
     if weight.ndim == 1 and shift is None:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     unit = F.rms_norm(x, (x.shape[-1],), None, eps)
@@ -107,6 +122,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         dtype = wide(x.dtype)
+        if x.dtype == self.weight.dtype == dtype and scale is None and shift is None:
+            return scaled_rms(x, self.weight, None, self.eps)
         weight = self.weight.to(dtype)
         if scale is not None:
             weight = torch.addcmul(weight, weight, scale.to(dtype))
@@ -205,7 +222,7 @@ class Attention(nn.Module):
             and qkv_BTD3.dtype == wide(qkv_BTD3.dtype)
             and not torch.compiler.is_compiling()
         ):
-            q_BTHE, k_BTHE, v_BTHE = _RotatedQKV.apply(qkv_BTD3, self.qk_bias, torch.complex(*rope))
+            q_BTHE, k_BTHE, v_BTHE = _applied(_RotatedQKV, qkv_BTD3, self.qk_bias, torch.complex(*rope))
         else:
             q_BTHE, k_BTHE, v_BTHE = qkv_BTD3.unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
             q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
@@ -265,7 +282,7 @@ class GatedMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         both_BTM = self.fc(x_BTD)
         if both_BTM.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self.proj(_SwiGLU.apply(both_BTM))
+            return self.proj(_applied(_SwiGLU, both_BTM))
         gate_BTM, up_BTM = both_BTM.chunk(2, dim=-1)
         return self.proj(F.silu(gate_BTM) * up_BTM)
 

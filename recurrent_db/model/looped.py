@@ -189,7 +189,8 @@ class LoopedLM(nn.Module):
         if place not in self._ropes or len(self._ropes[place][0]) < length:
             head_size = self.config.d_model // self.config.n_heads
             longest = max(length, self.config.max_seq_len)
-            self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
+            with torch.inference_mode(False):  # training may need what generation made
+                self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
         cos, sin = self._ropes[place]
         return cos[:length], sin[:length]
 
