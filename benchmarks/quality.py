@@ -236,9 +236,16 @@ class Quality:
             "arm": run.arm, "seed": run.seed, "learning_rate": run.rate, "budget_flops": run.budget, "limit": run.limit,
             "words": ARMS[run.arm], "corpus": self.corpus, "scoring": self.scoring(), "identity": self.identity(run),
         }  # fmt: skip
+        score = self.work / f"{run.name}.score.json"
         try:
             if not complete(directory, run.budget):
                 self.slice.call(log, lock, "train/pretrain.py", *words, "--resume")
+            trained = time.monotonic()
+            self.slice.call(
+                log, lock, "benchmarks/quality_score.py", directory, "--data", self.data, "--json", score,
+                "--k", self.args.k, "--tokens", self.score_tokens, "--draws", self.args.draws,
+                "--threads", self.args.threads, "--device", self.args.device,
+            )  # fmt: skip
         except Failed as error:
             if "not finite" not in str(error):
                 raise
@@ -251,13 +258,6 @@ class Quality:
             }
             write_atomic(self.folder / name, json.dumps({**head, **spent, "failed": str(error)}))
             return
-        trained = time.monotonic()
-        score = self.work / f"{run.name}.score.json"
-        self.slice.call(
-            log, lock, "benchmarks/quality_score.py", directory, "--data", self.data, "--json", score, "--k", self.args.k,
-            "--tokens", self.score_tokens, "--draws", self.args.draws, "--threads", self.args.threads,
-            "--device", self.args.device,
-        )  # fmt: skip
         if before < run.budget:
             self.slice.measured(run.arm, run.budget - before, trained - started)
         self.slice.measured(f"{run.arm}/score", 1, time.monotonic() - trained)

@@ -128,7 +128,8 @@ def reach(
 
     ``annealed``: complete runs at several budgets, the mean over seeds interpolated in log FLOPs between the last that
     misses the level and the first that makes it; ``at_most`` where already the smallest budget makes it. ``constant``:
-    evaluations at the peak rate along the largest run of the first seed. None where the level is not reached.
+    evaluations at the peak rate along the largest run of the first seed, moved by what the evaluation at its end differs
+    from the final score, since they read fewer held-out tokens. None where the level is not reached.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -150,7 +151,13 @@ def reach(
         if entries:
             largest = max(budget for budget in budgets if best_rate(results, arm, budget) is not None)
             runs = by_rate(results, arm, largest)[best_rate(results, arm, largest) or 0.0]
-            constant = reached_at_constant_rate(evaluations(runs[min(runs)]), nll)
+            first = runs[min(runs)]
+            points_along = evaluations(first)
+            ends = [point for point in points_along if point.phase == "end"]
+            shift = (
+                ends[0].best_nll - min(first["nll_by_k"].get(str(k), math.inf) for k in ends[0].nll) if ends else 0.0
+            )
+            constant = reached_at_constant_rate(points_along, nll + (shift if math.isfinite(shift) else 0.0))
         found[arm] = {
             "annealed": annealed, "at_most": at_most, "constant": constant.flops if constant else None,
             "constant_at_most": constant.at_most if constant else False,
