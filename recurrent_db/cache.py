@@ -87,25 +87,27 @@ class Cache:
         self.length = length
 
     def take(self, rows: Sequence[int], capacity: int | None = None) -> Cache:
-        """A new cache whose rows are copies of these, in this order; a row may be taken any number of times."""
-        padding = None if self.padding is None else [self.padding[row] for row in rows]
-        other = Cache(self.model, len(rows), self.capacity if capacity is None else capacity, padding)
-        if self.length > other.capacity:
-            raise ValueError(f"{self.length} positions do not fit into a capacity of {other.capacity}")
-        other.length = self.length
-        for name, (k_BHSE, v_BHSE) in self.slots.items():
-            other.slots[name] = other._copied(k_BHSE, rows, 2), other._copied(v_BHSE, rows, 2)
-        if self.e_BSD is not None:
-            other.e_BSD = other._copied(self.e_BSD, rows, 1)
-        return other
+        """A new cache whose rows are copies of these, in this order, without the padding that all of them have; a row may
+        be taken any number of times."""
+        padding = [0] * len(rows) if self.padding is None else [self.padding[row] for row in rows]
+        shared = min(padding, default=0)
+        capacity = self.capacity if capacity is None else capacity
+        other = Cache(self.model, len(rows), capacity, [pad - shared for pad in padding])
+        other.length = self.length - shared
+        if other.length > capacity:
+            raise ValueError(f"{other.length} positions do not fit into a capacity of {capacity}")
 
-    def _copied(self, kept: Tensor, rows: Sequence[int], axis: int) -> Tensor:
-        shape = [len(rows), *kept.shape[1:]]
-        shape[axis] = self.capacity
-        copy = kept.new_empty(shape)
-        filled = kept.narrow(axis, 0, self.length)
-        copy.narrow(axis, 0, self.length).copy_(filled[torch.as_tensor(rows, device=kept.device)])
-        return copy
+        def copied(kept: Tensor, axis: int) -> Tensor:
+            shape = [len(rows), *kept.shape[1:]]
+            shape[axis] = capacity
+            copy = kept.new_empty(shape)
+            filled = kept.narrow(axis, shared, other.length)
+            copy.narrow(axis, 0, other.length).copy_(filled[torch.as_tensor(rows, device=kept.device)])
+            return copy
+
+        other.slots = {name: (copied(k, 2), copied(v, 2)) for name, (k, v) in self.slots.items()}
+        other.e_BSD = None if self.e_BSD is None else copied(self.e_BSD, 1)
+        return other
 
     def slot(self, name: SlotName, like_BHTE: Tensor) -> KeysValues:
         """Keys and values by name, (B, H, capacity, E) each, made where there are none."""

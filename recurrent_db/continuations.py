@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from recurrent_db.data import TokenData, document, permute
 from recurrent_db.errors import UserError
-from recurrent_db.generate import generate_tokens
+from recurrent_db.generate import complete
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import DenoiseWalk, Recurrence
 from recurrent_db.rng import key
+from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
 
 
@@ -125,17 +126,12 @@ def continue_prompts(
     """
     if decoding.temperature == 0 and not model.recurrence.stochastic:
         each = 1
-    sets: list[list[list[int]]] = []
+    sampling = Sampling(decoding.temperature, top_p=decoding.top_p)
+    sets = []
     for draw in range(each):
-        texts = []
-        for number, ids in enumerate(prompts):
-            new = generate_tokens(
-                model, ids, k, tokens, decoding.temperature, 0, decoding.top_p, seed, number * each + draw,
-                tokenizer.eos_id,
-            )  # fmt: skip
-            texts.append(list(new))
-            progress(1)
-        sets.append(texts)
+        requests = [number * each + draw for number in range(len(prompts))]
+        texts = complete(model, tokenizer, prompts, k, tokens, sampling, seed, requests, progress=progress)
+        sets.append([text.ids for text in texts])
     return sets
 
 

@@ -1,43 +1,160 @@
-"""Sampling text: a prompt, K iterations for each token.
+"""Generating text: prompts are read once, then each token is run once, for K iterations, with what came before in a cache.
 
-Every new token recomputes the window of the last ``max_seq_len`` tokens. Inference goes through the same `recurrence` as
-scoring, so the distribution that is sampled is the one that is scored (with one noise draw).
+- `Decoder`: the engine. Rows of tokens, and the logits of the token after each.
+- `stream`: tokens of many prompts as they are drawn; `generate_tokens`: of one.
+- `generate`, `generate_texts`: from text to text.
+
+Inference goes through the same `recurrence` as scoring, so the distribution that is sampled is the one that is scored (with
+one noise draw). Draws, of noise and of tokens, are a function of (seed, request, position), so what a prompt is batched
+with changes its text by no more than rounding can.
+
+The window. A context holds at most the model's ``max_seq_len`` tokens. Of a longer prompt its last so many are read. Where a
+text grows out of the window, the older half of the context is forgotten and the rest read anew, so a context always holds
+what it would if the text had started there: from half a window (and one token) to a whole one.
+
+Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from recurrent_db.cache import Cache
 from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
 
+_LOGITS_AT_ONCE = 1 << 26
+"""Positions times vocabulary that a prompt is read by, since a walk's bridges read out at each: 256 MiB in fp32."""
 
-def filter_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Probabilities to sample from, fp64 (V,), summing to one.
+ROWS_AT_ONCE = 16
+"""Texts that `generate_texts` and others run together."""
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 keeps all; ``top_p`` keeps the fewest most likely tokens whose mass reaches
-    it, always at least one.
+
+class Decoder:
+    """Rows of tokens that grow at the end, and the cache of their contexts.
+
+    Args:
+        prompts: token ids, one or more a row.
+        k: core iterations.
+        max_new_tokens: the most tokens that will be added to a row.
+        rng, requests: key the noise.
     """
-    logits_V = logits_V.double()
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits_V.argmax(), len(logits_V)).double()
-    probabilities = (logits_V / temperature).softmax(-1)
-    ordered, order = probabilities.sort(descending=True, stable=True)
-    drop = ordered.cumsum(-1) - ordered > top_p - 1e-12  # a mass that reaches top_p but for rounding has reached it
-    if top_k:
-        drop[top_k:] = True
-    drop[0] = False
-    probabilities[order[drop]] = 0
-    return probabilities / probabilities.sum()
+
+    def __init__(
+        self,
+        model: LoopedLM,
+        prompts: Sequence[Sequence[int]],
+        k: int,
+        max_new_tokens: int,
+        rng: Rng,
+        requests: Sequence[int],
+    ) -> None:
+        if not all(prompts):
+            raise UserError("a prompt needs at least one token")
+        self.model, self.k, self.rng, self.requests = model, k, rng, list(requests)
+        self.window = model.config.max_seq_len
+        self.ids = [list(prompt) for prompt in prompts]
+        self.alive = list(range(len(prompts)))
+        """Rows that are not at their end."""
+        self.cache: Cache | None = None
+        self._room = max_new_tokens
+        self._rows: list[int] = []
+        """Which row each of the cache's is."""
+        self._firsts = [max(0, len(prompt) - self.window) for prompt in prompts]
+        """Where each row's context starts."""
+
+    def logits(self) -> Tensor:
+        """Logits of the next token of each row that is alive, in the order of `alive`, (rows, V). To be called again when
+        each of them has got that token."""
+        # A full cache has a row without padding, which is at its end or grows out of the window now.
+        grown = [row for row in self.alive if len(self.ids[row]) - self._firsts[row] > self.window]
+        for row in grown:
+            self._firsts[row] += max(1, self.window // 2)
+        if self.cache is not None and not grown:
+            full, half = self.cache.length == self.cache.capacity, 2 * len(self.alive) <= len(self._rows)
+            if len(self.alive) < len(self._rows) and (full or half):
+                self.cache = self.cache.take([self._rows.index(row) for row in self.alive])
+                self._rows = list(self.alive)
+            tokens = [[self.ids[row][-1]] for row in self._rows]
+        else:
+            self._rows = list(self.alive)
+            contexts = [self.ids[row][self._firsts[row] :] for row in self._rows]
+            longest = max(map(len, contexts))
+            capacity = min(self.window, longest + self._room)
+            padding = [longest - len(context) for context in contexts]
+            self.cache = Cache(self.model, len(self._rows), capacity, padding)
+            tokens = [[0] * pad + context for pad, context in zip(padding, contexts, strict=True)]
+        logits = self._run(self.cache, torch.tensor(tokens, device=self.model.embedding.weight.device))
+        return logits if self._rows == self.alive else logits[[self._rows.index(row) for row in self.alive]]
+
+    def _run(self, cache: Cache, tokens_BT: Tensor) -> Tensor:
+        """Logits after the last of the tokens that follow the cache's, (B, V)."""
+        requests = torch.tensor([self.requests[row] for row in self._rows])
+        most = max(1, _LOGITS_AT_ONCE // (len(tokens_BT) * self.model.config.vocab_size))
+        for part_BT in tokens_BT.split(most, dim=1):
+            noise = NoiseSource(self.rng, requests, self.window, offset=self._offsets(cache))
+            visible = cache.grow(part_BT.shape[1])
+            e_BTD = self.model.encode(part_BT, visible)
+            recurrence = self.model.recurrence
+            [(_, hidden_BTD)] = recurrence.hidden(self.model, part_BT, e_BTD, [self.k], noise, visible=visible)
+        return self.model.logits(hidden_BTD[:, -1])
+
+    def _offsets(self, cache: Cache) -> int | tuple[int, ...]:
+        """Position of the next token in each row's whole text."""
+        here = cache.offset
+        inside = [here] * len(self._rows) if isinstance(here, int) else here
+        offsets = tuple(self._firsts[row] + offset for row, offset in zip(self._rows, inside, strict=True))
+        return offsets if len(set(offsets)) > 1 else offsets[0]
+
+
+def _never(row: int, token: int) -> bool:
+    return False
 
 
 @torch.no_grad()
+def stream(
+    model: LoopedLM,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    requests: Sequence[int] | None = None,
+    over: Callable[[int, int], bool] = _never,
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) as tokens of several texts are drawn, in turns.
+
+    Args:
+        prompts: token ids, one or more each.
+        k: core iterations, 1 or more.
+        max_new_tokens: of each text.
+        requests: keys of the draws, one a prompt; 0, 1, ... where not given.
+        over: called with each row and its new token; whether that token ends the row's text. It is not yielded then.
+    """
+    rng = Rng(seed, EVALUATION_STEP)
+    keys = list(range(len(prompts))) if requests is None else list(requests)
+    decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys)
+    for _ in range(max_new_tokens):
+        if not decoder.alive:
+            return
+        for row, logits_V in zip(list(decoder.alive), decoder.logits().cpu(), strict=True):
+            ids = decoder.ids[row]
+            u = rng.uniform([keys[row]], (1,), f"token/{len(ids)}").item()
+            token = sampling.draw(logits_V, ids, u)
+            if over(row, token):
+                decoder.alive.remove(row)
+            else:
+                ids.append(token)
+                yield row, token
+
+
 def generate_tokens(
     model: LoopedLM,
     prompt_ids: list[int],
@@ -49,27 +166,104 @@ def generate_tokens(
     seed: int = 0,
     request: int = 0,
     stop_id: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> Iterator[int]:
-    """Yield new token ids one by one; ``stop_id`` ends the text and is not yielded.
+    """Yield new token ids one by one; ``stop_id`` ends the text and is not yielded. Arguments as in `generate`."""
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    new = stream(
+        model, [prompt_ids], k, max_new_tokens, sampling, seed, [request], lambda _, token: token == stop_id
+    )  # fmt: skip
+    return (token for _, token in new)
 
-    Draws are a function of (seed, request, position), so a run is repeatable. Arguments as in `generate`.
+
+class Text:
+    """A text that grows by tokens, up to the end of the document or the first of its stop strings.
+
+    Stop strings are looked for in bytes: one may begin and end inside tokens, and a token inside a character.
     """
-    device, window = model.embedding.weight.device, model.config.max_seq_len
-    rng = Rng(seed, EVALUATION_STEP)
-    requests = torch.tensor([request])
-    ids = list(prompt_ids)
-    for _ in range(max_new_tokens):
-        offset = max(0, len(ids) - window)
-        tokens_BT = torch.tensor([ids[offset:]], device=device)
-        noise = NoiseSource(rng, requests, window, offset=offset)
-        [(_, hidden_BTD)] = model.recurrence.hidden(model, tokens_BT, model.encode(tokens_BT), [k], noise)
-        probabilities_V = filter_probabilities(model.logits(hidden_BTD[0, -1]).cpu(), temperature, top_k, top_p)
-        u = rng.uniform(requests, (1,), f"token/{len(ids)}")[0]
-        token = int(torch.searchsorted(probabilities_V.cumsum(-1), u, right=True).clamp(max=len(probabilities_V) - 1))
-        if token == stop_id:
-            return
-        ids.append(token)
-        yield token
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stops = tokenizer, [stop.encode() for stop in stops if stop]
+        self._overlap = max(map(len, self._stops), default=1) - 1
+        self.ids: list[int] = []
+        """The tokens, with those that hold a stop string and without the end of the document."""
+        self.bytes = bytearray()
+        """The text in UTF-8, without the stop string and what comes after it."""
+
+    def add(self, token: int) -> bool:
+        """Add a token; whether the text is complete with it."""
+        if token == self._tokenizer.eos_id:
+            return True
+        self.ids.append(token)
+        searched = max(0, len(self.bytes) - self._overlap)
+        self.bytes += self._tokenizer.decode_bytes([token])
+        found = [place for stop in self._stops if (place := self.bytes.find(stop, searched)) >= 0]
+        if found:
+            del self.bytes[min(found) :]
+        return bool(found)
+
+    def __str__(self) -> str:
+        return self.bytes.decode("utf-8", errors="replace")
+
+
+def complete(
+    model: LoopedLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    k: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    requests: Sequence[int] | None = None,
+    stops: Sequence[str] = (),
+    rows: int = ROWS_AT_ONCE,
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[Text]:
+    """Continue prompts of token ids (an empty one starts a document), ``rows`` at a time, those of like length together.
+
+    Arguments as in `stream` and `generate`; ``progress`` is told of every batch how many texts it finished.
+    """
+    # What precedes a document in training is the end of another.
+    started = [list(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    keys = list(range(len(started))) if requests is None else list(requests)
+    texts = [Text(tokenizer, stops) for _ in started]
+    order = sorted(range(len(started)), key=lambda i: -len(started[i]))
+    for first in range(0, len(order), rows):
+        batch = order[first : first + rows]
+        over = lambda row, token, batch=batch: texts[batch[row]].add(token)  # noqa: E731
+        for _ in stream(
+            model, [started[i] for i in batch], k, max_new_tokens, sampling, seed, [keys[i] for i in batch], over
+        ):
+            pass
+        progress(len(batch))
+    return texts
+
+
+def generate_texts(
+    model: LoopedLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    k: int = 8,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """`generate` of several prompts together; the i-th draws as request i, the first as `generate` does."""
+    for ok, message in (
+        (k >= 1, f"k must be 1 or more, got {k}"),
+        (max_new_tokens >= 0, f"max_new_tokens must be 0 or more, got {max_new_tokens}"),
+    ):
+        if not ok:
+            raise UserError(message)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    return [str(text) for text in complete(model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop)]
 
 
 def generate(
@@ -82,6 +276,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
 ) -> str:
     """Continue ``prompt`` with ``k`` core iterations for each token.
 
@@ -92,6 +289,9 @@ def generate(
         top_k: sample among this many most likely tokens; 0 means all.
         top_p: sample among the fewest tokens whose probability reaches this; 1 means all.
         seed: the same seed gives the same text.
+        min_p: sample among tokens at least this times as likely as the most likely one.
+        repetition_penalty: divides the odds of tokens that are there already (see `Sampling`); 1 is none.
+        stop: strings that end the text and are not part of it.
 
     Returns:
         The new text, without the prompt.
@@ -99,18 +299,6 @@ def generate(
     Raises:
         UserError: for an argument out of its range.
     """
-    for ok, message in (
-        (k >= 1, f"k must be 1 or more, got {k}"),
-        (max_new_tokens >= 0, f"max_new_tokens must be 0 or more, got {max_new_tokens}"),
-        (temperature >= 0, f"temperature must be 0 or more, got {temperature}"),
-        (top_k >= 0, f"top_k must be 0 (all) or more, got {top_k}"),
-        (0 < top_p <= 1, f"top_p must be above 0 and at most 1, got {top_p}"),
-    ):
-        if not ok:
-            raise UserError(message)
-    # An empty prompt starts a document: what precedes one in training is the end of another.
-    prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    new = generate_tokens(
-        model, prompt_ids, k, max_new_tokens, temperature, top_k, top_p, seed, stop_id=tokenizer.eos_id
-    )
-    return tokenizer.decode(list(new))
+    return generate_texts(
+        model, tokenizer, [prompt], k, max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, stop
+    )[0]

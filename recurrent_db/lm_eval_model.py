@@ -3,7 +3,7 @@
     python eval/lm_eval_cli.py --model recurrent_db --model_args checkpoint=RUN,k=8 --tasks ...
 
 Importing this module registers the name; it needs the extra ``eval``. Scores come from `likelihood.score_positions` and
-text from `generate.generate_tokens`, so the harness sees the model that every other command sees.
+text from `generate.complete`, so the harness sees the model that every other command sees.
 
 - A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
@@ -33,10 +33,11 @@ import torch
 from tqdm import tqdm
 
 from recurrent_db.errors import UserError
-from recurrent_db.generate import generate_tokens
+from recurrent_db.generate import complete
 from recurrent_db.likelihood import score_positions
 from recurrent_db.loading import load_with_config
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
+from recurrent_db.sampling import Sampling
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -318,33 +319,10 @@ class RecurrentDBLM(TemplateLM):
     def _generate(self, prompt: list[int], options: dict[str, Any], request: int) -> str:
         # Sampling without a temperature is sampling from the model's own distribution.
         temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
-        top_k, top_p = int(options.get("top_k") or 0), float(options.get("top_p") or 1.0)
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise UserError(
-                f"generation needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
-                f"got {temperature}, {top_k} and {top_p}"
-            )
-        # Compared as bytes: a stop string may end inside a token, and a token inside a character.
-        stops = [stop.encode() for stop in options["until"] if stop]
-        overlap = max(map(len, stops), default=1) - 1
-        text = bytearray()
+        sampling = Sampling(temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1.0))
         with self._autocast():
-            for token in generate_tokens(
-                self.model,
-                prompt[-self.max_length :],
-                self.k,
-                max_new_tokens=options["max_gen_toks"],
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=self.seed,
-                request=request,
-                stop_id=self.eot_token_id,
-            ):
-                searched = max(0, len(text) - overlap)
-                text += self.tokenizer.decode_bytes([token])
-                found = [place for stop in stops if (place := text.find(stop, searched)) >= 0]
-                if found:
-                    del text[min(found) :]
-                    break
-        return text.decode("utf-8", errors="replace")
+            [text] = complete(
+                self.model, self.tokenizer, [prompt[-self.max_length :]], self.k, options["max_gen_toks"], sampling,
+                self.seed, [request], options["until"],
+            )  # fmt: skip
+        return str(text)
