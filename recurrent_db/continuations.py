@@ -123,7 +123,8 @@ def continue_prompts(
 ) -> list[list[list[int]]]:
     """Continuations by draw and prompt: ``each`` sets of one text a prompt, as ids without the separator.
 
-    ``rows`` texts are made at once. Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts from no noise has one draw.
+    ``rows`` texts are made at once. Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts
+    from no noise has one draw.
     """
     if decoding.temperature == 0 and not model.recurrence.stochastic:
         each = 1
