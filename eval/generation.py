@@ -256,8 +256,9 @@ class Bench:
             for number, (source, name, k, walk, decoding) in enumerate(jobs, 1):
                 source.recurrence = walked(own, walk)
                 sets = continue_prompts(
-                    source, self.tokenizer, self.prompt_ids, self.tokens, args.each, k, decoding, args.seed, bar.update
-                )
+                    source, self.tokenizer, self.prompt_ids, self.tokens, args.each, k, decoding, args.seed,
+                    args.batch_size, bar.update,
+                )  # fmt: skip
                 passes = source.recurrence.passes(k)
                 cost = inference_cost(source.config, args.prompt_tokens + self.tokens, passes)
                 described = {"k": k, "decoding": decoding.name, **walk, "flops_per_token": cost}

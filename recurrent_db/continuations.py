@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from recurrent_db.data import TokenData, document, permute
 from recurrent_db.errors import UserError
-from recurrent_db.generate import complete
+from recurrent_db.generate import ROWS_AT_ONCE, complete
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import DenoiseWalk, Recurrence
 from recurrent_db.rng import key
@@ -118,11 +118,13 @@ def continue_prompts(
     k: int,
     decoding: Decoding,
     seed: int = 0,
+    rows: int = ROWS_AT_ONCE,
     progress: Callable[[int], object] = lambda n: None,
 ) -> list[list[list[int]]]:
-    """Continuations by draw and prompt: ``each`` sets of one text a prompt, ids without the separator.
+    """Continuations by draw and prompt: ``each`` sets of one text a prompt, as ids without the separator.
 
-    Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts from no noise has one draw.
+    ``rows`` texts are made at once. Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts
+    from no noise has one draw.
     """
     if decoding.temperature == 0 and not model.recurrence.stochastic:
         each = 1
@@ -130,7 +132,7 @@ def continue_prompts(
     sets = []
     for draw in range(each):
         requests = [number * each + draw for number in range(len(prompts))]
-        texts = complete(model, tokenizer, prompts, k, tokens, sampling, seed, requests, progress=progress)
+        texts = complete(model, tokenizer, prompts, k, tokens, sampling, seed, requests, (), rows, progress)
         sets.append([text.ids for text in texts])
     return sets
 

@@ -242,7 +242,7 @@ def rank(real: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
 
 def heading() -> str:
     """Headings of the measures."""
-    return "".join(f"{title:>15}" for title, _ in COLUMNS.values())
+    return "".join(f"{title:>16}" for title, _ in COLUMNS.values())
 
 
 def cells(row: dict[str, Any]) -> str:
@@ -251,5 +251,5 @@ def cells(row: dict[str, Any]) -> str:
     for name, (_, digits) in COLUMNS.items():
         value = "-" if row[name] is None else f"{row[name]:.{digits}f}"
         low, high = row["intervals"].get(name, (0.0, 0.0))
-        line += f"{value + (f' ±{(high - low) / 2:.{digits}f}' if high > low else ''):>15}"
+        line += f"{value + (f' ±{(high - low) / 2:.{digits}f}' if high > low else ''):>16}"
     return line

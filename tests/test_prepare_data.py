@@ -199,3 +199,19 @@ def test_mistakes_end_in_one_line(
     for word in words:
         assert word in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_part_from_the_command_line(text: Path, tokenizer_path: Path, tmp_path: Path, script_here: Script) -> None:
+    base = ["train/prepare_data.py", "--source", text, "--tokenizer", tokenizer_path, "--workers", 1]
+    documents = []
+    for part in ("1/2", "2/2", "1/1"):
+        out = tmp_path / part[0] / part[2]
+        assert script_here(*base, "--out", out, "--part", part).returncode == 0
+        manifest = read_manifest(out)
+        assert manifest["reading"].get("part") == (None if part == "1/1" else [int(part[0]), 2])
+        documents.append(manifest["splits"]["train"]["default"]["documents"])
+    assert documents[0] + documents[1] == documents[2] and min(documents) > 0
+    for part, message in (("3/2", "parts are numbered from 1"), ("0/2", "parts are numbered"), ("half", "written I/N")):
+        told = script_here(*base, "--out", tmp_path / "no", "--part", part)
+        assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
+        assert message in told.stderr
