@@ -8,7 +8,8 @@ generation and lm-eval go through it and through nothing else, so they agree by 
   positions before it hold at step k is a choice: their own walks' z (for K = 1 that is pure noise, which training saw at
   sigma_max), the known tokens' targets at the same noise, or, with two streams, the clean context alone.
 
-Both start from noise or zeros, never from the answer, so position i of every result depends on tokens <= i alone.
+Both start from noise or zeros, never from the answer, so position i of every result depends on tokens <= i alone. The
+positions may follow others that a `cache.Cache` holds: ``visible`` then says so, and the noise starts at their offset.
 
 Shapes: B sequences, T positions, D width, V vocabulary.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -29,7 +30,7 @@ from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.flops import Passes
 from recurrent_db.model.attention import Visible
-from recurrent_db.model.layers import Context
+from recurrent_db.model.layers import Context, wide
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.rng import Rng
 
@@ -39,16 +40,34 @@ class NoiseSource:
     """Draws for scoring and generation: a function of (seed, request, position, stream) and the draw's number.
 
     Rows are drawn in pages of ``page`` positions, so that position i's noise does not depend on how long the sequence
-    is. ``offset`` is the absolute position of the first row.
+    is. ``offset`` is the absolute position of the first row, of all sequences or of each; rows before position 0, which
+    are padding, are zeros.
     """
 
     rng: Rng
     requests: Tensor
     page: int
     draw: int = 0
-    offset: int = 0
+    offset: int | tuple[int, ...] = 0
+
+    def back(self, positions: int) -> NoiseSource:
+        """The same from so many positions earlier on."""
+        offset = self.offset
+        return replace(
+            self, offset=offset - positions if isinstance(offset, int) else tuple(o - positions for o in offset)
+        )
 
     def _pages(self, length: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
+        if not isinstance(self.offset, int):
+            each = zip(self.requests.split(1), self.offset, strict=True)
+            rows = [replace(self, requests=request, offset=offset) for request, offset in each]
+            return torch.cat([row._pages(length, width, stream, device, normal) for row in rows])
+        if self.offset < 0:
+            padding = torch.zeros(len(self.requests), min(length, -self.offset), width, device=device)
+            if padding.shape[1] == length:
+                return padding
+            rest = replace(self, offset=0)._pages(length + self.offset, width, stream, device, normal)
+            return torch.cat((padding, rest), dim=1)
         first, last = self.offset // self.page, (self.offset + length - 1) // self.page
         pages = []
         for page in range(first, last + 1):
@@ -101,7 +120,8 @@ class Recurrence(Protocol):
         visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (K, hidden_BTD) for each K of ``ks`` in rising order; ``model.logits(hidden)`` predicts the next token.
-        ``e`` is the prelude's output for ``tokens``, and ``visible`` what it was made with (plain causal by default)."""
+        ``e`` is the prelude's output for ``tokens``, and ``visible`` what it was made with (plain causal by default; from
+        `Cache.grow` where the tokens follow others)."""
         ...
 
     def passes(self, k: int) -> Passes:
@@ -157,8 +177,8 @@ class PlainRecurrence:
 
 
 def normalised(rows: Tensor, norm: float) -> Tensor:
-    """Clean targets: rows (..., D) brought to length ``norm``, fp32."""
-    return torch.nn.functional.normalize(rows.float(), dim=-1) * norm
+    """Clean targets: rows (..., D) brought to length ``norm``, fp32 or wider."""
+    return torch.nn.functional.normalize(rows.to(wide(rows.dtype)), dim=-1) * norm
 
 
 @dataclass(frozen=True)
@@ -176,7 +196,7 @@ class DenoiseWalk:
     stochastic: bool = True
 
     def targets(self, model: LoopedLM) -> Tensor:
-        """Clean targets of all tokens, fp32 (V, D)."""
+        """Clean targets of all tokens, fp32 or wider (V, D)."""
         return normalised(model.target_rows(), self.config.target_norm)
 
     def clean_contexts(self, model: LoopedLM, e_BTD: Tensor, visible: Visible | None = None) -> list[Context] | None:
@@ -195,7 +215,7 @@ class DenoiseWalk:
         beside: list[Context] | None = None,
         visible: Visible | None = None,
     ) -> Tensor:
-        """D at one noise level, fp32 (B, T, D)."""
+        """D at one noise level, fp32 or wider (B, T, D)."""
         sigma_B1 = torch.full((z_BTD.shape[0], 1), sigma, dtype=torch.float32, device=z_BTD.device)
         return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside, visible)
 
@@ -213,20 +233,24 @@ class DenoiseWalk:
     def _bridge(self, logits_BTV: Tensor, rows_VD: Tensor, u_BT1: Tensor | None) -> Tensor:
         if self.config.bridge == "hard":
             return rows_VD[logits_BTV.argmax(-1)]
-        probabilities = logits_BTV.float().softmax(-1)
+        probabilities = logits_BTV.to(wide(logits_BTV.dtype)).softmax(-1)
         if u_BT1 is None:
             return probabilities @ rows_VD
         picks = (probabilities.cumsum(-1) < u_BT1).sum(-1).clamp(max=len(rows_VD) - 1)
         return rows_VD[picks]
 
     def _known(
-        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, eps_BTD: Tensor, visible: Visible
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, sigma: float, noise: NoiseSource, visible: Visible
     ) -> tuple[list[Context], list[Context]]:
         """Streams of the core and the coda in which position j holds the known token j+1's target at noise sigma, as
-        in training. Strict: position i sees j < i, whose token j+1 <= i it knows."""
+        in training. Strict: position i sees j < i, whose token j+1 <= i it knows. ``e`` and ``visible`` as from
+        `Visible.once_more`."""
+        length, width = e_BTD.shape[1:]
+        again = length - tokens_BT.shape[1]
         y_BTD = normalised(model.target_rows()[tokens_BT], self.config.target_norm)
         # The last position's next token is not known, and no position looks there.
-        y_BTD = torch.cat((y_BTD[:, 1:], torch.zeros_like(y_BTD[:, :1])), dim=1)
+        y_BTD = torch.cat((y_BTD[:, 1 - again :], torch.zeros_like(y_BTD[:, :1])), dim=1)
+        eps_BTD = noise.back(again).normal(length, width, f"neighbours/{sigma!r}", e_BTD.device)
         z_BTD = y_BTD + sigma * eps_BTD
         sigma_B1 = torch.full((len(z_BTD), 1), sigma, dtype=torch.float32, device=z_BTD.device)
         view_BTD = self.precond.view(z_BTD, sigma_B1[..., None]).to(e_BTD.dtype)
@@ -250,13 +274,13 @@ class DenoiseWalk:
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
         rows_VD = self.targets(model)
         clean = self.clean_contexts(model, e_BTD, here)
-        sampler, bridge = self.config.sampler, self.config.bridge
+        sampler, bridge, known = self.config.sampler, self.config.bridge, self.config.neighbours == "known"
+        lagging, lagging_e_BTD = here.once_more(e_BTD) if known else (here, e_BTD)
 
         def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
-            if self.config.neighbours == "own":
+            if not known:
                 return clean, None
-            eps = noise.normal(length, width, f"neighbours/{sigma!r}", e_BTD.device)
-            return self._known(model, tokens_BT, e_BTD, sigma, eps, here)
+            return self._known(model, tokens_BT, lagging_e_BTD, sigma, noise, lagging)
 
         for k in sorted(set(ks)):
             sigmas = GRIDS[self.config.grid](self.density, k)

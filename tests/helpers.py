@@ -80,10 +80,10 @@ def synthetic_tokenizer() -> Tokenizer:
     return Tokenizer.from_bytes(train([" ".join(rng.choice(words, size=200)) for _ in range(20)], 300))
 
 
-def synthetic_data(folder: Path, tokens: int = 20_000) -> Path:
+def synthetic_data(folder: Path, tokens: int = 20_000, seed: int = 1) -> Path:
     """A data directory of a seeded Markov chain, the same under every Python: each token has four likely successors."""
     tokenizer = synthetic_tokenizer()
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     low, high = 16, tokenizer.vocab_size
     successors = rng.integers(low, high, size=(high, 4))
     with DataWriter(folder, tokenizer) as writer:

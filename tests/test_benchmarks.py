@@ -185,23 +185,38 @@ def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: 
     assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
 
 
-def test_table5_ends_and_does_no_work_twice(folder: Path, script: Run) -> None:
+def test_table5_ends_and_does_no_work_twice(folder: Path, script_here: Run) -> None:
+    synthetic_data(folder / "judge-data", seed=2)
     words = ["benchmarks/table5.py", "--data", folder / "data", "--out", folder / "table5", "--tokens", "3000",
-             "--k", "1,2", "--draws", "1"]  # fmt: skip
-    first = script(*words)
+             "--judge-data", folder / "judge-data", "--prompts", "4", "--prompt-tokens", "8", "--text-tokens", "4",
+             "--each", "1", "--resamples", "5", "--k", "1,2", "--draws", "1"]  # fmt: skip
+    first = script_here(*words)
     assert first.returncode == 0, first.stderr
     result = json.loads((folder / "table5/RESULT.json").read_text())
     flops = {name: runs[0]["flops"] for name, runs in result["arms"].items()}
     assert set(flops) == {"unrolled", "denoise-paper", "next_token"}
     assert result["arms"]["denoise-paper"][0]["tokens"] >= 9000
     assert result["arms"]["denoise-paper"][0]["nll_sigma_max"] is not None
-    again = script(*words)
+    made = {
+        (name, row["k"], row["bridge"], row["decoding"])
+        for name, runs in result["arms"].items()
+        for row in runs[0]["text"]["rows"]
+        if row["name"] == "model"
+    }
+    ways = (("unrolled", 32, None), ("denoise-paper", 1, None), ("denoise-paper", 4, "hard"), ("next_token", 1, None))
+    assert made == {(*way, decoding) for way in ways for decoding in ("p=0.95", "greedy")}
+    judged = first.stdout.splitlines()
+    assert f"text, judged by {folder / 'table5/judge'}:" in judged
+    assert [line.split()[0] for line in judged[-5:]] == ["next_token", "real", "untrained", "unigram", "uniform"]
+    again = script_here(*words)
     assert "$ python" in first.stdout
     assert "$ python" not in again.stdout
-    assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
-    other = script(*words[:-4], "--k", "1,3", "--draws", "1")
+    assert again.stdout.splitlines() == [line for line in judged if line in set(again.stdout.splitlines())]
+    assert len(again.stdout.splitlines()) > 16
+    other = script_here(*words[:5], *words[5:7], "--k", "1,3", "--draws", "1")
     assert "train/pretrain.py" not in other.stdout
     assert other.stdout.count("$ python eval/depth_curve.py") == 3  # other K are scored again, not taken from before
+    assert other.stdout.splitlines()[-1].startswith("no text half")
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recurrent_db.memory import peak_live_bytes
-from recurrent_db.model.head import chunk_rows, linear_cross_entropy
+from recurrent_db.model.head import SoftmaxLoss, chunk_rows, linear_cross_entropy, softmax_loss, softmax_loss_to_fuse
 
 
 def problem(n: int, v: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -22,13 +22,16 @@ def problem(n: int, v: int, d: int, seed: int = 0, dtype: torch.dtype = torch.fl
     return hidden, table, targets, weights
 
 
+@pytest.mark.parametrize("softmax", [softmax_loss, softmax_loss_to_fuse])
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 40), v=st.integers(1, 50), d=st.integers(1, 9), rows=st.integers(1, 50), seed=st.integers(0, 99)
 )
-def test_loss_and_gradients_are_those_of_the_whole(n: int, v: int, d: int, rows: int, seed: int) -> None:
+def test_loss_and_gradients_are_those_of_the_whole(
+    n: int, v: int, d: int, rows: int, seed: int, softmax: SoftmaxLoss
+) -> None:
     hidden, table, targets, weights = problem(n, v, d, seed, torch.float64)
-    total, losses = linear_cross_entropy(hidden, table, targets, weights, rows)
+    total, losses = linear_cross_entropy(hidden, table, targets, weights, rows, softmax)
     gradients = torch.autograd.grad(total * 1.7, (hidden, table))
     expected = F.cross_entropy(hidden @ table.T, targets, reduction="none")
     wanted = torch.autograd.grad((expected * weights).sum() * 1.7, (hidden, table))

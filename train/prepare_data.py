@@ -6,6 +6,7 @@ python train/prepare_data.py --source code=stdlib web=crawl/ --val-source held-o
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ class Args:
     """Documents to read of each named source, at most (default: all)."""
     max_mib: float | None = None
     """MiB of text to read of each named source, at most (default: all)."""
+    part: str = "1/1"
+    """I/N reads the I-th of N parts of the sources, parted by a hash of each document's text: what one part holds no
+    other has. A judge of generated text (eval/train_judge.py) is trained on another part than the models it judges."""
     text_key: str = "text"
     """Key or column that holds the text in JSON lines, JSON, parquet and hub data sets."""
     document_separator: str | None = None
@@ -54,6 +58,9 @@ def main(args: Args) -> None:
         raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
         raise UserError("--source is given twice: write all sources after one --source")
+    part = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if part is None:
+        raise UserError(f"--part is written I/N, such as 1/2, not {args.part!r}")
     done = prepare(
         args.source,
         args.tokenizer,
@@ -64,6 +71,7 @@ def main(args: Args) -> None:
         shard_tokens=args.shard_tokens,
         max_documents=args.max_documents,
         max_bytes=None if args.max_mib is None else max(1, int(args.max_mib * 2**20)),
+        part=(int(part[1]), int(part[2])),
         options=ReadOptions(args.text_key, args.document_separator or None),
         overwrite=args.overwrite,
         progress=True,

@@ -374,8 +374,9 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     return 0
 
 
-def main() -> int:
-    words, resume, overwrite = sys.argv[1:], "", False
+def arguments(given: list[str]) -> tuple[Config, str, bool]:
+    """The command line as arguments of `train`."""
+    words, resume, overwrite = list(given), "", False
     if "--resume" in words:
         at = words.index("--resume")
         resume = "last-good" if words[at + 1 : at + 2] == ["last-good"] else "newest"
@@ -386,8 +387,8 @@ def main() -> int:
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    return train(load_config(path, words, prog="pretrain.py CONFIG.toml"), resume, overwrite)
+    return load_config(path, words, prog="pretrain.py CONFIG.toml"), resume, overwrite
 
 
 if __name__ == "__main__":
-    guard(main)
+    guard(lambda: train(*arguments(sys.argv[1:])))

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recurrent_db.data.corpus import Document
+from recurrent_db.data.corpus import Document, hash_share
 from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS, DataWriter, check_source_name
 from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents, split_documents
 from recurrent_db.errors import UserError
@@ -101,6 +101,7 @@ def prepare(
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     max_documents: int | None = None,
     max_bytes: int | None = None,
+    part: tuple[int, int] = (1, 1),
     options: ReadOptions | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -115,6 +116,8 @@ def prepare(
         workers: tokenising threads; None takes every core.
         shard_tokens: tokens per shard.
         max_documents, max_bytes: limits for each named source (UTF-8 bytes of text), None for all of it.
+        part: (i, n) reads of ``sources`` the i-th of n parts, parted by a hash of a document's text: equal documents are in
+            one part, and no document is in two. ``val_sources`` are read whole.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -127,6 +130,8 @@ def prepare(
     for name, limit in (("workers", workers), ("max_documents", max_documents), ("max_bytes", max_bytes)):
         if limit is not None and limit < 1:
             raise UserError(f"{name} must be at least 1, not {limit}")
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"part {part[0]}/{part[1]}: parts are numbered from 1 to their number")
     started = time.perf_counter()
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
     workers = workers or cores()
@@ -137,13 +142,14 @@ def prepare(
     def documents() -> Iterator[tuple[str, str, Document, bytes]]:
         jobs = [("train", name, where) for name, where in train.items()]
         jobs += [("validation", name, where) for name, where in validation.items()]
-        for part, name, locations in jobs:
+        for split, name, locations in jobs:
             limit = _Limit(max_documents, max_bytes)
-            share = holdout if part == "train" and not validation else 0.0
+            share = holdout if split == "train" and not validation else 0.0
             for location in locations:
-                texts = limit.take(read_documents(location, options, report))
-                for split, document in split_documents(location, texts, share):
-                    yield (split if share else part), name, document, document.text.encode()
+                texts = read_documents(location, options, report)
+                texts = limit.take(_of_part(texts, *part) if split == "train" else texts)
+                for side, document in split_documents(location, texts, share):
+                    yield (side if share else split), name, document, document.text.encode()
 
     tokens = {"train": 0, "validation": 0}
     count = text_bytes = 0
@@ -161,6 +167,8 @@ def prepare(
         note = report.note()
         _check_not_empty(tokens, sources, val_sources, holdout, note)
         settings = {"sources": list(sources), "val_sources": list(val_sources), "holdout": holdout}
+        if part != (1, 1):
+            settings["part"] = list(part)
         manifest = writer.commit(
             {**settings, "max_documents": max_documents, "max_bytes": max_bytes, **report.counts()}
         )
@@ -168,6 +176,12 @@ def prepare(
     return Prepared(
         str(out), count, sum(tokens.values()), tokens["validation"], text_bytes, seconds, note, manifest
     )  # fmt: skip
+
+
+def _of_part(documents: Iterable[Document], part: int, parts: int) -> Iterator[Document]:
+    for document in documents:
+        if parts == 1 or int(hash_share(f"part:{document.text}") * parts) == part - 1:
+            yield document
 
 
 def _chunks(

@@ -2,7 +2,8 @@
 
     D(z, sigma, e) = c_skip z + c_out F(c_in z, e, c_noise)
 
-sigma and the scalings are fp32 and cast once, where they meet the network. F is one pass of the core.
+sigma and the scalings are fp32 and cast once, where they meet the network; z and D are fp32, or float64 around a float64
+network. F is one pass of the core.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recurrent_db.model.attention import Visible
-from recurrent_db.model.layers import Context
+from recurrent_db.model.layers import Context, wide
 from recurrent_db.model.looped import LoopedLM
 
 
@@ -63,7 +64,7 @@ class Precond:
         beside: list[Context] | None = None,
         visible: Visible | None = None,
     ) -> Tensor:
-        """One conditioned pass of the core: the estimate D of y, fp32 (B, T, D).
+        """One conditioned pass of the core: the estimate D of y, fp32 or wider (B, T, D).
 
         Args:
             z_BTD: fp32 noisy target.
@@ -78,5 +79,5 @@ class Precond:
         return self.combine(z_BTD, state, sigma)
 
     def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:
-        """D from z and the network's output, fp32."""
-        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.float()
+        """D from z and the network's output, fp32 or wider."""
+        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.to(wide(state_BTD.dtype))

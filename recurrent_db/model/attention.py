@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from recurrent_db.errors import UserError
@@ -214,6 +214,29 @@ SDPA: Backend = Sdpa()
 # Attention
 
 
+class Past(Protocol):
+    """What a pass finds of the positions before its own, and where it leaves its own for later ones. See `cache`."""
+
+    @property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Rotary tables of the pass's positions, (T, E/2) each, or (B, T, E/2) where rows differ."""
+        ...
+
+    @property
+    def again(self) -> int:
+        """How many of the pass's first positions an earlier pass has had; no stream beside it has them."""
+        ...
+
+    def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, (B, H, S, E) each, these among them: what the layer's attention sees.
+        Called once for each of a layer's visits in a pass."""
+        ...
+
+    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
+        """`Visible.once_more` of ``visible``, the pass that this belongs to."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Visible:
     """A rule, the back end that serves it, and what that made of it. Made once for a forward pass; see `make`."""
@@ -226,10 +249,18 @@ class Visible:
     backend: Backend
     plan: Any
     compiled: bool = False
+    past: Past | None = None
+    """The positions before the queries', where the rule has any."""
 
     @classmethod
     def make(
-        cls, rule: Rule, device: torch.device, dtype: torch.dtype, backend: Backend = SDPA, compiled: bool = False
+        cls,
+        rule: Rule,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: Backend = SDPA,
+        compiled: bool = False,
+        past: Past | None = None,
     ) -> Visible:
         """``dtype`` is the one that queries and keys will have; ``compiled`` code gets the same form for every batch."""
         # Without borders the mask is the causal one, which a CPU computes faster.
@@ -237,10 +268,12 @@ class Visible:
         if not steady and rule.docs_BS is not None and one_document_each(rule.docs_BS):
             rule = replace(rule, docs_BS=None)
         chosen = backend.serves(rule, dtype)
-        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype), compiled)
+        return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype), compiled, past)
 
     def _other(self, stream: Stream) -> Visible:
-        return self.make(replace(self.rule, stream=stream), self.device, self.dtype, self.asked, self.compiled)
+        queries = self.rule.queries - (0 if self.past is None else self.past.again)
+        rule = replace(self.rule, queries=queries, stream=stream)
+        return self.make(rule, self.device, self.dtype, self.asked, self.compiled)
 
     @cached_property
     def beside(self) -> Visible:
@@ -251,6 +284,15 @@ class Visible:
     def strictly_beside(self) -> Visible:
         """As `beside`, but only this stream's positions before its own."""
         return self._other("strictly beside")
+
+    def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of these positions, after those of the positions before, where there are any."""
+        return (k_BHTE, v_BHTE) if self.past is None else self.past.extend(layer, k_BHTE, v_BHTE)
+
+    def once_more(self, e_BTD: Tensor) -> tuple[Visible, Tensor]:
+        """The pass and its contexts from one position earlier on, where there is one: for a stream that holds at each
+        position what follows it, which of the last one became known only now."""
+        return (self, e_BTD) if self.past is None else self.past.once_more(self, e_BTD)
 
 
 def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> Tensor:

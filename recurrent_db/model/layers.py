@@ -39,6 +39,16 @@ class Embedding(nn.Embedding):
         pass
 
 
+def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
+    """Rows of a table that also gets a dense gradient in the same backward, as the tied head's does: (*ids, D).
+
+    On the CPU the rows' gradient is sparse and is added to the dense one, which saves writing and adding a table of
+    zeros. (On CUDA the sum would make the host wait.)
+    """
+    sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
+    return F.embedding(ids, table_VD, sparse=sparse)
+
+
 class _ScaledRMS(torch.autograd.Function):
     """x / rms(x) * weight + shift, with the backward written out.
 
@@ -116,9 +126,10 @@ def rope_table(
 
 
 def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider. F = E/2. Returns x's dtype."""
+    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider. F = E/2. Returns x's dtype. The tables
+    may have a row for each sequence, (B, T, F)."""
     pairs = x_BTHE.to(wide(x_BTHE.dtype)).unflatten(-1, (-1, 2))
-    cos, sin = cos_TF[:, None, :], sin_TF[:, None, :]
+    cos, sin = cos_TF[..., None, :], sin_TF[..., None, :]
     if torch.compiler.is_compiling():
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -131,7 +142,7 @@ class _RotatedQKV(torch.autograd.Function):
     """The fused projection's output to queries, keys (both with their bias, rotated) and values, (B, T, H, E) each. The
     backward is written into one buffer, which PyTorch would stack from three.
 
-    qkv: (B, T, 3 D) fp32 or wider; bias: (2, H, E); turn: complex (T, E/2).
+    qkv: (B, T, 3 D) fp32 or wider; bias: (2, H, E); turn: complex (T, E/2), or (B, T, E/2).
     """
 
     @staticmethod
@@ -139,13 +150,13 @@ class _RotatedQKV(torch.autograd.Function):
         ctx.save_for_backward(turn)
         parts = qkv.unflatten(-1, (3, *bias.shape[1:]))
         qk = parts[:, :, :2] + bias
-        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn[:, None, None])
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn[..., None, None, :])
         return qk[:, :, 0], qk[:, :, 1], parts[:, :, 2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (turn,) = ctx.saved_tensors
-        back = turn.conj().resolve_conj()[:, None]
+        back = turn.conj().resolve_conj()[..., None, :]
         dv = grads[2]
         d = dv.new_empty(*dv.shape[:2], 3, *dv.shape[2:])
         pairs = torch.view_as_complex(d.unflatten(-1, (-1, 2)))
@@ -159,7 +170,7 @@ class _RotatedQKV(torch.autograd.Function):
 
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer, (B, H, T, E) each."""
+"""Keys and values of one layer, (B, H, S, E) each."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +178,11 @@ class Context:
     """Keys and values of one layer of a context stream, for a second stream that attends to it.
 
     The second stream's position i sees the context's positions <= i (< i where it is strict) and itself. Nothing of
-    size 2T x 2T exists: T queries meet 2T keys.
+    size 2T x 2T exists: T queries meet S + T keys, and S is T where nothing came before.
     """
 
-    k_BHTE: Tensor
-    v_BHTE: Tensor
+    k_BHSE: Tensor
+    v_BHSE: Tensor
     visible: Visible
     """Which of [context keys, own keys] each position sees; all layers share it."""
 
@@ -204,8 +215,10 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible, keep: list[KeysValues] | None = None
     ) -> Tensor:
-        """Attention within x. Where ``keep`` is given, this layer's keys and values are appended to it."""
+        """Attention within x, and to what came before it. Where ``keep`` is given, this layer's keys and values are
+        appended to it."""
         q, k, v = self.project(x_BTD, rope)
+        k, v = visible.extend(self, k, v)
         if keep is not None:
             keep.append((k, v))
         return self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
@@ -214,7 +227,7 @@ class Attention(nn.Module):
         """Queries of x see the context's keys up to their own position (or before it, where the context is strict)
         and their own key, and no other position of x. See `Context`."""
         q, k, v = self.project(x_BTD, rope)
-        k, v = torch.cat((context.k_BHTE, k), dim=2), torch.cat((context.v_BHTE, v), dim=2)
+        k, v = torch.cat((context.k_BHSE, k), dim=2), torch.cat((context.v_BHSE, v), dim=2)
         return self.proj(attend(q, k, v, context.visible).transpose(1, 2).flatten(2))
 
 
@@ -295,11 +308,15 @@ class Block(nn.Module):
         return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
 
     def keys_values(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None = None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Visible,
+        modulation: tuple[Tensor, ...] | None = None,
     ) -> KeysValues:
-        """The keys and values that the block's attention would make of x, without the rest of the block."""
+        """The keys and values that the block's attention would see, without the rest of the block."""
         normed = self.norm_1(x_BTD) if modulation is None else self.norm_1(x_BTD, modulation[1], modulation[0])
-        return self.attn.project(normed, rope)[1:]
+        return visible.extend(self.attn, *self.attn.project(normed, rope)[1:])
 
 
 class NoiseEmbedding(nn.Module):
@@ -351,6 +368,6 @@ def contexts(
         if finish or index + 1 < len(blocks):
             x_BTD = block(x_BTD, rope, visible, layer, keep=kept)
         else:
-            kept.append(block.keys_values(x_BTD, rope, layer))
+            kept.append(block.keys_values(x_BTD, rope, visible, layer))
     beside = visible.strictly_beside if strict else visible.beside
     return [Context(k, v, beside) for k, v in kept], x_BTD

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
-from recurrent_db.model.attention import SDPA, Backend, Rule, Visible
+from recurrent_db.model.attention import SDPA, Backend, Past, Rule, Visible
+from recurrent_db.model.head import SoftmaxLoss, softmax_loss, softmax_loss_to_fuse
 from recurrent_db.model.layers import (
     Block,
     Context,
@@ -34,6 +35,7 @@ from recurrent_db.model.layers import (
     NoiseEmbedding,
     RMSNorm,
     contexts,
+    lookup,
     rope_table,
     wide,
 )
@@ -153,6 +155,8 @@ class LoopedLM(nn.Module):
     """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
     attention: Backend = SDPA
     """What computes attention; the same function whichever it is."""
+    softmax_loss: SoftmaxLoss = staticmethod(softmax_loss)
+    """What the head's loss is made by; compiled with the other parts."""
     compiled: bool = False
     """Whether `compile_parts` was called."""
     document_mask: bool = True
@@ -174,14 +178,20 @@ class LoopedLM(nn.Module):
         self.noise_embedding = (
             NoiseEmbedding(width, config.n_core, config.d_condition) if config.noise_conditioning else None
         )
+        self._ropes: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     # -- the four parts ------------------------------------------------------------------------------------------------
 
     def rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Rotary tables for positions 0..length-1, (T, E/2) each, fp32 or wider."""
-        head_size = self.config.d_model // self.config.n_heads
         weight = self.embedding.weight
-        return rope_table(length, head_size, self.config.rope_base, weight.device, wide(weight.dtype))
+        place = weight.device, wide(weight.dtype)
+        if place not in self._ropes or len(self._ropes[place][0]) < length:
+            head_size = self.config.d_model // self.config.n_heads
+            longest = max(length, self.config.max_seq_len)
+            self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
+        cos, sin = self._ropes[place]
+        return cos[:length], sin[:length]
 
     def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
         """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
@@ -189,18 +199,27 @@ class LoopedLM(nn.Module):
 
         The parts below make a plain causal one where none is given. Ask under the autocast that the pass runs under.
         """
+        return self.served(Rule(length, length, docs_BT if self.document_mask else None))
+
+    def served(self, rule: Rule, past: Past | None = None) -> Visible:
+        """A rule with what serves it here, for all of a forward pass. Ask under the autocast that the pass runs under."""
         weight = self.embedding.weight
         kind, dtype = weight.device.type, weight.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        rule = Rule(length, length, docs_BT if self.document_mask else None)
-        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training)
+        return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training, past)
+
+    def _frame(self, length: int, visible: Visible | None) -> tuple[tuple[Tensor, Tensor], Visible]:
+        """Rotary tables of a pass over ``length`` positions, and who sees whom in it."""
+        visible = visible or self.visible(length)
+        return self.rope(length) if visible.past is None else visible.past.rope, visible
 
     def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
         """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
-        length = tokens_BT.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
-        x_BTD = self.embedding(tokens_BT) * math.sqrt(self.config.d_model)
+        return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
+
+    def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+        x_BTD = lookup(tokens_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
         for block in self.prelude:
             x_BTD = block(x_BTD, rope, visible)
         return x_BTD
@@ -226,8 +245,7 @@ class LoopedLM(nn.Module):
         ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
         ``beside`` (from `core_contexts`) makes position i see another stream's positions instead of its neighbours.
         """
-        length = e_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(e_BTD.shape[1], visible)
         return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
 
     def core_contexts(
@@ -241,15 +259,17 @@ class LoopedLM(nn.Module):
     ) -> tuple[list[Context], Tensor]:
         """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
         and with ``finish`` the pass's output."""
-        length = e_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(e_BTD.shape[1], visible)
         x_BTD = self.core.injection(state_BTD, e_BTD)
         return contexts(self.core.blocks, x_BTD, rope, visible, strict, self._modulation(c_noise_Bs), finish)
 
     def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
-        length = state_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        return self._decode(state_BTD, beside, *self._frame(state_BTD.shape[1], visible))
+
+    def _decode(
+        self, state_BTD: Tensor, beside: list[Context] | None, rope: tuple[Tensor, Tensor], visible: Visible
+    ) -> Tensor:
         x_BTD = self.final_norm(state_BTD)
         for index, block in enumerate(self.coda):
             x_BTD = block(x_BTD, rope, visible, None, beside[index] if beside else None)
@@ -257,13 +277,18 @@ class LoopedLM(nn.Module):
 
     def coda_contexts(self, state_BTD: Tensor, strict: bool = False, visible: Visible | None = None) -> list[Context]:
         """Keys and values of the coda over a context stream's states, for `decode`'s ``beside``."""
-        length = state_BTD.shape[1]
-        rope, visible = self.rope(length), visible or self.visible(length)
+        rope, visible = self._frame(state_BTD.shape[1], visible)
         return contexts(self.coda, self.final_norm(state_BTD), rope, visible, strict)[0]
 
     def target_rows(self) -> Tensor:
         """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
         return self.embedding.weight if self.target_embedding is None else self.target_embedding.weight
+
+    def target_rows_of(self, ids: Tensor) -> Tensor:
+        """Rows of `target_rows`, (*ids, D); without a table of their own they share the head's gradient."""
+        if self.target_embedding is not None:
+            return cast(Tensor, self.target_embedding(ids))
+        return lookup(ids, self.embedding.weight)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Tied head: (..., D) to (..., V) in the model's dtype."""
@@ -275,14 +300,15 @@ class LoopedLM(nn.Module):
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile what training runs: prelude, one core iteration, coda, each for itself.
+        """Compile what training runs: prelude, one core iteration, coda, softmax and loss, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
         (without gradient, with it from a state that needs none, with it from one that does). Shapes are static. In
         evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
         """
-        for owner, name in ((self, "encode"), (self.core, "iteration"), (self, "decode")):
+        for owner, name in ((self, "_encode"), (self.core, "iteration"), (self, "_decode")):
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
+        self.softmax_loss = torch.compile(softmax_loss_to_fuse, dynamic=False, backend=backend)
         self.compiled = True
 
     # -- initialisation and size ---------------------------------------------------------------------------------------

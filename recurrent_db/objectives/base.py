@@ -89,5 +89,6 @@ def cross_entropy(
     ones = torch.full(targets_BT.shape, 1 / targets_BT.numel(), device=targets_BT.device)
     weights_BT = ones if weights_BT is None else ones * weights_BT
     flat = targets_BT.flatten(), weights_BT.flatten()
-    mean, losses_N = linear_cross_entropy(hidden_BTD.flatten(0, 1), model.embedding.weight, *flat)
+    hidden_ND = hidden_BTD.flatten(0, 1)
+    mean, losses_N = linear_cross_entropy(hidden_ND, model.embedding.weight, *flat, softmax=model.softmax_loss)
     return mean, losses_N.view(targets_BT.shape)

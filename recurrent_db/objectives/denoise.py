@@ -69,7 +69,7 @@ class Denoise:
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         drawn_Bs = self._sigma(batch, rng)
         sigma_Bs = drawn_Bs.to(batch.tokens_BT.device, non_blocking=True)
-        rows_BTD = torch.nn.functional.embedding(batch.targets_BT, model.target_rows()).float()
+        rows_BTD = model.target_rows_of(batch.targets_BT).float()
         y_BTD = normalised(rows_BTD, self.config.target_norm)
         eps_BTD = rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "noise", y_BTD.device)
         z_BTD = torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)

@@ -1,0 +1,328 @@
+"""The quality of generated text, which likelihood misses: by K, by decoding, beside real text and baselines.
+
+python eval/generation.py RUN --judge JUDGE --data DIR [--k 1,8] [--decodings t=1,p=0.95,greedy] [--json OUT]
+
+Held-out prompts are continued by the model, and the continuations are read by a judge, a flat model that was trained on
+other documents (eval/train_judge.py). Each row has
+
+  MAUVE     likeness to real continuations of the same prompts, 1 at best (needs the extra `mauve`); the features are the
+            judge's hidden state of the last token, as its authors have it. MAUVE-mean: of the mean over the
+            continuation, which tells apart more. In the row `real`: real text against other real text.
+  gen-PPL   perplexity under the judge, in the judge's tokens, and bits/byte, which does not depend on a tokenizer
+  dist-n    distinct n-grams over all n-grams, in the judge's tokens, over one continuation of every prompt
+  rep-4     share of a continuation's 4-grams that it had before (seq-rep-4, arXiv 1908.04319)
+  rank      by gen-PPL, of the rows whose dist-2 is within .03 of real text's: repetition lowers perplexity
+
+and 95 percent intervals over prompts. None of it compares with figures of another judge, of other prompts or lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.config import Config
+from recurrent_db.continuations import (
+    Decoding,
+    Prompt,
+    choose_prompts,
+    continue_prompts,
+    frequencies,
+    independent_texts,
+    walked,
+)
+from recurrent_db.data import document, load_tokenizer, open_data
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.flops import inference_cost
+from recurrent_db.judge import COMPARED_DOCUMENTS, Judge, Reading, check_apart, mark
+from recurrent_db.loading import load_with_config
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.recurrence import DenoiseWalk
+from recurrent_db.text_metrics import (
+    COLUMNS,
+    DISTINCT_MARGIN,
+    Measures,
+    cells,
+    half_samples,
+    has_mauve,
+    heading,
+    measure,
+    rank,
+)
+from recurrent_db.tokenizer import Tokenizer
+
+FEATURES = {
+    "mauve": "the judge's hidden state (after the final norm) of the last token of prompt and continuation",
+    "mauve_mean": "the mean of the judge's hidden states over the continuation",
+}
+
+Walk = dict[str, str]
+Row = dict[str, Any]
+
+
+@dataclass
+class Args:
+    """Measure the text that a run's newest good checkpoint generates."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint folder."""
+    judge: Path
+    """Run directory of the judge, made by eval/train_judge.py from other documents."""
+    data: Path
+    """Folder made by train/prepare_data.py; prompts and real continuations are of its validation split, the unigram
+    model's frequencies of its training split."""
+    k: str = "1,8"
+    """Numbers of core iterations, separated by commas."""
+    decodings: str = "t=1,p=0.95,greedy"
+    """Ways to draw tokens, separated by commas: greedy, t=TEMPERATURE, p=TOP_P, t=TEMPERATURE:p=TOP_P."""
+    bridge: str = ""
+    """For a denoiser, the bridges of its walk to try, separated by commas (soft, hard, sample, state); the run's own by
+    default. K = 1 has none."""
+    sampler: str = ""
+    """For a denoiser, the steps of its walk to try (euler, heun, ancestral); likewise."""
+    prompts: int = 200
+    """Held-out prompts; twice as many windows of held-out text are needed."""
+    prompt_tokens: int = 32
+    """Tokens of a prompt."""
+    tokens: int = 50
+    """Tokens of a continuation, at most: a document's end ends it. A run with another tokenizer than the data's makes as
+    many of its own as the real continuations take on average."""
+    each: int = 5
+    """Continuations of each prompt (one where greedy decoding leaves nothing to chance)."""
+    resamples: int = 200
+    """Half samples of the prompts for the intervals; 0 gives none."""
+    batch_size: int = 32
+    """Texts at once."""
+    seed: int = 0
+    """Of the choice of prompts, of tokens and of noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or auto."""
+    allow_shared: bool = False
+    """Go on, with a warning, where the judge was trained on the run's documents or on those of the prompts."""
+    json: Path | None = None
+    """File to write the result to."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is tried, and by whom it is judged
+
+
+def chosen_words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
+    """The words of a comma-separated option, each one of ``known``."""
+    chosen = list(dict.fromkeys(text.split(","))) if text else []
+    for word in chosen:
+        if word not in known:
+            raise UserError(f"{option}: {word!r} is none of {', '.join(known)}")
+    return chosen
+
+
+def ways(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, Walk]]:
+    """(K, choices of the walk): all that is tried of a denoiser, and once K = 1, where a walk has no step."""
+    bridges = chosen_words(args.bridge, "--bridge", ("soft", "hard", "sample", "state"))
+    samplers = chosen_words(args.sampler, "--sampler", ("euler", "heun", "ancestral"))
+    walk = model.recurrence
+    if not isinstance(walk, DenoiseWalk):
+        if bridges or samplers:
+            raise UserError(f"{args.run} is no denoiser: it has no --bridge or --sampler to choose")
+        return [(k, {}) for k in ks]
+    each = [
+        {"bridge": bridge, "sampler": sampler}
+        for bridge in bridges or [walk.config.bridge]
+        for sampler in samplers or [walk.config.sampler]
+    ]
+    return [(k, choices) for k in ks for choices in (each if k > 1 else [{}])]
+
+
+def check_judge(judge: Judge, config: Config, prompt_marks: set[str], allow: bool) -> dict[str, float | None]:
+    """Refuse a judge that was trained on what it is to judge or, with ``allow``, warn.
+
+    Returns the share of the run's training documents (None where they are gone) and of the prompts' documents that are
+    among the judge's.
+    """
+
+    def trouble(message: str) -> None:
+        if not allow:
+            raise UserError(f"{message} (--allow-shared goes on all the same)")
+        print(f"warning: {message}", file=sys.stderr)
+
+    shared: dict[str, float | None] = {"run": None, "prompts": len(judge.saw(prompt_marks)) / len(prompt_marks)}
+    if shared["prompts"]:
+        trouble(f"the judge was trained on {shared['prompts']:.1%} of the documents that the prompts are from")
+    trained_on = Path(config.data.path)
+    try:
+        open_data(trained_on, "train")
+    except UserError as error:
+        print(
+            f"warning: whether the judge knows the run's training documents cannot be checked: {error}", file=sys.stderr
+        )
+        return shared
+    try:
+        shared["run"] = check_apart(judge.kept, trained_on, "train", COMPARED_DOCUMENTS)
+    except UserError as error:
+        shared["run"] = 1.0
+        trouble(str(error))
+        return shared
+    if shared["run"]:
+        trouble(f"the judge was trained on {shared['run']:.1%} of the documents that the run was trained on")
+    return shared
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class Bench:
+    """The prompts, their real continuations and the judge: what turns texts into rows."""
+
+    def __init__(self, args: Args, judge: Judge, config: Config, tokenizer: Tokenizer) -> None:
+        self.args, self.judge, self.tokenizer = args, judge, tokenizer
+        self.data_tokenizer = load_tokenizer(args.data)
+        held_out = open_data(args.data, "validation", verify=True)
+        chosen = choose_prompts(held_out, 2 * args.prompts, args.prompt_tokens, args.tokens, args.seed)
+        names = {(prompt.source, prompt.number) for prompt in chosen}
+        marks = {mark(document(held_out.sources[source], number), self.data_tokenizer) for source, number in names}
+        self.shared = check_judge(judge, config, marks, args.allow_shared)
+
+        prompts, others = chosen[: args.prompts], chosen[args.prompts :]
+        self.prompts, self.real = self.texts(prompts)
+        context = judge.model.config.max_seq_len
+        lengths = [len(ids) for ids in judge.tokenizer.encode_batch([*self.prompts, *self.real])]
+        if sum(lengths) > context * args.prompts:  # on average; a single one that is too long is cut
+            raise UserError(
+                f"prompt and continuation take {sum(lengths) / args.prompts:.0f} tokens of the judge, whose context is"
+                f" {context}: ask for fewer --prompt-tokens or --tokens, or train a judge with a longer model.max_seq_len"
+            )
+        self.prompt_ids, self.tokens = [prompt.ids for prompt in prompts], args.tokens
+        if tokenizer.hash != self.data_tokenizer.hash:
+            self.prompt_ids = [ids or [tokenizer.eos_id] for ids in tokenizer.encode_batch(self.prompts)]
+            self.tokens = max(1, round(float(np.mean([len(ids) for ids in tokenizer.encode_batch(self.real)]))))
+
+        self.halves = half_samples(args.prompts, args.resamples, args.seed)
+        self.mauve = has_mauve()
+        if not self.mauve:
+            print("note: no MAUVE: mauve-text is missing, pip install 'recurrent-db[mauve]'", file=sys.stderr)
+        self.reading = self.read(self.prompts, self.real)
+        self.other_reading = self.read(*self.texts(others))
+
+    def texts(self, prompts: list[Prompt]) -> tuple[list[str], list[str]]:
+        """Prompts, and their real continuations."""
+        decode = self.data_tokenizer.decode
+        return [decode(prompt.ids) for prompt in prompts], [decode(prompt.real_ids) for prompt in prompts]
+
+    def read(self, prompts: list[str], texts: list[str]) -> Reading:
+        return self.judge.read(prompts, texts, self.args.batch_size)
+
+    def real_row(self) -> Row:
+        """The anchor. Its MAUVE is that of real text against other real text, not against itself."""
+        found = measure([self.reading], self.other_reading if self.mauve else None, self.halves)
+        return self._row("real", [self.real], [self.reading], found, {})
+
+    def row(self, name: str, sets: list[list[str]], described: Row | None = None) -> Row:
+        """Texts in sets, each with one continuation of every prompt."""
+        readings = [self.read(self.prompts, texts) for texts in sets]
+        found = measure(readings, self.reading if self.mauve else None, self.halves)
+        return self._row(name, sets, readings, found, described or {})
+
+    def _row(self, name: str, sets: list[list[str]], readings: list[Reading], found: Measures, described: Row) -> Row:
+        return {
+            "name": name,
+            **{key: described.get(key) for key in ("k", "decoding", "bridge", "sampler", "flops_per_token")},
+            "texts": sum(map(len, sets)),
+            "bytes_per_text": float(np.mean([reading.bytes for reading in readings])),
+            "judge_tokens_per_text": float(np.mean([reading.tokens for reading in readings])),
+            **{key: found.values.get(key) for key in COLUMNS},
+            "intervals": {key: list(found.intervals[key]) for key in COLUMNS if key in found.intervals},
+            "sample": sets[0][0],
+        }
+
+    def generated_rows(
+        self, model: LoopedLM, untrained: LoopedLM, tries: list[tuple[int, Walk]], decodings: list[Decoding]
+    ) -> list[Row]:
+        """A row for each K, walk and decoding, and one of a model with its first weights."""
+        args, rows, own = self.args, [], model.recurrence
+        jobs = [(model, "model", k, walk, decoding) for k, walk in tries for decoding in decodings]
+        jobs.append((untrained, "untrained", tries[0][0], {}, Decoding.parse("t=1")))
+        total = len(jobs) * args.prompts * args.each
+        with tqdm(total=total, desc="generating", unit="text", disable=None, leave=False) as bar:
+            for number, (source, name, k, walk, decoding) in enumerate(jobs, 1):
+                source.recurrence = walked(own, walk)
+                sets = continue_prompts(
+                    source, self.tokenizer, self.prompt_ids, self.tokens, args.each, k, decoding, args.seed, bar.update
+                )
+                passes = source.recurrence.passes(k)
+                cost = inference_cost(source.config, args.prompt_tokens + self.tokens, passes)
+                described = {"k": k, "decoding": decoding.name, **walk, "flops_per_token": cost}
+                rows.append(self.row(name, [[self.tokenizer.decode(ids) for ids in one] for one in sets], described))
+                bar.n = number * args.prompts * args.each  # greedy decoding may need fewer texts
+        return rows
+
+    def baseline_rows(self) -> list[Row]:
+        """Independent tokens: with the frequencies of the data's training split, and all equally likely."""
+        args, eos_id = self.args, self.data_tokenizer.eos_id
+        shares = {"unigram": frequencies(open_data(args.data, "train"))}
+        shares["uniform"] = np.full_like(shares["unigram"], 1 / len(shares["unigram"]))
+        rows = []
+        for name, shares_V in shares.items():
+            drawn = independent_texts(shares_V, eos_id, args.prompts * args.each, args.tokens, args.seed)
+            texts = [self.data_tokenizer.decode(ids) for ids in drawn]
+            rows.append(self.row(name, [texts[draw :: args.each] for draw in range(args.each)]))
+        return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows for people."""
+    lines = [f"{'row':<10}{'K':>4} {'decoding':<13}{'walk':<16}{'bytes':>6}{heading()}{'rank':>6}"]
+    for row in rows:
+        walk = " ".join(filter(None, (row["bridge"], row["sampler"])))
+        line = (
+            f"{row['name']:<10}{row['k'] or '':>4} {row['decoding'] or '':<13}{walk:<16}{row['bytes_per_text']:>6.0f}"
+        )
+        lines.append(f"{line}{cells(row)}{row['rank'] or '-':>6}")
+    return "\n".join(lines)
+
+
+def main(args: Args) -> int:
+    ks = parse_ints(args.k, "--k", least=1)
+    decodings = [Decoding.parse(word) for word in dict.fromkeys(args.decodings.split(","))]
+    sizes = f"{args.prompt_tokens},{args.tokens},{args.each},{args.batch_size}"
+    parse_ints(sizes, "--prompt-tokens, --tokens, --each and --batch-size", least=1)
+    parse_ints(str(args.prompts), "--prompts", least=4)
+    parse_ints(f"{args.resamples},{args.seed}", "--resamples and --seed", least=0)
+    if args.json is not None:
+        check_output(args.json)
+    model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
+    tries = ways(args, model, ks)
+    judge = Judge.load(args.judge, args.device)
+    bench = Bench(args, judge, config, tokenizer)
+    untrained = build_model(config.model, config.seed, model.embedding.weight.device).eval()
+
+    rows = [bench.real_row(), *bench.generated_rows(model, untrained, tries, decodings), *bench.baseline_rows()]
+    rank(rows[0], rows[1:])
+    result = {
+        "checkpoint": str(checkpoint), "objective": config.objective.name, "judge": str(judge.checkpoint),
+        "judge_data": judge.kept.get("data"), "judge_tokenizer": judge.tokenizer.hash, "shared_documents": bench.shared,
+        "data": str(args.data), "features": FEATURES, "prompts": args.prompts, "prompt_tokens": args.prompt_tokens,
+        "tokens": bench.tokens, "each": args.each, "seed": args.seed, "resamples": args.resamples,
+        "distinct_2_margin": DISTINCT_MARGIN, "rows": rows,
+    }  # fmt: skip
+    print(f"{checkpoint}: {config.objective.name}; judge {judge.checkpoint}")
+    print(
+        f"{args.prompts} prompts of {args.prompt_tokens} tokens, {args.each} continuations of {bench.tokens} tokens each"
+    )
+    print(table(rows))
+    if args.json is not None:
+        write_atomic(args.json, json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

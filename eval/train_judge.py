@@ -1,0 +1,63 @@
+"""Train a judge of generated text: a flat next-token model, on other documents than the models it is to judge.
+
+python eval/train_judge.py CONFIG.toml --data.path DIR --run.dir RUN --budget.tokens N [--apart-from DIR]
+
+Everything is train/pretrain.py's, its options and --resume included, with the objective next_token; the judge is an
+ordinary run directory, which also keeps marks of its training documents (judge.json). `--apart-from DIR`, which may be
+repeated, names data directories whose documents, training and held-out, the judge must not be trained on: prepare the
+judge's as another part of the same sources (train/prepare_data.py --part 2/2), or from other ones.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from recurrent_db.commandline import guard
+from recurrent_db.data import read_manifest
+from recurrent_db.errors import UserError
+from recurrent_db.judge import check_apart, record, write_record
+
+PRETRAIN = Path(__file__).parents[1] / "train/pretrain.py"
+
+
+def take_apart_from(words: list[str]) -> tuple[list[Path], list[str]]:
+    """The values of --apart-from, and the other words."""
+    others, rest = [], []
+    given = iter(words)
+    for word in given:
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") != "--apart-from":
+            rest.append(word)
+            continue
+        value = value if equals else next(given, "")
+        if not value or value.startswith("--"):
+            raise UserError("--apart-from needs a data directory")
+        others.append(Path(value))
+    return others, rest
+
+
+def main() -> int:
+    others, words = take_apart_from(sys.argv[1:])
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+    if any(word.partition("=")[0] == "--objective.name" for word in words):
+        raise UserError("a judge is a flat model, its objective is next_token: leave --objective.name out")
+    pretrain = runpy.run_path(str(PRETRAIN))
+    config, resume, overwrite = pretrain["arguments"]([*words, "--objective.name", "next_token"])
+    if not config.data.path:
+        raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
+    kept = record(Path(config.data.path))
+    for other in others:
+        for split in read_manifest(other)["splits"]:
+            share = check_apart(kept, other, split) if read_manifest(other)["splits"][split] else 0.0
+            if share:
+                raise UserError(f"{config.data.path} holds {share:.1%} of the {split} documents of {other}")
+    status: int = pretrain["train"](config, resume, overwrite)
+    write_record(Path(config.run.dir), kept)
+    return status
+
+
+if __name__ == "__main__":
+    guard(main)
