@@ -336,12 +336,6 @@ def test_flops_to_reach_a_level() -> None:
 # Samples
 
 
-def test_variety_of_text() -> None:
-    score = module("quality_score")
-    assert score.distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4
-    assert score.repetition([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 5]]) == pytest.approx((1 / 5 + 0) / 2)
-
-
 def test_continuations_are_those_of_the_generator() -> None:
     score = module("quality_score")
     model, _ = micro_model(micro_config("--objective.name", "next_token"))
