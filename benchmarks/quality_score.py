@@ -14,8 +14,8 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -35,6 +35,7 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.sampling import Sampling
+from recurrent_db.text_metrics import distinct, repetition
 
 TEXT_MOST_K = 8
 """Samples are drawn at the K of the lowest NLL, but at most this one: sampling costs K passes for each token."""
@@ -93,22 +94,6 @@ def continue_prompts(model: LoopedLM, prompts_PT: Tensor, k: int, new_tokens: in
     return torch.tensor(texts)
 
 
-def distinct_2(texts: Iterable[Sequence[int]]) -> float:
-    """Distinct pairs of neighbouring tokens over all such pairs of the texts (Li et al., arXiv 1510.03055)."""
-    pairs = [pair for text in texts for pair in pairwise(text)]
-    return len(set(pairs)) / len(pairs)
-
-
-def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
-    """Share of a text's n-grams that occurred before in it (seq-rep-4, Welleck et al., arXiv 1908.04319), averaged over
-    texts."""
-    shares = []
-    for text in texts:
-        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
-        shares.append(1 - len(set(grams)) / len(grams))
-    return sum(shares) / len(shares)
-
-
 def text_metrics(
     model: LoopedLM, batches: Iterable[Batch], k: int, new_tokens: int, temperature: float
 ) -> dict[str, Any]:
@@ -119,8 +104,8 @@ def text_metrics(
     texts = continue_prompts(model, sequences_PT[:, :prompt], k, new_tokens, temperature).tolist()
     real = sequences_PT[:, prompt : prompt + new_tokens].tolist()
     return {
-        "distinct_2": distinct_2(texts), "repetition": repetition(texts),
-        "held_out_distinct_2": distinct_2(real), "held_out_repetition": repetition(real),
+        "distinct_2": distinct(texts, 2), "repetition": fmean(map(repetition, texts)),
+        "held_out_distinct_2": distinct(real, 2), "held_out_repetition": fmean(map(repetition, real)),
         "k": k, "temperature": temperature, "prompts": len(texts), "prompt_tokens": prompt, "new_tokens": new_tokens,
     }  # fmt: skip
 

@@ -77,12 +77,12 @@ class Args:
 
 
 def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budget: float) -> Config:
-    """`tiny` with the task's vocabulary and length, and 64 samples a step."""
+    """`tiny` with the task's vocabulary and length, and 16 samples a step."""
     if arm not in ARMS:
         raise UserError(f"no arm {arm!r}; there are: {', '.join(ARMS)}")
     words: list[Any] = [
         "--model.vocab_size", task.vocab_size, "--model.max_seq_len", task.length, "--data.sequence_length", task.length,
-        "--data.batch_size", 64, "--data.document_mask", "False", *dotted(options), *ARMS[arm], "--seed", seed,
+        "--data.batch_size", 16, "--data.document_mask", "False", *dotted(options), *ARMS[arm], "--seed", seed,
         "--optim.lr", f"{rate:g}", "--budget.flops", f"{budget:g}",
     ]  # fmt: skip
     config = load_config(ROOT / "train/configs/tiny.toml", [str(word) for word in words])

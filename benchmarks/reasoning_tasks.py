@@ -13,7 +13,7 @@ are the same for every seed of training.
   occurrence of the symbol at i; 0 where there is none. The answer at i is X at find applied k times to i, or "none" where
   the chain ends. The first token says k, uniform over 1 to 8, so that one model learns all of them. X has six symbols, and
   none follows itself: of independent draws from four symbols, to repeat the symbol at i is right for 63 percent of the
-  two-hop answers and for half of most others, because find(i) = i wherever a symbol follows itself. Here the best of
+  two-hop answers and for 36 to 53 beyond, because find(i) = i wherever a symbol follows itself. Here the best of
   repeating the symbol at i, i-1 or i-2 is right for 34 percent of the answers at 1 and 2 hops, 20 at 3 and 4, 18 beyond.
 
 Shapes: B samples, T positions.

@@ -336,12 +336,6 @@ def test_flops_to_reach_a_level() -> None:
 # Samples
 
 
-def test_variety_of_text() -> None:
-    score = module("quality_score")
-    assert score.distinct_2([[1, 2, 1, 2], [1, 2]]) == 2 / 4
-    assert score.repetition([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 5]]) == pytest.approx((1 / 5 + 0) / 2)
-
-
 def test_continuations_are_those_of_the_generator() -> None:
     score = module("quality_score")
     model, _ = micro_model(micro_config("--objective.name", "next_token"))
@@ -426,7 +420,7 @@ def test_objectives_learn_the_targets_that_they_are_given(arm: str) -> None:
     before = run.accuracy(model, task, [1], 256, 1, torch.device("cpu"))
     spent = run.train(config, task, model, objective, 0, torch.device("cpu"))
     after = run.accuracy(model, task, [1, 4], 256, 2, torch.device("cpu"))
-    assert 4e9 <= spent["flops"] < 4.4e9 and spent["tokens"] == 256 * spent["steps"]
+    assert 4e9 <= spent["flops"] < 4.4e9 and spent["tokens"] == 64 * spent["steps"]
     assert before["accuracy_by_k"]["1"]["1-1"] < 0.3
     assert after["accuracy_by_k"]["1"]["1-1"] > 0.95
     assert after["accuracy_by_position"]["1"][0] == pytest.approx(after["accuracy_by_k"]["1"]["1-1"], abs=1e-4)
