@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in one go: speed, memory, the tests that need one.
 #
-#   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash documents memory tests; all by default
+#   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash documents memory float8 tests; all by default
 #
 # Writes OUT/STEP.json and OUT/STEP.log (OUT: benchmarks/results/gpu). A step that fails or runs out of its time does not
 # stop the others; the last line says which did, and the exit status is then 1. The steps' limits add up to less than 25
@@ -18,7 +18,7 @@ if [ "${1:-}" = "--dry-run" ]; then
     dry=yes
     shift
 fi
-known="sdpa compiled flex flash documents memory tests"
+known="sdpa compiled flex flash documents memory float8 tests"
 steps=("$@")
 [ "${#steps[@]}" -gt 0 ] || read -ra steps <<<"$known"
 for name in "${steps[@]}"; do
@@ -90,6 +90,7 @@ speed=("$python" benchmarks/speed.py --device cuda)
 some="next_token,denoise-two-stream" # what differs between back ends: one stream, two streams
 memory=("$python" benchmarks/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
 documents=("$python" benchmarks/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
+float8=("$python" benchmarks/float8.py --device cuda)
 if lacks transformers || [ -n "$dry" ]; then
     speed+=(--no-reference)
 fi
@@ -98,6 +99,7 @@ if [ -n "$dry" ]; then
     speed+=(--device cpu --quick --repetitions 1 --warmup 1 --seconds 0.01 --objectives next_token)
     memory=("$python" benchmarks/memory.py --batch-size 1 --repetitions 1)
     documents=("$python" benchmarks/documents.py --batch-size 1 --pairs 2)
+    float8=("$python" benchmarks/float8.py --config train/configs/tiny.toml --tokens 64 --repetitions 1 --calls 1)
 fi
 
 for name in "${steps[@]}"; do
@@ -130,6 +132,9 @@ for name in "${steps[@]}"; do
         ;;
     memory)
         step memory 90 "${memory[@]}" --json "$OUT/memory.json"
+        ;;
+    float8)
+        step float8 60 "${float8[@]}" --json "$OUT/float8.json"
         ;;
     tests)
         if lacks pytest; then

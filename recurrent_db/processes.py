@@ -6,6 +6,7 @@ many there are, so neither do the numbers.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class Processes:
                 dist.init_process_group("gloo", timeout=timedelta(weeks=1))
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"cannot reach the other processes: {error}") from None
-        group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+            # Left open until the interpreter is gone, gloo's threads now and then end the process with an abort.
+            atexit.register(dist.destroy_process_group)
+        group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def share(self, work: Sequence[T]) -> Sequence[T]:

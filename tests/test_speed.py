@@ -255,8 +255,11 @@ def test_everything_for_a_gpu_runs_dry(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    logs = {f"{step}.log" for step in ["sdpa", "compiled", "flex", "flash", "documents", "memory", "tests"]}
-    assert logs | {"sdpa.json", "documents.json", "memory.json", "tests.xml"} <= found
+    logs = {f"{step}.log" for step in ["sdpa", "compiled", "flex", "flash", "documents", "memory", "float8", "tests"]}
+    assert logs | {"sdpa.json", "documents.json", "memory.json", "float8.json", "tests.xml"} <= found
+    # Products of normal numbers by e4m3 and e5m2: roundings of 2^-4 and 2^-3 of each value at most, of random sign.
+    rows = json.loads((tmp_path / "out/float8.json").read_text())["rows"]
+    assert all(0.01 < error < 0.1 for row in rows for error in row["relative_errors"])
     assert json.loads((tmp_path / "out/sdpa.json").read_text())["rows"]
     assert result.stdout.splitlines()[-1].startswith("all done")
 

@@ -74,9 +74,9 @@ class Precond:
             visible: who sees whom otherwise; plain causal where not given.
         """
         sigma = sigma_Bs[..., None]
-        view_BTD = self.view(z_BTD, sigma).to(e_BTD.dtype)
+        view_BTD = model.fuse(self.view)(z_BTD, sigma).to(e_BTD.dtype)
         state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs), beside, visible)
-        return self.combine(z_BTD, state, sigma)
+        return model.fuse(self.combine)(z_BTD, state, sigma)
 
     def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:
         """D from z and the network's output, fp32 or wider."""

@@ -15,9 +15,10 @@ Shapes: B sequences, T positions, D width, V vocabulary. States and hidden vecto
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class Core(nn.Module):
         return state_BTD
 
 
-def _compiled_in_training(owner: nn.Module, part: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _compiled_in_training(owner: nn.Module, part: Callable[..., Any], backend: str) -> Callable[..., Any]:
     fast = torch.compile(part, dynamic=False, backend=backend)
     return lambda *args, **kwargs: (fast if owner.training else part)(*args, **kwargs)
 
@@ -157,6 +158,8 @@ class LoopedLM(nn.Module):
     """What computes attention; the same function whichever it is."""
     softmax_loss: SoftmaxLoss = staticmethod(softmax_loss)
     """What the head's loss is made by; compiled with the other parts."""
+    fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = staticmethod(lambda function: function)
+    """Compiles a pure function of tensors that an objective runs beside the parts, where the parts are compiled."""
     compiled: bool = False
     """Whether `compile_parts` was called."""
     document_mask: bool = True
@@ -301,7 +304,8 @@ class LoopedLM(nn.Module):
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile what training runs: prelude, one core iteration, coda, softmax and loss, each for itself.
+        """Compile what training runs: prelude, one core iteration, coda, noise conditioning, softmax and loss, and what an
+        objective hands to `fuse`, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
         (without gradient, with it from a state that needs none, with it from one that does). Shapes are static. In
@@ -309,7 +313,13 @@ class LoopedLM(nn.Module):
         """
         for owner, name in ((self, "_encode"), (self.core, "iteration"), (self, "_decode")):
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
-        self.softmax_loss = torch.compile(softmax_loss_to_fuse, dynamic=False, backend=backend)
+        if self.noise_embedding is not None:
+            embed = _compiled_in_training(self, self.noise_embedding.forward, backend)
+            setattr(self.noise_embedding, "forward", embed)  # noqa: B010
+        # One compilation for each function, however often it is asked for.
+        fused = functools.cache(lambda function: torch.compile(function, dynamic=False, backend=backend))
+        self.fuse = lambda function: fused(function) if self.training else function
+        self.softmax_loss = fused(softmax_loss_to_fuse)
         self.compiled = True
 
     # -- initialisation and size ---------------------------------------------------------------------------------------

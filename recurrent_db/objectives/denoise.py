@@ -41,6 +41,12 @@ def mean_pairwise_cosine(rows_VD: Tensor, most: int = 256) -> Tensor:
     return (unit.sum(0).square().sum() - n) / (n * (n - 1))
 
 
+def noised(rows_BTD: Tensor, eps_BTD: Tensor, sigma_Bs: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """Clean targets y and z = y + sigma eps, fp32 (B, T, D), of target rows."""
+    y_BTD = normalised(rows_BTD, norm)
+    return y_BTD, torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
+
+
 class Denoise:
     """The published method, with its choices as options (config.DenoiseConfig)."""
 
@@ -70,9 +76,8 @@ class Denoise:
         drawn_Bs = self._sigma(batch, rng)
         sigma_Bs = drawn_Bs.to(batch.tokens_BT.device, non_blocking=True)
         rows_BTD = model.target_rows_of(batch.targets_BT).float()
-        y_BTD = normalised(rows_BTD, self.config.target_norm)
-        eps_BTD = rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "noise", y_BTD.device)
-        z_BTD = torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
+        eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "noise", rows_BTD.device)
+        y_BTD, z_BTD = model.fuse(noised)(rows_BTD, eps_BTD, sigma_Bs, self.config.target_norm)
 
         visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(batch.tokens_BT, visible)
