@@ -12,6 +12,11 @@ clean one, once; the known neighbours'); a layer of the coda in each read-out. A
 a layer, what earlier positions left in theirs, which is what recomputing everything would show it. The passes over one
 cache must therefore make the same visits: ask for the same K and draws each time, and run `Recurrence.hidden` to its end.
 
+That is the policy `full`, whose size grows with K. `modulo-S` has S slots a layer: visit n reads and writes slot n mod S, so
+of a position in an earlier pass it sees what that left in its last visit that is n modulo S; positions of its own pass it
+sees in the visit that they are in. `last` is modulo-1: the last iteration's. (Huginn's cache sharing, arXiv 2502.05171,
+section 6.2.) These are for one K and one draw, and what they give depends on how the tokens are cut into passes.
+
 Slots are allocated for the whole capacity when they are first filled. For inference alone: no gradient passes through.
 
 Shapes: B rows, T positions of a pass, S positions so far, H heads, E head size, D width.
@@ -26,13 +31,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.flops import visits_kept
 from recurrent_db.memory import tensor_bytes
 from recurrent_db.model.attention import Rule, Visible
 from recurrent_db.model.layers import KeysValues
 from recurrent_db.model.looped import LoopedLM
 
 SlotName = tuple[str, int]
-"""A layer's name in the model and the number of its visit in a pass."""
+"""A layer's name in the model, and the number of its visit in a pass (modulo S)."""
 
 
 class Cache:
@@ -42,8 +48,11 @@ class Cache:
     other position sees them, and rotary positions and noise (`offset`) count from the first that is not padding.
     """
 
-    def __init__(self, model: LoopedLM, rows: int, capacity: int, padding: Sequence[int] | None = None) -> None:
-        self.model, self.rows, self.capacity = model, rows, capacity
+    def __init__(
+        self, model: LoopedLM, rows: int, capacity: int, padding: Sequence[int] | None = None, policy: str = "full"
+    ) -> None:
+        self.model, self.rows, self.capacity, self.policy = model, rows, capacity, policy
+        self.kept = visits_kept(policy)
         self.padding = tuple(padding) if padding is not None and any(padding) else None
         if self.padding is not None and len(self.padding) != rows:
             raise ValueError(f"{rows} rows, but padding for {len(self.padding)}")
@@ -92,7 +101,7 @@ class Cache:
         padding = [0] * len(rows) if self.padding is None else [self.padding[row] for row in rows]
         shared = min(padding, default=0)
         capacity = self.capacity if capacity is None else capacity
-        other = Cache(self.model, len(rows), capacity, [pad - shared for pad in padding])
+        other = Cache(self.model, len(rows), capacity, [pad - shared for pad in padding], self.policy)
         other.length = self.length - shared
         if other.length > capacity:
             raise ValueError(f"{other.length} positions do not fit into a capacity of {capacity}")
@@ -139,8 +148,9 @@ class _Pass:
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> KeysValues:
         if k_BHTE.requires_grad:
             raise ValueError("a cache serves inference alone: call it under torch.no_grad()")
-        k_BHSE, v_BHSE = self.cache.slot((self.cache.names[layer], self.visits[layer]), k_BHTE)
+        visit, kept = self.visits[layer], self.cache.kept
         self.visits[layer] += 1
+        k_BHSE, v_BHSE = self.cache.slot((self.cache.names[layer], visit % kept if kept else visit), k_BHTE)
         k_BHSE[:, :, self.first : self.stop] = k_BHTE
         v_BHSE[:, :, self.first : self.stop] = v_BHTE
         return k_BHSE[:, :, : self.stop], v_BHSE[:, :, : self.stop]

@@ -22,6 +22,8 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.optim import update_flops
 
 KS = (1, 2, 4, 8, 16, 32)
+POLICIES = ("full", "modulo-4", "last")
+"""Of the key-value cache; see `recurrent_db.cache`."""
 
 
 @dataclass
@@ -80,12 +82,14 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     per_token = {name: total(costs).total for name, costs in parts.items()}
 
     inference: dict[str, dict[str, float]] = {}
-    cache: dict[str, dict[str, int]] = {}
+    cache: dict[str, dict[str, dict[str, int]]] = {policy: {} for policy in POLICIES}
     for name in ("unrolled", "denoise"):
         config.objective.name = "denoise" if name == "denoise" else "unrolled"
         recurrence = build_objective(config).recurrence
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
-        cache[name] = {str(k): cache_size * cache_numbers_per_token(config.model, recurrence.passes(k)) for k in KS}
+        for policy, by_name in cache.items():
+            numbers = {k: cache_numbers_per_token(config.model, recurrence.passes(k), policy) for k in KS}
+            by_name[name] = {str(k): cache_size * count for k, count in numbers.items()}
     config.model.noise_conditioning = True
     depth = config.objective.unrolled.mean_depth
     model = build_model(config.model, None, "meta")
@@ -106,8 +110,8 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
             "flops_truncated": per_token["unrolled_truncated"] / per_token["denoise"] / epochs_ratio,
         },
         "inference_flops_per_token": inference,
-        "cache_bytes_per_token": cache["unrolled"],
-        "cache_bytes_per_token_denoise": cache["denoise"],
+        "cache_bytes_per_token": cache["full"]["unrolled"],
+        "cache_bytes_per_token_by_policy": cache,
     }
 
 
@@ -168,9 +172,9 @@ def flops(args: FlopsArgs) -> int:
     print(f"{'':<28}" + "".join(f"{f'K={k}':>12}" for k in KS))
     for name, by_k in table["inference_flops_per_token"].items():
         print(f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values()))
-    for name, suffix in (("unrolled", ""), ("denoise", "_denoise")):
-        sizes = table[f"cache_bytes_per_token{suffix}"].values()
-        print(f"{'cache bytes, ' + name:<28}" + "".join(f"{value:>12,}" for value in sizes))
+    for policy, by_name in table["cache_bytes_per_token_by_policy"].items():
+        for name, by_k in by_name.items():
+            print(f"{f'cache bytes, {policy}, {name}':<28}" + "".join(f"{value:>12,}" for value in by_k.values()))
     counts = table["parameters"]
     print(f"\nparameters: {counts['total']:,}, and {counts['noise_conditioning']:,} for noise conditioning")
     return 0

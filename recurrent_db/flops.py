@@ -13,9 +13,11 @@ Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from recurrent_db.config import Config, ModelConfig
+from recurrent_db.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,25 @@ def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
     return total(cost_per_token(model, length, passes)).forward
 
 
-def cache_numbers_per_token(model: ModelConfig, passes: Passes) -> int:
+CACHE_POLICIES = "full, last or modulo-S (S slots a layer)"
+
+
+def visits_kept(policy: str) -> int | None:
+    """How many of its visits to a layer a position leaves keys and values of, under a cache policy (`cache.Cache`); None
+    for all. Raises `UserError`."""
+    if policy == "full":
+        return None
+    found = re.fullmatch(r"modulo-([1-9]\d*)", policy)
+    if policy != "last" and found is None:
+        raise UserError(f"a cache policy is {CACHE_POLICIES}, not {policy!r}")
+    return int(found[1]) if found is not None else 1
+
+
+def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "full") -> int:
     """What a key-value cache (`cache.Cache`) keeps of a token, in numbers: a key and a value for each layer and visit of
     the streams that later positions see, and the prelude's output for known neighbours."""
     core = passes.clean_no_grad or passes.core_no_grad  # known neighbours' passes are as many as the core's
     coda = passes.known_no_grad or passes.readouts_no_grad
-    layers = model.n_prelude + model.n_core * core + model.n_coda * coda
+    most = visits_kept(policy) or max(core, coda)
+    layers = model.n_prelude + model.n_core * min(core, most) + model.n_coda * min(coda, most)
     return model.d_model * (2 * layers + (passes.known_no_grad > 0))

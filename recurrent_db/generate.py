@@ -45,6 +45,8 @@ class Decoder:
         k: core iterations.
         max_new_tokens: the most tokens that will be added to a row.
         rng, requests: key the noise.
+        cache_policy: what the cache keeps (see `cache`); of policies other than `full` a text depends on its batch, where
+            that changes in which parts its context is read.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Decoder:
         max_new_tokens: int,
         rng: Rng,
         requests: Sequence[int],
+        cache_policy: str = "full",
     ) -> None:
         if not all(prompts):
             raise UserError("a prompt needs at least one token")
-        self.model, self.k, self.rng, self.requests = model, k, rng, list(requests)
+        self.model, self.k, self.rng, self.requests, self.cache_policy = model, k, rng, list(requests), cache_policy
         self.window, self._recurrence = model.config.max_seq_len, model.recurrence.ready(model)
         self.ids = [list(prompt) for prompt in prompts]
         self.alive = list(range(len(prompts)))
@@ -97,7 +100,8 @@ class Decoder:
         contexts = [self.ids[row][self._firsts[row] :] for row in self._rows]
         longest = max(map(len, contexts))
         padding = [longest - len(context) for context in contexts]
-        self.cache = Cache(self.model, len(self._rows), min(self.window, longest + self._room), padding)
+        capacity = min(self.window, longest + self._room)
+        self.cache = Cache(self.model, len(self._rows), capacity, padding, self.cache_policy)
         return [[0] * pad + context for pad, context in zip(padding, contexts, strict=True)]
 
     def _run(self, cache: Cache, tokens_BT: Tensor) -> Tensor:
@@ -132,6 +136,7 @@ def stream(
     seed: int = 0,
     requests: Sequence[int] | None = None,
     over: Callable[[int, int], bool] = _never,
+    cache_policy: str = "full",
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens of several texts are drawn, in turns.
 
@@ -141,10 +146,11 @@ def stream(
         max_new_tokens: of each text.
         requests: keys of the draws, one a prompt; 0, 1, ... where not given.
         over: called with each row and its new token; whether that token ends the row's text. It is not yielded then.
+        cache_policy: as of `Decoder`.
     """
     rng = Rng(seed, EVALUATION_STEP)
     keys = list(range(len(prompts))) if requests is None else list(requests)
-    decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys)
+    decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy)
     for _ in range(max_new_tokens):
         if not decoder.alive:
             return
@@ -223,6 +229,7 @@ def complete(
     stops: Sequence[str] = (),
     rows: int = ROWS_AT_ONCE,
     progress: Callable[[int], object] = lambda n: None,
+    cache_policy: str = "full",
 ) -> list[Text]:
     """Continue prompts of token ids (an empty one starts a document), ``rows`` at a time, those of like length together.
 
@@ -235,10 +242,9 @@ def complete(
     order = sorted(range(len(started)), key=lambda i: -len(started[i]))
     for first in range(0, len(order), rows):
         batch = order[first : first + rows]
+        together, these = [started[i] for i in batch], [keys[i] for i in batch]
         over = lambda row, token, batch=batch: texts[batch[row]].add(token)  # noqa: E731
-        for _ in stream(
-            model, [started[i] for i in batch], k, max_new_tokens, sampling, seed, [keys[i] for i in batch], over
-        ):
+        for _ in stream(model, together, k, max_new_tokens, sampling, seed, these, over, cache_policy):
             pass
         progress(len(batch))
     return texts
@@ -257,6 +263,7 @@ def generate_texts(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
+    cache_policy: str = "full",
 ) -> list[str]:
     """`generate` of several prompts together; the i-th draws as request i, the first as `generate` does."""
     for ok, message in (
@@ -267,7 +274,10 @@ def generate_texts(
             raise UserError(message)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    return [str(text) for text in complete(model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop)]
+    texts = complete(
+        model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop, cache_policy=cache_policy
+    )  # fmt: skip
+    return [str(text) for text in texts]
 
 
 def generate(
@@ -283,6 +293,7 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
+    cache_policy: str = "full",
 ) -> str:
     """Continue ``prompt`` with ``k`` core iterations for each token.
 
@@ -294,8 +305,10 @@ def generate(
         top_p: sample among the fewest tokens whose probability reaches this; 1 means all.
         seed: the same seed gives the same text.
         min_p: sample among tokens at least this times as likely as the most likely one.
-        repetition_penalty: divides the odds of tokens that are there already (see `Sampling`); 1 is none.
+        repetition_penalty: above 1 makes tokens that are there already less likely (see `Sampling`); 1 is none.
         stop: strings that end the text and are not part of it.
+        cache_policy: full; or last or modulo-S, which keep the last or S of the K iterations of earlier positions, for less
+            memory and another distribution (see `recurrent_db.cache`).
 
     Returns:
         The new text, without the prompt.
@@ -304,5 +317,6 @@ def generate(
         UserError: for an argument out of its range.
     """
     return generate_texts(
-        model, tokenizer, [prompt], k, max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, stop
-    )[0]
+        model, tokenizer, [prompt], k, max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, stop,
+        cache_policy,
+    )[0]  # fmt: skip

@@ -14,9 +14,11 @@ import torch
 from helpers import MICRO, OBJECTIVES, ROOT, load_script, micro_config, micro_model, synthetic_data
 
 from recurrent_db.config import load_config
-from recurrent_db.data import Batch
+from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.denoise.noise import GRIDS
 from recurrent_db.flops import cache_numbers_per_token, cost_per_token, total
+from recurrent_db.likelihood import token_log_probabilities
+from recurrent_db.loading import load_with_config
 from recurrent_db.model import build_model
 from recurrent_db.model.looped import STATE_STD
 from recurrent_db.objectives import build_objective
@@ -275,3 +277,28 @@ def test_decode(script_here: Run, tmp_path: Path) -> None:
     result = script_here("benchmarks/decode.py", *words[:4], "--tokens", "200")
     assert result.returncode == 2
     assert "above the model's window of 128" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["unrolled", "two-stream"])
+def test_cache_policies(folder: Path, script_here: Run, name: str) -> None:
+    """`full` is the likelihood of the window read at once; more slots than iterations are the same; fewer are not."""
+    words = [folder / name, "--data", folder / "data", "--k", "4", "--tokens", "128", "--device", "cpu"]
+    out = folder / f"policies-{name}.json"
+    result = script_here("eval/cache_policies.py", *words, "--policies", "full,modulo-4,last", "--json", out)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["by_k"]["4"]
+    model, _, config, _ = load_with_config(folder / name, "cpu")
+    data = open_data(str(folder / "data"), "validation")
+    nlls = []
+    with torch.no_grad():
+        for batch in validation_batches(data, config.data.sequence_length, 4, 128):
+            arguments = batch.tokens_BT, batch.targets_BT, [4], Rng(0, EVALUATION_STEP), batch.sample_index_B
+            nlls.append(-token_log_probabilities(model, *arguments)[4].double().mean(-1))
+    assert rows["full"]["nll"] == pytest.approx(torch.cat(nlls).mean().item(), abs=1e-4)
+    assert rows["full"]["difference"] == 0
+    assert abs(rows["modulo-4"]["difference"]) < 1e-6
+    assert abs(rows["last"]["difference"]) > 1e-4
+    assert rows["last"]["bytes_per_token"] < rows["full"]["bytes_per_token"] == rows["modulo-4"]["bytes_per_token"]
+    result = script_here("eval/cache_policies.py", *words, "--policies", "full,first")
+    assert result.returncode == 2
+    assert "a cache policy is full, last or modulo-S" in result.stderr

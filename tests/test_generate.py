@@ -218,6 +218,19 @@ def test_a_model_can_be_trained_after_it_has_generated() -> None:
     assert model.embedding.weight.grad is not None
 
 
+def test_generation_under_a_cache_policy(tokenizer: Tokenizer) -> None:
+    """`last` and `modulo-2` at K = 2 differ as they should; the policies' definition: test_cache.py."""
+    model = fresh("unrolled", tokenizer)
+    full, both, last = (
+        generate(model, tokenizer, "def ", k=2, max_new_tokens=24, cache_policy=policy)
+        for policy in ("full", "modulo-2", "last")
+    )
+    assert full == both
+    assert full != last
+    with pytest.raises(UserError, match="a cache policy is"):
+        generate(model, tokenizer, "def ", cache_policy="some")
+
+
 def test_texts_together_are_the_texts_alone(tokenizer: Tokenizer) -> None:
     model = fresh("unrolled", tokenizer)
     prompts = ["import os", "", "x = [", "def f(a, b):\n    return"]
