@@ -46,7 +46,8 @@ TEXT = {
 DECODINGS = "p=0.95,greedy"
 
 SIZES: dict[str, dict[str, Any]] = {
-    # The tiny shape with Huginn's depths: 13 minutes on one thread for one seed, scoring with two draws included.
+    # The tiny shape with Huginn's depths. On one thread, for one seed: 13 minutes, scoring with two draws included, and
+    # 8 minutes for the judge and the text half.
     "cpu": {
         "config": "tiny.toml",
         "tokens": 200_000,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import MICRO, OBJECTIVES, ROOT, load_script, micro_config, micro_model, synthetic_data
 
+from recurrent_db.commandline import parse
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.denoise.noise import GRIDS
@@ -189,13 +190,31 @@ def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: 
     assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
 
 
-def test_table5_ends_and_does_no_work_twice(folder: Path, script_here: Run) -> None:
+def test_table5_ends_and_does_no_work_twice(
+    folder: Path, script_here: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its commands run in this process here, which saves a dozen starts of Python."""
+    table5, calls = load_script("benchmarks/table5.py"), []
+
+    def call(*words: object) -> None:
+        calls.append(str(words[0]))
+        done = script_here(*map(str, words))
+        assert done.returncode == 0, done.stderr
+
+    def run(*options: object) -> tuple[list[str], list[str]]:
+        """What the benchmark prints, and the scripts it runs."""
+        calls.clear()
+        words = ["--data", folder / "data", "--out", folder / "table5", "--tokens", "3000", *options]
+        assert table5.main(parse(table5.Args, [str(word) for word in words])) == 0
+        return capfd.readouterr().out.splitlines(), list(calls)
+
+    monkeypatch.setattr(table5, "call", call)
     synthetic_data(folder / "judge-data", seed=2)
-    words = ["benchmarks/table5.py", "--data", folder / "data", "--out", folder / "table5", "--tokens", "3000",
-             "--judge-data", folder / "judge-data", "--prompts", "4", "--prompt-tokens", "8", "--text-tokens", "4",
-             "--each", "1", "--resamples", "5", "--k", "1,2", "--draws", "1"]  # fmt: skip
-    first = script_here(*words)
-    assert first.returncode == 0, first.stderr
+    text = ["--judge-data", folder / "judge-data", "--prompts", "4", "--prompt-tokens", "8", "--text-tokens", "4", "--each",
+            "1", "--resamples", "5"]  # fmt: skip
+    printed, scripts = run(*text, "--k", "1,2", "--draws", "1")
+    arm = ["train/pretrain.py", "eval/depth_curve.py", "eval/generation.py"]
+    assert scripts == ["eval/train_judge.py", *arm, *arm, *arm]
     result = json.loads((folder / "table5/RESULT.json").read_text())
     flops = {name: runs[0]["flops"] for name, runs in result["arms"].items()}
     assert set(flops) == {"unrolled", "denoise-paper", "next_token"}
@@ -209,18 +228,24 @@ def test_table5_ends_and_does_no_work_twice(folder: Path, script_here: Run) -> N
     }
     ways = (("unrolled", 32, None), ("denoise-paper", 1, None), ("denoise-paper", 4, "hard"), ("next_token", 1, None))
     assert made == {(*way, decoding) for way in ways for decoding in ("p=0.95", "greedy")}
-    judged = first.stdout.splitlines()
-    assert f"text, judged by {folder / 'table5/judge'}:" in judged
-    assert [line.split()[0] for line in judged[-5:]] == ["next_token", "real", "untrained", "unigram", "uniform"]
-    again = script_here(*words)
-    assert "$ python" in first.stdout
-    assert "$ python" not in again.stdout
-    assert again.stdout.splitlines() == [line for line in judged if line in set(again.stdout.splitlines())]
-    assert len(again.stdout.splitlines()) > 16
-    other = script_here(*words[:5], *words[5:7], "--k", "1,3", "--draws", "1")
-    assert "train/pretrain.py" not in other.stdout
-    assert other.stdout.count("$ python eval/depth_curve.py") == 3  # other K are scored again, not taken from before
-    assert other.stdout.splitlines()[-1].startswith("no text half")
+    assert f"text, judged by {folder / 'table5/judge'}:" in printed
+    assert [line.split()[0] for line in printed[-5:]] == ["next_token", "real", "untrained", "unigram", "uniform"]
+    again, scripts = run(*text, "--k", "1,2", "--draws", "1")
+    assert scripts == [] and again[-10:] == printed[-10:]
+    # Other K are scored again, not taken from before; so is the text at other settings.
+    other, scripts = run("--k", "1,3", "--draws", "1")
+    assert scripts == ["eval/depth_curve.py"] * 3 and other[-1].startswith("no text half")
+    assert run(*text, "--k", "1,3", "--draws", "1", "--text-tokens", "5")[1] == ["eval/generation.py"] * 3
+
+
+def test_table5_tells_a_failed_command_and_two_judges(folder: Path, script_here: Run) -> None:
+    words = ["benchmarks/table5.py", "--data", folder / "data", "--out", folder / "failed", "--tokens", "3000"]
+    failed = script_here(*words, "--judge-data", folder / "data")  # the arms' own data make no judge
+    assert failed.returncode == 2
+    assert "training text is that of" in failed.stderr
+    assert failed.stderr.splitlines()[-1] == "error: the command above failed; repeat this one to go on from there"
+    both = script_here(*words, "--judge-data", folder / "data", "--judge", folder / "next_token")
+    assert (both.returncode, len(both.stderr.splitlines())) == (2, 1)
 
 
 @pytest.mark.long
