@@ -64,7 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, table = hidden_ND.to(dtype), table_VD.to(dtype)
         losses_N = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden_ND) if need_hidden else None
-        d_table = torch.zeros_like(table_VD) if need_table else None
+        in_place = need_table and table_VD.dtype == dtype and len(hidden) > 0
+        d_table = None if not need_table else torch.empty_like(table_VD) if in_place else torch.zeros_like(table_VD)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             losses_N[part], d_RV = softmax(hidden[part] @ table.T, targets_N[part], weights_N[part])
@@ -72,24 +73,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             if d_hidden is not None:
                 d_hidden[part] = d_RV @ table
-            if d_table is not None:
-                if d_table.dtype == dtype:
-                    torch.addmm(d_table, d_RV.T, hidden[part], out=d_table)
-                else:
-                    d_table += d_RV.T @ hidden[part]
-        ctx.save_for_backward(d_hidden, d_table)
+            if d_table is None:
+                continue
+            if not in_place:
+                d_table += d_RV.T @ hidden[part]
+            elif start == 0:  # the first chunk writes where the others add
+                torch.mm(d_RV.T, hidden[part], out=d_table)
+            else:
+                torch.addmm(d_table, d_RV.T, hidden[part], out=d_table)
+        ctx.gradients = d_hidden, d_table
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]
-        d_hidden, d_table = ctx.saved_tensors
-        return (
-            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
-            None if d_table is None else d_table * scale.to(d_table.dtype),
-            None, None, None, None, None,
-        )  # fmt: skip
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a linear cross-entropy are handed out once: run it again")
+        # Handed out and forgotten, so that what else flows to the table is added in place.
+        (d_hidden, d_table), ctx.gradients, scale = ctx.gradients, None, grads[0]
+        if scale.device.type != "cpu" or scale != 1:  # one is the usual case, and a table of 32k rows long to multiply
+            d_hidden = None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype))
+            d_table = None if d_table is None else d_table.mul_(scale.to(d_table.dtype))
+        return d_hidden, d_table, None, None, None, None, None
 
 
 def linear_cross_entropy(
