@@ -59,6 +59,10 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
+# The harness bootstraps errors (of a perplexity, say) in forked processes unless this is set. A model that has run leaves
+# threads behind, and a fork of a process with threads can wait for ever for a lock that one of them held.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
 eval_logger = logging.getLogger("lm_eval.recurrent_db")
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
