@@ -104,7 +104,7 @@ def test_generation_stops_at_strings_and_lengths(
     ids = tokenizer.encode(text)
 
     def said(model: Any, prompts: Any, k: int, count: int, *rest: Any) -> Iterator[tuple[int, int]]:
-        sampling, seed, keys, over, cache_policy = rest
+        _sampling, _seed, _keys, over, _cache_policy = rest
         return ((0, token) for token in itertools.takewhile(lambda token: not over(0, token), ids[:count]))
 
     monkeypatch.setattr(sys.modules["recurrent_db.generate"], "stream", said)
