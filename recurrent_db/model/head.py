@@ -91,9 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of a linear cross-entropy are handed out once: run it again")
         # Handed out and forgotten, so that what else flows to the table is added in place.
         (d_hidden, d_table), ctx.gradients, scale = ctx.gradients, None, grads[0]
-        if scale.device.type != "cpu" or scale != 1:  # one is the usual case, and a table of 32k rows long to multiply
-            d_hidden = None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype))
-            d_table = None if d_table is None else d_table.mul_(scale.to(d_table.dtype))
+        d_hidden = None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype))
+        d_table = None if d_table is None else d_table.mul_(scale.to(d_table.dtype))
         return d_hidden, d_table, None, None, None, None, None
 
 
