@@ -479,4 +479,4 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None})
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
