@@ -30,6 +30,7 @@ from recurrent_db.tokenizer import Tokenizer
 
 MODEL_TYPE = "recurrent_db"
 CODE = ("modeling_recurrent_db.py", "tokenization_recurrent_db.py")
+"""Files of `recurrent_db.hf`; the second goes with sentencepiece models, others have classes in the library."""
 
 
 @dataclass
@@ -121,7 +122,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
-    files = {"tokenizer.model": tokenizer.model_bytes}
+    files = {}
     if tokenizer.is_json:
         spec = unwrap(tokenizer.model_bytes)["tokenizer"]
         by_id = {index: token for token, index in spec["model"]["vocab"].items()}
@@ -131,6 +132,8 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         files["tokenizer.json"] = json.dumps(spec).encode()
     else:
+        files["tokenizer.model"] = tokenizer.model_bytes
+        files[CODE[1]] = (resources.files("recurrent_db.hf") / CODE[1]).read_bytes()
         settings["tokenizer_class"] = "RecurrentDBTokenizer"
         settings["auto_map"] = {"AutoTokenizer": [f"{CODE[1].removesuffix('.py')}.RecurrentDBTokenizer", None]}
     files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
@@ -169,7 +172,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     files = {
         "config.json": json.dumps(values, indent=1).encode(),
         "generation_config.json": json.dumps(generation, indent=1).encode(),
-        **{name: (resources.files("recurrent_db.hf") / name).read_bytes() for name in CODE},
+        CODE[0]: (resources.files("recurrent_db.hf") / CODE[0]).read_bytes(),
         **_tokenizer_files(tokenizer),
     }
     temporary = folder.with_name(f".writing-{folder.name}")

@@ -27,6 +27,7 @@ import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from recurrent_db.checkpoint import TrainState, save_checkpoint
 from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, to_dict, validate
@@ -44,8 +45,8 @@ MOST = {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 
         "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16}  # fmt: skip
 """Largest values that an imported configuration may have."""
 
-_JSON_BYTES = 1 << 28
-"""Largest JSON file that is read."""
+_MOST_BYTES = 1 << 28
+"""Largest JSON file or tokenizer that is read."""
 
 
 @dataclass
@@ -62,11 +63,15 @@ class ImportArgs:
     """Run directory to make; it must not exist or be empty."""
 
 
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path} is larger than {_MOST_BYTES >> 20} MiB")
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `UserError` for anything else."""
     try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise UserError(f"{path} is larger than {_JSON_BYTES >> 20} MiB")
+        _check_size(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -257,7 +262,7 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
     if huginn:
         _check_extras(weights, config)
     model = build_model(config, seed=None)
-    for name, parameter in model.named_parameters():
+    for name, parameter in tqdm(list(model.named_parameters()), "weights", leave=False, disable=None):
         if name in zeros:
             parameter.zero_()
         else:
@@ -274,6 +279,7 @@ def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
     ``tokenizer_config.json`` or of ``config.json`` (``values``). Raises `UserError` where there is none that can be used."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
+        _check_size(model)
         return Tokenizer(model)
     if not fast.exists():
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json")

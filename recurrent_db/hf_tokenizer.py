@@ -19,8 +19,13 @@ FORMAT = "recurrent_db: tokenizer.json with special ids"
 
 
 def wrap(tokenizer_json: dict[str, Any], eos_id: int, bos_id: int | None, pad_id: int | None) -> bytes:
-    """The bytes that stand for a tokenizer in checkpoints and data folders. ``bos`` and ``pad`` may be missing."""
-    ids = {"eos_id": eos_id, "bos_id": bos_id, "pad_id": pad_id}
+    """The bytes that stand for a tokenizer in checkpoints and data folders. Where there is no ``bos`` or ``pad``, ``eos``
+    stands in: nothing in the project feeds or predicts them."""
+    ids = {
+        "eos_id": eos_id,
+        "bos_id": eos_id if bos_id is None else bos_id,
+        "pad_id": eos_id if pad_id is None else pad_id,
+    }
     return json.dumps({"format": FORMAT, **ids, "tokenizer": tokenizer_json}).encode()
 
 
@@ -76,8 +81,8 @@ def load(model_bytes: bytes, name: str) -> Pieces:
     backend.encode_special_tokens = True
     vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
     size = max(vocabulary.values(), default=-1) + 1
-    if not (isinstance(ids[0], int) and all(i is None or (isinstance(i, int) and 0 <= i < size) for i in ids)):
-        raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
+    if not all(isinstance(i, int) and 0 <= i < size for i in ids):
+        raise UserError(f"{name}: its special tokens {ids} are not among its {size} tokens")
     alphabet = _byte_of_character()
     if not all(character in vocabulary for character in alphabet):
         raise UserError(f"{name}: it lacks tokens of single bytes and cannot represent every text")
@@ -92,5 +97,4 @@ def load(model_bytes: bytes, name: str) -> Pieces:
         # `threads` is for the other library; this one takes its own number.
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    eos, bos, pad = (ids[0] if i is None else i for i in ids)
-    return Pieces(encode, token_bytes, eos, bos, pad)
+    return Pieces(encode, token_bytes, *ids)
