@@ -118,24 +118,23 @@ def hf_config(
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Name and content of the tokenizer's files."""
-    settings: dict[str, Any] = {
-        "padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }  # fmt: skip
-    files = {}
+    files: dict[str, bytes] = {}
+    settings: dict[str, Any]
     if tokenizer.is_json:
         spec = unwrap(tokenizer.model_bytes)["tokenizer"]
         by_id = {index: token for token, index in spec["model"]["vocab"].items()}
         by_id |= {token["id"]: token["content"] for token in spec["added_tokens"]}
-        for name in ("bos", "eos", "pad"):
-            settings[f"{name}_token"] = by_id[getattr(tokenizer, f"{name}_id")]
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+            **{f"{name}_token": by_id[getattr(tokenizer, f"{name}_id")] for name in ("bos", "eos", "pad")},
+        }  # fmt: skip
         files["tokenizer.json"] = json.dumps(spec).encode()
-    else:
+    else:  # the class knows its settings
+        auto = [f"{CODE[1].removesuffix('.py')}.RecurrentDBTokenizer", None]
+        settings = {"tokenizer_class": "RecurrentDBTokenizer", "auto_map": {"AutoTokenizer": auto}}
         files["tokenizer.model"] = tokenizer.model_bytes
         files[CODE[1]] = (resources.files("recurrent_db.hf") / CODE[1]).read_bytes()
-        settings["tokenizer_class"] = "RecurrentDBTokenizer"
-        settings["auto_map"] = {"AutoTokenizer": [f"{CODE[1].removesuffix('.py')}.RecurrentDBTokenizer", None]}
     files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
     return files
 

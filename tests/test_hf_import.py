@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -314,7 +314,8 @@ def kept(huginn: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokeni
     return tokenizer, transformers.AutoTokenizer.from_pretrained(root / "out")
 
 
-@given(st.one_of(TEXT, st.sampled_from(HOSTILE_TEXTS)))
+@given(st.one_of(TEXT, st.lists(st.one_of(TEXT, st.sampled_from(["<|end|>", "<|pad|>"]))).map("".join)))
+@example("".join(HOSTILE_TEXTS))
 @settings(deadline=None, max_examples=200)
 def test_a_byte_level_tokenizer_loses_nothing_and_is_exported(kept: tuple[Tokenizer, Any], text: str) -> None:
     tokenizer, exported = kept
