@@ -27,6 +27,7 @@ from recurrent_db.data import prepare
 from recurrent_db.errors import UserError
 from recurrent_db.hf_export import export
 from recurrent_db.hf_import import MOST, huginn_config, import_folder
+from recurrent_db.model import build_model
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import Rng
 from recurrent_db.tokenizer import HOSTILE_TEXTS, Tokenizer, check_lossless, replace_surrogates
@@ -227,6 +228,9 @@ def test_the_run_has_huginns_settings(huginn: Path, tmp_path: Path) -> None:
     assert theirs == replace(
         ours.model, vocab_size=65536, noise_conditioning=False, separate_targets=False, d_condition=128
     )
+    # metadata.total_size of its index: fp32, with a copy of the tied table and the rotary tables.
+    parameters = sum(p.numel() for p in build_model(theirs, None, "meta").parameters())
+    assert 4 * (parameters + 65536 * 5280 + 4096 * 48 * 2) == 15_645_600_384
 
 
 def test_forms_that_weights_come_in(copy: Path, tmp_path: Path) -> None:
