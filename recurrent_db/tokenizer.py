@@ -1,4 +1,4 @@
-"""A lossless tokenizer around a sentencepiece model, and its training.
+"""A lossless tokenizer, mostly around a sentencepiece model, and the training of such.
 
 Any UTF-8 text survives ``decode(encode(text))`` exactly, and the byte lengths of its tokens add up to the length of
 the text in UTF-8, which is what bits per byte divide by. Three things make that true of any model with byte fallback:
@@ -19,7 +19,8 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ _SEGMENT_CHARACTERS = 1 << 17
 # ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
 # false}. Protocol buffers merge a repeated message field, so these bytes after a model override its own choices.
 _IDENTITY_NORMALIZER = b"\x1a\x06\x12\x00\x18\x00\x20\x00"
+
+# How a wrapped Hugging Face tokenizer begins, and no sentencepiece model does; see `hf_tokenizer`.
+_WRAPPED = b'{"format": "recurrent_db: '
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -88,11 +92,78 @@ def _segments(text: str) -> Iterator[str | None]:
             yield part[start:]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a tokenizer consists of, whichever library encodes."""
+
+    encode: Callable[[Sequence[str], int], list[list[int]]]
+    """Ids of each of several texts without lone surrogates, on so many threads."""
+    token_bytes: list[bytes]
+    """What each token stands for; nothing for special tokens."""
+    eos_id: int
+    bos_id: int
+    pad_id: int
+
+
+def _sentencepiece(model_bytes: bytes, name: str) -> Pieces:
+    """Build from a sentencepiece model file. Raises as `Tokenizer` does."""
+    sentencepiece.set_min_log_level(3)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes + _IDENTITY_NORMALIZER)
+        size = model.get_piece_size()
+    except (RuntimeError, ValueError):
+        size = 0
+    if not size:
+        raise UserError(f"{name}: not a sentencepiece model, or a damaged one")
+    eos_id = model.eos_id()
+    if eos_id < 0:
+        raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
+
+    token_bytes: list[bytes] = []
+    byte_ids: dict[int, int] = {}
+    for i in range(size):
+        if model.is_byte(i):
+            match = _BYTE_PIECE.fullmatch(model.id_to_piece(i))
+            if match is None:
+                raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
+            byte_ids[int(match[1], 16)] = i
+            token_bytes.append(bytes.fromhex(match[1]))
+        elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            token_bytes.append(b"")
+        else:
+            token_bytes.append(model.id_to_piece(i).replace(SPACE_MARK, " ").encode())
+    if len(byte_ids) != 256:
+        raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
+    if model.piece_to_id(SPACE_MARK) == model.unk_id():
+        raise UserError(f"{name}: it has no piece for a space and cannot represent every text")
+    mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
+
+    def encode(texts: Sequence[str], threads: int) -> list[list[int]]:
+        cut = [list(_segments(text)) for text in texts]
+        flat = [part for parts in cut for part in parts if part is not None]
+        encoded: Iterator[list[int]] = iter(model.encode(flat, out_type=int, num_threads=threads))
+        result: list[list[int]] = []
+        for parts in cut:
+            if len(parts) == 1 and parts[0] is not None:
+                result.append(next(encoded))
+                continue
+            ids: list[int] = []
+            for part in parts:
+                ids.extend(mark_ids if part is None else next(encoded))
+            result.append(ids)
+        return result
+
+    # A model without one of these uses its separator there: nothing in the project feeds or predicts them.
+    bos_id, pad_id = (i if i >= 0 else eos_id for i in (model.bos_id(), model.pad_id()))
+    return Pieces(encode, token_bytes, eos_id, bos_id, pad_id)
+
+
 class Tokenizer:
-    """A sentencepiece model with byte fallback: text <-> token ids, without loss.
+    """A tokenizer whose tokens stand for bytes: text <-> token ids, without loss.
 
     Args:
-        path: a sentencepiece ``.model`` file.
+        path: a sentencepiece ``.model`` file with byte fallback, or a Hugging Face tokenizer as an imported checkpoint
+            keeps it (see `hf_tokenizer`), whose own normalisation, where it has one, may lose something.
 
     Raises:
         UserError: the file is missing or unreadable, is no sentencepiece model, has no byte fallback or no
@@ -114,46 +185,24 @@ class Tokenizer:
         return self
 
     def _load(self, model_bytes: bytes, name: str) -> None:
-        sentencepiece.set_min_log_level(3)
-        try:
-            model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes + _IDENTITY_NORMALIZER)
-            size = model.get_piece_size()
-        except (RuntimeError, ValueError):
-            size = 0
-        if not size:
-            raise UserError(f"{name}: not a sentencepiece model, or a damaged one")
-        self._model = model
+        self.is_json = model_bytes.startswith(_WRAPPED)
+        """Whether this is a Hugging Face tokenizer."""
+        if self.is_json:
+            from recurrent_db import hf_tokenizer
+
+            pieces = hf_tokenizer.load(model_bytes, name)
+        else:
+            pieces = _sentencepiece(model_bytes, name)
+        self._encode, self._token_bytes = pieces.encode, pieces.token_bytes
         self.model_bytes = model_bytes
         """The model file, byte for byte as given."""
         self.hash = hashlib.sha256(model_bytes).hexdigest()[:16]
         """The first 16 hexadecimal digits of the SHA-256 of `model_bytes`."""
-        self.vocab_size: int = size
-        self.eos_id: int = model.eos_id()
+        self.vocab_size: int = len(pieces.token_bytes)
+        self.eos_id: int = pieces.eos_id
         """The document separator."""
-        # A model without one of these uses its separator there: nothing in the project feeds or predicts them.
-        self.bos_id: int = model.bos_id() if model.bos_id() >= 0 else self.eos_id
-        self.pad_id: int = model.pad_id() if model.pad_id() >= 0 else self.eos_id
-        if self.eos_id < 0:
-            raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
-
-        self._token_bytes: list[bytes] = []
-        byte_ids: dict[int, int] = {}
-        for i in range(size):
-            if model.is_byte(i):
-                match = _BYTE_PIECE.fullmatch(model.id_to_piece(i))
-                if match is None:
-                    raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
-                byte_ids[int(match[1], 16)] = i
-                self._token_bytes.append(bytes.fromhex(match[1]))
-            elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
-                self._token_bytes.append(b"")
-            else:
-                self._token_bytes.append(model.id_to_piece(i).replace(SPACE_MARK, " ").encode())
-        if len(byte_ids) != 256:
-            raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
-        if model.piece_to_id(SPACE_MARK) == model.unk_id():
-            raise UserError(f"{name}: it has no piece for a space and cannot represent every text")
-        self._mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
+        self.bos_id: int = pieces.bos_id
+        self.pad_id: int = pieces.pad_id
         self._byte_lengths = np.array([len(piece) for piece in self._token_bytes], dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
@@ -162,19 +211,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` for many texts on ``threads`` threads; the result does not depend on their number."""
-        cut = [list(_segments(replace_surrogates(text))) for text in texts]
-        flat = [part for parts in cut for part in parts if part is not None]
-        encoded: Iterator[list[int]] = iter(self._model.encode(flat, out_type=int, num_threads=max(1, threads)))
-        result: list[list[int]] = []
-        for parts in cut:
-            if len(parts) == 1 and parts[0] is not None:
-                result.append(next(encoded))
-                continue
-            ids: list[int] = []
-            for part in parts:
-                ids.extend(self._mark_ids if part is None else next(encoded))
-            result.append(ids)
-        return result
+        return self._encode([replace_surrogates(text) for text in texts], max(1, threads))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes that ``ids`` stand for; special tokens stand for none.

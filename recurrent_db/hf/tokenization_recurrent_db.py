@@ -1,0 +1,109 @@
+"""The tokenizer of a recurrent_db model for Hugging Face transformers: a sentencepiece model with byte fallback, lossless.
+
+Any text comes back exactly, byte for byte, and gets the ids that it was trained with: the model's own normalisation is
+switched off, a literal U+2581 (sentencepiece's mark of a space) is spelled in bytes, and text that looks like a special
+token stays text. This file needs nothing but sentencepiece and transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+SPACE_MARK = "\u2581"
+MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+
+# Long texts are cut at a line end before encoding; a part of which tokens a text has.
+SEGMENT_CHARACTERS = 1 << 17
+
+# ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
+# false}. Protocol buffers merge a repeated message field, so these bytes after a model override its own choices.
+IDENTITY_NORMALIZER = b"\x1a\x06\x12\x00\x18\x00\x20\x00"
+
+
+def segments(text: str) -> Iterator[str | None]:
+    """Cut a text into parts that are encoded by themselves; None stands for one literal U+2581."""
+    for n, part in enumerate(text.split(SPACE_MARK)):
+        if n:
+            yield None
+        start = 0
+        while len(part) - start > SEGMENT_CHARACTERS:
+            end = part.rfind("\n", start, start + SEGMENT_CHARACTERS) + 1 or start + SEGMENT_CHARACTERS
+            yield part[start:end]
+            start = end
+        if start < len(part):
+            yield part[start:]
+
+
+class RecurrentDBTokenizer(PreTrainedTokenizer):
+    """Args: vocab_file: a sentencepiece model with byte fallback."""
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        self.vocab_file, self.model_bytes = vocab_file, Path(vocab_file).read_bytes()
+        sentencepiece.set_min_log_level(3)
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + IDENTITY_NORMALIZER)
+        special = {
+            name: self.sp.id_to_piece(index)
+            for name, index in (("unk", self.sp.unk_id()), ("bos", self.sp.bos_id()), ("eos", self.sp.eos_id()))
+            if index >= 0
+        }
+        special["pad"] = self.sp.id_to_piece(self.sp.pad_id()) if self.sp.pad_id() >= 0 else special["eos"]
+        for name, piece in special.items():
+            kwargs.setdefault(f"{name}_token", piece)
+        for name, value in (("padding_side", "left"), ("split_special_tokens", True),
+                            ("clean_up_tokenization_spaces", False)):  # fmt: skip
+            kwargs.setdefault(name, value)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.sp.get_piece_size())
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self.sp.id_to_piece(i): i for i in range(self.vocab_size)} | dict(self.get_added_vocab())
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        pieces: list[str] = []
+        for part in segments(re.sub("[\ud800-\udfff]", "\ufffd", text)):
+            pieces += MARK_PIECES if part is None else self.sp.encode(part, out_type=str)
+        return pieces
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return int(self.sp.piece_to_id(token))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(self.sp.id_to_piece(index))
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """No special token is added."""
+        return token_ids_0 + (token_ids_1 or [])
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joined from bytes; special tokens as they are written, bytes that are not UTF-8 as U+FFFD."""
+        joined = b""
+        for token in tokens:
+            index = self.sp.piece_to_id(token)
+            if self.sp.is_byte(index):
+                joined += bytes([int(token[3:5], 16)])
+            else:
+                joined += token.replace(SPACE_MARK, " ").encode()
+        return joined.decode("utf-8", errors="replace")
+
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        return self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        path = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}tokenizer.model"
+        path.write_bytes(self.model_bytes)
+        return (str(path),)
