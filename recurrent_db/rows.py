@@ -34,7 +34,8 @@ class Stats:
     steps: int = 0
     """Turns: a token of each row; a block of each; a step along the diagonal."""
     drafted: int = 0
-    """Tokens that were guessed before they were certain, and of which a verification has decided."""
+    """Tokens that were guessed before they were certain and that a verification has decided on; along an unverified
+    diagonal, each change of one that was built on as well."""
     accepted: int = 0
     """Of these, how many held."""
     read: int = 0

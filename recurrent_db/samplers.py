@@ -2,10 +2,10 @@
 
 - `sequential`: one token after another. With an exit or a warm start by `adaptive.Adaptive`, else by `generate.Decoder`,
   which alone serves every objective and cache policy.
-- `speculative[:DRAFT_K[:BLOCK]]`: a block of up to BLOCK tokens a pass, drafted at DRAFT_K iterations. The same greedy
-  text as sequential, and the same distribution.
-- `diagonal[:INNER]`: a new token starts every INNER iterations, before the ones ahead of it have had all of theirs. The
-  same text as sequential for the same seed.
+- `speculative[:DRAFT_K[:BLOCK]]`: a block of up to BLOCK (8) tokens a pass, drafted at DRAFT_K (2) iterations. The same
+  greedy text as sequential, and the same distribution.
+- `diagonal[:INNER]`: a new token starts every INNER iterations (an eighth of K, at least 2), before the ones ahead of it
+  have had all of theirs. The same text as sequential for the same seed.
 - `diagonal-unverified[:INNER]`: the same without taking anything back; another text.
 """
 
@@ -23,8 +23,8 @@ from recurrent_db.rows import LoopRows, Stats
 from recurrent_db.sampling import Sampling
 from recurrent_db.speculation import Diagonal, Speculative
 
-SAMPLERS = {"sequential": (), "speculative": (1, 6), "diagonal": (2,), "diagonal-unverified": (2,)}
-"""Names and the numbers that may follow them, as they are where not given."""
+SAMPLERS = {"sequential": (), "speculative": (2, 8), "diagonal": (0,), "diagonal-unverified": (0,)}
+"""Names and the numbers that may follow them, as they are where not given; 0 is by K."""
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,5 @@ class Method:
             return Adaptive(*arguments, exit=self.exit, warm_start=self.warm_start)
         if self.name == "speculative":
             return Speculative(*arguments, draft_k=self.numbers[0], block=self.numbers[1])
-        return Diagonal(*arguments, inner=self.numbers[0], verified=self.name == "diagonal")
+        inner = self.numbers[0] or max(2, -(-k // 8))
+        return Diagonal(*arguments, inner=inner, verified=self.name == "diagonal")
