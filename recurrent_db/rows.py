@@ -77,6 +77,16 @@ class Sampler(Protocol):
         ...
 
 
+def plain_loop(model: LoopedLM) -> PlainRecurrence:
+    """What a model that samplers besides the plain sequential one serve does at inference. Raises `UserError` for others."""
+    if not isinstance(model.recurrence, PlainRecurrence):
+        raise UserError(
+            "the speculative and the diagonal sampler, exits and warm starts are for models whose inference is a plain loop"
+            " (next_token, unrolled): the noise levels of a denoiser's walk depend on how many there are"
+        )
+    return model.recurrence
+
+
 class LoopRows:
     """Rows of tokens under a plain loop, each at its own length; a `Sampler` but for its `step`.
 
@@ -102,14 +112,9 @@ class LoopRows:
     ) -> None:
         if not all(prompts):
             raise UserError("a prompt needs at least one token")
-        if not isinstance(model.recurrence, PlainRecurrence):
-            raise UserError(
-                "the speculative and the diagonal sampler, exits and warm starts are for models whose inference is a plain"
-                " loop (next_token, unrolled): the noise levels of a denoiser's walk depend on how many there are"
-            )
         self.model, self.k, self.sampling, self.rng, self.stats = model, k, sampling, rng, stats
         self.requests, self.window = list(requests), model.config.max_seq_len
-        self._recurrence = model.recurrence
+        self._recurrence = plain_loop(model)
         self.ids = [list(prompt) for prompt in prompts]
         self.alive = list(range(len(prompts)))
         self.rows: list[int] = []
