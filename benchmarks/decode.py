@@ -86,6 +86,8 @@ class Args:
     """With --run: tokens of a prompt."""
     temperature: float = 0.0
     """With --run: 0 is greedy."""
+    repetition_penalty: float = 1.0
+    """With --run: above 1 keeps greedy text from going round in circles, where every draft is right."""
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -186,7 +188,10 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
 
 def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
     """The rows of `decode_samplers.compare`, printed."""
-    ways, sampling = [Way.parse(word) for word in args.methods.split(",")], Sampling(args.temperature)
+    ways, sampling = (
+        [Way.parse(word) for word in args.methods.split(",")],
+        Sampling(args.temperature, repetition_penalty=args.repetition_penalty),
+    )
     if min(args.prompts, args.prompt_tokens) < 1:
         raise UserError("--prompts and --prompt-tokens must be 1 or more")
     model, tokenizer, config, checkpoint = load_with_config(run, args.device)
@@ -194,7 +199,7 @@ def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
     prompts = prompts_of(data, tokenizer.hash, config.data.sequence_length, count, args.prompt_tokens)
     print(
         f"{checkpoint}: {config.objective.name}, K = {args.k}, {args.tokens} tokens after prompts of"
-        f" {len(prompts[0])}, temperature {args.temperature:g}"
+        f" {len(prompts[0])}, temperature {args.temperature:g}, repetition penalty {args.repetition_penalty:g}"
     )
     now = clock(model.embedding.weight.device)
     rows = compare(model, prompts, args.prompts, args.rows, ways, args.k, args.tokens, sampling, now)
