@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.memory import tensor_bytes
 from recurrent_db.model.attention import SDPA, Rule, Visible
 from recurrent_db.model.layers import KeysValues
 from recurrent_db.model.looped import LoopedLM
@@ -43,6 +44,11 @@ class RaggedCache:
         cos_SF, sin_SF = model.rope(capacity)
         nowhere = [*range(capacity), 0]
         self.rope = cos_SF[nowhere], sin_SF[nowhere]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots, filled or not."""
+        return tensor_bytes([tensor for slot in self.slots.values() for tensor in slot])
 
     def first(self, length: int, rows: Sequence[int]) -> Visible:
         """A pass over positions 0 to ``length`` - 1 of these rows."""

@@ -20,6 +20,7 @@ from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.rows import Stats
 from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
+from recurrent_db.speculation import Diagonal
 from recurrent_db.tokenizer import Tokenizer
 
 WINDOW = 32  # of the models here
@@ -163,6 +164,17 @@ def test_what_is_counted() -> None:
     assert stats.steps >= stats.read == stats.tokens
     assert 0 < stats.accepted < stats.drafted
     assert stats.iterations == 5 * stats.read
+
+
+@pytest.mark.parametrize(("inner", "planes"), [(1, 5), (2, 6), (5, 5), (9, 9)])
+def test_bytes_of_the_cache(inner: int, planes: int) -> None:
+    """A `full` cache's, with one more slot a row, and iterations rounded up to whole stages."""
+    model = built(["unrolled"])
+    sampler = Diagonal(model, [[1, 2], [3]], 5, 8, Sampling(0), Rng(0, 0), [0, 1], Stats(), inner=inner)
+    sampler.step()
+    assert sampler.cache is not None and sampler.cache.capacity == 9
+    layers = model.config.n_prelude + model.config.n_core * planes + model.config.n_coda
+    assert sampler.cache.bytes == 2 * 10 * layers * 2 * model.config.d_model * 8
 
 
 class Kept:
