@@ -1,6 +1,9 @@
 """Speed of generation: decoding from the cache, beside recomputing everything and beside the products it cannot do without.
 
 python benchmarks/decode.py [--config train/configs/pythia-70m-looped.toml] [--k 8] [--tokens 256] [--json OUT]
+python benchmarks/decode.py --run RUN --k 32 [--methods speculative,diagonal,kl] [--data DIR] [--json OUT]
+
+With a run: its samplers and exits against sequential decoding (`decode_samplers.py`). Without one:
 
 A fresh model of that shape continues one token greedily, and at every 16th token, in the same process, two more times are
 taken:
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode_samplers import Way, compare, prompts_of, table
 from torch import Tensor, nn
 
 from recurrent_db.commandline import run_command
@@ -36,6 +40,7 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.flops import inference_cost
 from recurrent_db.generate import Decoder
 from recurrent_db.hardware import choose_device, environment
+from recurrent_db.loading import load_with_config
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.recurrence import NoiseSource
@@ -69,6 +74,20 @@ class Args:
     """CPU threads."""
     json: Path | None = None
     """File to write the rows to."""
+    run: Path | None = None
+    """Run directory or checkpoint folder, whose samplers are compared instead."""
+    data: Path | None = None
+    """With --run: folder made by train/prepare_data.py with held-out text for prompts; the run's own by default."""
+    methods: str = "speculative,diagonal,diagonal-unverified,kl,entropy,latent,kl+warm"
+    """With --run: samplers (recurrent_db/samplers.py) and exits (recurrent_db/adaptive.py), separated by commas."""
+    prompts: int = 8
+    """With --run: prompts that are continued alone."""
+    prompt_tokens: int = 32
+    """With --run: tokens of a prompt."""
+    temperature: float = 0.0
+    """With --run: 0 is greedy."""
+    repetition_penalty: float = 1.0
+    """With --run: above 1 keeps greedy text from going round in circles, where every draft is right."""
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -167,12 +186,42 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
+    """The rows of `decode_samplers.compare`, printed."""
+    ways, sampling = (
+        [Way.parse(word) for word in args.methods.split(",")],
+        Sampling(args.temperature, repetition_penalty=args.repetition_penalty),
+    )
+    if min(args.prompts, args.prompt_tokens) < 1:
+        raise UserError("--prompts and --prompt-tokens must be 1 or more")
+    model, tokenizer, config, checkpoint = load_with_config(run, args.device)
+    data, count = str(args.data or config.data.path), max(args.prompts, args.rows)
+    prompts = prompts_of(data, tokenizer.hash, config.data.sequence_length, count, args.prompt_tokens)
+    print(
+        f"{checkpoint}: {config.objective.name}, K = {args.k}, {args.tokens} tokens after prompts of"
+        f" {len(prompts[0])}, temperature {args.temperature:g}, repetition penalty {args.repetition_penalty:g}"
+    )
+    now = clock(model.embedding.weight.device)
+    rows = compare(model, prompts, args.prompts, args.rows, ways, args.k, args.tokens, sampling, now)
+    print(table(rows))
+    return rows
+
+
 def main(args: Args) -> None:
     if min(args.k, args.rows) < 1 or args.tokens < EVERY or args.threads < 1:
         raise UserError(f"--k, --rows and --threads must be 1 or more, and --tokens {EVERY} or more")
     if args.json is not None:
         check_output(args.json)
     torch.set_num_threads(args.threads)
+    rows = samplers(args, args.run) if args.run is not None else fresh_models(args)
+    if args.json is not None:
+        write_atomic(
+            args.json, json.dumps({"rows": rows, "environment": environment(choose_device(args.device))}, indent=1)
+        )
+
+
+def fresh_models(args: Args) -> list[dict[str, Any]]:
+    """The rows of `measure`, printed."""
     print(
         f"{'':<12}{'tokens/s':>10}{'ms/token':>10}{'recomputing':>13}{'x faster':>10}{'needed':>9}{'x needed':>10}"
         f"{'GFLOP/s':>9}{'cache MiB':>11}{f'{args.rows} rows, tokens/s':>20}"
@@ -194,10 +243,7 @@ def main(args: Args) -> None:
         "\nits products with weights alone, a matrix times one vector each (GFLOP/s).",
         file=sys.stderr,
     )
-    if args.json is not None:
-        write_atomic(
-            args.json, json.dumps({"rows": rows, "environment": environment(choose_device(args.device))}, indent=1)
-        )
+    return rows
 
 
 if __name__ == "__main__":

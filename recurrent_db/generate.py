@@ -27,6 +27,8 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.rows import Sampler, Stats
+from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
 
@@ -123,6 +125,25 @@ class Decoder:
         return offsets if len(set(offsets)) > 1 else offsets[0]
 
 
+class _Sequential:
+    """A decoder as a sampler: every step draws the next token of each row that is alive."""
+
+    def __init__(self, decoder: Decoder, sampling: Sampling, stats: Stats) -> None:
+        self.ids, self.alive = decoder.ids, decoder.alive
+        self._decoder, self._sampling, self._stats = decoder, sampling, stats
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        out = []
+        for row, logits_V in zip(self.alive, self._decoder.logits().cpu(), strict=True):
+            ids = self.ids[row]
+            u = self._decoder.rng.uniform([self._decoder.requests[row]], (1,), f"token/{len(ids)}").item()
+            out.append((row, [self._sampling.draw(logits_V, ids, u)]))
+        self._stats.steps += 1
+        self._stats.read += len(out)
+        self._stats.iterations += self._decoder.k * len(out)
+        return out
+
+
 def _never(row: int, token: int) -> bool:
     return False
 
@@ -137,6 +158,10 @@ def stream(
     requests: Sequence[int] | None = None,
     over: Callable[[int, int], bool] = _never,
     cache_policy: str = "full",
+    sampler: str = "sequential",
+    exit: str | None = None,
+    warm_start: bool = False,
+    stats: Stats | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens of several texts are drawn, in turns.
 
@@ -147,22 +172,35 @@ def stream(
         requests: keys of the draws, one a prompt; 0, 1, ... where not given.
         over: called with each row and its new token; whether that token ends the row's text. It is not yielded then.
         cache_policy: as of `Decoder`.
+        sampler, exit, warm_start: as in `generate`.
+        stats: filled while tokens are drawn.
     """
-    rng = Rng(seed, EVALUATION_STEP)
+    rng, stats = Rng(seed, EVALUATION_STEP), Stats() if stats is None else stats
     keys = list(range(len(prompts))) if requests is None else list(requests)
-    decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy)
-    for _ in range(max_new_tokens):
-        if not decoder.alive:
-            return
-        for row, logits_V in zip(list(decoder.alive), decoder.logits().cpu(), strict=True):
-            ids = decoder.ids[row]
-            u = rng.uniform([keys[row]], (1,), f"token/{len(ids)}").item()
-            token = sampling.draw(logits_V, ids, u)
-            if over(row, token):
-                decoder.alive.remove(row)
-            else:
-                ids.append(token)
-                yield row, token
+    method = Method.parse(sampler, exit, warm_start)
+    if not method.plain and cache_policy != "full":
+        raise UserError(
+            f"the cache policy {cache_policy!r} is for plain sequential decoding: other samplers keep all iterations"
+        )
+    engine: Sampler = (
+        _Sequential(Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy), sampling, stats)
+        if method.plain
+        else method.rows(model, prompts, k, max_new_tokens, sampling, rng, keys, stats)
+    )
+    left = [max_new_tokens] * len(prompts)
+    while engine.alive and max_new_tokens:
+        for row, tokens in engine.step():
+            for token in tokens:
+                left[row] -= 1
+                stats.tokens += 1
+                ended = over(row, token)
+                if ended or not left[row]:
+                    engine.alive.remove(row)
+                if not ended:
+                    engine.ids[row].append(token)
+                    yield row, token
+                if row not in engine.alive:
+                    break
 
 
 def generate_tokens(
@@ -230,6 +268,10 @@ def complete(
     rows: int = ROWS_AT_ONCE,
     progress: Callable[[int], object] = lambda n: None,
     cache_policy: str = "full",
+    sampler: str = "sequential",
+    exit: str | None = None,
+    warm_start: bool = False,
+    stats: Stats | None = None,
 ) -> list[Text]:
     """Continue prompts of token ids (an empty one starts a document), ``rows`` at a time, those of like length together.
 
@@ -244,7 +286,8 @@ def complete(
         batch = order[first : first + rows]
         together, these = [started[i] for i in batch], [keys[i] for i in batch]
         over = lambda row, token, batch=batch: texts[batch[row]].add(token)  # noqa: E731
-        for _ in stream(model, together, k, max_new_tokens, sampling, seed, these, over, cache_policy):
+        method = sampler, exit, warm_start, stats
+        for _ in stream(model, together, k, max_new_tokens, sampling, seed, these, over, cache_policy, *method):
             pass
         progress(len(batch))
     return texts
@@ -264,6 +307,10 @@ def generate_texts(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     cache_policy: str = "full",
+    sampler: str = "sequential",
+    exit: str | None = None,
+    warm_start: bool = False,
+    stats: Stats | None = None,
 ) -> list[str]:
     """`generate` of several prompts together; the i-th draws as request i, the first as `generate` does."""
     for ok, message in (
@@ -275,7 +322,8 @@ def generate_texts(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     texts = complete(
-        model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop, cache_policy=cache_policy
+        model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop, cache_policy=cache_policy,
+        sampler=sampler, exit=exit, warm_start=warm_start, stats=stats,
     )  # fmt: skip
     return [str(text) for text in texts]
 
@@ -294,6 +342,10 @@ def generate(
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     cache_policy: str = "full",
+    sampler: str = "sequential",
+    exit: str | None = None,
+    warm_start: bool = False,
+    stats: Stats | None = None,
 ) -> str:
     """Continue ``prompt`` with ``k`` core iterations for each token.
 
@@ -309,6 +361,12 @@ def generate(
         stop: strings that end the text and are not part of it.
         cache_policy: full; or last or modulo-S, which keep the last or S of the K iterations of earlier positions, for less
             memory and another distribution (see `recurrent_db.cache`).
+        sampler: sequential; or, for models without noise levels, several times faster at many iterations: speculative or
+            diagonal, with the same greedy text (see `recurrent_db.samplers`).
+        exit: kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no
+            more, and ``k`` is the most (see `recurrent_db.adaptive`).
+        warm_start: begin each token's iterations at the state of the one before it.
+        stats: is filled with counts: the share of drafted tokens that held, the mean number of iterations.
 
     Returns:
         The new text, without the prompt.
@@ -318,5 +376,5 @@ def generate(
     """
     return generate_texts(
         model, tokenizer, [prompt], k, max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, stop,
-        cache_policy,
+        cache_policy, sampler, exit, warm_start, stats,
     )[0]  # fmt: skip

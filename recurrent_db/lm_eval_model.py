@@ -45,6 +45,8 @@ from recurrent_db.model.looped import build_model
 from recurrent_db.processes import Processes
 from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
+from recurrent_db.rows import plain_loop
+from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
 from recurrent_db.windows import Result, Scorer, Window
 
@@ -120,6 +122,7 @@ class RecurrentDBLM(TemplateLM):
         prefix_reuse: run what the choices of a question (or other requests) begin with once.
         cache: file to keep answers in and to take them from, JSON lines; see `answers`. Answers are told apart by the
             checkpoint's content and everything else that changes them.
+        sampler, exit: how text is generated, as in `generate.generate`; likelihoods are always of all k iterations.
 
     Raises:
         UserError: an argument that is unknown or out of range, or no checkpoint there.
@@ -139,6 +142,8 @@ class RecurrentDBLM(TemplateLM):
         seed: int | str = 0,
         prefix_reuse: bool | str = True,
         cache: str | None = None,
+        sampler: str = "sequential",
+        exit: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -155,11 +160,15 @@ class RecurrentDBLM(TemplateLM):
         if dtype not in _DTYPES:
             raise UserError(f"model argument dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         self.dtype = dtype
+        self.sampler, self.exit = str(sampler), exit
+        method = Method.parse(self.sampler, exit)
         self._warned: set[tuple[Any, ...]] = set()
         self.processes = Processes.join()
         if self.processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', self.processes.rank)) % torch.cuda.device_count()}"
         self.model, self.tokenizer, config, self.checkpoint = load_with_config(str(checkpoint), str(device))
+        if not method.plain:
+            plain_loop(self.model)
         self._device = self.model.embedding.weight.device
         window = self.model.config.max_seq_len
         self.max_length = window if max_length is None else _whole_number("max_length", max_length, 1)
@@ -224,6 +233,8 @@ class RecurrentDBLM(TemplateLM):
                 "dtype": self.dtype,
                 "device": self._device.type,  # a GPU draws other noise than a CPU
             }
+            if (self.sampler, self.exit) != ("sequential", None):
+                owner |= {"sampler": self.sampler, "exit": self.exit}
             self.scorer.answers = Answers(self.cache, owner)
 
     def untrain(self, seed: int = 0) -> None:
@@ -437,5 +448,6 @@ class RecurrentDBLM(TemplateLM):
             texts = complete(
                 self.model, self.tokenizer, [prompt[-self.max_length :] for prompt in prompts], self.k,
                 options["max_gen_toks"], sampling, self.seed, keys, options["until"], rows=len(prompts),
+                sampler=self.sampler, exit=self.exit,
             )  # fmt: skip
         return list(map(str, texts))

@@ -160,6 +160,13 @@ class PlainRecurrence:
     def stochastic(self) -> bool:
         return self.initial == "random"
 
+    def start(self, like_BTD: Tensor, noise: NoiseSource) -> Tensor:
+        """Initial states (B, T, D) of so many positions from the noise's offset on."""
+        if self.initial == "zeros":
+            return torch.zeros_like(like_BTD)
+        u = noise.uniform(like_BTD.shape[1], like_BTD.shape[2], "state", like_BTD.device)
+        return truncated_normal(u, STATE_STD).to(like_BTD.dtype)
+
     def hidden(
         self,
         model: LoopedLM,
@@ -171,11 +178,7 @@ class PlainRecurrence:
         visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         visible = visible or model.visible(e_BTD.shape[1])
-        state = torch.zeros_like(e_BTD)
-        if self.initial == "random":
-            u = noise.uniform(e_BTD.shape[1], e_BTD.shape[2], "state", e_BTD.device)
-            state = truncated_normal(u, STATE_STD).to(e_BTD.dtype)
-        done = 0
+        state, done = self.start(e_BTD, noise), 0
         for k in sorted(set(ks)):
             if probe is None:
                 state = model.iterate(state, e_BTD, k - done, visible=visible)

@@ -46,6 +46,11 @@ class Sampling:
             if not ok:
                 raise UserError(message)
 
+    @property
+    def plainly_greedy(self) -> bool:
+        """Whether the token is the first of the most likely ones, whatever is there already."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
     def _penalised(self, logits_V: Tensor, seen: Iterable[int]) -> Tensor:
         """fp64 logits, those of ``seen`` tokens penalised."""
         logits_V = logits_V.double()
@@ -88,5 +93,12 @@ class Sampling:
 
     def draw(self, logits_V: Tensor, seen: Iterable[int], u: float) -> int:
         """The token at ``u`` in [0, 1) of the distribution function. Its probability is above zero."""
-        cumulated_V = self.probabilities(logits_V, seen).cumsum(-1)
-        return int(torch.searchsorted(cumulated_V, u * float(cumulated_V[-1]), right=True))
+        if self.temperature == 0:
+            return int(self._penalised(logits_V, seen).argmax())
+        return pick(self.probabilities(logits_V, seen), u)
+
+
+def pick(weights_V: Tensor, u: float) -> int:
+    """The index at ``u`` in [0, 1) of the distribution function that nonnegative weights have. Its weight is above zero."""
+    cumulated_V = weights_V.cumsum(-1)
+    return int(torch.searchsorted(cumulated_V, u * float(cumulated_V[-1]), right=True))

@@ -269,8 +269,9 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
     assert again.returncode == 2  # a folder that is no demo is left alone
 
 
-def test_decode(script_here: Run, tmp_path: Path) -> None:
+def test_decode(script_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding is measured beside products that are, to the FLOP, what the count says of weights."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     words = [
         "--config",
         ROOT / "train/configs/tiny.toml",
@@ -302,6 +303,34 @@ def test_decode(script_here: Run, tmp_path: Path) -> None:
     result = script_here("benchmarks/decode.py", *words[:4], "--tokens", "200")
     assert result.returncode == 2
     assert "above the model's window of 128" in result.stderr
+
+
+def test_decode_by_other_samplers(
+    folder: Path, script_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's samplers beside sequential decoding: the exact ones give its text, an exit at once gives two iterations."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    words = ["--run", folder / "unrolled", "--k", "6", "--tokens", "20", "--prompts", "2", "--rows", "3"]
+    options = ["--prompt-tokens", "5", "--json", tmp_path / "samplers.json"]
+    methods = "speculative:1:3,diagonal:2,diagonal-unverified,latent:1e9,kl:0+warm"
+    result = script_here("benchmarks/decode.py", *words, *options, "--methods", methods)
+    assert result.returncode == 0, result.stderr
+    rows = {row["method"]: row for row in json.loads((tmp_path / "samplers.json").read_text())["rows"]}
+    assert list(rows) == ["sequential", *methods.split(",")]
+    assert [line.split()[0] for line in result.stdout.splitlines()[-6:]] == list(rows)
+    for name in ("sequential", "speculative:1:3", "diagonal:2"):
+        assert (rows[name]["identical"], rows[name]["share_before_difference"], rows[name]["mean_k"]) == (2, 1, 6)
+    assert rows["latent:1e9"]["mean_k"] == 2
+    assert rows["kl:0+warm"]["mean_k"] == 6
+    for row in rows.values():
+        assert 0 < row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
+        assert row["ratio_of_rows"] == pytest.approx(
+            row["tokens_per_s_of_rows"] / rows["sequential"]["tokens_per_s_of_rows"]
+        )
+    for wrong, message in (("parallel", "an exit is"), ("kl+cold", "only be warm"), ("diagonal:0", "a sampler is")):
+        result = script_here("benchmarks/decode.py", *words, "--methods", wrong)
+        assert result.returncode == 2
+        assert message in result.stderr
 
 
 @pytest.mark.parametrize("name", ["unrolled", "two-stream"])

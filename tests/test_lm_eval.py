@@ -104,7 +104,7 @@ def test_generation_stops_at_strings_and_lengths(
     ids = tokenizer.encode(text)
 
     def said(model: Any, prompts: Any, k: int, count: int, *rest: Any) -> Iterator[tuple[int, int]]:
-        _sampling, _seed, _keys, over, _cache_policy = rest
+        _sampling, _seed, _keys, over, *_method = rest
         return ((0, token) for token in itertools.takewhile(lambda token: not over(0, token), ids[:count]))
 
     monkeypatch.setattr(sys.modules["recurrent_db.generate"], "stream", said)
@@ -169,6 +169,23 @@ def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> 
     assert lm.generate_until(requests("generate_until", ("", tight)), disable_tqdm=True)[0] == first[4]
     with pytest.raises(UserError, match="top_p"):
         lm.generate_until(requests("generate_until", ("x", {**sampled, "top_p": 2.0})), disable_tqdm=True)
+
+
+def test_generation_by_another_sampler(runs: Path, tmp_path: Path) -> None:
+    """Along the diagonal a sampled text is the same; an exit's is another, and kept answers are told apart by it."""
+    options = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0, "until": []}
+    asked = requests("generate_until", ("import ", options), ("x", options))
+    answers = tmp_path / "answers.jsonl"
+    texts = [
+        RecurrentDBLM(str(runs / "unrolled"), k=4, cache=str(answers), **words).generate_until(asked, disable_tqdm=True)
+        for words in ({}, {"sampler": "diagonal:1"}, {"exit": "latent:1e9"}, {})
+    ]
+    assert texts[0] == texts[1] == texts[3] != texts[2]
+    for words in ({"sampler": "diagonals"}, {"exit": "kl:x"}):
+        with pytest.raises(UserError, match=r"an? (sampler|exit) is"):
+            RecurrentDBLM(str(runs / "unrolled"), **words)
+    with pytest.raises(UserError, match="a plain loop"):
+        RecurrentDBLM(str(runs / "denoise"), sampler="speculative")
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
