@@ -17,8 +17,8 @@ SMALLEST_CHUNK = 256
 
 
 def chunk_rows(n_rows: int) -> int:
-    """Rows of logits that are held at once, twice with their copy: a thirty-second of the whole, so that the peak is below an
-    eighth of it; of fewer than 8,192 rows a larger part, so that the products stay large."""
+    """Rows of logits that are held at once, twice with their copy: a thirty-second of the whole, so that the peak is
+    below an eighth of it; of fewer than 8,192 rows a larger part, so that the products stay large."""
     return max(SMALLEST_CHUNK, -(-n_rows // 32))
 
 
