@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash documents memory float8 tests; all by default
 #
 # Writes OUT/STEP.json and OUT/STEP.log (OUT: benchmarks/results/gpu). A step that fails or runs out of its time does not
-# stop the others; the last line says which did, and the exit status is then 1. The steps' limits add up to less than 25
-# minutes on one H200. Nothing is fetched. WHEELS may name a folder of unpacked pure-Python packages (as `pip install
+# stop the others; the last line says which did, and the exit status is then 1. The steps' limits add up to less than 26
+# minutes. Nothing is fetched. WHEELS may name a folder of unpacked pure-Python packages (as `pip install
 # --target` makes) or of wheels without compiled parts. --dry-run runs the same commands on the CPU at sizes of seconds,
 # with torch.compile doing nothing and without the Llama.
 set -euo pipefail

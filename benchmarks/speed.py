@@ -59,8 +59,10 @@ OBJECTIVES = {
     "denoise-two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
     "unrolled": ["--objective.name", "unrolled"],
 }
-BATCH_SIZES = {"cpu": {"tiny": 8, "pythia-70m-looped": 2}, "cuda": {"pythia-70m-looped": 64, "looped-1b": 8}}
+BATCH_SIZES = {"cpu": {"tiny": 8, "pythia-70m-looped": 2}, "cuda": {"pythia-70m-looped": 16, "looped-1b": 8}}
 """Sequences in a step by device and preset; the presets of a device are the default there."""
+GPU_LENGTH = 1024
+"""Tokens in a sequence on a GPU, whatever the preset's."""
 CORE_DEPTH = 8
 """Backpropagated iterations that one iteration's time is compared with."""
 
@@ -87,7 +89,7 @@ class Args:
     batch_size: int = 0
     """Sequences in a step; 0 takes the preset's for the device. Halved for both models where memory does not hold it."""
     length: int = 0
-    """Tokens in a sequence; 0 takes the preset's."""
+    """Tokens in a sequence; 0 takes the preset's, or 1,024 on a GPU."""
     warmup: int = 0
     """Steps of each model before any is timed; 0 takes 3, or 2 with --quick."""
     repetitions: int = 0
@@ -123,8 +125,9 @@ class Setting:
     """When (`time.perf_counter`) to stop repeating."""
 
     def config(self, objective: str) -> Config:
-        length = ["--data.sequence_length", str(self.args.length), "--model.max_seq_len", str(self.args.length)]
-        words = [*OBJECTIVES[objective], *(length if self.args.length else [])]
+        asked = self.args.length or (GPU_LENGTH if self.device.type == "cuda" else 0)
+        length = ["--data.sequence_length", str(asked), "--model.max_seq_len", str(asked)]
+        words = [*OBJECTIVES[objective], *(length if asked else [])]
         config = load_config(CONFIGS / f"{self.preset}.toml", words)
         config.model.vocab_size = config.model.vocab_size or 2048
         return config
@@ -404,9 +407,6 @@ def settings(args: Args) -> list[Setting]:
 def run(args: Args, result: dict[str, Any]) -> None:
     """Measure, adding to ``result``."""
     every = settings(args)
-    if any(setting.compiled for setting in every):
-        # Each arm is a new model, which may be compiled anew; past its limit dynamo runs code eagerly with a mere warning.
-        torch._dynamo.config.recompile_limit = 64
     if not args.no_reference:
         build_reference(load_config(CONFIGS / "tiny.toml", ["--model.vocab_size", "16"]))
         import transformers

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from helpers import OBJECTIVES, batch, micro_config, micro_model
 
+from recurrent_db.denoise.precond import Precond
 from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
@@ -141,6 +143,52 @@ def test_the_edm_weight_multiplies_the_cross_entropy() -> None:
     sigma = train._sigma(batch(), Rng(0, 1))[0, 0]
     assert values["uniform"].item() == pytest.approx(plain.item(), rel=1e-6)
     assert values["edm"].item() == pytest.approx((plain * train.precond.weight(sigma)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["inject", "two-stream"])
+def test_noise_stays_fp32_under_bfloat16_autocast(conditioning: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sigma, z, the scalings, the modulation and the loss are fp32, and all that comes before the network is bit for bit
+    that of an fp32 step; the network is not."""
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.conditioning", conditioning)
+    model, train = micro_model(config, spread=0.1)
+    model = model.float()
+    embed = model.noise_embedding
+    assert embed is not None
+    noted: dict[bool, dict[str, list[torch.Tensor]]] = {False: {}, True: {}}
+
+    def note(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            out = plain(*args, **kwargs)
+            results = [part for block in out for part in block] if isinstance(out, list) else [out]
+            given = [one for one in args if isinstance(one, torch.Tensor)]
+            noted[torch.is_autocast_enabled("cpu")].setdefault(name, []).extend([*given, *results])
+            return out
+
+        monkeypatch.setattr(owner, name, noting)
+
+    for name in ("view", "c_noise", "c_skip", "c_out", "c_in", "mute", "combine"):
+        note(Precond, name)
+    note(embed, "forward")
+    losses = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(train(model, batch(), Rng(0, 3), 0.0)[0])
+    exact, rounded = noted[False], noted[True]
+    assert (
+        exact.keys() == rounded.keys() == {"view", "c_noise", "c_skip", "c_out", "c_in", "mute", "combine", "forward"}
+    )
+    for name in exact.keys() - {"combine"}:
+        for ours, theirs in zip(rounded[name], exact[name], strict=True):
+            assert ours.dtype == torch.float32, name
+            assert torch.equal(ours, theirs), name
+    z, state, sigma, estimate = rounded["combine"]
+    assert {z.dtype, sigma.dtype, estimate.dtype, losses[1].dtype} == {torch.float32}
+    precond = train.precond  # type: ignore[attr-defined]
+    assert torch.equal(estimate, precond.c_skip(sigma) * z + precond.c_out(sigma) * state.float())
+    assert not torch.equal(state.float(), exact["combine"][1])
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
 
 
 def test_the_squared_error_does_not_move_its_targets() -> None:

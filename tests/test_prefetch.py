@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,22 @@ def test_a_gpus_batches_come_from_pinned_memory(loader: Loader, monkeypatch: pyt
     list(next(prefetch(loader, 0, 2, torch.device("cuda"))))
     assert [call for call in calls if call[0] == "copy"] == [("copy", True)] * 2
     assert {call for call in calls if call[0] == "pin"} == {("pin", False)}
+
+
+def test_a_copy_makes_nobody_wait(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the device goes without waiting; what is read on the CPU stays there."""
+    plain, waits = torch.Tensor.to, []
+
+    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        waits.append(not kwargs.get("non_blocking", False))
+        return plain(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = loader.batch(0).to("meta")
+    assert waits == [False, False]
+    assert moved.tokens_BT.is_meta
+    assert moved.targets_BT.is_meta
+    assert moved.doc_ids_BT.device == moved.sample_index_B.device == CPU
 
 
 @pytest.mark.parametrize("end", ["raise SystemExit(0)", "os.kill(os.getpid(), signal.SIGINT)"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.flops import Passes
 from recurrent_db.hardware import attainable_flops
 from recurrent_db.model import LoopedLM
+from recurrent_db.model.attention import Rule
 from recurrent_db.objectives import build_objective
 from recurrent_db.profiling import GROUPS, OTHER, group_of, time_split
 from recurrent_db.reference import build_reference, reference_flops
@@ -213,6 +216,56 @@ def test_every_step_is_of_the_mean_depth(speed: ModuleType) -> None:
     assert (passes.core_no_grad, passes.core_grad) == (5, 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_models_are_compiled_or_neither(
+    speed: ModuleType, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    pytest.importorskip("transformers", reason=WHY)
+    calls = 0
+
+    def stand_in(part: Callable[..., object], **options: object) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal calls
+            calls += 1
+            return part(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    setting = speed.Setting(speed.Args(length=16), "tiny", "sdpa", compiled, torch.device("cpu"), torch.float32)
+    batch = speed.synthetic_batch(setting.config("next_token"), 1, 0, torch.device("cpu"))
+    for arm, parts in ((speed.our_arm(setting, "next_token"), 4), (speed.reference_arm(setting), 1)):
+        calls = 0
+        arm.step(batch)
+        assert calls == (parts if compiled else 0)  # prelude, iteration, coda, loss; the Llama whole
+
+
+def test_documents_are_kept_apart_in_the_steps_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = load_script("benchmarks/documents.py")
+    plain, rules = LoopedLM.served, []
+
+    def served(model: LoopedLM, rule: Rule, *more: Any) -> Any:
+        rules.append(rule)
+        return plain(model, rule, *more)
+
+    monkeypatch.setattr(LoopedLM, "served", served)
+    step = documents.make_step(documents.Args(batch_size=2), "next_token", torch.device("cpu"))
+    assert step(True) > 0
+    assert step(False) > 0
+    masked, whole = rules
+    assert whole.docs_BS is None
+    borders = int((masked.docs_BS.diff() > 0).sum())
+    assert 2 <= borders <= 12  # 256 positions, one in 60 on average
+
+
+def test_a_gpus_sequences_are_of_1024_tokens(speed: ModuleType) -> None:
+    for device, asked, length in (("cuda", 0, 1024), ("cuda", 512, 512), ("cpu", 0, 256), ("cpu", 64, 64)):
+        args = speed.Args(length=asked)
+        setting = speed.Setting(args, "pythia-70m-looped", "sdpa", False, torch.device(device), torch.float32)
+        config = setting.config("denoise")
+        assert (config.data.sequence_length, config.model.max_seq_len) == (length, length)
+
+
 def test_memory_that_does_not_hold_a_batch(speed: ModuleType) -> None:
     def needs(most: int) -> Callable[[int], dict[str, int]]:
         def action(batch_size: int) -> dict[str, int]:
@@ -245,6 +298,14 @@ def test_the_reference_is_the_flat_models_size_and_counted_whole() -> None:
     looped = LoopedLM(config.model)
     entries = sum(p.numel() for name, p in looped.named_parameters() if p.ndim == 2)
     assert entries - 2 * width**2 == weights
+
+
+def test_the_time_limits_for_a_gpu_add_up_to_what_is_said() -> None:
+    text = (ROOT / "benchmarks/gpu.sh").read_text()
+    seconds = sum(int(found) for found in re.findall(r"\bstep \w+ (\d+) ", text))
+    said = re.search(r"add up to less than (\d+)\s+#?\s*minutes", text)
+    assert said is not None
+    assert 60 * int(said[1]) - 60 <= seconds < 60 * int(said[1])
 
 
 @pytest.mark.skipif(not Path("/usr/bin/env").exists(), reason="needs a Unix shell")

@@ -145,6 +145,19 @@ def test_micro_batches_give_the_same_run(data: Path, tmp_path: Path) -> None:
             assert other == [pytest.approx(pair, rel=1e-4) for pair in ends[0]]
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_in_bfloat16_follows_the_one_in_float32(data: Path, tmp_path: Path, objective: str) -> None:
+    """Half precision is for the products: weights and their average stay float32, and losses differ by rounding alone."""
+    options = ["--objective.name", objective, "--budget.steps", 12, "--optim.lr", "1e-2", "--optim.ema_decay", 0.9]
+    for dtype in ("float32", "bfloat16"):
+        train(data, tmp_path / dtype, *options, "--run.dtype", dtype)
+    exact, rounded = ([row["loss"] for row in rows(tmp_path / dtype)] for dtype in ("float32", "bfloat16"))
+    assert exact != rounded == pytest.approx(exact, rel=0.03)
+    for name in ("model", "optimizer", "ema"):
+        tensors = load_file(find_checkpoint(tmp_path / "bfloat16") / f"{name}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
 def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "flat", "--objective.name", "next_token", "--budget.steps", 30, "--optim.lr", "1e-2")
     train(

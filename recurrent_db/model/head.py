@@ -17,7 +17,8 @@ SMALLEST_CHUNK = 256
 
 
 def chunk_rows(n_rows: int) -> int:
-    """Rows of logits that are held at once: a thirty-second, which with its copies is below an eighth of the whole."""
+    """Rows of logits that are held at once, twice with their copy: a thirty-second of the whole, so that the peak is
+    below an eighth of it; of fewer than 8,192 rows a larger part, so that the products stay large."""
     return max(SMALLEST_CHUNK, -(-n_rows // 32))
 
 
@@ -69,18 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             losses_N[part], d_RV = softmax(hidden[part] @ table.T, targets_N[part], weights_N[part])
-            if d_hidden is None and d_table is None:
-                continue
             if d_hidden is not None:
                 d_hidden[part] = d_RV @ table
             if d_table is None:
-                continue
-            if not in_place:
+                pass
+            elif not in_place:
                 d_table += d_RV.T @ hidden[part]
             elif start == 0:  # the first chunk writes where the others add
                 torch.mm(d_RV.T, hidden[part], out=d_table)
             else:
                 torch.addmm(d_table, d_RV.T, hidden[part], out=d_table)
+            del d_RV  # not held beside the next chunk
         ctx.gradients = d_hidden, d_table
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N

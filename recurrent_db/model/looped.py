@@ -308,8 +308,9 @@ class LoopedLM(nn.Module):
         objective hands to `fuse`, each for itself.
 
         The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
-        (without gradient, with it from a state that needs none, with it from one that does). Shapes are static. In
-        evaluation (``model.eval()``), whose shapes vary, the parts run as they are.
+        (without gradient, with it from a state that needs none, with it from one that does), or five under autocast, where
+        the first state is fp32 and later ones are not. Shapes are static. In evaluation (``model.eval()``), whose shapes
+        vary, the parts run as they are.
         """
         for owner, name in ((self, "_encode"), (self.core, "iteration"), (self, "_decode")):
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
