@@ -464,6 +464,25 @@ def test_mistakes_are_one_line(
         assert len(err.splitlines()) == 1, err
 
 
+def test_unknown_names_are_refused_before_the_harness_indexes_its_tasks(
+    cli: ModuleType, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("task: my_own\n", encoding="utf-8")
+    cli.check_names(["hellaswag", "ai2_arc", "mmlu_stem", "no_such_*", str(tmp_path), "my_own"], str(tmp_path))
+    with pytest.raises(UserError, match=r"not found: my_own$"):
+        cli.check_names(["hellaswag", "my_own"], None)
+    write_benchmarks(tmp_path)
+
+    def indexed(*given: Any, **named: Any) -> None:
+        raise AssertionError("the harness reads all of its tasks")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", indexed)
+    words = ["--model_args", f"checkpoint={runs / 'next_token'}", "--tasks", "piqa,lambadda"]
+    for more in ([], ["--data", str(tmp_path)]):
+        with pytest.raises(UserError, match=r"not found: lambadda.*did you mean lambada"):
+            cli.main([*words, *more])
+
+
 @pytest.mark.parametrize("words", [["lm_eval_cli.py", "--tasks", "piqa"], ["sweep.py", ".", "--data", "."]])
 def test_without_the_harness_is_one_line(tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "lm_eval.py").write_text("raise ImportError('absent')", encoding="utf-8")
