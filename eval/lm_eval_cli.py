@@ -166,7 +166,9 @@ def harness_errors(action: Callable[[], T], *kinds: type[Exception]) -> T:
     try:
         return action()
     except kinds as error:
-        raise UserError(f"lm-eval: {error.args[0] if isinstance(error, KeyError) and error.args else error}") from None
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        hint = ": fewer examples than --num_fewshot" if "larger than population" in str(message) else ""
+        raise UserError(f"lm-eval: {message}{hint}") from None
 
 
 def _is_word(name: bytes, content: bytes) -> bool:
@@ -192,6 +194,14 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
                 missing -= {name for name in missing if _is_word(name.encode(), content)}
     if missing:
         raise UserError("lm-eval: Tasks not found: " + ", ".join(name for name in names if name in missing))
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for numbers that the harness takes, or refuses in words that name no option."""
+    if config.limit is not None and config.limit <= 0:
+        raise UserError(f"--limit must be above 0, got {config.limit:g}")
+    if config.num_fewshot is not None and config.num_fewshot < 0:
+        raise UserError(f"--num_fewshot must be 0 or more, got {config.num_fewshot}")
 
 
 def check_output(path: str | None) -> None:
@@ -286,6 +296,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         return EvaluatorConfig.from_cli(args)
 
     config = harness_errors(configure, ValueError, TypeError, FileNotFoundError)
+    check_numbers(config)
     check_output(config.output_path)
     given = [config.tasks] if isinstance(config.tasks, str) else config.tasks
     names = [name for names in given for name in names.split(",") if name]
@@ -293,7 +304,15 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         raise UserError("--tasks names no task; offline ones are " + ", ".join(OFFLINE))
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
-    mistakes = (ValueError, KeyError, ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
+    mistakes: tuple[type[Exception], ...] = (
+        ValueError,
+        KeyError,
+        ConnectionError,
+        FileNotFoundError,
+        datasets.exceptions.DatasetsError,
+    )
+    if config.samples:
+        mistakes += (AssertionError,)  # what the harness says of numbers beyond the task's
     with task_folder(offline) as folder:
         config.tasks = args.tasks = chosen(names, offline)
         if offline and set(config.tasks) <= set(map(task_name, offline)) and not any(services):
