@@ -38,9 +38,11 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import logging
 import logging.handlers
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -164,7 +166,42 @@ def harness_errors(action: Callable[[], T], *kinds: type[Exception]) -> T:
     try:
         return action()
     except kinds as error:
-        raise UserError(f"lm-eval: {error.args[0] if isinstance(error, KeyError) and error.args else error}") from None
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        hint = ": fewer examples than --num_fewshot" if "larger than population" in str(message) else ""
+        raise UserError(f"lm-eval: {message}{hint}") from None
+
+
+def _is_word(name: bytes, content: bytes) -> bool:
+    return name in content and re.search(rb"(?<![\w.-])" + re.escape(name) + rb"(?![\w.-])", content) is not None
+
+
+def check_names(names: Sequence[str], include_path: str | None) -> None:
+    """Raise UserError for a name that is a word of no task file of the harness or of ``include_path``.
+
+    What the harness says too, after a quarter of a minute in which it parses 14,000 files; searching them takes a second.
+    Patterns and paths are left to it.
+    """
+    import lm_eval
+
+    missing = {name for name in names if re.fullmatch(r"[\w.-]+", name) and not Path(name).exists()}
+    roots = [Path(lm_eval.__file__).parent / "tasks", *([Path(include_path)] if include_path else [])]
+    for folder, _, files in itertools.chain.from_iterable(map(os.walk, roots)):
+        if not missing:
+            return
+        for file in files:
+            if not file.endswith((".py", ".md")):
+                content = Path(folder, file).read_bytes()
+                missing -= {name for name in missing if _is_word(name.encode(), content)}
+    if missing:
+        raise UserError("lm-eval: Tasks not found: " + ", ".join(name for name in names if name in missing))
+
+
+def check_numbers(config: Any) -> None:
+    """Raise UserError for numbers that the harness takes, or refuses in words that name no option."""
+    if config.limit is not None and config.limit <= 0:
+        raise UserError(f"--limit must be above 0, got {config.limit:g}")
+    if config.num_fewshot is not None and config.num_fewshot < 0:
+        raise UserError(f"--num_fewshot must be 0 or more, got {config.num_fewshot}")
 
 
 def check_output(path: str | None) -> None:
@@ -259,6 +296,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         return EvaluatorConfig.from_cli(args)
 
     config = harness_errors(configure, ValueError, TypeError, FileNotFoundError)
+    check_numbers(config)
     check_output(config.output_path)
     given = [config.tasks] if isinstance(config.tasks, str) else config.tasks
     names = [name for names in given for name in names.split(",") if name]
@@ -266,7 +304,15 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         raise UserError("--tasks names no task; offline ones are " + ", ".join(OFFLINE))
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
-    mistakes = (ValueError, KeyError, ConnectionError, FileNotFoundError, datasets.exceptions.DatasetsError)
+    mistakes: tuple[type[Exception], ...] = (
+        ValueError,
+        KeyError,
+        ConnectionError,
+        FileNotFoundError,
+        datasets.exceptions.DatasetsError,
+    )
+    if config.samples:
+        mistakes += (AssertionError,)  # what the harness says of numbers beyond the task's
     with task_folder(offline) as folder:
         config.tasks = args.tasks = chosen(names, offline)
         if offline and set(config.tasks) <= set(map(task_name, offline)) and not any(services):
@@ -277,6 +323,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
             args.include_path = [*([config.include_path] if config.include_path else []), str(folder)]
             logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace the harness's: meant
         try:
+            check_names([name for name in names if data is None or not maker(name)], config.include_path)
             harness_errors(lambda: args.func(args), *mistakes)
         except UserError as error:
             local = [name for name in names if maker(name)] if data is None else []

@@ -42,15 +42,23 @@ def _read_yaml(file: str, **values: str) -> Config:
 
 
 def _check_rows(path: Path, fields: Sequence[str]) -> None:
-    """Raise UserError unless the file is JSONL whose first row has ``fields``."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            row = json.loads(file.readline() or "null")
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not JSONL: its first line is no JSON object") from None
-    missing = [field for field in fields if not isinstance(row, dict) or field not in row]
-    if missing:
-        raise UserError(f"{path}: its rows lack {', '.join(missing)}")
+    """Raise UserError unless the file is JSONL whose rows, one or more, have ``fields``. Empty lines are none."""
+    rows = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path} is not JSONL: its line {number} is no JSON object")
+            if missing := [field for field in fields if field not in row]:
+                raise UserError(f"{path}, line {number}: the row lacks {', '.join(missing)}")
+            rows += 1
+    if not rows:
+        raise UserError(f"{path} has no rows")
 
 
 def _localize(config: Config, folder: Path, *fields: str) -> Config:

@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -85,9 +86,21 @@ def parse(
         raise UserError(fold_error_box(stderr.getvalue())) from None
 
 
+OTHERS_WAIT = 20.0
+"""Seconds after which a process other than torchrun's first reports its own mistake."""
+
+
 def fail(message: str) -> NoReturn:
-    """Print ``message`` as one line and leave with status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print ``message`` as one line and leave with status 2.
+
+    Of several processes (torchrun's RANK) the first speaks: it ends, and torchrun ends the others, who wait for that. One
+    that is still there after `OTHERS_WAIT` is alone with its mistake, and says so.
+    """
+    who = "error"
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        time.sleep(OTHERS_WAIT)
+        who = f"error (process {rank})"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_db import cli
+from recurrent_db import cli, commandline
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.flops import step_cost
@@ -72,3 +72,23 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert all(name in told for name in cli.COMMANDS)
     assert cli.run([]) == 2
+
+
+def test_of_several_processes_the_first_reports_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank, line, waited in (
+        (None, "error: k\n", []),
+        ("0", "error: k\n", []),
+        ("1", "error (process 1): k\n", [20.0]),
+    ):
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            commandline.fail("k")
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == line
+        assert waits == waited

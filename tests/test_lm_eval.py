@@ -429,14 +429,21 @@ def test_mistakes_are_one_line(
     files = tmp_path / "files"
     write_benchmarks(files)
     (files / "piqa_validation.jsonl").write_text('{"goal": "x"}\n', encoding="utf-8")
+    (files / "lambada_test.jsonl").write_text('{"text": "one two"}\n\n{"text":\n', encoding="utf-8")
+    (files / "blimp" / "empty.jsonl").write_text("\n", encoding="utf-8")
     run = f"checkpoint={runs / 'next_token'}"
+    arc = ["--model_args", run, "--tasks", "arc_easy", "--data", files]
     cases = [
+        (["--model_args", run, "--tasks", "lambada", "--data", files], "its line 3 is no JSON object"),
+        (["--model_args", run, "--tasks", "blimp_empty", "--data", files], "has no rows"),
+        ([*arc, "--limit", "-1"], "--limit must be above 0, got -1"),
+        ([*arc, "--num_fewshot", "-1"], "--num_fewshot must be 0 or more"),
         (["--model_args", run, "--tasks", "heldout_cloze"], "needs --data"),
         (["--model_args", run, "--tasks", "heldout_cloze", "--data", files], "manifest.json"),
         (["--model_args", run, "--tasks", "heldout_cloze", "--data", tmp_path / "nowhere"], "no such folder"),
         (["--model_args", run, "--tasks", "arc_easy", "--data", data], "token shards"),
         (["--model_args", run, "--tasks", "arc_easy", "--data", tmp_path], "arc_easy_validation.jsonl"),
-        (["--model_args", run, "--tasks", "piqa", "--data", files], "lack sol1"),
+        (["--model_args", run, "--tasks", "piqa", "--data", files], "lacks sol1"),
         (["--model_args", run, "--tasks", "blimp_third", "--data", files], "blimp/third.jsonl"),
         (["--model_args", run, "--data", files], "no task"),
         (["--tasks", "arc_easy", "--data", files], "checkpoint=RUN"),
@@ -479,6 +486,41 @@ def test_mistakes_are_one_line(
         assert stop.value.code == 2
         assert expected in err
         assert len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--num_fewshot", "999"], "fewer examples than --num_fewshot"),
+        (["--samples", '{"arc_easy": [999]}'], "Elements of --samples"),
+    ],
+)
+def test_numbers_beyond_a_tasks_rows(
+    cli: ModuleType, runs: Path, tmp_path: Path, words: list[str], expected: str
+) -> None:
+    write_benchmarks(tmp_path / "files")
+    run = f"checkpoint={runs / 'next_token'},k=1"
+    with pytest.raises(UserError, match=expected):
+        cli.main(["--model_args", run, "--tasks", "arc_easy", "--data", str(tmp_path / "files"), *words])
+
+
+def test_unknown_names_are_refused_before_the_harness_indexes_its_tasks(
+    cli: ModuleType, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("task: my_own\n", encoding="utf-8")
+    cli.check_names(["hellaswag", "ai2_arc", "mmlu_stem", "no_such_*", str(tmp_path), "my_own"], str(tmp_path))
+    with pytest.raises(UserError, match=r"not found: my_own$"):
+        cli.check_names(["hellaswag", "my_own"], None)
+    write_benchmarks(tmp_path)
+
+    def indexed(*given: Any, **named: Any) -> None:
+        raise AssertionError("the harness reads all of its tasks")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", indexed)
+    words = ["--model_args", f"checkpoint={runs / 'next_token'}", "--tasks", "piqa,lambadda"]
+    for more in ([], ["--data", str(tmp_path)]):
+        with pytest.raises(UserError, match=r"not found: lambadda.*did you mean lambada"):
+            cli.main([*words, *more])
 
 
 @pytest.mark.parametrize("words", [["lm_eval_cli.py", "--tasks", "piqa"], ["sweep.py", ".", "--data", "."]])
