@@ -1,4 +1,4 @@
-"""The ``recurrent-db`` command: ``flops`` and ``report``. Each is a dataclass of arguments and a function."""
+"""The ``recurrent-db`` command: ``flops``, ``repl`` and ``report``. Each is a dataclass of arguments and a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import report
+from recurrent_db import repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
@@ -182,6 +182,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
 }
 

@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,18 @@ _LOGITS_AT_ONCE = 1 << 26
 
 ROWS_AT_ONCE = 16
 """Texts that `generate_texts` and others run together."""
+
+
+class Work(NamedTuple):
+    """A pass over a cache."""
+
+    rows: int
+    """Texts, one position each where ``stop`` is ``first`` + 1; padded ones count whole."""
+    first: int
+    stop: int
+    """Of the positions, the first and the one after the last."""
+    read: bool
+    """Whether a token was drawn from the last of them."""
 
 
 class Decoder:
@@ -67,6 +80,8 @@ class Decoder:
         self.alive = list(range(len(prompts)))
         """Rows that are not at their end."""
         self.cache: Cache | None = None
+        self.work: list[Work] = []
+        """What has been computed: for counts of FLOPs."""
         self._room = max_new_tokens
         self._rows: list[int] = []
         """Which row each of the cache's is."""
@@ -110,9 +125,11 @@ class Decoder:
         most = max(1, _LOGITS_AT_ONCE // (len(tokens_BT) * self.model.config.vocab_size))
         for part_BT in tokens_BT.split(most, dim=1):
             noise = NoiseSource(self.rng, requests, self.window, offset=self._offsets(cache), kept=self._noise)
-            visible = cache.grow(part_BT.shape[1])
+            first, visible = cache.length, cache.grow(part_BT.shape[1])
             e_BTD = self.model.encode(part_BT, visible)
             [(_, hidden_BTD)] = self._recurrence.hidden(self.model, part_BT, e_BTD, [self.k], noise, visible=visible)
+            self.work.append(Work(len(self._rows), first, cache.length, read=False))
+        self.work[-1] = self.work[-1]._replace(read=True)
         return self.model.logits(hidden_BTD[:, -1])
 
     def _offsets(self, cache: Cache) -> int | tuple[int, ...]:
@@ -137,6 +154,7 @@ def stream(
     requests: Sequence[int] | None = None,
     over: Callable[[int, int], bool] = _never,
     cache_policy: str = "full",
+    watch: Callable[[Decoder], object] = lambda decoder: None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens of several texts are drawn, in turns.
 
@@ -147,10 +165,12 @@ def stream(
         requests: keys of the draws, one a prompt; 0, 1, ... where not given.
         over: called with each row and its new token; whether that token ends the row's text. It is not yielded then.
         cache_policy: as of `Decoder`.
+        watch: is given the decoder before the first token.
     """
     rng = Rng(seed, EVALUATION_STEP)
     keys = list(range(len(prompts))) if requests is None else list(requests)
     decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy)
+    watch(decoder)
     for _ in range(max_new_tokens):
         if not decoder.alive:
             return
