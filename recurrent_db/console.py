@@ -154,6 +154,10 @@ def as_text(line: str) -> str:
 class Lines(Protocol):
     """Where lines come from."""
 
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """To be in force while lines are read and answered."""
+        ...
+
     def read(self) -> str:
         """The next line or lines, without the last line's end.
 
@@ -171,6 +175,9 @@ class PlainLines:
     def __init__(self) -> None:
         self._asks = is_terminal(sys.stdin)
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
         if self._asks and not is_terminal(sys.stdout):
@@ -220,6 +227,25 @@ class EditedLines:
             PROMPT, multiline=True, prompt_continuation=MORE, key_bindings=keys, history=history,
             completer=WordCompleter(list(words), sentence=True), complete_while_typing=False, reserve_space_for_menu=0,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Keys that are pressed while a text comes are not shown in its middle, and wait for the next line: Ctrl-D too, that
+        the terminal would swallow. Ctrl-C is heard at once all the same."""
+        try:
+            import termios
+        except ImportError:  # Windows
+            yield
+            return
+        before = termios.tcgetattr(sys.stdin)
+        kept = termios.tcgetattr(sys.stdin)
+        kept[0] &= ~termios.ICRNL  # Enter stays what it is at the prompt
+        kept[3] &= ~(termios.ICANON | termios.ECHO)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, kept)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
     def read(self) -> str:
         return as_text(self._session.prompt())

@@ -36,7 +36,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.loading import load_with_config
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.reply import SAMPLERS, Reply, Settings, bytes_shown, make_reply, shown
+from recurrent_db.reply import SAMPLERS, Reply, Settings, bytes_shown, check_memory, make_reply, shown
 from recurrent_db.tokenizer import Tokenizer
 from recurrent_db.trace import label, table, trace
 
@@ -131,7 +131,7 @@ class Session:
 
     def run(self, lines: Lines) -> None:
         """Answer line after line until there are no more or the user leaves."""
-        with self._interrupts.installed():
+        with self._interrupts.installed(), lines.around():
             while not self.done:
                 try:
                     with self._interrupts.allowed():
@@ -226,6 +226,8 @@ class Session:
             raise UserError("/compare takes two or more numbers of iterations, such as /compare 1 4 16")
         asked = self._asked()
         each = [replace(self.settings, k=_parsed(int, word, "/compare")) for word in dict.fromkeys(words)]
+        for settings in each:  # before any of them is made
+            check_memory(self.model, len(asked.prompt_ids), settings)
         replies: list[Reply] = []
         total = len(each) * self.settings.max_new_tokens
         with tqdm(total=total, unit=" tokens", leave=False, disable=not is_terminal(sys.stderr)) as bar:

@@ -361,6 +361,9 @@ def test_too_much_is_refused(session: Session, capsys: pytest.CaptureFixture[str
     assert session.replies == []
     session.answer("/k 2")
     session.answer("def f")
+    session.answer("/compare 1 1000000000")
+    assert "choose a lower /k" in capsys.readouterr().err
+    assert len(session.replies) == 1
     session.answer("/k 1000000")
     session.answer("/trace")
     assert "too many to trace at once" in capsys.readouterr().err
@@ -571,30 +574,33 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
+    def _more(self, until: float, what: str) -> bool:
+        """Read what is there, or wait for it; False when the program has ended."""
+        if not select.select([self.master], [], [], max(0, until - time.monotonic()))[0]:
+            raise AssertionError(f"{what} did not come: {self.seen[-2000:]!r}")
+        try:
+            piece = os.read(self.master, 65536)
+        except OSError:  # as Linux tells of an end
+            piece = b""
+        self.seen += piece
+        return bool(piece)
+
     def wait(self, word: str, seconds: float = 120) -> str:
         """What is shown up to and with ``word``, from where the last wait ended."""
-        end = time.monotonic() + seconds
+        until = time.monotonic() + seconds
         while word.encode() not in self.seen:
-            if not select.select([self.master], [], [], max(0, end - time.monotonic()))[0]:
-                raise AssertionError(f"{word!r} did not come in {seconds} s: {self.seen[-2000:]!r}")
-            try:
-                self.seen += os.read(self.master, 65536)
-            except OSError:
-                raise AssertionError(f"it ended before {word!r}: {self.seen[-2000:]!r}") from None
+            assert self._more(until, repr(word)), f"it ended before {word!r}: {self.seen[-2000:]!r}"
         place = self.seen.index(word.encode()) + len(word.encode())
         shown, self.seen = self.seen[:place], self.seen[place:]
         return shown.decode(errors="replace")
 
-    def end(self) -> int:
+    def end(self, seconds: float = 120) -> int:
         """Exit status, once it has ended by itself."""
-        while True:  # what is not read would keep it from ending
-            try:
-                if not os.read(self.master, 65536):
-                    break
-            except OSError:
-                break
+        until = time.monotonic() + seconds
+        while self._more(until, "its end"):
+            pass
         os.close(self.master)
-        return self.process.wait(120)
+        return self.process.wait(seconds)
 
 
 @pytest.fixture
@@ -613,8 +619,8 @@ def at_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
             terminal.process.wait()
 
 
-def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer) -> None:
-    """A text without end, stopped by an impatient user; the program goes on."""
+def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer, asks: str) -> None:
+    """A text without end, stopped by an impatient user; the program goes on. ``asks`` is what it shows at a prompt."""
     text = console.harmless(generate(model, tokenizer, "def main(", k=2, max_new_tokens=12)).rstrip("\ufffd")
     screen.type(b"/max 1000000\r")
     screen.wait("max_new_tokens = 1000000")
@@ -622,8 +628,10 @@ def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer) 
     screen.wait(text.replace("\n", "\r\n"))
     screen.type(b"\x03")
     screen.wait("stopped after ")
+    screen.wait(asks)
     screen.type(b"\x03")
-    time.sleep(0.2)
+    screen.wait("/quit or Ctrl-D leaves")
+    screen.wait(asks)
     screen.type(b"/max 8\r")
     screen.wait("max_new_tokens = 8")
 
@@ -634,7 +642,7 @@ def test_terminal(
     pytest.importorskip("prompt_toolkit", reason="line editing comes with the extra `repl`, which is not installed")
     screen = at_terminal(runs["unrolled"], "--k", "2")
     screen.wait("context 64 tokens, cpu; k 2. /help lists the commands.")
-    stop_in_the_middle(screen, *loaded["unrolled"])
+    stop_in_the_middle(screen, *loaded["unrolled"], asks="\x1b[?2004h")
     screen.type(b"\x1b[200~def f():\r    return\x1b[201~\r")  # a paste of two lines, as terminals send it
     screen.wait("[8 tokens; ")
     screen.type(b"a\xffb\r")
@@ -646,10 +654,9 @@ def test_terminal(
     screen.type(b"one\x1b\rtwo\r")  # Alt-Enter
     screen.wait("[8 tokens; ")
     screen.type(b"/compare 1 4\r")
-    screen.wait(" | ")
     screen.type(f"/save {tmp_path / 't.json'}\r".encode())
-    screen.wait("5 texts in")
-    screen.type(b"\x04")
+    screen.type(b"\x04")  # all of these before the texts are there
+    assert re.search(r"k = 1 +\| k = 4", re.sub(r"\x1b\[\d*m", "", screen.wait("5 texts in"))) is not None
     assert screen.end() == 0
     saved = json.loads((tmp_path / "t.json").read_text())
     assert [text["prompt"] for text in saved] == ["def main(", "def f():\n    return", *["one\ntwo"] * 3]
@@ -680,11 +687,12 @@ def test_terminal_without_prompt_toolkit(
     screen = at_terminal(runs["denoise"], "--k", "2", PYTHONPATH=path)
     screen.wait("prompt_toolkit is not installed, so no history and little editing: pip install 'recurrent-db[repl]'")
     screen.wait("> ")
-    stop_in_the_middle(screen, *loaded["denoise"])
+    stop_in_the_middle(screen, *loaded["denoise"], asks="> ")
     screen.type(b'"""\rone\rtwo\r"""\r')
     screen.wait("[8 tokens; ")
     screen.type(b"a\xffb\r")
     screen.wait("is not UTF-8")
+    screen.wait("> ")
     screen.type(b"\x04")
     assert screen.end() == 0
 
@@ -692,7 +700,7 @@ def test_terminal_without_prompt_toolkit(
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
     """What a screen shows in the end, and Ctrl-C as its keyboard sends it."""
-    (tmp_path / "tmux.conf").write_text("set -g history-limit 100000\nset -g remain-on-exit on\n")
+    (tmp_path / "tmux.conf").write_text("set -g history-limit 100000\n")
     socket = ["tmux", "-S", str(tmp_path / "socket"), "-f", str(tmp_path / "tmux.conf")]
 
     def tmux(*words: str) -> str:
@@ -701,7 +709,7 @@ def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
     def keys(*words: str) -> None:
         tmux("send-keys", "-t", "repl", *words)
 
-    def wait(pattern: str, seconds: float = 120) -> str:
+    def wait(pattern: str, seconds: float = 300) -> str:
         end = time.monotonic() + seconds
         while re.search(pattern, screen := tmux("capture-pane", "-p", "-S", "-", "-t", "repl")) is None:
             assert time.monotonic() < end, f"{pattern!r} did not come: {screen[-3000:]}"
@@ -710,7 +718,9 @@ def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
 
     started = command(runs["next_token"], "--max-new-tokens", "1000000", "--seed", "5")
     env = [f"{name}={value}" for name, value in environment(tmp_path, TERM="screen").items()]
-    tmux("new-session", "-d", "-s", "repl", "-x", "100", "-y", "40", "env", *env, *started)
+    status = tmp_path / "status"
+    shell = ["sh", "-c", f'trap : INT; "$@"; echo $? > {status}.new; mv {status}.new {status}', "sh"]
+    tmux("new-session", "-d", "-s", "repl", "-x", "100", "-y", "40", *shell, "env", *env, *started)
     try:
         wait("/help lists the commands")
         keys("import os", "Enter")
@@ -722,7 +732,11 @@ def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
         keys("/compare 1 4 16", "Enter")
         wait(r"\nk = 1 +\| k = 4 +\| k = 16 *\n")
         keys("C-d")
-        wait(r"Pane is dead \(status 0")
+        until = time.monotonic() + 120
+        while not status.exists():
+            assert time.monotonic() < until, "it did not end"
+            time.sleep(0.1)
+        assert status.read_text() == "0\n"
     finally:
         subprocess.run([*socket, "kill-server"], capture_output=True, timeout=60)
 
