@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, report
+from recurrent_db import hf_export, hf_import, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
@@ -182,6 +182,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
     "export": (hf_export.ExportArgs, hf_export.main),
     "import": (hf_import.ImportArgs, hf_import.main),

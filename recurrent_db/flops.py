@@ -14,7 +14,7 @@ Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recurrent_db.config import Config, ModelConfig
 from recurrent_db.errors import UserError
@@ -186,6 +186,27 @@ def step_cost(config: Config, passes: Passes) -> Cost:
 def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
     """Forward FLOPs per token of scoring sequences of ``length`` tokens."""
     return total(cost_per_token(model, length, passes)).forward
+
+
+def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read: bool = True) -> float:
+    """Forward FLOPs of one sequence's pass over positions ``first`` to ``stop`` (exclusive) that follow those in a cache.
+
+    Attention is counted over all keys that there are, ``stop`` for each position. ``read``: whether the result is read
+    out, which is done at the last position alone.
+    """
+    count, known, width = stop - first, passes.known_no_grad, model.d_model
+
+    def each(runs: Passes) -> float:
+        parts = cost_per_token(model, stop, runs)
+        return total(parts).forward - parts["conditioning"].forward
+
+    cost = count * each(passes) + stop * cost_per_token(model, stop, passes)["conditioning"].forward
+    if known and first:  # known neighbours' streams run the position before the first once more
+        cost += each(replace(passes, known_no_grad=2 * known)) - each(passes)
+    if passes.beside:  # a query meets the other stream's keys and those of its own pass
+        layers = model.n_core * passes.core_no_grad + (model.n_coda * passes.readouts_no_grad if known else 0)
+        cost -= count * layers * 4 * width * (stop - count)
+    return cost - (count - read) * 2 * model.vocab_size * width
 
 
 CACHE_POLICIES = "full, last or modulo-S (S slots a layer)"

@@ -18,6 +18,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.rows import Sampler, Stats
+from recurrent_db.rows import LoopRows, Sampler, Stats
 from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
@@ -37,6 +38,18 @@ _LOGITS_AT_ONCE = 1 << 26
 
 ROWS_AT_ONCE = 16
 """Texts that `generate_texts` and others run together."""
+
+
+class Work(NamedTuple):
+    """A pass over a cache."""
+
+    rows: int
+    """Texts, one position each where ``stop`` is ``first`` + 1; padded ones count whole."""
+    first: int
+    stop: int
+    """Of the positions, the first and the one after the last."""
+    read: bool
+    """Whether a token was drawn from the last of them."""
 
 
 class Decoder:
@@ -69,6 +82,8 @@ class Decoder:
         self.alive = list(range(len(prompts)))
         """Rows that are not at their end."""
         self.cache: Cache | None = None
+        self.work: list[Work] = []
+        """What has been computed: for counts of FLOPs."""
         self._room = max_new_tokens
         self._rows: list[int] = []
         """Which row each of the cache's is."""
@@ -112,9 +127,11 @@ class Decoder:
         most = max(1, _LOGITS_AT_ONCE // (len(tokens_BT) * self.model.config.vocab_size))
         for part_BT in tokens_BT.split(most, dim=1):
             noise = NoiseSource(self.rng, requests, self.window, offset=self._offsets(cache), kept=self._noise)
-            visible = cache.grow(part_BT.shape[1])
+            first, visible = cache.length, cache.grow(part_BT.shape[1])
             e_BTD = self.model.encode(part_BT, visible)
             [(_, hidden_BTD)] = self._recurrence.hidden(self.model, part_BT, e_BTD, [self.k], noise, visible=visible)
+            self.work.append(Work(len(self._rows), first, cache.length, read=False))
+        self.work[-1] = self.work[-1]._replace(read=True)
         return self.model.logits(hidden_BTD[:, -1])
 
     def _offsets(self, cache: Cache) -> int | tuple[int, ...]:
@@ -162,6 +179,7 @@ def stream(
     exit: str | None = None,
     warm_start: bool = False,
     stats: Stats | None = None,
+    watch: Callable[[Decoder | LoopRows], object] = lambda rows: None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as tokens of several texts are drawn, in turns.
 
@@ -174,6 +192,7 @@ def stream(
         cache_policy: as of `Decoder`.
         sampler, exit, warm_start: as in `generate`.
         stats: filled while tokens are drawn.
+        watch: is given what computes the tokens, before the first one.
     """
     rng, stats = Rng(seed, EVALUATION_STEP), Stats() if stats is None else stats
     keys = list(range(len(prompts))) if requests is None else list(requests)
@@ -182,11 +201,15 @@ def stream(
         raise UserError(
             f"the cache policy {cache_policy!r} is for plain sequential decoding: other samplers keep all iterations"
         )
-    engine: Sampler = (
-        _Sequential(Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy), sampling, stats)
-        if method.plain
-        else method.rows(model, prompts, k, max_new_tokens, sampling, rng, keys, stats)
-    )
+    engine: Sampler
+    if method.plain:
+        decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy)
+        watch(decoder)
+        engine = _Sequential(decoder, sampling, stats)
+    else:
+        rows = method.rows(model, prompts, k, max_new_tokens, sampling, rng, keys, stats)
+        watch(rows)
+        engine = rows
     left = [max_new_tokens] * len(prompts)
     while engine.alive and max_new_tokens:
         for row, tokens in engine.step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from recurrent_db.cli import flops_table
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
-from recurrent_db.flops import Cost, Passes, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.flops import Cost, Passes, cached_cost, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.generate import Decoder, stream
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Rule
 from recurrent_db.optim import update_flops
 from recurrent_db.rng import Rng
+from recurrent_db.sampling import Sampling
 
 CONFIGS = Path(__file__).parents[1] / "train/configs"
 MODEL = ModelConfig(vocab_size=101, d_model=32, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=40, d_condition=24)
@@ -246,3 +249,33 @@ def test_inference_costs_forward_passes_alone() -> None:
         model(tokens, 4)
     passes = Passes(core_no_grad=4, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
     assert inference_cost(model.config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["next_token"],
+        ["unrolled"],
+        ["denoise"],
+        ["denoise", "--objective.denoise.bridge", "state"],
+        ["denoise", "--objective.denoise.bridge", "hard", "--objective.denoise.sampler", "heun"],
+        ["denoise", "--objective.denoise.conditioning", "two-stream"],
+        ["denoise", "--objective.denoise.neighbours", "known"],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what the decoder says that it did, against the counter: a prompt read in parts, single tokens, a window that
+    is outgrown, a batch."""
+    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8"]
+    model, _ = micro_model(micro_config("--objective.name", *options, *window))
+    monkeypatch.setattr(sys.modules["recurrent_db.generate"], "_LOGITS_AT_ONCE", 3 * 61)
+    for prompts, new in (([7], 1), ([5], 6), ([4, 1], 2)):
+        decoders: list[Decoder] = []
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            for _ in stream(model, [list(range(n)) for n in prompts], k, new, Sampling(), watch=decoders.append):
+                pass
+        passes = model.recurrence.passes(k)
+        costs = [w.rows * cached_cost(model.config, passes, w.first, w.stop, w.read) for w in decoders[0].work]
+        assert sum(costs) == pytest.approx(counter.get_total_flops(), rel=1e-9)
