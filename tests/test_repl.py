@@ -654,7 +654,7 @@ def at_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer, asks: str) -> None:
-    """A text without end, stopped by an impatient user; the program goes on. ``asks`` is what it shows at a prompt."""
+    """A text without end is stopped, and the program goes on. ``asks`` is what it shows at a prompt."""
     text = console.harmless(generate(model, tokenizer, "def main(", k=2, max_new_tokens=12)).rstrip("\ufffd")
     screen.type(b"/max 1000000\r")
     screen.wait("max_new_tokens = 1000000")
@@ -662,9 +662,6 @@ def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer, 
     screen.wait(text.replace("\n", "\r\n"))
     screen.type(b"\x03")
     screen.wait("stopped after ")
-    screen.wait(asks)
-    screen.type(b"\x03")
-    screen.wait("/quit or Ctrl-D leaves")
     screen.wait(asks)
     screen.type(b"/max 8\r")
     screen.wait("max_new_tokens = 8")
@@ -677,6 +674,9 @@ def test_terminal(
     screen = at_terminal(runs["unrolled"], "--k", "2")
     screen.wait("context 64 tokens, cpu; k 2. /help lists the commands.")
     stop_in_the_middle(screen, *loaded["unrolled"], asks="\x1b[?2004h")
+    screen.wait("\x1b[?2004h")
+    screen.type(b"\x03")
+    screen.wait("/quit or Ctrl-D leaves")
     screen.type(b"\x1b[200~def f():\r    return\x1b[201~\r")  # a paste of two lines, as terminals send it
     screen.wait("[8 tokens; ")
     screen.type(b"a\xffb\r")
