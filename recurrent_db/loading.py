@@ -45,13 +45,16 @@ def load_with_config(
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
 
 
-def load(path: str | Path, device: str | torch.device = "auto", averaged: bool = True) -> tuple[LoopedLM, Tokenizer]:
+def load(
+    path: str | Path, device: str | torch.device = "auto", averaged: bool = True, compiled: bool = False
+) -> tuple[LoopedLM, Tokenizer]:
     """Load a run's newest good checkpoint (or the one whose folder is given), ready for inference.
 
     Args:
         path: run directory or checkpoint folder.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         averaged: take the moving average of the weights where the run kept one.
+        compiled: compile what generation runs for each token (`LoopedLM.compile_decoding`): the first text waits for it.
 
     Returns:
         The model in fp32, in evaluation mode, and its tokenizer. Nothing of the checkpoint is executed: weights are
@@ -61,4 +64,6 @@ def load(path: str | Path, device: str | torch.device = "auto", averaged: bool =
         UserError: no run there, no undamaged checkpoint, or no such device.
     """
     model, tokenizer, _, _ = load_with_config(path, device, averaged)
+    if compiled:
+        model.compile_decoding()
     return model, tokenizer

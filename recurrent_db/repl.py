@@ -68,6 +68,8 @@ class ReplArgs:
     """The most tokens to add to a prompt."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto (CUDA where there is one)."""
+    compile: bool = False
+    """Compile what each token runs (torch.compile): the first text waits for it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,6 +343,8 @@ def main(args: ReplArgs) -> int:
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     settings = Settings(**{**given, "k": args.k or 8})  # mistakes come before the loading
     model, tokenizer, config, path = load_with_config(args.run, args.device)
+    if args.compile:
+        model.compile_decoding()
     if not args.k and config.objective.name == "next_token":
         settings = replace(settings, k=1)
     for output in (sys.stdout, sys.stderr):

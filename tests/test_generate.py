@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from helpers import OBJECTIVES, micro_config, micro_model
+from torch._dynamo.testing import CompileCounter
 
 from recurrent_db import UserError, generate
 from recurrent_db.generate import Text, complete, generate_texts, generate_tokens, stream
@@ -291,3 +292,28 @@ def test_generation_stops_at_a_string(tokenizer: Tokenizer) -> None:
 def test_mistakes(options: dict[str, float], message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=message):
         generate(fresh("next_token", tokenizer), tokenizer, "a", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [*((name, "sequential") for name in OBJECTIVES), ("unrolled", "speculative")]
+)
+def test_compiled_decoding_is_decoding(objective: str, sampler: str) -> None:
+    """The same texts for every number of rows and length, from graphs that all blocks share and no token adds to."""
+    model = micro_model(micro_config("--objective.name", objective))[0].eval()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+    def texts(rows: int) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompts[:rows]]
+        for row, token in stream(model, prompts[:rows], 3, 12, Sampling(temperature=0.8), seed=1, sampler=sampler):
+            found[row].append(token)
+        return found
+
+    expected = [texts(rows) for rows in (1, 2, 3)]
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model.compile_decoding(counter)
+    assert [texts(rows) for rows in (1, 2, 3)] == expected
+    assert counter.frame_count > 0
+    made = counter.frame_count
+    assert [texts(rows) for rows in (3, 2, 1)] == expected[::-1]
+    assert counter.frame_count == made <= 8

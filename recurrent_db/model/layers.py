@@ -8,7 +8,7 @@ SiLU MLP, interleaved RoPE in fp32, learned bias on queries and keys added befor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -186,6 +186,7 @@ class _RotatedQKV(torch.autograd.Function):
         return d.flatten(2), d[:, :, :2].sum((0, 1)), None
 
 
+QKV = tuple[Tensor, Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one layer, (B, H, S, E) each."""
 
@@ -229,23 +230,32 @@ class Attention(nn.Module):
             k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
         return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
 
-    def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible, keep: list[KeysValues] | None = None
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Visible,
+        context: Context | None = None,
+        keep: list[KeysValues] | None = None,
     ) -> Tensor:
-        """Attention within x, and to what came before it. Where ``keep`` is given, this layer's keys and values are
-        appended to it."""
-        q, k, v = self.project(x_BTD, rope)
-        k, v = visible.extend(self, k, v)
-        if keep is not None:
-            keep.append((k, v))
-        return self.proj(attend(q, k, v, visible).transpose(1, 2).flatten(2))
+        """What each position sees of the values, (B, T, D), before the output projection.
 
-    def beside(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], context: Context) -> Tensor:
-        """Queries of x see the context's keys up to their own position (or before it, where the context is strict)
-        and their own key, and no other position of x. See `Context`."""
-        q, k, v = self.project(x_BTD, rope)
-        k, v = torch.cat((context.k_BHSE, k), dim=2), torch.cat((context.v_BHSE, v), dim=2)
-        return self.proj(attend(q, k, v, context.visible).transpose(1, 2).flatten(2))
+        Positions see those of their own stream, and what came before it; with a ``context`` its keys up to their own
+        position (or before it, where the context is strict) and their own key, and no other of their stream: see
+        `Context`. Where ``keep`` is given, this layer's keys and values are appended to it.
+        """
+        if context is not None:
+            k, v, visible = (
+                torch.cat((context.k_BHSE, k), dim=2),
+                torch.cat((context.v_BHSE, v), dim=2),
+                context.visible,
+            )
+        else:
+            k, v = visible.extend(self, k, v)
+            if keep is not None:
+                keep.append((k, v))
+        return attend(q, k, v, visible).transpose(1, 2).flatten(2)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -300,6 +310,24 @@ class Block(nn.Module):
         self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(dim, eps) for _ in range(4))
         self.attn = Attention(dim, n_heads)
         self.mlp = GatedMLP(dim, hidden)
+        self.one_position: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
+        """`before` and `after` compiled for passes over one position each (`LoopedLM.compile_decoding`)."""
+
+    def before(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> QKV:
+        """Queries, keys and values of x, (B, H, T, E) each."""
+        normed = self.norm_1(x_BTD) if modulation is None else self.norm_1(x_BTD, modulation[1], modulation[0])
+        return self.attn.project(normed, rope)
+
+    def after(self, x_BTD: Tensor, mixed_BTD: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        """The block's result from what attention mixed of the values."""
+        branch = self.attn.proj(mixed_BTD)
+        if modulation is None:
+            x_BTD = self.norm_2(branch + x_BTD)
+            return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
+        _, _, gate_a, shift_m, scale_m, gate_m = modulation
+        x_BTD = self.norm_2(torch.addcmul(x_BTD, branch, 1 + gate_a))
+        branch = self.mlp(self.norm_3(x_BTD, scale_m, shift_m))
+        return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
 
     def forward(
         self,
@@ -310,19 +338,12 @@ class Block(nn.Module):
         context: Context | None = None,
         keep: list[KeysValues] | None = None,
     ) -> Tensor:
-        """One block; with a ``context`` the attention is `Attention.beside` it instead of within x."""
-
-        def attend(x: Tensor) -> Tensor:
-            return self.attn(x, rope, visible, keep) if context is None else self.attn.beside(x, rope, context)
-
-        if modulation is None:
-            x_BTD = self.norm_2(attend(self.norm_1(x_BTD)) + x_BTD)
-            return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        branch = attend(self.norm_1(x_BTD, scale_a, shift_a))
-        x_BTD = self.norm_2(torch.addcmul(x_BTD, branch, 1 + gate_a))
-        branch = self.mlp(self.norm_3(x_BTD, scale_m, shift_m))
-        return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
+        """One block; ``context`` and ``keep`` as in `Attention.mix`."""
+        before, after = self.before, self.after
+        if self.one_position is not None and x_BTD.shape[1] == 1 and not self.training:
+            before, after = self.one_position
+        q, k, v = before(x_BTD, rope, modulation)
+        return after(x_BTD, self.attn.mix(q, k, v, visible, context, keep), modulation)
 
     def keys_values(
         self,
@@ -332,8 +353,7 @@ class Block(nn.Module):
         modulation: tuple[Tensor, ...] | None = None,
     ) -> KeysValues:
         """The keys and values that the block's attention would see, without the rest of the block."""
-        normed = self.norm_1(x_BTD) if modulation is None else self.norm_1(x_BTD, modulation[1], modulation[0])
-        return visible.extend(self.attn, *self.attn.project(normed, rope)[1:])
+        return visible.extend(self.attn, *self.before(x_BTD, rope, modulation)[1:])
 
 
 class NoiseEmbedding(nn.Module):

@@ -323,6 +323,20 @@ class LoopedLM(nn.Module):
         self.softmax_loss = fused(softmax_loss_to_fuse)
         self.compiled = True
 
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        """Compile what generation runs for each token, in evaluation: a block's work before and after attention, for
+        passes over one position. Attention and the cache, whose keys grow by one each time, stay as they are.
+
+        All blocks share their graphs: two for those without noise conditioning and two for those with it; a second
+        number of rows makes these anew, for any number of them.
+        """
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.one_position = (
+                    torch.compile(block.before, backend=backend),
+                    torch.compile(block.after, backend=backend),
+                )
+
     # -- initialisation and size ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
