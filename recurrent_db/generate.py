@@ -197,10 +197,7 @@ def stream(
     rng, stats = Rng(seed, EVALUATION_STEP), Stats() if stats is None else stats
     keys = list(range(len(prompts))) if requests is None else list(requests)
     method = Method.parse(sampler, exit, warm_start)
-    if not method.plain and cache_policy != "full":
-        raise UserError(
-            f"the cache policy {cache_policy!r} is for plain sequential decoding: other samplers keep all iterations"
-        )
+    method.check(model, cache_policy)
     engine: Sampler
     if method.plain:
         decoder = Decoder(model, prompts, k, max_new_tokens, rng, keys, cache_policy)
@@ -334,8 +331,15 @@ def generate_texts(
     exit: str | None = None,
     warm_start: bool = False,
     stats: Stats | None = None,
+    requests: Sequence[int] | None = None,
 ) -> list[str]:
-    """`generate` of several prompts together; the i-th draws as request i, the first as `generate` does."""
+    """`generate` of several prompts together; the i-th draws as request i, or as request ``requests[i]``."""
+    for ok, message in (
+        (isinstance(k, int), f"k must be a whole number, got {k!r}"),
+        (requests is None or len(requests) == len(prompts), "requests must be as many as prompts"),
+    ):
+        if not ok:
+            raise UserError(message)
     for ok, message in (
         (k >= 1, f"k must be 1 or more, got {k}"),
         (max_new_tokens >= 0, f"max_new_tokens must be 0 or more, got {max_new_tokens}"),
@@ -345,7 +349,7 @@ def generate_texts(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     texts = complete(
-        model, tokenizer, ids, k, max_new_tokens, sampling, seed, stops=stop, cache_policy=cache_policy,
+        model, tokenizer, ids, k, max_new_tokens, sampling, seed, requests, stop, cache_policy=cache_policy,
         sampler=sampler, exit=exit, warm_start=warm_start, stats=stats,
     )  # fmt: skip
     return [str(text) for text in texts]
@@ -369,6 +373,7 @@ def generate(
     exit: str | None = None,
     warm_start: bool = False,
     stats: Stats | None = None,
+    request: int = 0,
 ) -> str:
     """Continue ``prompt`` with ``k`` core iterations for each token.
 
@@ -390,6 +395,7 @@ def generate(
             more, and ``k`` is the most (see `recurrent_db.adaptive`).
         warm_start: begin each token's iterations at the state of the one before it.
         stats: is filled with counts: the share of drafted tokens that held, the mean number of iterations.
+        request: with the seed, what the draws are a function of: row i of `generate_texts` is request i.
 
     Returns:
         The new text, without the prompt.
@@ -399,5 +405,5 @@ def generate(
     """
     return generate_texts(
         model, tokenizer, [prompt], k, max_new_tokens, temperature, top_k, top_p, seed, min_p, repetition_penalty, stop,
-        cache_policy, sampler, exit, warm_start, stats,
+        cache_policy, sampler, exit, warm_start, stats, [request],
     )[0]  # fmt: skip

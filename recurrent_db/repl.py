@@ -188,7 +188,9 @@ class Session:
     def _set(self, word: str, rest: str) -> None:
         value = VALUES[word]
         if rest:
-            self.settings = replace(self.settings, **{value.name: _parsed(value.kind, rest, f"/{word}")})
+            settings = replace(self.settings, **{value.name: _parsed(value.kind, rest, f"/{word}")})
+            settings.check(self.model)
+            self.settings = settings
         elif word == "sampler":
             for name, about in ABOUT.items():
                 print(f"{'*' if name == self.settings.sampler.split(':')[0] else ' '} {name:<20} {about}")
@@ -205,7 +207,7 @@ class Session:
             remark(
                 f"the prompt has {len(ids):,} tokens and the model's context {window:,}: its last {window:,} are read"
             )
-        writer = Utf8Writer()
+        self.last, writer = [], Utf8Writer()
         reply = self._reply(text, ids, self.settings, writer.add)
         writer.end()
         self.last = [reply]

@@ -66,6 +66,11 @@ class Settings:
         visits_kept(self.cache)
         self.sampling()
 
+    def check(self, model: LoopedLM) -> None:
+        """Raises `UserError` where the model cannot be run so."""
+        if self.sampler.split(":")[0] in samplers.SAMPLERS:
+            samplers.Method.parse(self.sampler, self.exit).check(model, self.cache)
+
     @property
     def exit(self) -> str | None:
         return None if self.adaptive == "off" else self.adaptive
@@ -138,6 +143,7 @@ class Reply:
     def to_json(self) -> dict[str, Any]:
         settings = {("cache_policy" if name == "cache" else name): v for name, v in asdict(self.settings).items()}
         figures = {name: getattr(self, name) for name in ("ended", "seconds", "flops", "cache_bytes", "acceptance")}
+        figures["mean_k"] = self.mean_k if self.mean_k == self.mean_k else None
         return {"prompt": self.prompt, "text": self.text, **settings, "tokens": len(self.ids), **figures}
 
 

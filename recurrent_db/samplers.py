@@ -19,7 +19,7 @@ from recurrent_db.adaptive import Adaptive, Exit
 from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.rng import Rng
-from recurrent_db.rows import LoopRows, Stats
+from recurrent_db.rows import LoopRows, Stats, plain_loop
 from recurrent_db.sampling import Sampling
 from recurrent_db.speculation import Diagonal, Speculative
 
@@ -56,6 +56,16 @@ class Method:
         """Whether it is `generate.Decoder`'s."""
         return self.name == "sequential" and self.exit is None and not self.warm_start
 
+    def check(self, model: LoopedLM, cache_policy: str) -> None:
+        """Raises `UserError` where the model or the cache policy does not go with it."""
+        if self.plain:
+            return
+        plain_loop(model)
+        if cache_policy != "full":
+            raise UserError(
+                f"the cache policy {cache_policy!r} is for plain sequential decoding: other samplers keep all iterations"
+            )
+
     def rows(
         self,
         model: LoopedLM,
@@ -73,5 +83,5 @@ class Method:
             return Adaptive(*arguments, exit=self.exit, warm_start=self.warm_start)
         if self.name == "speculative":
             return Speculative(*arguments, draft_k=self.numbers[0], block=self.numbers[1])
-        inner = self.numbers[0] or max(2, -(-k // 8))
+        inner = min(k, self.numbers[0] or max(2, -(-k // 8)))
         return Diagonal(*arguments, inner=inner, verified=self.name == "diagonal")

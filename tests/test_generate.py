@@ -317,3 +317,18 @@ def test_compiled_decoding_is_decoding(objective: str, sampler: str) -> None:
     made = counter.frame_count
     assert [texts(rows) for rows in (3, 2, 1)] == expected[::-1]
     assert counter.frame_count == made <= 8
+
+
+def test_a_text_of_a_batch_is_its_request_alone(tokenizer: Tokenizer) -> None:
+    model = micro_model(micro_config("--objective.name", "unrolled"), vocab_size=tokenizer.vocab_size)[0].eval()
+    prompts = ["def f", "", "import os and more"] * 6
+    together = generate_texts(model, tokenizer, prompts, k=2, max_new_tokens=6)
+    assert len(together) > 16
+    for row, prompt in enumerate(prompts):
+        assert generate(model, tokenizer, prompt, k=2, max_new_tokens=6, request=row) == together[row]
+    assert generate_texts(model, tokenizer, prompts[:2], 2, 6, requests=[6, 7]) == together[6:8]
+    assert together[0] != together[3]
+    with pytest.raises(UserError, match="whole number"):
+        generate(model, tokenizer, "x", k=2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="as many as"):
+        generate_texts(model, tokenizer, prompts, requests=[1])

@@ -223,6 +223,10 @@ def test_fast_samplers_and_exits(session: Session, capsys: pytest.CaptureFixture
     for line in ("/sampler sequential", "/adaptive kl:10", "def main("):
         session.answer(line)
     assert session.replies[-1].mean_k == 2  # the first two read-outs are near enough for any threshold of ten nats
+    assert session.replies[-1].to_json()["mean_k"] == 2
+    session.answer("/cache last")  # what cannot go together is refused when it is set, and nothing changes
+    assert "for plain sequential decoding" in capsys.readouterr().err
+    assert session.settings.cache == "full"
     session.answer("/adaptive off")
     assert session.settings.exit is None
 
