@@ -336,12 +336,8 @@ def generate_texts(
     """`generate` of several prompts together; the i-th draws as request i, or as request ``requests[i]``."""
     for ok, message in (
         (isinstance(k, int), f"k must be a whole number, got {k!r}"),
+        (isinstance(k, int) and k >= 1, f"k must be 1 or more, got {k}"),
         (requests is None or len(requests) == len(prompts), "requests must be as many as prompts"),
-    ):
-        if not ok:
-            raise UserError(message)
-    for ok, message in (
-        (k >= 1, f"k must be 1 or more, got {k}"),
         (max_new_tokens >= 0, f"max_new_tokens must be 0 or more, got {max_new_tokens}"),
     ):
         if not ok:

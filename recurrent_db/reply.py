@@ -1,7 +1,4 @@
-"""A text made for somebody who watches: settings, the call of the engine, the text as it grows, and what it took.
-
-A further way of making texts is one entry of `SAMPLERS`.
-"""
+"""A text made for somebody who watches: settings, the call of the engine, the text as it grows, and what it took."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Any
 
 import torch
 
-from recurrent_db import samplers
 from recurrent_db.errors import UserError
 from recurrent_db.flops import cache_numbers_per_token, cached_cost, visits_kept
 from recurrent_db.generate import Decoder, stream
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.rows import LoopRows
+from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
 
@@ -58,18 +55,13 @@ class Settings:
             raise UserError(f"k must be 1 or more, got {self.k}")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        name = self.sampler.split(":")[0]
-        if name not in SAMPLERS:
-            raise UserError(f"no sampler {self.sampler!r}; there is {', '.join(SAMPLERS)}")
-        if name in samplers.SAMPLERS:
-            samplers.Method.parse(self.sampler, self.exit)
+        Method.parse(self.sampler, self.exit)
         visits_kept(self.cache)
         self.sampling()
 
     def check(self, model: LoopedLM) -> None:
         """Raises `UserError` where the model cannot be run so."""
-        if self.sampler.split(":")[0] in samplers.SAMPLERS:
-            samplers.Method.parse(self.sampler, self.exit).check(model, self.cache)
+        Method.parse(self.sampler, self.exit).check(model, self.cache)
 
     @property
     def exit(self) -> str | None:
@@ -82,17 +74,18 @@ class Settings:
         return ", ".join(f"{name} {shown(value)}" for name, value in asdict(self).items())
 
 
-Over = Callable[[int], bool]
 Engine = Decoder | LoopRows
-Sampler = Callable[[LoopedLM, list[int], Settings, Over, Callable[[Engine], object]], Iterator[int]]
-"""From a prompt's tokens to new ones. It tells ``over`` of each, which says whether that ends the text (it is not yielded
-then), and hands what computes them to the last argument, for the figures of `/stats`."""
 
 
 def engine_tokens(
-    model: LoopedLM, ids: list[int], settings: Settings, over: Over, watch: Callable[[Engine], object]
+    model: LoopedLM,
+    ids: list[int],
+    settings: Settings,
+    over: Callable[[int], bool],
+    watch: Callable[[Engine], object],
 ) -> Iterator[int]:
-    """The engine's own samplers."""
+    """From a prompt's tokens to new ones. ``over`` is told of each and says whether that ends the text (it is not yielded
+    then); ``watch`` gets what computes them, for the figures of `/stats`."""
     new = stream(
         model, [ids], settings.k, settings.max_new_tokens, settings.sampling(), settings.seed,
         over=lambda _, token: over(token), cache_policy=settings.cache, sampler=settings.sampler, exit=settings.exit,
@@ -101,15 +94,13 @@ def engine_tokens(
     return (token for _, token in new)
 
 
-SAMPLERS: dict[str, Sampler] = dict.fromkeys(samplers.SAMPLERS, engine_tokens)
-"""What `/sampler` offers, by the name before a colon."""
-
 ABOUT = {
     "sequential": "one token after another, K iterations each",
     "speculative": "[:DRAFT_K[:BLOCK]] blocks drafted at DRAFT_K (2) iterations; the same distribution, faster",
     "diagonal": "[:INNER] a new token every INNER iterations; the same text, faster",
     "diagonal-unverified": "[:INNER] the same without taking anything back; another text",
 }
+"""What `/sampler` says of each."""
 
 
 @dataclass
@@ -193,7 +184,7 @@ def make_reply(
 
     start = time.perf_counter()
     try:
-        for token in SAMPLERS[settings.sampler.split(":")[0]](model, ids, settings, over, engines.append):
+        for token in engine_tokens(model, ids, settings, over, engines.append):
             reply.ids.append(token)
             reply.first_seconds = reply.first_seconds or time.perf_counter() - start
             show(tokenizer.decode_bytes([token]))

@@ -290,8 +290,7 @@ def test_tokens_come_one_by_one_and_characters_whole(session: Session, monkeypat
             yield token
             written.append("".join(terminal.writes))
 
-    monkeypatch.setitem(reply.SAMPLERS, "spell", spell)
-    session.answer("/sampler spell")
+    monkeypatch.setattr(reply, "engine_tokens", spell)
     terminal.writes.clear()
     session.answer("x")
     shown = "aß€😀␛[31mz"  # what would command the terminal is a picture
@@ -303,12 +302,13 @@ def test_tokens_come_one_by_one_and_characters_whole(session: Session, monkeypat
 
 
 def test_a_document_that_ends(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(model: LoopedLM, ids: list[int], settings: Settings, over: reply.Over, watch: object) -> Iterator[int]:
+    def ends(
+        model: LoopedLM, ids: list[int], settings: Settings, over: Callable[[int], bool], watch: object
+    ) -> Iterator[int]:
         yield 40
         assert over(session.tokenizer.eos_id)
 
-    monkeypatch.setitem(reply.SAMPLERS, "ends", ends)
-    session.answer("/sampler ends")
+    monkeypatch.setattr(reply, "engine_tokens", ends)
     session.answer("x")
     assert (session.replies[-1].ended, session.replies[-1].ids) == ("document", [40])
 
@@ -318,8 +318,7 @@ def test_stopping(session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         yield from (40, 41)
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(reply.SAMPLERS, "stopped", stopped)
-    session.answer("/sampler stopped")
+    monkeypatch.setattr(reply, "engine_tokens", stopped)
     session.answer("x")
     assert (session.replies[-1].ended, session.replies[-1].ids) == ("stopped", [40, 41])
     assert "stopped after 2 tokens" in capsys.readouterr().err
@@ -366,7 +365,7 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
         ("/min_p 2", "min_p must be between 0 and 1"),
         ("/max 0", "max_new_tokens must be 1 or more, got 0"),
         ("/seed 1.5", "/seed takes a whole number, got '1.5'"),
-        ("/sampler magic", "no sampler 'magic'; there is sequential"),
+        ("/sampler magic", "a sampler is sequential, speculative[:DRAFT_K"),
         ("/sampler diagonal:x", "a sampler is sequential, speculative"),
         ("/adaptive often", "an exit is kl, entropy or latent"),
         ("/cache some", "a cache policy is full, last or modulo-S"),
@@ -418,8 +417,7 @@ def test_what_the_machine_cannot_do_is_a_line(
     def fails(*_: object) -> Iterator[int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
 
-    monkeypatch.setitem(reply.SAMPLERS, "fails", fails)
-    session.answer("/sampler fails")
+    monkeypatch.setattr(reply, "engine_tokens", fails)
     session.answer("x")
     assert capsys.readouterr().err.splitlines()[-1] == "that did not work: DefaultCPUAllocator: can't allocate memory"
 
