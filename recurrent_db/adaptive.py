@@ -129,7 +129,7 @@ class Adaptive(LoopRows):
         """Each row's state when it left, the logits that it is read out to, and after how many iterations."""
 
         def read(state_B1D: Tensor) -> Tensor:
-            return self.model.logits(self.model.decode(state_B1D, visible=visible))[:, 0]
+            return self.logits(state_B1D, visible)[:, 0]
 
         if self.exit is None:
             state_B1D = self.model.iterate(state_B1D, e_B1D, self.k, visible=visible)

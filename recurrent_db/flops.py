@@ -14,6 +14,7 @@ Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from recurrent_db.config import Config, ModelConfig
@@ -207,6 +208,18 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
         layers = model.n_core * passes.core_no_grad + (model.n_coda * passes.readouts_no_grad if known else 0)
         cost -= count * layers * 4 * width * (stop - count)
     return cost - (count - read) * 2 * model.vocab_size * width
+
+
+def visited_cost(model: ModelConfig, visits: Mapping[tuple[bool, int], int], reads: int) -> float:
+    """Forward FLOPs of a plain loop's positions counted block by block (`ragged.RaggedCache.visits`): so many for each
+    (whether a block of the core, keys that a position met), and ``reads`` positions through the head."""
+    once = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
+    cost = reads * cost_per_token(model, 1, once)["head"].forward
+    for (core, keys), positions in visits.items():
+        parts = cost_per_token(model, keys, once)
+        each = parts["core"].forward + core * parts["adapter"].forward
+        cost += positions * each / model.n_core
+    return cost
 
 
 CACHE_POLICIES = "full, last or modulo-S (S slots a layer)"

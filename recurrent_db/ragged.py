@@ -39,6 +39,8 @@ class RaggedCache:
         self.model, self.rows, self.capacity, self.k = model, rows, capacity, k
         self.inner, self.stages = inner, -(-k // inner)
         self.slots: dict[nn.Module, KeysValues] = {}
+        self.visits: Counter[tuple[bool, int]] = Counter()
+        """Positions that blocks ran, by whether of the core, and by the keys that each met: for counts of FLOPs."""
         self.core = set(model.core.modules())
         self.device = model.embedding.weight.device
         cos_SF, sin_SF = model.rope(capacity)
@@ -116,6 +118,7 @@ class _Pass:
 
     def extend(self, layer: nn.Module, k_NHTE: Tensor, v_NHTE: Tensor) -> KeysValues:
         cache, plane = self.cache, 0
+        cache.visits[layer in cache.core, self.stop] += k_NHTE.shape[0] * k_NHTE.shape[2]
         if layer in cache.core:
             visit = self.start + self.visits[layer]
             self.visits[layer] += 1

@@ -270,6 +270,8 @@ class Session:
             raise UserError(f"{count} tokens at k = {k} are too many to trace at once: choose fewer, or a lower /k")
         if self.settings.cache != "full":
             remark(f"as with a full cache; the text's was {self.settings.cache}")
+        if self.settings.exit is not None:
+            remark(f"all {k} iterations; the text's end where {self.settings.exit} has settled")
         prompt = len(asked.prompt_ids)
         ids = asked.prompt_ids + asked.ids[: count - 1]
         result = trace(self.model, ids, prompt, k, self.settings.seed)
@@ -293,8 +295,7 @@ class Session:
             rows.append((
                 str(reply.settings.k), str(new), str(len(reply.prompt_ids)), f"{reply.tokens_per_second:.3g}",
                 f"{reply.first_seconds:.3g} s", f"{reply.mean_k:.2f}", bytes_shown(reply.cache_bytes),
-                "not counted" if reply.flops is None else f"{reply.flops:.3e}",
-                f"{reply.flops / new:.3e}" if new and reply.flops is not None else "-",
+                f"{reply.flops:.3e}", f"{reply.flops / new:.3e}" if new else "-",
                 "-" if reply.acceptance is None else f"{reply.acceptance:.3f}",
             ))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

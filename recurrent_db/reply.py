@@ -117,8 +117,7 @@ class Reply:
     first_seconds: float = 0.0
     """Until the first token was there."""
     seconds: float = 0.0
-    flops: float | None = 0.0
-    """None where the sampler's are not counted: those of sequential decoding at K iterations are."""
+    flops: float = 0.0
     cache_bytes: int = 0
     mean_k: float = float("nan")
     """Iterations behind a token."""
@@ -199,6 +198,6 @@ def make_reply(
             costs = (w.rows * cached_cost(model.config, passes, w.first, w.stop, w.read) for w in engine.work)
             reply.flops, reply.mean_k = sum(costs), settings.k
         else:
-            reply.flops, reply.mean_k = None, engine.stats.mean_k
+            reply.flops, reply.mean_k = engine.flops, engine.stats.mean_k
             reply.acceptance = engine.stats.acceptance if engine.stats.drafted else None
     return reply

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from recurrent_db.errors import UserError
+from recurrent_db.flops import visited_cost
+from recurrent_db.model.attention import Visible
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.ragged import RaggedCache
 from recurrent_db.recurrence import NoiseSource, PlainRecurrence
@@ -125,6 +127,8 @@ class LoopRows:
         self.cache: RaggedCache | None = None
         self._inner = k
         """As of `RaggedCache`."""
+        self._reads = 0
+        """Positions whose logits were made."""
 
     def step(self) -> list[tuple[int, list[int]]]:
         """As of `Sampler`."""
@@ -171,6 +175,16 @@ class LoopRows:
         state_BTD = self.model.iterate(start_BSD[:, :longest].to(e_BTD.dtype), e_BTD, self.k, visible=visible)
         self.model.decode(state_BTD, visible=visible)
         return state_BTD
+
+    def logits(self, state_BTD: Tensor, visible: Visible) -> Tensor:
+        """What states are read out to, (B, T, V)."""
+        self._reads += state_BTD.shape[0] * state_BTD.shape[1]
+        return self.model.logits(self.model.decode(state_BTD, visible=visible))
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all that was computed so far, drafts that did not hold and rows at their end among them."""
+        return 0.0 if self.cache is None else visited_cost(self.model.config, self.cache.visits, self._reads)
 
     def keep(self, indices: list[int]) -> None:
         """Drop the cache's other rows."""

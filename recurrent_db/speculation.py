@@ -59,7 +59,7 @@ class Speculative(LoopRows):
         drafts, wants, state_BTD, e_BTD = self._draft(places_BT)
         visible = cache.pass_over(places_BT, start=self.draft_k)
         state_BTD = self.model.iterate(state_BTD, e_BTD, self.k - self.draft_k, visible=visible)
-        logits_BTV = self.model.logits(self.model.decode(state_BTD, visible=visible)).cpu()
+        logits_BTV = self.logits(state_BTD, visible).cpu()
         out = []
         for index, row in enumerate(self.rows):
             if row in self.alive:
@@ -88,7 +88,7 @@ class Speculative(LoopRows):
             contexts.append(e_B1D)
             if place + 1 == places_BT.shape[1]:
                 break
-            logits_BV = model.logits(model.decode(states[-1], visible=visible))[:, 0].cpu()
+            logits_BV = self.logits(states[-1], visible)[:, 0].cpu()
             best = picks(logits_BV, self.sampling)
             for index, row in enumerate(self.rows):
                 if best:
@@ -212,8 +212,7 @@ class Diagonal(LoopRows):
                 new_N1D = model.iterate(state_ND[:n, None], e_ND[:n, None], count, visible=visible)
                 state_ND = torch.cat((new_N1D[:, 0], state_ND[n:]))
         self._state_WBD = state_ND.unflatten(0, (width, -1))
-        hidden_BWD = model.decode(self._state_WBD.transpose(0, 1), visible=once)
-        return model.logits(hidden_BWD).cpu()
+        return self.logits(self._state_WBD.transpose(0, 1), once).cpu()
 
     def _read(self, index: int, logits_WV: Tensor, best: list[int] | None) -> int | None:
         """Take a row's read-outs, the oldest position's first: guesses that they say otherwise are replaced. Returns the

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,25 @@ def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.M
         passes = model.recurrence.passes(k)
         costs = [w.rows * cached_cost(model.config, passes, w.first, w.stop, w.read) for w in decoders[0].work]
         assert sum(costs) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("injection", ["linear", "add"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"sampler": "speculative:1:3"},
+        {"sampler": "diagonal:2"},
+        {"exit": "kl:1e-2"},
+        {"exit": "latent:0.1", "warm_start": True},
+    ],
+)
+def test_what_fast_samplers_cost(injection: str, method: dict[str, Any]) -> None:
+    """Block by block, against the counter: prompts of several lengths, drafts that do not hold, a window that is outgrown."""
+    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8", "--model.injection", injection]
+    model, _ = micro_model(micro_config("--objective.name", "unrolled", *window))
+    engines: list[Any] = []
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+        for _ in stream(model, prompts, 5, 9, Sampling(), watch=engines.append, **method):
+            pass
+    assert engines[0].flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
