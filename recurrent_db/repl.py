@@ -64,8 +64,18 @@ class ReplArgs:
     """Draw among tokens at least this times as likely as the most likely one; 0 means all."""
     seed: int = 0
     """The same prompt with the same seed gives the same text."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely; 1 is none."""
     max_new_tokens: int = 64
     """The most tokens to add to a prompt."""
+    sampler: str = "sequential"
+    """sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]; /sampler explains them."""
+    cache: str = "full"
+    """full, last or modulo-S (recurrent_db/cache.py)."""
+    adaptive: str = "off"
+    """kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no more."""
+    warm_start: str = "off"
+    """On: a token's iterations begin at the state of the one before it."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto (CUDA where there is one)."""
     compile: bool = False
@@ -99,6 +109,7 @@ VALUES = {
     "adaptive": Value(
         "adaptive", str, "stop iterating when kl, entropy or latent (kl:1e-3) has settled, K at most; or off"
     ),
+    "warm": Value("warm_start", str, "on: a token's iterations begin where those of the one before ended"),
 }
 ACTIONS = {
     "compare": ("K K ...", "the last prompt with each K, same seed, side by side"),
@@ -350,6 +361,7 @@ def main(args: ReplArgs) -> int:
         model.compile_decoding()
     if not args.k and config.objective.name == "next_token":
         settings = replace(settings, k=1)
+    settings.check(model)
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]
     session = Session(model, tokenizer, settings, str(path))

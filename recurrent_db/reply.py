@@ -49,19 +49,26 @@ class Settings:
     cache: str = "full"
     adaptive: str = "off"
     """When a token needs no further iterations (`adaptive.Exit`), or off."""
+    warm_start: str = "off"
+    """On: a token's iterations begin at the state of the one before it."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise UserError(f"k must be 1 or more, got {self.k}")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        Method.parse(self.sampler, self.exit)
+        if self.warm_start not in ("on", "off"):
+            raise UserError(f"warm_start is on or off, not {self.warm_start!r}")
+        self.method()
         visits_kept(self.cache)
         self.sampling()
 
     def check(self, model: LoopedLM) -> None:
         """Raises `UserError` where the model cannot be run so."""
-        Method.parse(self.sampler, self.exit).check(model, self.cache)
+        self.method().check(model, self.cache)
+
+    def method(self) -> Method:
+        return Method.parse(self.sampler, self.exit, self.warm_start == "on")
 
     @property
     def exit(self) -> str | None:
@@ -89,7 +96,7 @@ def engine_tokens(
     new = stream(
         model, [ids], settings.k, settings.max_new_tokens, settings.sampling(), settings.seed,
         over=lambda _, token: over(token), cache_policy=settings.cache, sampler=settings.sampler, exit=settings.exit,
-        watch=watch,
+        warm_start=settings.warm_start == "on", watch=watch,
     )  # fmt: skip
     return (token for _, token in new)
 

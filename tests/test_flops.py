@@ -293,7 +293,7 @@ def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.M
     ],
 )
 def test_what_fast_samplers_cost(injection: str, method: dict[str, Any]) -> None:
-    """Block by block, against the counter: prompts of several lengths, drafts that do not hold, a window that is outgrown."""
+    """Block by block, against the counter: prompts of several lengths, lost drafts, a window that is outgrown."""
     window = ["--model.max_seq_len", "8", "--data.sequence_length", "8", "--model.injection", injection]
     model, _ = micro_model(micro_config("--objective.name", "unrolled", *window))
     engines: list[Any] = []

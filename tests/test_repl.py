@@ -227,8 +227,10 @@ def test_fast_samplers_and_exits(session: Session, capsys: pytest.CaptureFixture
     session.answer("/cache last")  # what cannot go together is refused when it is set, and nothing changes
     assert "for plain sequential decoding" in capsys.readouterr().err
     assert session.settings.cache == "full"
-    session.answer("/adaptive off")
-    assert session.settings.exit is None
+    for line in ("/temp 1", "/adaptive off", "def main(", "/warm on", "def main("):
+        session.answer(line)
+    cold, warm = session.replies[-2:]
+    assert cold.ids != warm.ids
 
 
 # -- texts --------------------------------------------------------------------------------------------------------------
@@ -367,6 +369,7 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
         ("/seed 1.5", "/seed takes a whole number, got '1.5'"),
         ("/sampler magic", "a sampler is sequential, speculative[:DRAFT_K"),
         ("/sampler diagonal:x", "a sampler is sequential, speculative"),
+        ("/warm maybe", "warm_start is on or off"),
         ("/adaptive often", "an exit is kl, entropy or latent"),
         ("/cache some", "a cache policy is full, last or modulo-S"),
         ("/compare", "/compare takes two or more numbers"),
@@ -511,6 +514,7 @@ def test_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "word"),
     [
         (["--k", "-1"], "k must be 1 or more"),
+        (["--sampler", "fast"], "a sampler is sequential"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max-new-tokens", "0"], "max_new_tokens must be 1 or more"),
         (["--top-q", "1"], "--top-p"),
