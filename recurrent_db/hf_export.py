@@ -73,6 +73,14 @@ def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SHAPE = {
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_mlp", "num_attention_heads": "n_heads",
+    "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
+    "injection": "injection", "rope_base": "rope_base", "norm_eps": "norm_eps",
+}  # fmt: skip
+"""Keys of config.json and of config.ModelConfig."""
+
+
 def hf_config(
     config: Config, recurrence: PlainRecurrence | DenoiseWalk, tokenizer: Tokenizer, k: int, seed: int
 ) -> dict[str, Any]:
@@ -92,17 +100,7 @@ def hf_config(
             "AutoModelForCausalLM": f"{name}.RecurrentDBForCausalLM",
         },
         "dtype": "float32",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.d_mlp,
-        "num_attention_heads": model.n_heads,
-        "n_prelude": model.n_prelude,
-        "n_core": model.n_core,
-        "n_coda": model.n_coda,
-        "max_position_embeddings": model.max_seq_len,
-        "injection": model.injection,
-        "rope_base": model.rope_base,
-        "norm_eps": model.norm_eps,
+        **{theirs: getattr(model, ours) for theirs, ours in SHAPE.items()},
         "noise_features": model.d_condition if model.noise_conditioning else 0,
         "separate_targets": bool(model.separate_targets),
         "num_recurrence": k or default_k,

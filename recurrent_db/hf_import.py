@@ -33,7 +33,7 @@ from recurrent_db.checkpoint import TrainState, save_checkpoint
 from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, to_dict, validate
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
-from recurrent_db.hf_export import MODEL_TYPE
+from recurrent_db.hf_export import MODEL_TYPE, SHAPE
 from recurrent_db.hf_tokenizer import wrap
 from recurrent_db.model.layers import rope_table
 from recurrent_db.model.looped import LoopedLM, build_model
@@ -333,6 +333,10 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
             raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
         config, state = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {})
+        for theirs, ours in SHAPE.items():  # a folder that transformers wrote again lacks some
+            if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
+                said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
+                raise UserError(f"{said}, and run.config.model.{ours} {getattr(config.model, ours)!r}")
     else:
         raise UserError(f"{source}: model_type is {str(kind)[:80]!r}, which is neither {MODEL_TYPE} nor huginn_raven")
     _check_bounds(config.model, source)

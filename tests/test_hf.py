@@ -308,6 +308,17 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
         with pytest.raises(UserError, match="exists and is not an empty folder"):
             run(words)
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in (
+        ("hidden_size", -1),
+        ("vocab_size", 10),
+        ("injection", "x"),
+        ("max_position_embeddings", 10**12),
+    ):
+        (tmp_path / "out" / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=f"{key} is .*, and run.config.model"):
+            run(["import", str(tmp_path / "out"), str(tmp_path / "run2")])
+    assert not (tmp_path / "run2").exists()
     with pytest.raises(UserError, match="no run directory"):
         run(["export", str(tmp_path / "nowhere"), "--to", "hf", str(tmp_path / "b")])
     with pytest.raises(UserError, match="--k must be"):
