@@ -78,7 +78,8 @@ def test_quick_run(
             assert groups["matmul"] > groups[OTHER] > 0
         if with_reference:
             assert row["ratio"] == pytest.approx(row["flops_per_s"] / row["reference_flops_per_s"])
-            assert 0.1 < row["ratio_least"] <= row["ratio_most"] < 10
+            assert 0.1 < row["ratio"] < 10  # of medians; one pair alone is at the mercy of what else the machine does
+            assert 0 < row["ratio_least"] <= row["ratio_most"]
         else:
             assert row["ratio"] is row["reference_flops_per_s"] is None
     assert found["rows"][3]["core_iterations"] == 4  # the preset's mean depth, in every step
