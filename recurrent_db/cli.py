@@ -168,7 +168,10 @@ def flops(args: FlopsArgs) -> int:
         f"Per token, before the extra epochs: {depth} iterations; {ratio['unrolled_full']:.1f} (full) and"
         f" {ratio['unrolled_truncated']:.1f} (truncated) in FLOPs."
     )
-    print("\nper generated token at T tokens of context, from a key-value cache as `generate` keeps")
+    print(
+        "\nper generated token, from a key-value cache as `generate` keeps: FLOPs at"
+        f" {config.data.sequence_length:,} tokens of context; bytes that each token adds, {args.cache_bytes} a number"
+    )
     print(f"{'':<28}" + "".join(f"{f'K={k}':>12}" for k in KS))
     for name, by_k in table["inference_flops_per_token"].items():
         print(f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values()))
