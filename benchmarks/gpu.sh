@@ -87,7 +87,7 @@ has() { # has PYTHON-IMPORT: whether it works
 }
 
 speed=("$python" benchmarks/speed.py --device cuda)
-some="next_token,denoise-two-stream" # what differs between back ends: one stream, two streams
+some="next_token,denoise-token-two-stream" # what differs between back ends: one stream, two streams
 memory=("$python" benchmarks/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
 documents=("$python" benchmarks/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
 float8=("$python" benchmarks/float8.py --device cuda)

@@ -60,6 +60,7 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-add": unrolled(4, 2, "add"),
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "denoise": ["--objective.name", "denoise"],
+    "denoise-token": ["--objective.name", "denoise-token"],
     "denoise-paper": ["--objective.name", "denoise-paper"],
 }
 """What is compared: name -> dotted options over the size's configuration."""

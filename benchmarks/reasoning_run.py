@@ -30,7 +30,7 @@ from slices import ROOT
 from tqdm import tqdm
 
 from recurrent_db.commandline import parse_ints, run_command
-from recurrent_db.config import Config, load_config
+from recurrent_db.config import WALKS, Config, load_config
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
@@ -86,10 +86,8 @@ def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budg
         "--optim.lr", f"{rate:g}", "--budget.flops", f"{budget:g}",
     ]  # fmt: skip
     config = load_config(ROOT / "train/configs/tiny.toml", [str(word) for word in words])
-    if config.objective.name.startswith("denoise") and config.objective.denoise.neighbours == "known":
-        raise UserError(
-            "objective.denoise.neighbours = known puts the next token where these tasks have another answer"
-        )
+    if config.objective.name in WALKS and config.objective.token.neighbours == "known":
+        raise UserError("objective.token.neighbours = known puts the next token where these tasks have another answer")
     return config
 
 

@@ -49,7 +49,7 @@ def training_passes(config: Config) -> dict[str, Passes]:
     """
     unrolled = config.objective.unrolled
     depth, truncation = unrolled.mean_depth, min(unrolled.truncation or unrolled.mean_depth, unrolled.mean_depth)
-    levels = config.data.sequence_length if config.objective.denoise.draw == "token" else 1
+    levels = config.data.sequence_length if config.objective.token.draw == "token" else 1
     return {
         "next_token": Passes(core_grad=1),
         "unrolled_truncated": Passes(core_no_grad=depth - truncation, core_grad=truncation),
@@ -84,7 +84,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     inference: dict[str, dict[str, float]] = {}
     cache: dict[str, dict[str, dict[str, int]]] = {policy: {} for policy in POLICIES}
     for name in ("unrolled", "denoise"):
-        config.objective.name = "denoise" if name == "denoise" else "unrolled"
+        config.objective.name = "denoise-token" if name == "denoise" else "unrolled"
         recurrence = build_objective(config).recurrence
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
         for policy, by_name in cache.items():

@@ -26,7 +26,9 @@ from recurrent_db.errors import UserError
 
 T = TypeVar("T")
 
-ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-paper"]
+ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-token", "denoise-paper"]
+WALKS = ("denoise-token", "denoise-paper")
+"""Objectives that denoise the token itself and walk down noise levels at inference."""
 AttentionName = Literal["auto", "sdpa", "flex", "flash"]
 
 
@@ -81,7 +83,22 @@ class UnrolledConfig:
 
 @dataclass
 class DenoiseConfig:
-    """One noise-conditioned pass a step (DiffusionBlocks, arXiv 2506.14202)."""
+    """One pass with gradient a step, from a state that the model itself reached (docs/method.md)."""
+
+    flat: float = 0.7
+    """Share of the budget, from its beginning, in which all steps train the first iteration."""
+    start: float = 0.2
+    """After that, the probability that a step trains the first iteration."""
+    depth: int = 4
+    """Iterations without gradient before the trained one: in the other steps uniform over 1 to this."""
+    noise: float = 0.0
+    """Mean share of a sequence's context tokens that are replaced by random ones; helps where the corpus is repeated
+    (about 0.1), and costs where it is not."""
+
+
+@dataclass
+class TokenConfig:
+    """One noise-conditioned pass a step, the token as clean target (DiffusionBlocks, arXiv 2506.14202)."""
 
     density: Literal["log-normal", "log-uniform", "adaptive"] = "log-normal"
     """Law of the training noise level sigma. ``adaptive`` is fitted while training so that equal probability means equal
@@ -140,10 +157,11 @@ class ObjectiveConfig:
     """What a training step computes."""
 
     name: ObjectiveName = "denoise"
-    """next_token (flat control), unrolled (Huginn), denoise, or denoise-paper (denoise with the paper's constants, which
-    the name fixes)."""
+    """next_token (flat control), unrolled (Huginn), denoise (one step at a time, on the model's own state), denoise-token
+    (the published method: the noised token), or denoise-paper (that with the paper's constants, which the name fixes)."""
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
+    token: TokenConfig = field(default_factory=TokenConfig)
 
 
 @dataclass
@@ -407,25 +425,25 @@ def config_from_json(text: str, source: str) -> Config:
 def resolve(config: Config) -> None:
     """Fill in what one choice implies for another, in place."""
     if config.objective.name == "denoise-paper":
-        default = DenoiseConfig()
+        default = TokenConfig()
         for name, value in PAPER_DENOISE.items():
-            given = getattr(config.objective.denoise, name)
+            given = getattr(config.objective.token, name)
             if given not in (getattr(default, name), value):
                 raise UserError(
-                    f"objective.denoise.{name} = {given} contradicts objective.name = denoise-paper, which fixes it at"
-                    f" {value}; name the objective denoise to choose"
+                    f"objective.token.{name} = {given} contradicts objective.name = denoise-paper, which fixes it at"
+                    f" {value}; name the objective denoise-token to choose"
                 )
-        config.objective.denoise = dataclasses.replace(config.objective.denoise, **PAPER_DENOISE)
+        config.objective.token = dataclasses.replace(config.objective.token, **PAPER_DENOISE)
     if config.model.noise_conditioning is None:
-        config.model.noise_conditioning = config.objective.name.startswith("denoise")
+        config.model.noise_conditioning = config.objective.name in WALKS
     if config.model.separate_targets is None:
-        separate = config.objective.denoise.targets == "separate"
-        config.model.separate_targets = separate and config.objective.name.startswith("denoise")
+        separate = config.objective.token.targets == "separate"
+        config.model.separate_targets = separate and config.objective.name in WALKS
 
 
 def validate(config: Config) -> None:
     """Refuse values that cannot work, in one line each. Raises `UserError`."""
-    model, denoise, unrolled, data = config.model, config.objective.denoise, config.objective.unrolled, config.data
+    model, token, unrolled, data = config.model, config.objective.token, config.objective.unrolled, config.data
 
     def need(ok: bool, message: str) -> None:
         if not ok:
@@ -450,37 +468,43 @@ def validate(config: Config) -> None:
         f"the head size {model.d_model // model.n_heads} (model.d_model / model.n_heads) must be even for RoPE",
     )
     need(
-        not config.objective.name.startswith("denoise") or model.noise_conditioning is not False,
-        "objective denoise needs model.noise_conditioning = true",
+        config.objective.name not in WALKS or model.noise_conditioning is not False,
+        f"objective {config.objective.name} needs model.noise_conditioning = true",
     )
     need(
-        not config.objective.name.startswith("denoise")
-        or bool(model.separate_targets) == (denoise.targets == "separate"),
-        f"objective.denoise.targets = {denoise.targets} contradicts model.separate_targets = {model.separate_targets}",
+        config.objective.name not in WALKS or bool(model.separate_targets) == (token.targets == "separate"),
+        f"objective.token.targets = {token.targets} contradicts model.separate_targets = {model.separate_targets}",
     )
     need(
-        denoise.conditioning == "inject" or denoise.neighbours == "own",
-        "objective.denoise.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
+        token.conditioning == "inject" or token.neighbours == "own",
+        "objective.token.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
     )
     positive(unrolled, "objective.unrolled", "mean_depth")
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
     need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")
-    positive(denoise, "objective.denoise", "p_std", "sigma_min", "sigma_max", "target_norm")
+    recipe = config.objective.denoise
+    for name in ("flat", "start", "noise"):
+        need(
+            0 <= getattr(recipe, name) <= 1, f"objective.denoise.{name} must be in [0, 1], got {getattr(recipe, name)}"
+        )
+    need(recipe.noise <= 0.5, f"objective.denoise.noise must be at most 0.5 (rates reach twice it), got {recipe.noise}")
+    positive(recipe, "objective.denoise", "depth")
+    positive(token, "objective.token", "p_std", "sigma_min", "sigma_max", "target_norm")
     need(
-        denoise.sigma_min < denoise.sigma_max,
-        f"objective.denoise.sigma_min = {denoise.sigma_min} must be below sigma_max = {denoise.sigma_max}",
+        token.sigma_min < token.sigma_max,
+        f"objective.token.sigma_min = {token.sigma_min} must be below sigma_max = {token.sigma_max}",
     )
     low, high = (
-        0.5 * math.erfc((denoise.p_mean - math.log(s)) / (denoise.p_std * math.sqrt(2)))
-        for s in (denoise.sigma_min, denoise.sigma_max)
+        0.5 * math.erfc((token.p_mean - math.log(s)) / (token.p_std * math.sqrt(2)))
+        for s in (token.sigma_min, token.sigma_max)
     )
     need(
-        denoise.density != "log-normal" or high - low > 1e-6,
-        f"objective.denoise: log-normal({denoise.p_mean}, {denoise.p_std}) has no mass in"
-        f" [{denoise.sigma_min}, {denoise.sigma_max}]",
+        token.density != "log-normal" or high - low > 1e-6,
+        f"objective.token: log-normal({token.p_mean}, {token.p_std}) has no mass in"
+        f" [{token.sigma_min}, {token.sigma_max}]",
     )
-    need(0 <= denoise.atom <= 1, f"objective.denoise.atom must be in [0, 1], got {denoise.atom}")
-    need(denoise.sd >= 0, f"objective.denoise.sd must be 0 (the true one) or more, got {denoise.sd}")
+    need(0 <= token.atom <= 1, f"objective.token.atom must be in [0, 1], got {token.atom}")
+    need(token.sd >= 0, f"objective.token.sd must be 0 (the true one) or more, got {token.sd}")
     positive(data, "data", "sequence_length", "batch_size")
     need(data.micro_batch_size >= 0, f"data.micro_batch_size must be 0 or more, got {data.micro_batch_size}")
     need(

@@ -61,7 +61,7 @@ def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
                             ("bridge", ("soft", "hard", "state"))):  # fmt: skip
         if getattr(config, name) not in supported:
             raise UserError(
-                f"objective.denoise.{name} = {getattr(config, name)} cannot be exported: the exported model has"
+                f"objective.token.{name} = {getattr(config, name)} cannot be exported: the exported model has"
                 f" {' and '.join(supported)} alone"
             )
     masses = list(density.masses) if isinstance(density, PiecewiseLogUniform) else None
@@ -90,7 +90,10 @@ def hf_config(
         UserError: for a denoiser that walks in a way which the exported model has no code for.
     """
     model = config.model
-    default_k = config.objective.unrolled.mean_depth if config.objective.name == "unrolled" else 1
+    objective = config.objective
+    default_k = {"unrolled": objective.unrolled.mean_depth, "denoise": 1 + objective.denoise.depth}.get(
+        objective.name, 1
+    )
     name = CODE[0].removesuffix(".py")
     return {
         "model_type": MODEL_TYPE,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from recurrent_db.checkpoint import Checkpoint, find_checkpoint, load_weights
-from recurrent_db.config import Config, validate
+from recurrent_db.config import WALKS, Config, validate
 from recurrent_db.errors import UserError
 from recurrent_db.hardware import choose_device
 from recurrent_db.model.looped import LoopedLM, build_model
@@ -25,16 +25,16 @@ def load_with_config(
     """`load`, with the run's configuration and the folder of the checkpoint that was taken.
 
     ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid``, ``neighbours`` of
-    config.DenoiseConfig); None values leave the run's own.
+    config.TokenConfig); None values leave the run's own.
     """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()
     chosen = {name: value for name, value in (walk or {}).items() if value is not None}
     if chosen:
-        if not config.objective.name.startswith("denoise"):
+        if config.objective.name not in WALKS:
             raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
         for name, value in chosen.items():
-            setattr(config.objective.denoise, name, value)
+            setattr(config.objective.token, name, value)
         validate(config)
     model = build_model(config.model, seed=None)
     load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))

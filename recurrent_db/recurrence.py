@@ -24,7 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from recurrent_db.config import DenoiseConfig
+from recurrent_db.config import TokenConfig
 from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
@@ -213,7 +213,7 @@ class DenoiseWalk:
 
     density: Density
     precond: Precond
-    config: DenoiseConfig
+    config: TokenConfig
     stochastic: bool = True
     targets_VD: Tensor | None = None
     """Clean targets of a model that this is `ready` for."""

@@ -460,9 +460,9 @@ SPANS = [(0, 5), (5, 12), (12, 16)]
 MODELS = {
     "next_token": ["next_token"],
     "unrolled": ["unrolled"],
-    "denoise": ["denoise"],
-    "known": ["denoise", "--objective.denoise.neighbours", "known"],
-    "two-stream": ["denoise", "--objective.denoise.conditioning", "two-stream"],
+    "denoise-token": ["denoise-token"],
+    "known": ["denoise-token", "--objective.token.neighbours", "known"],
+    "two-stream": ["denoise-token", "--objective.token.conditioning", "two-stream"],
 }
 
 
@@ -551,7 +551,7 @@ def test_one_document_each_is_plain_causal_attention(case: str) -> None:
     assert torch.equal(rule.mask(CPU).expand(2, 1, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize("case", ["next_token", "denoise"])
+@pytest.mark.parametrize("case", ["next_token", "denoise-token"])
 def test_scores_of_packed_windows_keep_documents_apart(case: str) -> None:
     model, _ = model_of(case)
     batch, k = packed(), 2

@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     synthetic_data(folder / "data")
     kinds = {name: ["--objective.name", name] for name in OBJECTIVES}
-    kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream",
-                           "--objective.denoise.density", "adaptive"]  # fmt: skip
+    kinds["two-stream"] = ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream",
+                           "--objective.token.density", "adaptive"]  # fmt: skip
     for name, options in kinds.items():
         words = [*MICRO, *options, "--data.path", str(folder / "data"), "--run.dir", str(folder / name)]
         load_script("train/pretrain.py").train(
@@ -72,7 +72,7 @@ def test_denoiser_report(folder: Path, script_here: Run, name: str) -> None:
     assert report["context_gap"] < -0.1  # a Markov chain's next token needs its context
     assert len(report["walk_entropy"]) == 3
     assert all(0 <= entropy < math.log(300) + 1e-6 for entropy in report["walk_entropy"])
-    if name in ("denoise", "two-stream"):
+    if name in ("denoise-token", "two-stream"):
         nlls = [point["nll"] for point in report["nll_by_sigma"]]
         assert nlls[0] < nlls[-1]  # low noise shows the answer
         assert set(report["nll_by_k"]["3"]) == {"1", "2"}
@@ -98,7 +98,7 @@ def test_the_report_counts_what_the_state_is_worth(folder: Path) -> None:
 def test_depth_curve(folder: Path, script_here: Run) -> None:
     out = folder / "curve.json"
     result = script_here(
-        "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "4,1", "--draws", "2",
+        "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "4,1", "--draws", "2",
         "--tokens", "256", "--json", out, "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -116,7 +116,7 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         (["--tokens", "-5"], "must be 0 or more"),
         (["--json", folder / "denoise/config.json/x.json"], "cannot write"),
     ):
-        told = script_here("eval/depth_curve.py", folder / "denoise", "--data", folder / "data", *words)
+        told = script_here("eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", *words)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
         assert message in told.stderr
 
@@ -150,7 +150,7 @@ def test_state_rms_is_that_of_the_loop_written_out(name: str) -> None:
 
 
 def test_state_rms_of_a_walk_is_that_of_its_estimates() -> None:
-    model, _ = micro_model(micro_config("--objective.name", "denoise", "--objective.denoise.bridge", "state"))
+    model, _ = micro_model(micro_config("--objective.name", "denoise-token", "--objective.token.bridge", "state"))
     walk = model.recurrence
     assert isinstance(walk, DenoiseWalk)
     batches = one_sequence_batches(61)
@@ -180,7 +180,7 @@ def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: 
                   ["--grid", "karras"], ["--neighbours", "known"]):  # fmt: skip
         out = folder / "walk.json"
         result = script_here(
-            "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "3", "--draws", "1",
+            "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "3", "--draws", "1",
             "--tokens", "256", "--json", out, "--device", "cpu", *words,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -257,12 +257,12 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
                     "--score-tokens", "1024")  # fmt: skip
     assert result.returncode == 0, result.stderr
     page = (out / "report.html").read_text()
-    for arm in ("denoise", "unrolled", "next_token"):
+    for arm in ("denoise-token", "unrolled", "next_token"):
         assert arm in page
         assert (out / arm / "eval/lm_eval.json").exists()
     flops = [
         json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
-        for arm in ("denoise", "unrolled", "next_token")
+        for arm in ("denoise-token", "unrolled", "next_token")
     ]
     assert min(flops) >= 2e10
     again = script("benchmarks/demo.py", "--out", tmp_path)
@@ -286,9 +286,9 @@ def test_decode(script_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     result = script_here("benchmarks/decode.py", *words, "--json", tmp_path / "decode.json")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("denoise")
+    assert result.stdout.splitlines()[-1].startswith("denoise-token")
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert [row["objective"] for row in rows] == ["unrolled", "denoise"]
+    assert [row["objective"] for row in rows] == ["unrolled", "denoise-token"]
     script = load_script("benchmarks/decode.py")
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_recomputing"] / row["seconds"])

@@ -24,7 +24,7 @@ LENGTH, PAGE = 21, 8  # pages of noise shorter than the text, so that chunks cro
 
 
 def denoise(*options: str) -> list[str]:
-    return ["denoise", *(f"--objective.denoise.{o}" if i % 2 == 0 else o for i, o in enumerate(options))]
+    return ["denoise-token", *(f"--objective.token.{o}" if i % 2 == 0 else o for i, o in enumerate(options))]
 
 
 KINDS = [
@@ -207,7 +207,7 @@ def test_bytes(options: list[str], k: int, policy: str) -> None:
 
 def test_the_printed_bytes_are_a_caches() -> None:
     """`recurrent-db flops` against caches of that model."""
-    for name in ("unrolled", "denoise"):
+    for name in ("unrolled", "denoise-token"):
         config = micro_config("--objective.name", name)
         model = micro_model(config)[0].bfloat16()
         for policy, by_name in flops_table(config, 3.0, 2)["cache_bytes_per_token_by_policy"].items():

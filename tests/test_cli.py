@@ -34,7 +34,7 @@ def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
     """The table is that of the configuration's own step."""
     path = tmp_path / "token.toml"
     text = (CONFIGS / "tiny.toml").read_text()
-    path.write_text(text.replace("[objective.unrolled]", '[objective.denoise]\ndraw = "token"\n[objective.unrolled]'))
+    path.write_text(text.replace("[objective.unrolled]", '[objective.token]\ndraw = "token"\n[objective.unrolled]'))
     config = load_config(path)
     config.model.vocab_size = 2048
     own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total

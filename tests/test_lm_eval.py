@@ -139,7 +139,7 @@ def test_generation_in_batches_is_generation_one_by_one(runs: Path, objective: s
 
 def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [(text, {"max_gen_toks": 3, "until": []}) for text in ("a", "import", "x = ", "def", "return 1", "if", "")]
-    lm = RecurrentDBLM(str(runs / "denoise"), k=1)
+    lm = RecurrentDBLM(str(runs / "denoise-token"), k=1)
     expected = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     generate, sizes, room = lm._generate, [], 2
 
@@ -158,7 +158,7 @@ def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, m
 
 
 def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> None:
-    lm = RecurrentDBLM(str(runs / "denoise"), k=2)
+    lm = RecurrentDBLM(str(runs / "denoise-token"), k=2)
     greedy, sampled = {"max_gen_toks": 6}, {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
     asked = [("import " * 60, greedy), ("x", sampled), ("import " * 60, greedy), ("x", sampled), ("", greedy)]
     first = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
@@ -185,7 +185,7 @@ def test_generation_by_another_sampler(runs: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"an? (sampler|exit) is"):
             RecurrentDBLM(str(runs / "unrolled"), **words)
     with pytest.raises(UserError, match="a plain loop"):
-        RecurrentDBLM(str(runs / "denoise"), sampler="speculative")
+        RecurrentDBLM(str(runs / "denoise-token"), sampler="speculative")
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -461,17 +461,17 @@ def test_mistakes_are_one_line(
             for name, wrong, expected in (
                 ("next_token", "sigma=1.0", "a next_token checkpoint has no noise level"),
                 ("unrolled", "sigma=1.0", "an unrolled checkpoint has no noise level"),
-                ("denoise", "sigma=21", "at most its sigma_max = 20"),
-                ("denoise", "sigma=0.02,k=2", "above this checkpoint's sigma_min = 0.02"),
-                ("denoise", "sigma=0.019,k=1", "above this checkpoint's sigma_min = 0.02"),
-                ("denoise", "sigma=much", "got 'much'"),
-                ("denoise", "sigma=nan", "sigma must be"),
-                ("denoise", "batch_size=automatic", "batch_size must be"),
-                ("denoise", "prefix_reuse=perhaps", "true or false"),
-                ("denoise", "dtype=float16", "dtype must be one of"),
-                ("denoise", "draws=0", "draws must be"),
-                ("denoise", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
-                ("denoise", f"cache={files}", "cannot keep answers in"),
+                ("denoise-token", "sigma=21", "at most its sigma_max = 20"),
+                ("denoise-token", "sigma=0.02,k=2", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise-token", "sigma=0.019,k=1", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise-token", "sigma=much", "got 'much'"),
+                ("denoise-token", "sigma=nan", "sigma must be"),
+                ("denoise-token", "batch_size=automatic", "batch_size must be"),
+                ("denoise-token", "prefix_reuse=perhaps", "true or false"),
+                ("denoise-token", "dtype=float16", "dtype must be one of"),
+                ("denoise-token", "draws=0", "draws must be"),
+                ("denoise-token", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
+                ("denoise-token", f"cache={files}", "cannot keep answers in"),
             )
         ),
         (

@@ -154,7 +154,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     assert "| next_token | 0.01 | 1 |" in run.stdout
     merged = json.loads((tmp_path / "results/quality-tiny.json").read_text())
     assert {"arms", "budget_flops", "corpus"} <= merged.keys()
-    assert (merged["budget_flops"], list(merged["arms"])) == (1e9, ["next_token", "denoise"])
+    assert (merged["budget_flops"], list(merged["arms"])) == (1e9, ["next_token", "denoise-token"])
     for arm in merged["arms"].values():
         [seed] = arm["seeds"]
         assert {"nll_by_k", "flops", "tokens", "steps", "learning_rate", "text"} <= seed.keys()
@@ -162,7 +162,8 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
         assert 1e9 <= seed["flops"] < 1.2e9
         assert 0 < seed["text"]["distinct_2"] <= 1 and 0 < seed["text"]["held_out_distinct_2"] <= 1
     assert (
-        merged["arms"]["denoise"]["seeds"][0]["nll_sigma_max"] == merged["arms"]["denoise"]["seeds"][0]["nll_by_k"]["1"]
+        merged["arms"]["denoise-token"]["seeds"][0]["nll_sigma_max"]
+        == merged["arms"]["denoise-token"]["seeds"][0]["nll_by_k"]["1"]
     )
     assert len(list((tmp_path / "results/quality-tiny").iterdir())) == 2
 
@@ -239,9 +240,9 @@ def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tm
     quality = planned(
         data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
     )
-    best = {"next_token": 2e-3, "denoise": 4e-3}
+    best = {"next_token": 2e-3, "denoise-token": 4e-3}
     order = play(quality, lambda run: 3 + abs(math.log(run.rate / best[run.arm])))
-    assert [(run.arm, run.rate) for run in order[:2]] == [("next_token", 2e-3), ("denoise", 2e-3)]
+    assert [(run.arm, run.rate) for run in order[:2]] == [("next_token", 2e-3), ("denoise-token", 2e-3)]
     for budget, arm in itertools.product((1e9, 2e9), best):
         runs = [run for run in order if (run.budget, run.arm) == (budget, arm)]
         assert sorted(run.rate for run in runs if run.seed == 0) == [1e-3, 2e-3, 4e-3]
@@ -259,31 +260,31 @@ def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_pa
     ladder = quality.ladder()
     assert ladder[1] == pytest.approx(2 * ladder[0], rel=0.01)
     curve = dict(zip(ladder, (3.0, 2.5, 2.3, 2.297, 2.4, 2.6, 2.7), strict=True))  # the fourth fell by too little
-    order = play(quality, lambda run: curve[run.budget] + run.rate - (run.arm == "denoise") * 0.1)
+    order = play(quality, lambda run: curve[run.budget] + run.rate - (run.arm == "denoise-token") * 0.1)
     flat = [run.budget for run in order if run.arm == "next_token" and run.seed == 0]
     assert sorted(set(flat)) == ladder[:4] and len(flat) == 8
     others = [run.budget for run in order if run.arm == "denoise" and run.seed == 0]
     assert set(others) == {ladder[3]}  # the flat arm's best
     assert all(run.limit == 4096 and "-data4096" in run.name for run in order)
     assert [(run.arm, run.budget, run.rate) for run in order if run.seed == 1] == [
-        ("next_token", ladder[3], 1e-3), ("denoise", ladder[3], 1e-3),
+        ("next_token", ladder[3], 1e-3), ("denoise-token", ladder[3], 1e-3),
     ]  # fmt: skip
     assert "| denoise | 0.001* | 2 |" in quality.merge()
     risen = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3", seeds="0", data_limited=4096)
     curve[ladder[3]] = 2.35
-    order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise") * 0.1)
-    assert {run.budget for run in order if run.arm == "denoise"} == {ladder[2], ladder[3]}
+    order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise-token") * 0.1)
+    assert {run.budget for run in order if run.arm == "denoise-token"} == {ladder[2], ladder[3]}
     merged = json.loads((tmp_path / "results/quality-tiny-data4096.json").read_text())
-    assert merged["limit"] == 4096 and set(merged["arms"]) == {"next_token", "denoise"}
+    assert merged["limit"] == 4096 and set(merged["arms"]) == {"next_token", "denoise-token"}
 
 
 def test_differences_are_taken_sequence_by_sequence() -> None:
     quality, tables = module("quality"), module("quality_tables")
     results = [
         fake_result(quality.Run("next_token", 0, 1e-3, 1e9), 3.0),
-        fake_result(quality.Run("denoise", 0, 1e-3, 1e9), 2.9, noise=0.01),
+        fake_result(quality.Run("denoise-token", 0, 1e-3, 1e9), 2.9, noise=0.01),
     ]
-    gap, error = tables.difference(results, "denoise", "next_token", 1e9, 1e9)
+    gap, error = tables.difference(results, "denoise-token", "next_token", 1e9, 1e9)
     assert gap == pytest.approx(-0.1)
     # What sequences have in common (0.1 either way) is gone; 0.01 either way is left.
     assert error == pytest.approx(0.01 * math.sqrt(8 / 7) / math.sqrt(8))
@@ -407,7 +408,7 @@ def test_samples_are_a_function_of_seed_step_and_number(name: str) -> None:
     assert all(group.shape == targets.shape for group in task.groups(tokens, targets).values())
 
 
-@pytest.mark.parametrize("arm", ["next_token", "unrolled-4-2", "denoise"])
+@pytest.mark.parametrize("arm", ["next_token", "unrolled-4-2", "denoise-token"])
 def test_objectives_learn_the_targets_that_they_are_given(arm: str) -> None:
     """The first answer of a running product is the first token itself, not the token after it."""
     run, tasks = module("reasoning_run"), module("reasoning_tasks")
@@ -463,7 +464,7 @@ def test_scoring_of_tasks_does_not_depend_on_the_batch() -> None:
     run, tasks = module("reasoning_run"), module("reasoning_tasks")
     task = tasks.RunningProduct(length=6)
     options = "model.d_model=32 model.d_mlp=48 model.n_heads=2 model.d_condition=16"
-    config = run.task_config(task, "denoise", options, 0, 1e-2, 1e10)
+    config = run.task_config(task, "denoise-token", options, 0, 1e-2, 1e10)
     model = build_model(config.model, 0)
     model.recurrence, model.document_mask = build_objective(config).recurrence, False
     whole, parts = (run.accuracy(model, task, [1, 2], 64, 2, torch.device("cpu"), at_once=n) for n in (64, 24))

@@ -151,7 +151,7 @@ def test_energy_is_in_the_summary_when_it_was_logged(page: str, tmp_path: Path) 
 
 def test_columns_of_the_machine_are_not_the_objectives_own(page: str, three_runs: list[Path]) -> None:
     own = {path.name: read_run(path, path.name).own_columns() for path in three_runs}
-    assert own == {"denoise": ["loss_sigma_max"], "unrolled": ["depth", "state_rms"], "next_token": []}
+    assert own == {"denoise-token": ["loss_sigma_max"], "unrolled": ["depth", "state_rms"], "next_token": []}
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", section(page, "machine"))
     assert titles[:4] == [
         "Throughput", "Utilisation by the model (MFU)", "Utilisation with recomputation (HFU)", "Peak memory",
@@ -162,9 +162,9 @@ def test_state_norm_is_drawn_as_measured(page: str, three_runs: list[Path]) -> N
     runs = {path.name: read_run(path, path.name) for path in three_runs}
     for names, scale, units in (
         (["unrolled"], "linear", "state's units"),
-        (["denoise"], "linear", "target's units"),
+        (["denoise-token"], "linear", "target's units"),
         (["next_token"], "log", "state's units"),  # 1.4^32 spans more than a factor of 30
-        (["denoise", "unrolled"], "linear", "own units"),
+        (["denoise-token", "unrolled"], "linear", "own units"),
     ):
         plots = Drawn([runs[name] for name in names])
         with drawing():

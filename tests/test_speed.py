@@ -60,7 +60,12 @@ def test_quick_run(
     found = json.loads((tmp_path / "new/speed.json").read_text())
     assert (found["seed"], found["machine"]["device"]) == (0, "cpu")
     assert "--quick" in found["command"][0]
-    assert [row["objective"] for row in found["rows"]] == ["next_token", "denoise", "denoise-two-stream", "unrolled"]
+    assert [row["objective"] for row in found["rows"]] == [
+        "next_token",
+        "denoise-token",
+        "denoise-two-stream",
+        "unrolled",
+    ]
     for row in found["rows"]:
         assert (row["preset"], row["backend"], row["compiled"], row["device"]) == ("tiny", "sdpa", False, "cpu")
         prefixes = ["", "reference_"] if with_reference else [""]
@@ -263,7 +268,7 @@ def test_a_gpus_sequences_are_of_1024_tokens(speed: ModuleType) -> None:
     for device, asked, length in (("cuda", 0, 1024), ("cuda", 512, 512), ("cpu", 0, 256), ("cpu", 64, 64)):
         args = speed.Args(length=asked)
         setting = speed.Setting(args, "pythia-70m-looped", "sdpa", False, torch.device(device), torch.float32)
-        config = setting.config("denoise")
+        config = setting.config("denoise-token")
         assert (config.data.sequence_length, config.model.max_seq_len) == (length, length)
 
 

@@ -90,7 +90,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(data, run, "--objective.name", "denoise", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
+    assert train(data, run, "--objective.name", "denoise-token", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
     written = rows(run)
     assert [row["step"] for row in written] == list(range(1, 13))
     keys = "step tokens loss lr grad_norm tokens_per_s mfu hfu peak_memory_bytes seconds skipped"
@@ -161,9 +161,16 @@ def test_a_run_in_bfloat16_follows_the_one_in_float32(data: Path, tmp_path: Path
 def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "flat", "--objective.name", "next_token", "--budget.steps", 30, "--optim.lr", "1e-2")
     train(
-        data, tmp_path / "tuned", "--objective.name", "denoise", "--budget.steps", 1, "--init.from", tmp_path / "flat"
+        data,
+        tmp_path / "tuned",
+        "--objective.name",
+        "denoise-token",
+        "--budget.steps",
+        1,
+        "--init.from",
+        tmp_path / "flat",
     )
-    train(data, tmp_path / "fresh", "--objective.name", "denoise", "--budget.steps", 1)
+    train(data, tmp_path / "fresh", "--objective.name", "denoise-token", "--budget.steps", 1)
     tuned, fresh = rows(tmp_path / "tuned")[0]["loss"], rows(tmp_path / "fresh")[0]["loss"]
     assert tuned < fresh - 0.5
 
@@ -339,8 +346,8 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
-    ["denoise", "--objective.denoise.conditioning", "two-stream"], ["denoise", "--optim.ema_decay", "0.9"],
+@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise-token"],
+    ["denoise-token", "--objective.token.conditioning", "two-stream"], ["denoise-token", "--optim.ema_decay", "0.9"],
     ["next_token", "--optim.name", "muon"]],
     ids=lambda o: o[-1])  # fmt: skip
 def test_a_step_makes_the_host_wait_for_nothing(
@@ -410,7 +417,7 @@ def complain(script_here: Run, *arguments: object) -> str:
         (["--model.n_heads", "3"], "not divisible"),
         (["--optim.name", "moun"], "optim.name"),
         (["--objective.unrolled.mean_depth", "0"], "above 0"),
-        (["--objective.denoise.sigma_min", "9", "--objective.denoise.sigma_max", "3"], "must be below sigma_max"),
+        (["--objective.token.sigma_min", "9", "--objective.token.sigma_max", "3"], "must be below sigma_max"),
         (["--data.path", "nowhere"], "nowhere"),
         (["--data.val_path", "nowhere"], "nowhere"),
         (["--run.dir", "/dev/null/run"], "/dev/null/run"),

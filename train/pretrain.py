@@ -30,7 +30,7 @@ from recurrent_db.checkpoint import (
     save_checkpoint,
 )
 from recurrent_db.commandline import guard
-from recurrent_db.config import Config, load_config, to_dict
+from recurrent_db.config import WALKS, Config, load_config, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
@@ -140,8 +140,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
         head_size=config.model.d_model // config.model.n_heads,
         documents=config.data.document_mask,
-        two_stream=config.objective.name.startswith("denoise")
-        and config.objective.denoise.conditioning == "two-stream",
+        two_stream=config.objective.name in WALKS and config.objective.token.conditioning == "two-stream",
     )
     attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from recurrent_db.config import Config
 from recurrent_db.objectives.base import Metrics, Objective
 from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.objectives.denoise_token import DenoiseToken
 from recurrent_db.objectives.next_token import NextToken
 from recurrent_db.objectives.unrolled import Unrolled
 
@@ -14,7 +15,8 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "next_token": NextToken,
     "unrolled": Unrolled,
     "denoise": Denoise,
-    "denoise-paper": Denoise,
+    "denoise-token": DenoiseToken,
+    "denoise-paper": DenoiseToken,
 }
 
 
