@@ -20,7 +20,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECTIVES = ("next_token", "unrolled", "denoise-token")
+OBJECTIVES = ("next_token", "unrolled", "denoise", "denoise-token")
 
 MICRO = [
     "--model.d_model", "32", "--model.n_heads", "2", "--model.d_mlp", "48", "--model.max_seq_len", "32",

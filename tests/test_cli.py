@@ -35,7 +35,7 @@ def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
     path = tmp_path / "token.toml"
     text = (CONFIGS / "tiny.toml").read_text()
     path.write_text(text.replace("[objective.unrolled]", '[objective.token]\ndraw = "token"\n[objective.unrolled]'))
-    config = load_config(path)
+    config = load_config(path, ["--objective.name", "denoise-token"])
     config.model.vocab_size = 2048
     own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
     assert cli.flops_table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)

@@ -1,0 +1,114 @@
+"""The recipe's objective: which iteration a step trains, what its gradient is, what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import batch, micro_config, micro_model
+from torch import nn
+
+from recurrent_db.errors import UserError
+from recurrent_db.flops import step_cost
+from recurrent_db.memory import peak_live_bytes
+from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.rng import Rng
+
+DEEP = ("--objective.name", "denoise", "--objective.denoise.flat", "0", "--objective.denoise.start", "0")
+
+
+def test_the_law_of_the_trained_iteration() -> None:
+    objective = Denoise(micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
+                                     "--objective.denoise.start", "0.25", "--objective.denoise.depth", "3"))  # fmt: skip
+    early = {objective.passes(Rng(0, step), 0.499).core_no_grad for step in range(200)}
+    counts = Counter(objective.passes(Rng(0, step), 0.5).core_no_grad for step in range(4000))
+    assert early == {0}
+    assert set(counts) == {0, 1, 2, 3}
+    for before in counts:  # a quarter each: 1,000 with a standard deviation of 27
+        assert abs(counts[before] - 1000) < 5 * 27, counts
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_gradient_is_that_of_the_last_iteration_alone(depth: int) -> None:
+    """Against autograd through a copy whose earlier iterations use other parameters; with them shared it differs."""
+    config = micro_config(*DEEP, "--objective.denoise.depth", depth)
+    model, objective = micro_model(config)
+    rng = next(Rng(0, step) for step in range(99) if objective.passes(Rng(0, step), 1.0).core_no_grad == depth)
+    data = batch()
+    loss, metrics = objective(model, data, rng, 1.0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    def reference(stop: bool) -> dict[str, torch.Tensor]:
+        e_BTD = model.encode(data.tokens_BT)
+        state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD, depth)
+        state_BTD = model.iterate(state_BTD.detach() if stop else state_BTD, e_BTD)
+        logits_BTV = model.logits(model.decode(state_BTD))
+        expected = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), data.targets_BT.flatten())
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        expected.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    stopped, through = reference(True), reference(False)
+    assert found.keys() == stopped.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, stopped[name], rtol=1e-9, atol=1e-12)
+    assert any(not torch.allclose(found[name], through[name], rtol=1e-3) for name in found)
+    assert metrics["depth"] == depth + 1
+
+
+def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:
+    config = micro_config(*DEEP, "--objective.denoise.noise", "0.1")
+    config.model.vocab_size = 500
+    objective, tokens_BT = Denoise(config), torch.zeros(2000, 32, dtype=torch.int64)
+    noised_BT = objective.corrupted(tokens_BT, torch.arange(2000), 500, Rng(0, 0))
+    changed_B = (noised_BT != 0).float().mean(-1)
+    # Rates are uniform on [0, 0.2]: mean 0.1, standard deviation 0.2 / sqrt(12), beside the binomial one of 32 tokens.
+    assert changed_B.mean().item() == pytest.approx(0.1, abs=5 * 0.08 / 2000**0.5)
+    assert changed_B.std().item() == pytest.approx((0.2**2 / 12 + 0.1 * 0.9 / 32) ** 0.5, rel=0.1)
+    values = noised_BT[noised_BT != 0]
+    assert values.max() < 500 and len(values.unique()) > 450
+    assert torch.equal(noised_BT[7:9], objective.corrupted(tokens_BT[7:9], torch.arange(7, 9), 500, Rng(0, 0)))
+
+    model, objective = micro_model(micro_config(*DEEP, "--objective.denoise.noise", "0.5"))  # type: ignore[assignment]
+    quiet, _ = micro_model(micro_config(*DEEP))
+    data = batch()
+    targets_BT = data.targets_BT.clone()
+    noisy_loss = objective(model, data, Rng(0, 0), 0.0)[0]
+    assert torch.equal(data.targets_BT, targets_BT)
+    assert noisy_loss != Denoise(micro_config(*DEEP))(quiet, data, Rng(0, 0), 0.0)[0]
+
+
+def test_memory_does_not_depend_on_the_iterations_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = micro_config(*DEEP)
+    model, objective = micro_model(config)
+    data, peaks = batch(), {}
+    for before in (1, 2, 16):
+        monkeypatch.setattr(Denoise, "_before", lambda *_, before=before: before)
+        model.zero_grad(set_to_none=True)
+        peaks[before] = peak_live_bytes(lambda: objective(model, data, Rng(0, 0), 1.0)[0].backward())
+    assert peaks[16] == peaks[2] <= 1.01 * peaks[1]
+
+
+def test_the_mean_step_of_the_defaults_costs_at_most_1_6_single_passes() -> None:
+    config = micro_config("--objective.name", "denoise")
+    config.model.vocab_size = 61
+    objective = Denoise(config)
+    draws = [objective.passes(Rng(0, step), (step + 0.5) / 2000) for step in range(2000)]
+    mean = sum(step_cost(config, passes).total for passes in draws) / len(draws)
+    assert 1 < mean / step_cost(config, objective.passes(Rng(0, 0), 0.0)).total < 1.6
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("flat", "1.5", "objective.denoise.flat must be in [0, 1], got 1.5"),
+    ("start", "-0.1", "objective.denoise.start must be in [0, 1], got -0.1"),
+    ("depth", "0", "objective.denoise.depth must be above 0, got 0"),
+    ("noise", "0.6", "objective.denoise.noise must be at most 0.5"),
+])  # fmt: skip
+def test_mistakes(key: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("[", r"\[").replace("]", r"\]")):
+        micro_config(f"--objective.denoise.{key}", value)
