@@ -3,6 +3,7 @@
 A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds everything that rebuilds the model (weights, averaged weights,
 configuration, tokenizer) and everything that continues training (optimizer state, counters, the objective's state). It
 is written into a hidden folder, flushed to disk and renamed; ``manifest.json`` lists the size and SHA-256 of each file.
+Several processes write shards in place of whole files of tensors: see `sharded`, which reads those too.
 Randomness has no state to save: see `rng`.
 """
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recurrent_db.config import Config, config_from_json, to_dict
+from recurrent_db.dist import sharded_like
 from recurrent_db.errors import UserError
 from recurrent_db.files import file_digest, new_file_mode
 from recurrent_db.flops import Cost
@@ -31,6 +33,8 @@ from recurrent_db.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+WRITING = ".writing-"
+"""What the name of a folder starts with while a checkpoint is being written there."""
 
 
 @dataclass
@@ -99,7 +103,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         entry, name = key.split("/", 1)
         parameter = parameters[name]
         # Fused AdamW keeps its step counter on the parameter's device.
-        optimizer.state.setdefault(parameter, {})[entry] = value.to(parameter.device)
+        value = value.to(parameter.device)
+        if value.shape == parameter.shape:
+            value = sharded_like(value, parameter)
+        optimizer.state.setdefault(parameter, {})[entry] = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,44 +128,92 @@ def save_checkpoint(
     Raises:
         UserError: when the disk is full or the folder cannot be written; older checkpoints stay as they are.
     """
-    folder = run_dir / "checkpoints"
-    target = folder / f"step-{state.step:08d}"
-    if target.exists() and fault(target) is None:
-        return target
-    temporary = folder / f".writing-{target.name}"
+    temporary = begin(run_dir, state.step)
+    if temporary is None:
+        return run_dir / "checkpoints" / f"step-{state.step:08d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         save_file(dict(model.state_dict()), temporary / "model.safetensors")
         save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         if ema is not None:
             save_file(ema.shadow, temporary / "ema.safetensors")
-        (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
-        training = {
-            "counters": vars(state),
-            "objective": objective_state,
-            "ema_updates": ema.updates if ema is not None else 0,
-        }
-        (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
-        files = sorted(p for p in temporary.iterdir())
-        listing = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
-        manifest = {"format": FORMAT, "step": state.step, "tokenizer": tokenizer.hash, "files": listing}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*files, temporary / MANIFEST):
-            path.chmod(new_file_mode())  # safetensors makes private files
-            _fsync(path)
-        _fsync(temporary)
-        if target.exists():  # a damaged one, by the check above
-            target.rename(folder / f".deleting-{target.name}")
-        temporary.rename(target)
-        _fsync(folder)
-        shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
+        updates = ema.updates if ema is not None else 0
+        write_small_files(temporary, config, tokenizer, state, objective_state, updates)
+        return seal(run_dir, temporary, state.step, tokenizer, config.run.keep)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write checkpoint {target}: {reason}; earlier checkpoints are intact") from None
-    for old in list_checkpoints(run_dir)[: -config.run.keep]:
+        drop(temporary)
+        raise UserError(_cannot_write(run_dir, state.step, error)) from None
+
+
+def _cannot_write(run_dir: Path, step: int, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"cannot write checkpoint {run_dir}/checkpoints/step-{step:08d}: {reason}; earlier checkpoints are intact"
+
+
+def begin(run_dir: Path, step: int) -> Path | None:
+    """An empty folder to write a checkpoint into; None where a good one of this step is there. Raises `UserError`."""
+    target = run_dir / "checkpoints" / f"step-{step:08d}"
+    if target.exists() and fault(target) is None:
+        return None
+    temporary = target.with_name(WRITING + target.name)
+    drop(temporary)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(_cannot_write(run_dir, step, error)) from None
+    return temporary
+
+
+def drop(temporary: Path) -> None:
+    """Remove what was begun."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_small_files(
+    temporary: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    objective_state: dict[str, Any],
+    ema_updates: int,
+) -> None:
+    """Everything of a checkpoint that is no large tensor."""
+    (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
+    training = {"counters": vars(state), "objective": objective_state, "ema_updates": ema_updates}
+    (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
+
+
+def settle_file(path: Path) -> None:
+    """Give a written file ordinary permissions (safetensors makes private files) and see it onto the disk."""
+    path.chmod(new_file_mode())
+    _fsync(path)
+
+
+def seal(
+    run_dir: Path,
+    temporary: Path,
+    step: int,
+    tokenizer: Tokenizer,
+    keep: int,
+    settled: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Make a checkpoint of a folder in which all is written, and remove all but the newest ``keep``. ``settled`` are the
+    manifest's entries of files that were seen onto the disk already."""
+    folder, target = run_dir / "checkpoints", run_dir / "checkpoints" / f"step-{step:08d}"
+    settled = settled or {}
+    files = sorted(p for p in temporary.iterdir() if p.name not in settled)
+    listing = settled | {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+    manifest = {"format": FORMAT, "step": step, "tokenizer": tokenizer.hash, "files": dict(sorted(listing.items()))}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*files, temporary / MANIFEST):
+        settle_file(path)
+    _fsync(temporary)
+    if target.exists():  # a damaged one, see `begin`
+        target.rename(folder / f".deleting-{target.name}")
+    temporary.rename(target)
+    _fsync(folder)
+    shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
+    for old in list_checkpoints(run_dir)[:-keep]:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         doomed = old.with_name(f".deleting-{old.name}")
         old.rename(doomed)
@@ -189,7 +244,8 @@ def fault(checkpoint: Path) -> str | None:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
-        for name in ("model.safetensors", "config.json", "tokenizer.model", "state.json"):
+        weights = () if any(name.startswith("shard-") for name in files) else ("model.safetensors",)
+        for name in (*weights, "config.json", "tokenizer.model", "state.json"):
             if name not in files:
                 return f"{name} is not listed"
         for name, entry in files.items():
@@ -215,7 +271,8 @@ def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of what decides a good checkpoint's answers: weights, configuration, tokenizer, the
     objective's state. Copies of a checkpoint have the same one."""
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "optimizer.safetensors")
+    optimizer = ("optimizer.safetensors", "-00003-of-00003.safetensors")
+    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(optimizer))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -256,12 +313,26 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
 
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes wrote it, each its part."""
+        return not (self.path / "model.safetensors").exists()
+
     def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """Parameters by name, on the CPU; with ``averaged`` their moving average where one was kept."""
+        """Parameters by name, whole, on the CPU; with ``averaged`` their moving average where one was kept."""
+        if self.sharded:
+            from recurrent_db import sharded
+
+            return (averaged and sharded.read(self.path, "average")) or sharded.read(self.path, "weights")
         average = self.path / "ema.safetensors"
         return load_file(average if averaged and average.exists() else self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
+        """`optimizer_tensors`'s result, whole, on the CPU."""
+        if self.sharded:
+            from recurrent_db import sharded
+
+            return sharded.read(self.path, "optimizer")
         return load_file(self.path / "optimizer.safetensors")
 
     def training(self) -> tuple[TrainState, dict[str, Any], int]:
@@ -294,4 +365,20 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name in weights:
-                parameter.copy_(weights[name])
+                parameter.copy_(sharded_like(weights[name], parameter))
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """Fill a model, its optimizer and its average from a checkpoint, sharded or not, whatever wrote it."""
+    if checkpoint.sharded:
+        from recurrent_db import sharded
+
+        sharded.restore(checkpoint, model, optimizer, ema)
+        return
+    load_weights(model, checkpoint.weights(), str(checkpoint.path))
+    load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
+    if ema is not None:
+        averaged = checkpoint.weights(averaged=True)
+        with torch.no_grad():
+            for name, shadow in ema.shadow.items():
+                shadow.copy_(sharded_like(averaged[name], shadow))

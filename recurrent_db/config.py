@@ -272,6 +272,23 @@ class RunConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes, as torchrun starts them (docs/distributed.md)."""
+
+    mode: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds the whole model; fsdp: each holds its part of parameters, gradients and optimizer state
+    (FSDP2). auto is ddp for several processes and none for one."""
+    shard_size: int = 0
+    """fsdp: processes that share one copy of the model, 0 for all. With fewer, as many as a node has, parameters are
+    gathered within a node alone, and gradients averaged over nodes (HSDP)."""
+    async_checkpoints: bool = True
+    """Write checkpoints of several processes in the background, from a copy of the state, while training goes on."""
+    timeout: float = 600.0
+    """Seconds without progress after which the run ends with an error that names the process that the others wait for.
+    Evaluation is progress; one step, one compilation or one checkpoint must be shorter."""
+
+
+@dataclass
 class InitConfig:
     """Where the first weights come from."""
 
@@ -298,6 +315,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,3 +521,6 @@ def validate(config: Config) -> None:
     need(min(config.eval.k) >= 1, f"eval.k must be 1 or more, got {min(config.eval.k)}")
     positive(run, "run", "checkpoint_every", "keep", "log_every", "peak_flops")
     need(run.threads >= 0, f"run.threads must be 0 or more, got {run.threads}")
+    shard_size = config.parallel.shard_size
+    need(shard_size >= 0, f"parallel.shard_size must be 0 (all processes) or more, got {shard_size}")
+    positive(config.parallel, "parallel", "timeout")

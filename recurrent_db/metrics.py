@@ -166,7 +166,7 @@ class StepClock:
 class MetricLog:
     """One row for each optimizer step. Rows may hold device tensors; they are read when flushed, not before.
 
-    It belongs to the run directory's only process (the trainer refuses to be several).
+    It belongs to the run directory's first process; the others have a `NoLog`.
     """
 
     def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
@@ -196,3 +196,16 @@ class MetricLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.close()
+
+
+class NoLog:
+    """The `MetricLog` of a process that writes nothing."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        pass
+
+    def flush(self) -> dict[str, Any] | None:
+        return None
+
+    def close(self) -> None:
+        pass

@@ -472,12 +472,12 @@ def test_a_validation_split_too_short_is_found_before_training(script_here: Run,
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(
+def test_several_processes_without_their_launcher_are_refused(
     script_here: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would write one run directory at once."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in complain(script_here, *words(data, tmp_path / "run", "--budget.steps", 2))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "started by torchrun" in complain(script_here, *words(data, tmp_path / "run", "--budget.steps", 2))
 
 
 def test_a_name_too_long_is_one_line(script_here: Run, data: Path, tmp_path: Path) -> None:
