@@ -77,6 +77,18 @@ class _Unit(nn.Module):
         return function()
 
 
+def _meeting_place(first: bool, timeout: timedelta) -> Any:
+    """The store in which the processes find each other: torchrun's own, or the first process's.
+
+    torchrun may keep one store over its restarts, where those who are started anew would read the addresses of the dead: so
+    each start has its own part of it.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(*address, is_master=host, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    return dist.PrefixStore(f"recurrent_db/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 class Team:
     """This process among those that train one model. ``rank`` counts from 0, ``device`` is its own."""
 
@@ -89,6 +101,7 @@ class Team:
         self.watch: Watch | None = None
         self.shard_size = world
         self._unit: Any = None
+        self._doing = "starting"
         self._asked: tuple[Any, Tensor] | None = None
 
     # -- joining and leaving -------------------------------------------------------------------------------------------
@@ -122,11 +135,10 @@ class Team:
         # The watch speaks first: it knows who is missing.
         timeout = timedelta(seconds=config.timeout + 60)
         options: dict[str, Any] = {"rank": rank, "world_size": world, "timeout": timeout}
-        if "MASTER_ADDR" not in os.environ:
-            if world > 1:
-                raise UserError("several processes are started by torchrun, which tells them where to meet")
-            options["store"] = dist.HashStore()
+        if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError("several processes are started by torchrun, which tells them where to meet")
         try:
+            options["store"] = _meeting_place(rank == 0, timeout) if world > 1 else dist.HashStore()
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"cannot reach the other processes: {error}") from None
@@ -229,8 +241,13 @@ class Team:
 
     def beat(self, what: str) -> None:
         """Say what this process does now: the watch knows it alive, and what it was at when it was last heard of."""
+        self._doing = what
         if self.watch is not None:
             self.watch.beat(what)
+
+    def _beat_within(self, part: str) -> None:
+        if self.watch is not None:
+            self.watch.beat(f"{self._doing}, {part}")
 
     def beating(self, work: Iterable[T]) -> Iterator[T]:
         """The items of long work, each of which is progress."""
@@ -289,6 +306,7 @@ class Team:
 
     def forward(self, function: Callable[[], T]) -> T:
         """Run ``function``, which calls the model's parts, as one forward pass."""
+        self._beat_within("in the forward pass")
         return cast(T, function() if self._unit is None else self._unit(function))
 
     def rehearse(self, model: LoopedLM, forward: Callable[[], tuple[Tensor, Any]]) -> None:
@@ -322,6 +340,7 @@ class Team:
 
     def backward(self, loss: Tensor) -> None:
         """The backward pass of this process's part of a loss that is the sum of its parts; the engine averages gradients."""
+        self._beat_within("in the backward pass")
         (loss * self.world if self.world > 1 else loss).backward()
 
     def clip(self, model: LoopedLM, max_norm: float) -> Tensor:
@@ -369,9 +388,7 @@ class Watch:
         self.period = min(5.0, timeout / 4)
         self._ticks = 0
         self._done = threading.Event()
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=60))
-        self.store = dist.PrefixStore("recurrent_db/watch", store)
+        self.store = dist.PrefixStore("watch", _meeting_place(False, timedelta(seconds=60)))
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -414,7 +431,13 @@ class Watch:
                 else f"process {rank}"
                 for rank in behind[:8]
             )
-            why = "no answer from" if silent else "all wait for" if len(behind) < self.world else "no turn of any:"
+            why = (
+                "no answer from"
+                if silent
+                else "all wait for"
+                if len(behind) < self.world
+                else "all are at the same point:"
+            )
             print(f"error: no progress for {self.timeout:g} seconds (parallel.timeout); {why} {who}", file=sys.stderr)
             sys.stderr.flush()
         else:
