@@ -5,8 +5,8 @@ printable line (`UserError`), within a bound of processor time and of memory; a 
 failure of the case that it was at. Case n of a target is a function of (seed, target, n), so that one failure is one command
 to repeat: ``--target T --first N --cases 1``.
 
-Engines: ``seeded`` draws from Python's generator; ``hypothesis`` and ``atheris`` steer the same generators by bytes, the first
-shrinking what it finds, the second looking for bytes that reach new code (`pip install atheris`).
+Engines: ``seeded`` draws from Python's generator; ``hypothesis`` and ``atheris`` steer the same generators by bytes, the
+first shrinking what it finds, the second looking for bytes that reach new code (`pip install atheris`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ MEMORY = 1 << 30
 STANDSTILL = 120.0
 """Seconds without a finished case after which a process is taken for dead."""
 SHARES = {
-    "config": 0.32, "overrides": 0.002, "manifest": 0.06, "shards": 0.05, "checkpoint": 0.006, "safetensors": 0.12, "tokenizer": 0.03,
-    "import": 0.006, "corpus": 0.20, "tables": 0.004, "repl": 0.012, "lm_eval": 0.01, "answers": 0.10, "run_files": 0.08,
+    "config": 0.298, "overrides": 0.002, "manifest": 0.06, "shards": 0.05, "checkpoint": 0.01, "safetensors": 0.12,
+    "tokenizer": 0.06, "import": 0.01, "corpus": 0.18, "tables": 0.02, "repl": 0.02, "lm_eval": 0.02, "answers": 0.10,
+    "run_files": 0.05,
 }  # fmt: skip
 """Of all cases, each target's: what takes long gets fewer. They add up to one."""
 
@@ -143,7 +144,13 @@ def _nothing(number: int) -> None:
 
 
 def seeded(
-    target: Any, outcome: Outcome, seed: int, first: int, cases: int, seconds: float = float("inf"), progress: Progress = _nothing
+    target: Any,
+    outcome: Outcome,
+    seed: int,
+    first: int,
+    cases: int,
+    seconds: float = float("inf"),
+    progress: Progress = _nothing,
 ) -> None:
     end = time.monotonic() + seconds
     for number in range(first, first + cases):
@@ -165,7 +172,12 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
 
     @seed_of(seed)
     @settings(
-        max_examples=cases, deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck), print_blob=False
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
     )
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
@@ -280,7 +292,7 @@ def work(args: FuzzArgs) -> int:
 
 @dataclass
 class Worker:
-    """A target's process, watched: where it dies, the case that it was at is a failure and another process goes on after it."""
+    """A target's process, watched: where it dies, the case that it was at is a failure, and another one goes on after it."""
 
     args: FuzzArgs
     target: str
@@ -334,7 +346,9 @@ class Worker:
             return True
         said = (self.folder / f"{self.target}.log").read_text(errors="replace").strip()
         if self.at < 0:
-            raise UserError(f"the process of target {self.target} did not start: {said.splitlines()[-1] if said else status}")
+            raise UserError(
+                f"the process of target {self.target} did not start: {said.splitlines()[-1] if said else status}"
+            )
         what = f"no case finished in {STANDSTILL:.0f} s" if stuck else f"the process died (status {status})"
         failure = {"place": "process", "case": self.at, "cases": 1, "what": what, "trace": said[-2000:]}
         self.done.append(Outcome(self.target, cases=1, failures=[failure]))
@@ -381,10 +395,8 @@ def run_all(args: FuzzArgs) -> list[Outcome]:
                         running.remove(worker)
                         finished.append(worker)
                         one = worker.outcome()
-                        print(
-                            f"{one.target}: {one.cases:,} cases in {one.seconds:.0f} s, {len(one.failures)} kinds of failure",
-                            file=sys.stderr,
-                        )
+                        kinds = f"{len(one.failures)} kinds of failure"
+                        print(f"{one.target}: {one.cases:,} cases in {one.seconds:.0f} s, {kinds}", file=sys.stderr)
         finally:
             for worker in running:
                 if worker.process is not None:
@@ -440,7 +452,8 @@ def main(args: FuzzArgs) -> int:
     if not args.json:
         for one in outcomes:
             for failure in one.failures:
-                print(f"\n{one.target}, case {failure['case']} ({failure['cases']} alike): {failure['what']}\n{failure['trace']}")
+                where = f"{one.target}, case {failure['case']} ({failure['cases']} alike)"
+                print(f"\n{where}: {failure['what']}\n{failure['trace']}")
     return 1 if report["failures"] else 0
 
 

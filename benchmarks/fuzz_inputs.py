@@ -11,21 +11,29 @@ from collections.abc import Sequence
 from typing import Any
 
 TEXTS = (
-    "", " ", "\n", "\x00", "a", "a b c", "def f(x):\n    return x", "\ud800", "\udc80 half", "\u2581\u2581", "\ufeff", "</s>", "<0x41>",
-    "\x1b[2J\x1b]0;title\x07", "\u202e\u2028\u2029\u0085", "e\u0301\U0001f468\u200d\U0001f469", "<script>alert(1)</script>", "%s%n{0}{x}", "../../etc/passwd",
-    "/etc/passwd", "C:\\x", "x" * 300, "text", "null", "NaN", "1e999", "-1", "0x10", "\u0661\u0662", "1_000", "kl:1e-3", "diagonal:4", "speculative:2:8",
+    "", " ", "\n", "\x00", "a", "a b c", "def f(x):\n    return x", "\ud800", "\udc80 half", "\u2581\u2581",
+    "\ufeff", "</s>", "<0x41>",
+    "\x1b[2J\x1b]0;title\x07", "\u202e\u2028\u2029\u0085", "e\u0301\U0001f468\u200d\U0001f469",
+    "<script>alert(1)</script>", "%s%n{0}{x}", "../../etc/passwd",
+    "/etc/passwd", "C:\\x", "x" * 300, "text", "null", "NaN", "1e999", "-1", "0x10", "\u0661\u0662", "1_000",
+    "kl:1e-3", "diagonal:4", "speculative:2:8",
     "train", "model", "vocab_size", "name", "denoise", "unrolled", "next_token", "auto", "inf",
 )  # fmt: skip
 
 NUMBERS: tuple[int | float, ...] = (
-    0, 1, 2, 3, 4, 7, 8, 16, 32, 64, 127, 255, 256, 1024, 65_535, 65_536, -1, -2, -(2**31), 2**31 - 1, 2**31, 2**32, 2**53, 2**60, 2**63 - 1, 2**63,
-    2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e-30, 5e-324, 1e30, 1e308, float("inf"), float("-inf"), float("nan"),
+    0, 1, 2, 3, 4, 7, 8, 16, 32, 64, 127, 255, 256, 1024, 65_535, 65_536, -1, -2, -(2**31), 2**31 - 1, 2**31, 2**32,
+    2**53, 2**60, 2**63 - 1, 2**63,
+    2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e-30, 5e-324, 1e30, 1e308, float("inf"), float("-inf"),
+    float("nan"),
 )  # fmt: skip
 
 FRAGMENTS = (
-    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"\\u0000", b"\\ud800", b"null", b"true",
-    b"NaN", b"-Infinity", b"1e999", b"9" * 40, b"9" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\r\n", b"\n\n", b"(" * 60, b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04.",
-    b"\x1f\x8b\x08", b"PAR1", b"<f8", b"|O", b"<i8", b"-1", b"18446744073709551616", b"../", b"\x1b[2J", b"\x7f", b"'", b"#", b"=", b"[[", b"]]", b"F32", b"BOOL",
+    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"',
+    b":", b",", b"\\", b"\\u0000", b"\\ud800", b"null", b"true",
+    b"NaN", b"-Infinity", b"1e999", b"9" * 40, b"9" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\r\n", b"\n\n",
+    b"(" * 60, b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04.",
+    b"\x1f\x8b\x08", b"PAR1", b"<f8", b"|O", b"<i8", b"-1", b"18446744073709551616", b"../", b"\x1b[2J", b"\x7f",
+    b"'", b"#", b"=", b"[[", b"]]", b"F32", b"BOOL",
 )  # fmt: skip
 
 

@@ -152,15 +152,12 @@ def said(rng: random.Random, tree: Any, share: float = 0.9) -> bytes:
 
 
 class ConfigFiles:
-    """Configurations as TOML and as a checkpoint's JSON. One that is accepted survives being written and read, and can be used:
-    its objective, its FLOPs, its rates, and, where it is small, its network."""
+    """Configurations as TOML and as a checkpoint's JSON. One that is accepted survives being written and read, and can be
+    used: its objective, its FLOPs, its rates, and, where it is small, its network."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.toml"
-        self.bases = [
-            to_dict(tiny_config(name))
-            for name in ("unrolled", "denoise", "next_token")
-        ]
+        self.bases = [to_dict(tiny_config(name)) for name in ("unrolled", "denoise", "next_token")]
         self.bases.append({"objective": {"name": "denoise-paper"}, "budget": {"steps": 10}})
 
     def case(self, rng: random.Random) -> None:
@@ -267,8 +264,8 @@ def use_data(folder: Path, rng: random.Random) -> None:
 
 
 class Shards:
-    """Token files, their offsets (NumPy headers) and the tokenizer, damaged; with the manifest's sums as they were, or made to
-    fit by somebody who means it."""
+    """Token files and their offsets (NumPy headers), damaged; with the manifest's sums as they were, or made to fit by
+    somebody who means it."""
 
     def __init__(self, folder: Path) -> None:
         self.data = tiny_data(folder / "data", tiny_tokenizer())
@@ -327,8 +324,7 @@ class Shards:
 
 
 class Checkpoints:
-    """The JSON files and the tokenizer of a checkpoint, its manifest as it was or made to fit; loaded for use and for training
-    on."""
+    """The files of a checkpoint, its manifest as it was or made to fit; loaded for use and for training on."""
 
     NAMES = (
         "config.json",
@@ -433,7 +429,7 @@ class Safetensors:
 
 
 class Tokenizers:
-    """Tokenizer models, of sentencepiece and of the library ``tokenizers``, damaged; what loads encodes and decodes any text."""
+    """Tokenizer models, of sentencepiece and of the library ``tokenizers``, damaged; what loads encodes and decodes."""
 
     def __init__(self, folder: Path) -> None:
         self.model = tiny_tokenizer().model_bytes
@@ -489,7 +485,8 @@ class Imports:
         self.huginn = {
             "model_type": "huginn_raven", "n_embd": 16, "n_heads": 2, "intermediate_size": 24, "n_layers_in_prelude": 1,
             "n_layers_in_recurrent_block": 1, "n_layers_in_coda": 1, "block_size": 24, "vocab_size": 280, "rope_base": 50000,
-            "norm_eps": 1e-6, "mean_recurrence": 3, "mean_backprop_depth": 2, "init_values": {"embed_scale": 4.0, "std": math.sqrt(1 / 40)},
+            "norm_eps": 1e-6, "mean_recurrence": 3, "mean_backprop_depth": 2,
+            "init_values": {"embed_scale": 4.0, "std": math.sqrt(1 / 40)},
             "architecture_class_name": "RecurrentGPT", "eos_token_id": 2,
         }  # fmt: skip
 
@@ -517,7 +514,7 @@ class Imports:
 
 
 class Corpora:
-    """Text and JSON lines, plain and compressed. Every document survives the tokenizer; none but the last share is held out."""
+    """Text, JSON lines and lists, plain and compressed. Every document survives the tokenizer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokenizer = folder, tiny_tokenizer()
@@ -623,7 +620,16 @@ class Repl:
             )
             return f"{word} {rest}"
         if kind == 5:  # nothing outside of the folder: whoever types a path means it
-            names = ("out.txt", "out.json", "no/such/out.txt", "", ".", "\x00", "~nobody/x", text(rng, 12).replace("/", "_"))
+            names = (
+                "out.txt",
+                "out.json",
+                "no/such/out.txt",
+                "",
+                ".",
+                "\x00",
+                "~nobody/x",
+                text(rng, 12).replace("/", "_"),
+            )
             return f"/save {rng.choice(names).replace('..', '_')}"
         return text(rng)
 
@@ -697,8 +703,8 @@ class Harness:
 
     def _arguments(self, rng: random.Random) -> None:
         given: dict[str, Any] = {"checkpoint": str(self.runs[0]), "device": "cpu"}
-        for name in ("k", "sigma", "draws", "batch_size", "max_batch_size", "max_length", "dtype", "seed", "prefix_reuse", "sampler",
-                     "exit", "device", "checkpoint"):  # fmt: skip
+        for name in ("k", "sigma", "draws", "batch_size", "max_batch_size", "max_length", "dtype", "seed", "prefix_reuse",
+                     "sampler", "exit", "device", "checkpoint"):  # fmt: skip
             if rng.random() < 0.15:
                 given[name] = rng.choice((value(rng), number(rng), text(rng)))
         self.kind(**given)
@@ -736,8 +742,8 @@ class RunFiles:
         config = tiny_config("denoise")
         config.budget.steps = 4.0
         rows = [
-            {"step": n, "tokens": 64 * n, "flops": 1e6 * n, "seconds": float(n), "loss": 5.0 - n, "lr": 0.003, "eval/nll_k1": 4.0,
-             "eval/bits_per_byte_k1": 2.0, "loss_sigma_max": 4.5}
+            {"step": n, "tokens": 64 * n, "flops": 1e6 * n, "seconds": float(n), "loss": 5.0 - n, "lr": 0.003,
+             "eval/nll_k1": 4.0, "eval/bits_per_byte_k1": 2.0, "loss_sigma_max": 4.5}
             for n in (1, 2, 3, 4)
         ]  # fmt: skip
         by_k = {"1": {"nll": 4.0, "bits_per_byte": 2.0, "stderr": 0.1, "flops_per_token": 1e5}, "2": {"nll": 3.9}}
@@ -758,7 +764,9 @@ class RunFiles:
         if self.changed:
             put(
                 self.run / self.changed,
-                json.dumps(self.good[self.changed]).encode() if self.changed in self.good else self._metrics(),
+                json.dumps(self.good[self.changed]).encode()
+                if self.changed in self.good
+                else b"\n".join(json.dumps(row).encode() for row in self.rows),
             )
         self.changed = rng.choice((*self.good, "metrics.jsonl", "metrics.jsonl"))
         if self.changed == "metrics.jsonl":
@@ -770,7 +778,7 @@ class RunFiles:
         for column in ("loss", "flops"):
             run.last(column)
             run.series("flops", column)
-        assert run.progress is None or run.progress >= 0
+        assert run.progress is None or isinstance(run.progress, float | int)
         run.own_columns()
         if run.config.model.n_prelude + run.config.model.n_core + run.config.model.n_coda < 8 and rng.random() < 0.02:
             run.parameters()

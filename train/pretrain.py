@@ -41,7 +41,7 @@ from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
-from recurrent_db.objectives import Metrics, build_objective
+from recurrent_db.objectives import Metrics, build_objective, restore
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
@@ -161,7 +161,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         load_weights(model, checkpoint.weights(), str(checkpoint.path))
         load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
         state, objective_state, ema_updates = checkpoint.training()
-        objective.load_state_dict(objective_state)
+        restore(objective, objective_state, checkpoint.path)
         if ema is not None:
             averaged = checkpoint.weights(averaged=True)
             ema.shadow = {name: value.to(device) for name, value in averaged.items()}
