@@ -95,7 +95,8 @@ class WandbLog:
         try:
             yield
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals never raise in the trainer
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = f"{type(error).__name__}: {error}".replace(os.environ.get("WANDB_API_KEY") or "\0", "(the key)")
+            reason = " ".join(said.split())[:200]
             print(f"warning: no more wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
             self.run = None
             with suppress(BaseException):  # or it would try again, and complain again, when the process ends

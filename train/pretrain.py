@@ -33,7 +33,7 @@ from recurrent_db.commandline import guard
 from recurrent_db.config import Config, load_config, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_links, write_atomic
 from recurrent_db.flops import step_cost
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
@@ -60,6 +60,8 @@ def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | 
             raise UserError(f"run directory {run_dir} exists; continue it with --resume or replace it with --overwrite")
         if not (run_dir / "config.json").exists():
             raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
+    if resume and run_dir.exists():
+        check_links(run_dir)
     if resume and list_checkpoints(run_dir):
         return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
     return None

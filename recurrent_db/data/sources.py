@@ -44,7 +44,8 @@ MAX_DOCUMENT_CHARACTERS = 4 << 20
 """A longer text is cut at a line end into several documents, so that a file of any size streams."""
 
 MAX_LINE_CHARACTERS = 64 << 20
-"""A longer line of JSON is refused: no file, nor what a small archive unpacks to, fills the memory."""
+"""A longer line of JSON is refused, and a longer text without a separator cut: no file, nor what a small one unpacks to,
+fills the memory."""
 
 MAX_TABLE_CHARACTERS = 1 << 28
 """A larger list in one .json file is refused; lines, and parquet, stream."""
@@ -183,15 +184,17 @@ def _text_blocks(path: Path, report: ReadReport) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
-    """Join ``blocks`` and cut them at ``separator``, and where there is none for long, into parts that bound the memory."""
+    """Join ``blocks`` and cut them at ``separator``; without one, or where none comes for long, into parts that bound the
+    memory."""
+    most = MAX_LINE_CHARACTERS if separator else MAX_DOCUMENT_CHARACTERS
     buffer = ""
     for block in blocks:
         buffer += block
         if separator:
             *complete, buffer = buffer.split(separator)
             yield from complete
-        while len(buffer) > MAX_DOCUMENT_CHARACTERS + len(separator or ""):
-            end = buffer.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
+        while len(buffer) > most:
+            end = buffer.rfind("\n", 0, most) + 1 or most
             yield buffer[:end]
             buffer = buffer[end:]
     if buffer:
