@@ -205,9 +205,14 @@ def by_atheris(target: Any, outcome: Outcome, seed: int, cases: int) -> None:
         raise UserError("the engine atheris is not installed: pip install atheris") from None
     from fuzz_inputs import Bytes
 
+    started = time.monotonic()
+
     def run(data: bytes) -> None:
         run_case(target, Bytes(data), outcome, outcome.cases)
         if outcome.cases >= cases or outcome.failures:
+            outcome.seconds = time.monotonic() - started
+            for failure in outcome.failures:
+                failure["case"] = data.hex()
             print(json.dumps(vars(outcome)), flush=True)
             os._exit(0)
 
