@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recurrent_db.config import Config, config_from_json, to_dict
+from recurrent_db.config import MOST_INTEGER, Config, config_from_json, to_dict
 from recurrent_db.dist import sharded_like
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, new_file_mode
+from recurrent_db.files import check_links, file_digest, new_file_mode, read_json
 from recurrent_db.flops import Cost
 from recurrent_db.optim import EMA
 from recurrent_db.tokenizer import Tokenizer
@@ -97,11 +97,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors`'s result back, on the parameters' devices."""
+    """Put `optimizer_tensors`'s result back, on the parameters' devices. Raises `UserError` for what is not the model's."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        entry, name = key.split("/", 1)
-        parameter = parameters[name]
+        entry, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, ()) or not value.is_floating_point():
+            raise UserError(
+                f"the optimizer state {key!r} belongs to no parameter of this model, or to one of another shape"
+            )
         # Fused AdamW keeps its step counter on the parameter's device.
         value = value.to(parameter.device)
         if value.shape == parameter.shape:
@@ -240,7 +244,7 @@ def clean_leftovers(run_dir: Path) -> None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
@@ -260,7 +264,7 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} was altered (checksum)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
@@ -270,7 +274,7 @@ def fault(checkpoint: Path) -> str | None:
 def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of what decides a good checkpoint's answers: weights, configuration, tokenizer, the
     objective's state. Copies of a checkpoint have the same one."""
-    files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    files = read_json(checkpoint / MANIFEST)["files"]
     optimizer = ("optimizer.safetensors", "-00003-of-00003.safetensors")
     listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(optimizer))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
@@ -282,11 +286,12 @@ def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
     With ``fall_back`` a damaged newest checkpoint is passed over with a line on standard error.
 
     Raises:
-        UserError: when there is none, or the newest is damaged and ``fall_back`` is off.
+        UserError: when there is none, the newest is damaged and ``fall_back`` is off, or a link leads out of ``path``.
     """
     if not path.exists():
         raise UserError(f"no run directory or checkpoint {path}")
     candidates = [path] if (path / MANIFEST).exists() else list_checkpoints(path)[::-1]
+    check_links(path)
     if not candidates:
         raise UserError(f"{path} holds no checkpoint")
     for candidate in candidates:
@@ -308,7 +313,8 @@ class Checkpoint:
     path: Path
 
     def config(self) -> Config:
-        return config_from_json((self.path / "config.json").read_text(encoding="utf-8"), str(self.path / "config.json"))
+        text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
+        return config_from_json(text, str(self.path / "config.json"))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
@@ -325,7 +331,7 @@ class Checkpoint:
 
             return (averaged and sharded.read(self.path, "average")) or sharded.read(self.path, "weights")
         average = self.path / "ema.safetensors"
-        return load_file(average if averaged and average.exists() else self.path / "model.safetensors")
+        return _tensors(average if averaged and average.exists() else self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
         """`optimizer_tensors`'s result, whole, on the CPU."""
@@ -333,22 +339,40 @@ class Checkpoint:
             from recurrent_db import sharded
 
             return sharded.read(self.path, "optimizer")
-        return load_file(self.path / "optimizer.safetensors")
+        return _tensors(self.path / "optimizer.safetensors")
 
     def training(self) -> tuple[TrainState, dict[str, Any], int]:
-        """Counters, the objective's state, and how often the average was updated."""
-        values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return TrainState(**values["counters"]), values["objective"], values["ema_updates"]
+        """Counters, the objective's state, and how often the average was updated. Raises `UserError` for other content."""
+        source = self.path / "state.json"
+        try:
+            values = read_json(source)
+            state, objective, updates = TrainState(**values["counters"]), values["objective"], values["ema_updates"]
+            for name, value in {**vars(state), "ema_updates": updates}.items():
+                whole = isinstance(getattr(TrainState, name, 0), int)
+                if type(value) is not int and (whole or type(value) is not float):
+                    raise ValueError(f"{name} is no {'whole ' * whole}number")
+                if not 0 <= value <= (MOST_INTEGER if type(value) is int else sys.float_info.max):
+                    raise ValueError(f"{name} is out of range")
+            if not isinstance(objective, dict):
+                raise ValueError("objective is no table")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source} is not what training saves: {error}") from None
+        return state, objective, updates
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
-    """Copy weights into a model by name.
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises `UserError`."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
-    Parameters whose names start with one of ``allow_new`` may be absent on either side (then they keep their values, or
-    are left out).
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
+    """See that weights are a model's, which may be on the meta device. ``allow_new`` as of `load_weights`.
 
     Raises:
-        UserError: for a missing or unknown parameter or a shape that differs, naming the first.
+        UserError: for a missing or unknown parameter, a shape that differs or numbers that are none, naming the first.
     """
     parameters = dict(model.named_parameters())
     for name in parameters.keys() | weights.keys():
@@ -362,8 +386,19 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
             raise UserError(
                 f"{source}: {name} has shape {tuple(weights[name].shape)}, this model needs {tuple(parameters[name].shape)}"
             )
+        if not weights[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {weights[name].dtype}, not floating-point numbers")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
+    """Copy weights into a model by name.
+
+    Parameters whose names start with one of ``allow_new`` may be absent on either side (then they keep their values, or
+    are left out). Raises as `check_weights` does.
+    """
+    check_weights(model, weights, source, allow_new)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
             if name in weights:
                 parameter.copy_(sharded_like(weights[name], parameter))
 

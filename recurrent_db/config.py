@@ -322,6 +322,20 @@ class Config:
 # Reading and writing
 
 
+MOST_INTEGER = (1 << 63) - 1
+
+MOST: dict[str, dict[str, int]] = {
+    "model": {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 1 << 12, "n_prelude": 1024,
+              "n_core": 1024, "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16, "expected_depth": 1 << 20},
+    "objective.unrolled": {"mean_depth": 1 << 14, "depth_sigma": 2, "truncation": 1 << 20},
+    "data": {"batch_size": 1 << 24},
+    "eval": {"points": 1 << 20, "batch_size": 1 << 20, "draws": 1 << 20},
+    "run": {"threads": 1 << 12},
+}  # fmt: skip
+"""Largest values, far above any that is used: a configuration may come from a stranger, and is checked before anything is
+made of it."""
+
+
 def _suggest(key: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
@@ -348,6 +362,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return [_convert(item, choices[0], where) for item in value]
     if origin is dict and isinstance(value, dict):
         return {str(name): _convert(item, choices[1], where) for name, item in value.items()}
+    if isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise UserError(f"config key {where} is a whole number of more than 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -390,7 +406,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None
@@ -413,7 +429,7 @@ def config_from_json(text: str, source: str) -> Config:
     """The configuration saved beside a checkpoint. ``source`` names it in errors."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} does not hold a configuration")
@@ -455,6 +471,13 @@ def validate(config: Config) -> None:
             need(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}")
             need(value is None or math.isfinite(value), f"{prefix}.{name} must be finite, got {value}")
 
+    for section, most in MOST.items():
+        values: Any = config
+        for part in section.split("."):
+            values = getattr(values, part)
+        for name, largest in most.items():
+            value = getattr(values, name)
+            need(value <= largest, f"{section}.{name} must be at most {largest}, got {value}")
     positive(model, "model", "d_model", "n_heads", "n_core", "d_mlp", "max_seq_len", "d_condition", "expected_depth",
              "rope_base", "norm_eps")  # fmt: skip
     need(model.vocab_size >= 0, f"model.vocab_size must be 0 (the tokenizer's) or more, got {model.vocab_size}")

@@ -35,7 +35,7 @@ from recurrent_db.config import Config, load_config, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.dist import Team, job_identity, local, report_lost, restarted
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_links, write_atomic
 from recurrent_db.flops import step_cost
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
@@ -44,6 +44,7 @@ from recurrent_db.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Metrics, build_objective
+from recurrent_db.objectives import restore as restore_objective
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
@@ -70,6 +71,8 @@ def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | 
             raise UserError(f"run directory {run_dir} exists; continue it with --resume or replace it with --overwrite")
         if not (run_dir / "config.json").exists():
             raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
+    if resume and run_dir.exists():
+        check_links(run_dir)
     if resume and list_checkpoints(run_dir):
         return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
     return None
@@ -184,7 +187,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, ema)
         state, objective_state, ema_updates = checkpoint.training()
-        objective.load_state_dict(objective_state)
+        restore_objective(objective, objective_state, checkpoint.path)
         if ema is not None:
             ema.updates = ema_updates
     run_dir = team.decide(lambda: make_run_dir(config, overwrite))
