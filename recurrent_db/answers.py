@@ -60,6 +60,7 @@ class Answers:
                 isinstance(entry, dict)
                 and entry.keys() == {"owner", "asked", "answer"}
                 and entry["owner"] == self.owner
+                and isinstance(entry["asked"], str)
             ):
                 self.known[entry["asked"]] = entry["answer"]
 

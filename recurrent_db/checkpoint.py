@@ -3,6 +3,7 @@
 A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds everything that rebuilds the model (weights, averaged weights,
 configuration, tokenizer) and everything that continues training (optimizer state, counters, the objective's state). It
 is written into a hidden folder, flushed to disk and renamed; ``manifest.json`` lists the size and SHA-256 of each file.
+Several processes write shards in place of whole files of tensors: see `sharded`, which reads those too.
 Randomness has no state to save: see `rng`.
 """
 
@@ -22,15 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recurrent_db.config import Config, config_from_json, to_dict
+from recurrent_db.config import MOST_INTEGER, Config, config_from_json, to_dict
+from recurrent_db.dist import sharded_like
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, new_file_mode
+from recurrent_db.files import check_links, file_digest, new_file_mode, read_json
 from recurrent_db.flops import Cost
 from recurrent_db.optim import EMA
 from recurrent_db.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+WRITING = ".writing-"
+"""What the name of a folder starts with while a checkpoint is being written there."""
 
 
 @dataclass
@@ -93,13 +97,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors`'s result back, on the parameters' devices."""
+    """Put `optimizer_tensors`'s result back, on the parameters' devices. Raises `UserError` for what is not the model's."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        entry, name = key.split("/", 1)
-        parameter = parameters[name]
+        entry, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or value.shape not in (parameter.shape, ()) or not value.is_floating_point():
+            raise UserError(
+                f"the optimizer state {key!r} belongs to no parameter of this model, or to one of another shape"
+            )
         # Fused AdamW keeps its step counter on the parameter's device.
-        optimizer.state.setdefault(parameter, {})[entry] = value.to(parameter.device)
+        value = value.to(parameter.device)
+        if value.shape == parameter.shape:
+            value = sharded_like(value, parameter)
+        optimizer.state.setdefault(parameter, {})[entry] = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,44 +132,92 @@ def save_checkpoint(
     Raises:
         UserError: when the disk is full or the folder cannot be written; older checkpoints stay as they are.
     """
-    folder = run_dir / "checkpoints"
-    target = folder / f"step-{state.step:08d}"
-    if target.exists() and fault(target) is None:
-        return target
-    temporary = folder / f".writing-{target.name}"
+    temporary = begin(run_dir, state.step)
+    if temporary is None:
+        return run_dir / "checkpoints" / f"step-{state.step:08d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         save_file(dict(model.state_dict()), temporary / "model.safetensors")
         save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         if ema is not None:
             save_file(ema.shadow, temporary / "ema.safetensors")
-        (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
-        (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
-        training = {
-            "counters": vars(state),
-            "objective": objective_state,
-            "ema_updates": ema.updates if ema is not None else 0,
-        }
-        (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
-        files = sorted(p for p in temporary.iterdir())
-        listing = {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
-        manifest = {"format": FORMAT, "step": state.step, "tokenizer": tokenizer.hash, "files": listing}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*files, temporary / MANIFEST):
-            path.chmod(new_file_mode())  # safetensors makes private files
-            _fsync(path)
-        _fsync(temporary)
-        if target.exists():  # a damaged one, by the check above
-            target.rename(folder / f".deleting-{target.name}")
-        temporary.rename(target)
-        _fsync(folder)
-        shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
+        updates = ema.updates if ema is not None else 0
+        write_small_files(temporary, config, tokenizer, state, objective_state, updates)
+        return seal(run_dir, temporary, state.step, tokenizer, config.run.keep)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write checkpoint {target}: {reason}; earlier checkpoints are intact") from None
-    for old in list_checkpoints(run_dir)[: -config.run.keep]:
+        drop(temporary)
+        raise UserError(_cannot_write(run_dir, state.step, error)) from None
+
+
+def _cannot_write(run_dir: Path, step: int, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"cannot write checkpoint {run_dir}/checkpoints/step-{step:08d}: {reason}; earlier checkpoints are intact"
+
+
+def begin(run_dir: Path, step: int) -> Path | None:
+    """An empty folder to write a checkpoint into; None where a good one of this step is there. Raises `UserError`."""
+    target = run_dir / "checkpoints" / f"step-{step:08d}"
+    if target.exists() and fault(target) is None:
+        return None
+    temporary = target.with_name(WRITING + target.name)
+    drop(temporary)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(_cannot_write(run_dir, step, error)) from None
+    return temporary
+
+
+def drop(temporary: Path) -> None:
+    """Remove what was begun."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_small_files(
+    temporary: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    objective_state: dict[str, Any],
+    ema_updates: int,
+) -> None:
+    """Everything of a checkpoint that is no large tensor."""
+    (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
+    training = {"counters": vars(state), "objective": objective_state, "ema_updates": ema_updates}
+    (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
+
+
+def settle_file(path: Path) -> None:
+    """Give a written file ordinary permissions (safetensors makes private files) and see it onto the disk."""
+    path.chmod(new_file_mode())
+    _fsync(path)
+
+
+def seal(
+    run_dir: Path,
+    temporary: Path,
+    step: int,
+    tokenizer: Tokenizer,
+    keep: int,
+    settled: dict[str, dict[str, Any]] | None = None,
+) -> Path:
+    """Make a checkpoint of a folder in which all is written, and remove all but the newest ``keep``. ``settled`` are the
+    manifest's entries of files that were seen onto the disk already."""
+    folder, target = run_dir / "checkpoints", run_dir / "checkpoints" / f"step-{step:08d}"
+    settled = settled or {}
+    files = sorted(p for p in temporary.iterdir() if p.name not in settled)
+    listing = settled | {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+    manifest = {"format": FORMAT, "step": step, "tokenizer": tokenizer.hash, "files": dict(sorted(listing.items()))}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*files, temporary / MANIFEST):
+        settle_file(path)
+    _fsync(temporary)
+    if target.exists():  # a damaged one, see `begin`
+        target.rename(folder / f".deleting-{target.name}")
+    temporary.rename(target)
+    _fsync(folder)
+    shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
+    for old in list_checkpoints(run_dir)[:-keep]:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         doomed = old.with_name(f".deleting-{old.name}")
         old.rename(doomed)
@@ -185,11 +244,12 @@ def clean_leftovers(run_dir: Path) -> None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as it was written."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
-        for name in ("model.safetensors", "config.json", "tokenizer.model", "state.json"):
+        weights = () if any(name.startswith("shard-") for name in files) else ("model.safetensors",)
+        for name in (*weights, "config.json", "tokenizer.model", "state.json"):
             if name not in files:
                 return f"{name} is not listed"
         for name, entry in files.items():
@@ -204,7 +264,7 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} was altered (checksum)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
@@ -214,8 +274,9 @@ def fault(checkpoint: Path) -> str | None:
 def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of what decides a good checkpoint's answers: weights, configuration, tokenizer, the
     objective's state. Copies of a checkpoint have the same one."""
-    files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
-    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "optimizer.safetensors")
+    files = read_json(checkpoint / MANIFEST)["files"]
+    optimizer = ("optimizer.safetensors", "-00003-of-00003.safetensors")
+    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(optimizer))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -225,11 +286,12 @@ def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
     With ``fall_back`` a damaged newest checkpoint is passed over with a line on standard error.
 
     Raises:
-        UserError: when there is none, or the newest is damaged and ``fall_back`` is off.
+        UserError: when there is none, the newest is damaged and ``fall_back`` is off, or a link leads out of ``path``.
     """
     if not path.exists():
         raise UserError(f"no run directory or checkpoint {path}")
     candidates = [path] if (path / MANIFEST).exists() else list_checkpoints(path)[::-1]
+    check_links(path)
     if not candidates:
         raise UserError(f"{path} holds no checkpoint")
     for candidate in candidates:
@@ -251,33 +313,66 @@ class Checkpoint:
     path: Path
 
     def config(self) -> Config:
-        return config_from_json((self.path / "config.json").read_text(encoding="utf-8"), str(self.path / "config.json"))
+        text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
+        return config_from_json(text, str(self.path / "config.json"))
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
 
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes wrote it, each its part."""
+        return not (self.path / "model.safetensors").exists()
+
     def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """Parameters by name, on the CPU; with ``averaged`` their moving average where one was kept."""
+        """Parameters by name, whole, on the CPU; with ``averaged`` their moving average where one was kept."""
+        if self.sharded:
+            from recurrent_db import sharded
+
+            return (averaged and sharded.read(self.path, "average")) or sharded.read(self.path, "weights")
         average = self.path / "ema.safetensors"
-        return load_file(average if averaged and average.exists() else self.path / "model.safetensors")
+        return _tensors(average if averaged and average.exists() else self.path / "model.safetensors")
 
     def optimizer(self) -> dict[str, Tensor]:
-        return load_file(self.path / "optimizer.safetensors")
+        """`optimizer_tensors`'s result, whole, on the CPU."""
+        if self.sharded:
+            from recurrent_db import sharded
+
+            return sharded.read(self.path, "optimizer")
+        return _tensors(self.path / "optimizer.safetensors")
 
     def training(self) -> tuple[TrainState, dict[str, Any], int]:
-        """Counters, the objective's state, and how often the average was updated."""
-        values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return TrainState(**values["counters"]), values["objective"], values["ema_updates"]
+        """Counters, the objective's state, and how often the average was updated. Raises `UserError` for other content."""
+        source = self.path / "state.json"
+        try:
+            values = read_json(source)
+            state, objective, updates = TrainState(**values["counters"]), values["objective"], values["ema_updates"]
+            for name, value in {**vars(state), "ema_updates": updates}.items():
+                whole = isinstance(getattr(TrainState, name, 0), int)
+                if type(value) is not int and (whole or type(value) is not float):
+                    raise ValueError(f"{name} is no {'whole ' * whole}number")
+                if not 0 <= value <= (MOST_INTEGER if type(value) is int else sys.float_info.max):
+                    raise ValueError(f"{name} is out of range")
+            if not isinstance(objective, dict):
+                raise ValueError("objective is no table")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source} is not what training saves: {error}") from None
+        return state, objective, updates
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
-    """Copy weights into a model by name.
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises `UserError`."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 
-    Parameters whose names start with one of ``allow_new`` may be absent on either side (then they keep their values, or
-    are left out).
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
+    """See that weights are a model's, which may be on the meta device. ``allow_new`` as of `load_weights`.
 
     Raises:
-        UserError: for a missing or unknown parameter or a shape that differs, naming the first.
+        UserError: for a missing or unknown parameter, a shape that differs or numbers that are none, naming the first.
     """
     parameters = dict(model.named_parameters())
     for name in parameters.keys() | weights.keys():
@@ -291,7 +386,34 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
             raise UserError(
                 f"{source}: {name} has shape {tuple(weights[name].shape)}, this model needs {tuple(parameters[name].shape)}"
             )
+        if not weights[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {weights[name].dtype}, not floating-point numbers")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
+    """Copy weights into a model by name.
+
+    Parameters whose names start with one of ``allow_new`` may be absent on either side (then they keep their values, or
+    are left out). Raises as `check_weights` does.
+    """
+    check_weights(model, weights, source, allow_new)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in model.named_parameters():
             if name in weights:
-                parameter.copy_(weights[name])
+                parameter.copy_(sharded_like(weights[name], parameter))
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """Fill a model, its optimizer and its average from a checkpoint, sharded or not, whatever wrote it."""
+    if checkpoint.sharded:
+        from recurrent_db import sharded
+
+        sharded.restore(checkpoint, model, optimizer, ema)
+        return
+    load_weights(model, checkpoint.weights(), str(checkpoint.path))
+    load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
+    if ema is not None:
+        averaged = checkpoint.weights(averaged=True)
+        with torch.no_grad():
+            for name, shadow in ema.shadow.items():
+                shadow.copy_(sharded_like(averaged[name], shadow))

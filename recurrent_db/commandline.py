@@ -90,6 +90,18 @@ OTHERS_WAIT = 20.0
 """Seconds after which a process other than torchrun's first reports its own mistake."""
 
 
+MOST_LINE = 1000
+"""Characters of a mistake's line; what a message quotes of a file may be longer."""
+
+
+def one_line(message: str) -> str:
+    """A message as one line that only says something: white space folded, and what is not printable (control characters,
+    which could command a terminal, lone surrogates) as U+FFFD; of a long one the two ends."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message[: 1 << 20].split()))
+    half = MOST_LINE // 2 - 3
+    return line if len(line) <= MOST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
 def fail(message: str) -> NoReturn:
     """Print ``message`` as one line and leave with status 2.
 
@@ -100,7 +112,7 @@ def fail(message: str) -> NoReturn:
     if (rank := os.environ.get("RANK", "0")) != "0":
         time.sleep(OTHERS_WAIT)
         who = f"error (process {rank})"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{who}: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -290,6 +290,23 @@ class RunConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes, as torchrun starts them (docs/distributed.md)."""
+
+    mode: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """ddp: each process holds the whole model; fsdp: each holds its part of parameters, gradients and optimizer state
+    (FSDP2). auto is ddp for several processes and none for one."""
+    shard_size: int = 0
+    """fsdp: processes that share one copy of the model, 0 for all. With fewer, as many as a node has, parameters are
+    gathered within a node alone, and gradients averaged over nodes (HSDP)."""
+    async_checkpoints: bool = True
+    """Write checkpoints of several processes in the background, from a copy of the state, while training goes on."""
+    timeout: float = 600.0
+    """Seconds without progress after which the run ends with an error that names the process that the others wait for.
+    Evaluation is progress; one step, one compilation or one checkpoint must be shorter."""
+
+
+@dataclass
 class InitConfig:
     """Where the first weights come from."""
 
@@ -316,10 +333,25 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and writing
+
+
+MOST_INTEGER = (1 << 63) - 1
+
+MOST: dict[str, dict[str, int]] = {
+    "model": {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 1 << 12, "n_prelude": 1024,
+              "n_core": 1024, "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16, "expected_depth": 1 << 20},
+    "objective.unrolled": {"mean_depth": 1 << 14, "depth_sigma": 2, "truncation": 1 << 20},
+    "data": {"batch_size": 1 << 24},
+    "eval": {"points": 1 << 20, "batch_size": 1 << 20, "draws": 1 << 20},
+    "run": {"threads": 1 << 12},
+}  # fmt: skip
+"""Largest values, far above any that is used: a configuration may come from a stranger, and is checked before anything is
+made of it."""
 
 
 def _suggest(key: str, known: Sequence[str]) -> str:
@@ -348,6 +380,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return [_convert(item, choices[0], where) for item in value]
     if origin is dict and isinstance(value, dict):
         return {str(name): _convert(item, choices[1], where) for name, item in value.items()}
+    if isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise UserError(f"config key {where} is a whole number of more than 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -390,7 +424,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None
@@ -413,7 +447,7 @@ def config_from_json(text: str, source: str) -> Config:
     """The configuration saved beside a checkpoint. ``source`` names it in errors."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source} does not hold a configuration")
@@ -455,6 +489,13 @@ def validate(config: Config) -> None:
             need(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}")
             need(value is None or math.isfinite(value), f"{prefix}.{name} must be finite, got {value}")
 
+    for section, most in MOST.items():
+        values: Any = config
+        for part in section.split("."):
+            values = getattr(values, part)
+        for name, largest in most.items():
+            value = getattr(values, name)
+            need(value <= largest, f"{section}.{name} must be at most {largest}, got {value}")
     positive(model, "model", "d_model", "n_heads", "n_core", "d_mlp", "max_seq_len", "d_condition", "expected_depth",
              "rope_base", "norm_eps")  # fmt: skip
     need(model.vocab_size >= 0, f"model.vocab_size must be 0 (the tokenizer's) or more, got {model.vocab_size}")
@@ -527,3 +568,6 @@ def validate(config: Config) -> None:
     need(min(config.eval.k) >= 1, f"eval.k must be 1 or more, got {min(config.eval.k)}")
     positive(run, "run", "checkpoint_every", "keep", "log_every", "peak_flops")
     need(run.threads >= 0, f"run.threads must be 0 or more, got {run.threads}")
+    shard_size = config.parallel.shard_size
+    need(shard_size >= 0, f"parallel.shard_size must be 0 (all processes) or more, got {shard_size}")
+    positive(config.parallel, "parallel", "timeout")

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from recurrent_db.commandline import one_line
 from recurrent_db.errors import UserError
 
 BOLD, DIM, RED, GREEN, YELLOW, CYAN = "1", "2", "31", "32", "33", "36"
@@ -48,7 +49,7 @@ def remark(text: str) -> None:
 def complain(text: str) -> None:
     """One line about what was wrong."""
     sys.stdout.flush()
-    text = " ".join(text.split())
+    text = one_line(text)
     print(paint(text, RED) if is_terminal(sys.stderr) else text, file=sys.stderr, flush=True)
 
 

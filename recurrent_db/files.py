@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from recurrent_db.errors import UserError
 
@@ -16,6 +18,50 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+MOST_JSON_BYTES = 1 << 28
+"""Largest JSON file that is read."""
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file, which may be a stranger's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8, nested too deeply, or larger than `MOST_JSON_BYTES`.
+    """
+    with path.open("rb") as file:
+        raw = file.read(MOST_JSON_BYTES + 1)
+    if len(raw) > MOST_JSON_BYTES:
+        raise ValueError(f"larger than {MOST_JSON_BYTES >> 20} MiB")
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether ``path``, all links followed, lies in ``folder`` (all links followed) or is it. False for what is no path."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, not a path, links in a circle
+        return False
+
+
+def check_links(folder: Path) -> None:
+    """See that no symbolic link in ``folder`` leads out of it: a folder that came from a stranger must not make a command
+    read or write elsewhere. Links of Weights & Biases, in its own folder ``wandb``, are not followed by any command.
+
+    Raises:
+        UserError: naming the first such link.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files)):
+            path = Path(parent) / name
+            if path.is_symlink() and not is_inside(path, folder):
+                raise UserError(f"{path} is a link that leads out of {folder}; nothing there is read or written")
+        folders[:] = [name for name in folders if name != "wandb"]
 
 
 def new_file_mode() -> int:

@@ -31,7 +31,7 @@ from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.rows import LoopRows, Sampler, Stats
 from recurrent_db.samplers import Method
 from recurrent_db.sampling import Sampling
-from recurrent_db.tokenizer import Tokenizer
+from recurrent_db.tokenizer import Tokenizer, replace_surrogates
 
 _LOGITS_AT_ONCE = 1 << 26
 """Positions times vocabulary that a prompt is read by, since a walk's bridges read out at each: 256 MiB in fp32."""
@@ -252,7 +252,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, [stop.encode() for stop in stops if stop]
+        self._tokenizer, self._stops = tokenizer, [replace_surrogates(stop).encode() for stop in stops if stop]
         self._overlap = max(map(len, self._stops), default=1) - 1
         self.ids: list[int] = []
         """The tokens, with those that hold a stop string and without the end of the document."""

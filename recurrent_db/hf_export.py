@@ -24,7 +24,7 @@ from recurrent_db.denoise.noise import PiecewiseLogUniform
 from recurrent_db.errors import UserError
 from recurrent_db.files import new_file_mode
 from recurrent_db.hf_tokenizer import unwrap
-from recurrent_db.objectives import build_objective
+from recurrent_db.objectives import build_objective, restore
 from recurrent_db.recurrence import DenoiseWalk, PlainRecurrence
 from recurrent_db.tokenizer import Tokenizer
 
@@ -163,7 +163,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     checkpoint = Checkpoint(find_checkpoint(run))
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
     objective, objective_state = build_objective(config), checkpoint.training()[1]
-    objective.load_state_dict(objective_state)
+    restore(objective, objective_state, checkpoint.path)
     recurrence = objective.recurrence
     assert isinstance(recurrence, PlainRecurrence | DenoiseWalk)
     values = hf_config(config, recurrence, tokenizer, k, seed)

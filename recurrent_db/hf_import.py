@@ -37,13 +37,12 @@ from recurrent_db.hf_export import MODEL_TYPE, SHAPE
 from recurrent_db.hf_tokenizer import wrap
 from recurrent_db.model.layers import rope_table
 from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective
+from recurrent_db.objectives import build_objective, restore
 from recurrent_db.optim import build_optimizer
 from recurrent_db.tokenizer import Tokenizer, check_lossless
 
-MOST = {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 1 << 12, "n_prelude": 1024, "n_core": 1024,
-        "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16}  # fmt: skip
-"""Largest values that an imported configuration may have."""
+MOST_DIMENSIONS = 8
+"""Of a tensor that is read."""
 
 _MOST_BYTES = 1 << 28
 """Largest JSON file or tokenizer that is read."""
@@ -136,12 +135,6 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
     return config
 
 
-def _check_bounds(model: ModelConfig, source: str) -> None:
-    for name, most in MOST.items():
-        if getattr(model, name) > most:
-            raise UserError(f"{source}: {name} = {getattr(model, name)} is above {most}, the most that is imported")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
@@ -173,7 +166,7 @@ class Weights:
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"{index} has no weight_map")
             for file in listed.values():
-                if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
                     raise UserError(f"{index} names a file {str(file)[:80]!r}, which is no plain *.safetensors name")
             files = sorted(set(listed.values()))
         elif not (folder / files[0]).exists():
@@ -186,6 +179,8 @@ class Weights:
             for name, shape, dtype in self._header(folder / file):
                 if name in self.files:
                     raise UserError(f"{folder}: {name} is in {self.files[name].name} and in {file}")
+                if len(shape) > MOST_DIMENSIONS:
+                    raise UserError(f"{folder / file}: {name} has {len(shape)} dimensions")
                 if dtype not in ("F32", "BF16", "F16"):
                     raise UserError(f"{folder / file}: {name} is of type {dtype}; F32, BF16 or F16 is needed")
                 self.files[name], self.shapes[name] = folder / file, shape
@@ -339,15 +334,11 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
                 raise UserError(f"{said}, and run.config.model.{ours} {getattr(config.model, ours)!r}")
     else:
         raise UserError(f"{source}: model_type is {str(kind)[:80]!r}, which is neither {MODEL_TYPE} nor huginn_raven")
-    _check_bounds(config.model, source)
     tokenizer = read_tokenizer(folder, values)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{source}: {config.model.vocab_size} rows of embedding for {tokenizer.vocab_size} tokens")
     objective = build_objective(config)
-    try:
-        objective.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{source}: run.objective is not what the objective {config.objective.name} keeps") from None
+    restore(objective, state, source)
     model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     config.run.dir = str(run)

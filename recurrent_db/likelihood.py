@@ -13,6 +13,7 @@ Shapes: B sequences, T positions, V vocabulary, M draws.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +25,11 @@ from torch import Tensor
 from recurrent_db.data import Batch
 from recurrent_db.flops import inference_cost
 from recurrent_db.model.looped import LoopedLM
+from recurrent_db.processes import Processes
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
+
+ALONE = Processes()
 
 
 @dataclass
@@ -148,6 +152,7 @@ def score_draws(
     byte_lengths: np.ndarray,
     draws: Sequence[int],
     seed: int = 0,
+    processes: Processes = ALONE,
 ) -> dict[int, Scores]:
     """Score held-out batches at every K of ``ks`` and every number of draws M of ``draws``: {M: scores}.
 
@@ -155,6 +160,7 @@ def score_draws(
         byte_lengths: UTF-8 bytes of each token, int (V,); special tokens have none, their nats count all the same.
         draws: noise draws in the mixtures, nested; inference that uses no noise is scored once, under M = 1.
         seed: of the noise.
+        processes: that share the batches out, every one its `validation_batches`; all get the scores of all.
     """
     device = model.embedding.weight.device
     lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
@@ -180,8 +186,14 @@ def score_draws(
                     without[m, k] = without.get((m, k), torch.zeros(m)) + leave_one_out(log_p_MBT[:m])
     model.train(was_training)
     result: dict[int, Scores] = {}
-    for (m, k), parts in nlls.items():
-        per_sequence = torch.cat(parts)
+    n_bytes = sum(processes.merge([n_bytes]))
+    length = max(processes.merge([length]))
+    for m, k in itertools.product(sorted(wanted), ks):
+        mine = [nll for part in nlls.get((m, k), []) for nll in part.tolist()]
+        per_sequence = torch.tensor(processes.merge(mine), dtype=torch.float64)
+        if m > 1 and processes.world > 1:
+            parts = torch.tensor(processes.merge([without.get((m, k), torch.zeros(m)).tolist()]), dtype=torch.float64)
+            without[m, k] = parts.sum(0)
         n, nll = len(per_sequence), per_sequence.mean().item()
         tokens = n * length
         scores = result.setdefault(m, Scores({}, tokens, m))
@@ -202,7 +214,8 @@ def score(
     byte_lengths: np.ndarray,
     draws: int = 1,
     seed: int = 0,
+    processes: Processes = ALONE,
 ) -> Scores:
     """`score_draws` for one number of draws."""
-    [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed).values()
+    [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed, processes).values()
     return scores

@@ -91,6 +91,29 @@ def _truth(name: str, value: Any) -> bool:
     return str(value).lower() == "true"
 
 
+def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
+    """A request's options in the harness's terms, numbers as numbers. Raises `UserError`: they come from a task's file."""
+    try:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if options.get(name) is not None:
+                options[name] = float(options[name])
+        if options.get("top_k") is not None:
+            options["top_k"] = int(options["top_k"])
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"generation options of the task {given}: {error}") from None
+    if options["max_gen_toks"] < 0:
+        raise UserError(
+            f"generation options of the task: max_gen_toks must be 0 or more, got {options['max_gen_toks']}"
+        )
+    options["until"] = [stop for stop in options["until"] if stop is not None]
+    if not all(isinstance(stop, str) for stop in options["until"]):
+        raise UserError(
+            f"generation options of the task: until must be text or a list of texts, got {options['until']}"
+        )
+    return options
+
+
 def _refuse(unknown: dict[str, Any]) -> None:
     """Raise UserError for arguments that the model does not have."""
     unknown.pop("trust_remote_code", None)  # the harness adds it to every model's arguments; it is the tasks'
@@ -160,8 +183,8 @@ class RecurrentDBLM(TemplateLM):
         if dtype not in _DTYPES:
             raise UserError(f"model argument dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         self.dtype = dtype
-        self.sampler, self.exit = str(sampler), exit
-        method = Method.parse(self.sampler, exit)
+        self.sampler, self.exit = str(sampler), None if exit is None else str(exit)
+        method = Method.parse(self.sampler, self.exit)
         self._warned: set[tuple[Any, ...]] = set()
         self.processes = Processes.join()
         if self.processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
@@ -188,7 +211,7 @@ class RecurrentDBLM(TemplateLM):
             self.processes,
             autocast=self._autocast,
         )
-        self.cache = None if cache is None else Path(cache)
+        self.cache = None if cache is None else Path(str(cache))
         self._weights = content_hash(self.checkpoint)
         self.choose(self.k)
         if self.objective == "next_token" and self.k > 1:
@@ -373,7 +396,7 @@ class RecurrentDBLM(TemplateLM):
         asked: dict[tuple[str, str, int], tuple[str, dict[str, Any]]] = {}
         for request in requests:
             context, given = request.args
-            options = normalize_gen_kwargs(given)
+            options = _generation_options(given)
             content = (context, repr(sorted(given.items())))
             names.append((*content, repeats[content] if options["do_sample"] else 0))
             repeats[content] += 1

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from recurrent_db.checkpoint import Checkpoint, find_checkpoint, load_weights
+from recurrent_db.checkpoint import Checkpoint, check_weights, find_checkpoint, load_weights
 from recurrent_db.config import WALKS, Config, validate
 from recurrent_db.errors import UserError
 from recurrent_db.hardware import choose_device
 from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective
+from recurrent_db.objectives import build_objective, restore
 from recurrent_db.tokenizer import Tokenizer
 
 
@@ -36,10 +36,15 @@ def load_with_config(
         for name, value in chosen.items():
             setattr(config.objective.token, name, value)
         validate(config)
-    model = build_model(config.model, seed=None)
-    load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
+    weights, shape, source = checkpoint.weights(averaged), config.model, str(checkpoint.path)
+    # Before anything is allocated: a configuration may claim any size.
+    if shape.n_prelude + shape.n_core + shape.n_coda > len(weights):
+        raise UserError(f"{source}: its configuration has more blocks than its weights have tensors")
+    check_weights(build_model(shape, None, "meta"), weights, source)
+    model = build_model(shape, seed=None)
+    load_weights(model, weights, source)
     objective = build_objective(config)
-    objective.load_state_dict(checkpoint.training()[1])
+    restore(objective, checkpoint.training()[1], source)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.dist import local
 from recurrent_db.optim import EMA
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' elements."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of the tensors' elements, of sharded ones this process's."""
+    return sum(t.numel() * t.element_size() for t in map(local, tensors))
 
 
 class MemorySplit:
-    """Bytes by what holds them: parameters, gradients, optimizer, weight average, activations.
+    """Bytes by what holds them in this process: parameters, gradients, optimizer, weight average, activations.
 
     Activations are what the forward pass of a micro-batch leaves alive for its backward. On CUDA that is the
     allocator's difference; on the CPU the sum over autograd's saved tensors, each storage once and parameters not
@@ -28,7 +29,7 @@ class MemorySplit:
         self.model = model
         self.activations: dict[int, int] = {}
         """Bytes by the number of backpropagated iterations, which alone changes them from step to step."""
-        self._own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
         self._constant: dict[str, int] = {}
 
     @contextmanager
@@ -45,7 +46,9 @@ class MemorySplit:
 
             def pack(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._own:
+                # Parameters that are gathered for the pass are other tensors than the shards.
+                parameter = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+                if storage.data_ptr() not in self._own and not parameter:
                     saved[storage.data_ptr()] = storage.nbytes()
                 return tensor
 

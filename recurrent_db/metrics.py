@@ -39,11 +39,11 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 rows.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             break
     write_atomic(path, "".join(rows))
 
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return rows
 
@@ -95,7 +95,8 @@ class WandbLog:
         try:
             yield
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals never raise in the trainer
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            said = f"{type(error).__name__}: {error}".replace(os.environ.get("WANDB_API_KEY") or "\0", "(the key)")
+            reason = " ".join(said.split())[:200]
             print(f"warning: no more wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
             self.run = None
             with suppress(BaseException):  # or it would try again, and complain again, when the process ends
@@ -166,7 +167,7 @@ class StepClock:
 class MetricLog:
     """One row for each optimizer step. Rows may hold device tensors; they are read when flushed, not before.
 
-    It belongs to the run directory's only process (the trainer refuses to be several).
+    It belongs to the run directory's first process; the others have a `NoLog`.
     """
 
     def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
@@ -196,3 +197,16 @@ class MetricLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.close()
+
+
+class NoLog:
+    """The `MetricLog` of a process that writes nothing."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        pass
+
+    def flush(self) -> dict[str, Any] | None:
+        return None
+
+    def close(self) -> None:
+        pass

@@ -121,9 +121,13 @@ def _sentencepiece(model_bytes: bytes, name: str) -> Pieces:
 
     token_bytes: list[bytes] = []
     byte_ids: dict[int, int] = {}
+    try:
+        spelled = [model.id_to_piece(i) for i in range(size)]
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: not a sentencepiece model, or a damaged one (a piece is not UTF-8)") from None
     for i in range(size):
         if model.is_byte(i):
-            match = _BYTE_PIECE.fullmatch(model.id_to_piece(i))
+            match = _BYTE_PIECE.fullmatch(spelled[i])
             if match is None:
                 raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
             byte_ids[int(match[1], 16)] = i
@@ -131,7 +135,7 @@ def _sentencepiece(model_bytes: bytes, name: str) -> Pieces:
         elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
             token_bytes.append(b"")
         else:
-            token_bytes.append(model.id_to_piece(i).replace(SPACE_MARK, " ").encode())
+            token_bytes.append(spelled[i].replace(SPACE_MARK, " ").encode())
     if len(byte_ids) != 256:
         raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
     if model.piece_to_id(SPACE_MARK) == model.unk_id():

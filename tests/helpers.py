@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -138,3 +140,19 @@ def synthetic_data(folder: Path, tokens: int = 20_000, seed: int = 1) -> Path:
                 writer.add(split, "default", f"{split}-{start}", tokenizer.decode_bytes(part), part)
         writer.commit()
     return folder
+
+
+def browse(html: str, folder: Path) -> tuple[str, bool, bool]:
+    """Open a page in headless Chromium: the document as parsed, whether it wrote to the console, whether it fetched."""
+    folder.mkdir()
+    (folder / "page.html").write_text(html, encoding="utf-8")
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}", "--enable-logging=stderr",
+        "--virtual-time-budget=1000", "--dump-dom", (folder / "page.html").as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    # Requests of a page that was opened from a file have the opaque origin; the browser's own have none.
+    requests = re.findall(r'"initiator":\s*"(.*?)"', (folder / "net.json").read_text(errors="replace"))
+    return result.stdout, ":CONSOLE" in result.stderr, "null" in requests

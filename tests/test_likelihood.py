@@ -44,7 +44,7 @@ CASES = {
 
 def model_of(case: str) -> LoopedLM:
     options = [f"--objective.token.{name}={value}" for name, value in CASES[case].items()]
-    name = case if case in (*OBJECTIVES, "denoise-paper") else "denoise"
+    name = case if case in (*OBJECTIVES, "denoise-paper") else "denoise-token"
     return micro_model(micro_config("--objective.name", name, *options))[0]
 
 
@@ -77,7 +77,7 @@ def test_starting_from_the_answer_is_caught_by_the_same_test(
     conditioning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leak that the test above is there for: z made from y on purpose."""
-    model, inputs, i = model_of("denoise" if conditioning == "inject" else conditioning), tokens(), 6
+    model, inputs, i = model_of("denoise-token" if conditioning == "inject" else conditioning), tokens(), 6
     changed = inputs.clone()
     changed[:, i + 1] = (changed[:, i + 1] + 7) % 61
     found = []

@@ -147,7 +147,7 @@ next(ahead)
 
 def train(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, thread: bool) -> int:
     script = load_script("train/pretrain.py")
-    monkeypatch.setattr(script, "prefetch", lambda *arguments: prefetch(*arguments, thread=thread))
+    monkeypatch.setattr(script, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
     words = ["--data.path", data, "--run.dir", run, "--budget.steps", 6, "--data.micro_batch_size", 3]
     return int(script.train(load_config(None, [*MICRO, *map(str, words)])))
 

@@ -263,7 +263,7 @@ def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_pa
     order = play(quality, lambda run: curve[run.budget] + run.rate - (run.arm == "denoise-token") * 0.1)
     flat = [run.budget for run in order if run.arm == "next_token" and run.seed == 0]
     assert sorted(set(flat)) == ladder[:4] and len(flat) == 8
-    others = [run.budget for run in order if run.arm == "denoise" and run.seed == 0]
+    others = [run.budget for run in order if run.arm == "denoise-token" and run.seed == 0]
     assert set(others) == {ladder[3]}  # the flat arm's best
     assert all(run.limit == 4096 and "-data4096" in run.name for run in order)
     assert [(run.arm, run.budget, run.rate) for run in order if run.seed == 1] == [

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> Non
     assert {*keys.split(), *CUMULATIVE} <= written[0].keys()
     assert written[-1]["flops"] == written[-1]["flops_forward"] + written[-1]["flops_backward"]
     assert written[-1]["eval/nll_k1"] > 0
-    assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise"
+    assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise-token"
     environment = json.loads((run / "environment.json").read_text())
     assert {"python", "packages", "device", "git_commit", "command"} <= environment.keys()
     assert [p.name for p in list_checkpoints(run)] == ["step-00000008", "step-00000012"]  # the last two are kept
@@ -479,12 +479,12 @@ def test_a_validation_split_too_short_is_found_before_training(script_here: Run,
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(
+def test_several_processes_without_their_launcher_are_refused(
     script_here: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would write one run directory at once."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "one process" in complain(script_here, *words(data, tmp_path / "run", "--budget.steps", 2))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "started by torchrun" in complain(script_here, *words(data, tmp_path / "run", "--budget.steps", 2))
 
 
 def test_a_name_too_long_is_one_line(script_here: Run, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Pretrain a looped language model: python train/pretrain.py CONFIG.toml [--dotted.key value ...]
 
+With torchrun in place of python, on several processes (docs/distributed.md): `team` is what they have in common.
+
 Read it from top to bottom: set-up, then one loop. What varies between ways of training is the objective (a file in
 recurrent_db/objectives); this script knows none of them by name. Everything random is a function of (seed, step, sample),
 so a resumed run equals an uninterrupted one bit for bit.
@@ -10,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shutil
 import signal
 import sys
@@ -25,27 +26,37 @@ from recurrent_db.checkpoint import (
     clean_leftovers,
     find_checkpoint,
     list_checkpoints,
-    load_optimizer_tensors,
     load_weights,
+    restore,
     save_checkpoint,
 )
 from recurrent_db.commandline import guard
 from recurrent_db.config import WALKS, Config, load_config, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
+from recurrent_db.dist import Team, job_identity, local, report_lost, restarted
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_links, write_atomic
 from recurrent_db.flops import step_cost
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
-from recurrent_db.metrics import MetricLog, StepClock
+from recurrent_db.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Metrics, build_objective
+from recurrent_db.objectives import restore as restore_objective
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
 from recurrent_db.tokenizer import Tokenizer
+
+
+def after_restart(config: Config, resume: str, overwrite: bool) -> tuple[str, bool]:
+    """How to begin: as asked for, but what this very job had begun before torchrun restarted it is continued."""
+    with contextlib.suppress(OSError, ValueError):
+        if restarted() and json.loads((Path(config.run.dir) / "job.json").read_text()) == job_identity():
+            return "last-good", False
+    return resume, overwrite
 
 
 def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | None:
@@ -60,6 +71,8 @@ def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | 
             raise UserError(f"run directory {run_dir} exists; continue it with --resume or replace it with --overwrite")
         if not (run_dir / "config.json").exists():
             raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
+    if resume and run_dir.exists():
+        check_links(run_dir)
     if resume and list_checkpoints(run_dir):
         return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
     return None
@@ -74,13 +87,15 @@ def make_run_dir(config: Config, overwrite: bool) -> Path:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         clean_leftovers(run_dir)
         write_atomic(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
+        if (job := job_identity()) is not None:
+            write_atomic(run_dir / "job.json", json.dumps(job))
     except OSError as error:
         raise UserError(f"cannot write run directory {run_dir}: {error.strerror}") from None
     return run_dir
 
 
-def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Refuse to continue with another model, objective or tokenizer; say what else differs."""
+def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """Refuse to continue with another model, objective or tokenizer. Returns lines that say what else differs."""
     before, now = to_dict(checkpoint.config()), to_dict(config)
     for section in ("model", "objective", "seed"):
         if before[section] != now[section]:
@@ -94,29 +109,32 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
     if before["optim"]["name"] != now["optim"]["name"]:  # their states have nothing in common
         old, new = before["optim"]["name"], now["optim"]["name"]
         raise UserError(f"cannot resume {config.run.dir}: optim.name was {old} and is now {new}")
-    for section in ("data", "optim", "schedule", "budget"):
-        for key, value in now[section].items():
-            if before[section][key] != value:
-                print(f"note: resuming with {section}.{key} = {value} (was {before[section][key]})", file=sys.stderr)
+    return [
+        f"note: resuming with {section}.{key} = {value} (was {before[section][key]})"
+        for section in ("data", "optim", "schedule", "budget")
+        for key, value in now[section].items()
+        if before[section][key] != value
+    ]
 
 
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # Set-up: device, data, model, objective, optimizer
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this trainer runs in one process: start it with python, not with torchrun on several")
     if not config.data.path:
         raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
     if all(limit is None for limit in vars(config.budget).values()):
         raise UserError("no budget is set: give --budget.flops, --budget.tokens, --budget.steps or --budget.seconds")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = choose_device(config.run.device)
+    team = Team.join(config.parallel, choose_device(config.run.device))
+    device = team.device
+    say = functools.partial(print, file=sys.stderr) if team.first else lambda *lines: None
     bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     length, batch_size = config.data.sequence_length, config.data.batch_size
-    micro_batch_size = config.data.micro_batch_size or batch_size
+    share = team.share(batch_size)
+    micro_batch_size = min(config.data.micro_batch_size or share, share)
     data = open_data(config.data.path, "train", verify=config.data.verify)
     tokenizer = load_tokenizer(config.data.path)
     loader = Loader(data, length, batch_size, config.seed, config.data.mixture or None)
@@ -134,7 +152,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     if config.eval.points:  # found out now, and not at the first evaluation
         next(validation_batches(validation, length, 1, length))
-    checkpoint = check_run_dir(config, resume, overwrite)
+    resume, overwrite = team.decide(lambda: after_restart(config, resume, overwrite))
+    checkpoint = team.decide(lambda: check_run_dir(config, resume, overwrite))
     need = Need(
         device=device,
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
@@ -149,31 +168,28 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     model.core.checkpointing = config.run.activation_checkpointing
     if config.run.compile:
         model.compile_parts()
-    optimizer = build_optimizer(model, config.optim)
-    ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    state = TrainState()
+    state, notes = TrainState(), []
 
     # -----------------------------------------------------------------------------------------------------------------
     # Continue a run, start from another's weights, or start afresh
     if checkpoint is not None:
-        check_resumable(config, checkpoint, tokenizer)
-        load_weights(model, checkpoint.weights(), str(checkpoint.path))
-        load_optimizer_tensors(model, optimizer, checkpoint.optimizer())
-        state, objective_state, ema_updates = checkpoint.training()
-        objective.load_state_dict(objective_state)
-        if ema is not None:
-            averaged = checkpoint.weights(averaged=True)
-            ema.shadow = {name: value.to(device) for name, value in averaged.items()}
-            ema.updates = ema_updates
+        notes = check_resumable(config, checkpoint, tokenizer)
     elif config.init.from_:
         source = Checkpoint(find_checkpoint(Path(config.init.from_)))
         if source.tokenizer().hash != tokenizer.hash:
             raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
         # A model that starts to be conditioned on noise keeps its own zero-initialised conditioning.
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
+    team.wrap(model, config, bfloat16)
+    optimizer = build_optimizer(model, config.optim)
+    ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    if checkpoint is not None:
+        restore(checkpoint, model, optimizer, ema)
+        state, objective_state, ema_updates = checkpoint.training()
+        restore_objective(objective, objective_state, checkpoint.path)
         if ema is not None:
-            ema = EMA(model, config.optim.ema_decay)
-    run_dir = make_run_dir(config, overwrite)
+            ema.updates = ema_updates
+    run_dir = team.decide(lambda: make_run_dir(config, overwrite))
     peak = peak_flops(device, config.run.peak_flops)
     peak_line = (
         f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
@@ -181,24 +197,28 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     if config.run.peak_flops is None:
         peak_line += ", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops"
     described = {**environment(device), "peak_flops": peak, "peak_note": peak_line}
-    write_atomic(run_dir / "environment.json", json.dumps(described, indent=1))
+    if team.first:
+        write_atomic(run_dir / "environment.json", json.dumps(described, indent=1))
 
     counts = model.parameter_counts()
     memory, update = MemorySplit(model), sum(update_flops(model, config.optim).values())
     cost_of = functools.cache(lambda passes: step_cost(config, passes))
     update_clock = UpdateClock(device)
+    with team.whole(model):
+        description = objective.describe(model)
     for line in (
-        f"{config.objective.name} on {device}: {counts['total']:,} parameters"
+        *notes,
+        f"{config.objective.name} on {team}: {counts['total']:,} parameters"
         f" ({counts['total'] - counts['embedding']:,} without the embedding)"
         f" + {counts['noise_conditioning']:,} for noise conditioning",
         f"{data.tokens:,} training tokens, {length * batch_size:,} a step; run directory {run_dir}",
         attention_line,
         peak_line,
-        *objective.describe(model),
+        *description,
         *([f"resuming at step {state.step}"] if checkpoint is not None else []),
         *([f"no checkpoint in {run_dir}: starting afresh"] if resume and checkpoint is None else []),
     ):
-        print(line, file=sys.stderr)
+        say(line)
 
     def progress_after(flops: float, tokens: float, steps: float, seconds: float = 0.0) -> float:
         """Share of the budget that is spent when this much comes on top."""
@@ -208,13 +228,19 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     def evaluate() -> dict[str, float]:
         """Held-out scores, with the averaged weights where there are any."""
-        batches = validation_batches(validation, length, config.eval.batch_size, config.eval.tokens)
+        team.beat("evaluating")
+        batches = validation_batches(
+            validation, length, config.eval.batch_size, config.eval.tokens, team.rank, team.world
+        )
         if ema is not None:
             ema.swap(model)
         model.recurrence = objective.recurrence  # what the objective has learned by now is part of it
         model.eval()
-        with autocast:
-            scores = score(model, batches, config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed)
+        with autocast, team.whole(model):
+            scores = score(
+                model, team.beating(batches), config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed,
+                team.processes,
+            )  # fmt: skip
         model.train()
         if ema is not None:
             ema.swap(model)
@@ -231,21 +257,27 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         return f", update {update_clock.update_seconds / update_clock.step_seconds:.1%} of the time"
 
     def save() -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-            print(f"warning: weights are not finite at step {state.step}: no checkpoint is written", file=sys.stderr)
+        if not team.all(all(bool(torch.isfinite(local(p)).all()) for p in model.parameters())):
+            say(f"warning: weights are not finite at step {state.step}: no checkpoint is written")
             return
+        team.beat("writing a checkpoint")
         log.flush()
-        save_checkpoint(run_dir, config, tokenizer, model, optimizer, ema, state, objective.state_dict())
+        if saver is not None:
+            saver.save(model, optimizer, ema, state, objective.state_dict())
+        else:
+            save_checkpoint(run_dir, config, tokenizer, model, optimizer, ema, state, objective.state_dict())
 
     def settle() -> None:
         """Wait for the device, and bring the counters that it holds up to date."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         clock.settle(state)
+        if config.budget.seconds:  # it decides when to stop, so all go by one clock
+            state.seconds = team.decide(lambda: state.seconds)
         state.skipped, state.skipped_in_a_row = skips.tolist()
 
-    # SIGINT and SIGTERM end the run after the step in flight, with a checkpoint.
-    stop_signal = 0
+    # SIGINT and SIGTERM to any process end the run after the step in flight, with a checkpoint.
+    stop_signal = stopping = 0
 
     def request_stop(number: int, frame: object) -> None:
         nonlocal stop_signal
@@ -256,17 +288,26 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
-    log, clock = MetricLog(run_dir, config, state.step), StepClock(peak, EnergyMeter(device))
+    log = MetricLog(run_dir, config, state.step) if team.first else NoLog()
+    clock = StepClock(peak and peak * team.world, EnergyMeter(device))
+    saver = team.saver(run_dir, config, tokenizer)
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
-    bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=None, bar_format=layout)
+    silent = None if team.first else True
+    bar = tqdm(total=100, initial=round(100 * min(progress, 1)), disable=silent, bar_format=layout)
     if progress >= 1:
-        print(f"nothing to do: at step {state.step} the budget is spent", file=sys.stderr)
-    batches = prefetch(loader, state.step, micro_batch_size, device)
+        say(f"nothing to do: at step {state.step} the budget is spent")
+    batches = prefetch(loader, state.step, micro_batch_size, device, rank=team.rank, world=team.world)
     model.train()
+    if team.mode == "ddp":
+        sample = next(loader.micro_batches(0, micro_batch_size, team.rank, team.world)).to(device)
+        with autocast:
+            team.rehearse(model, functools.partial(objective, model, sample, Rng(config.seed, 0), 0.0))
+        objective.after_step(torch.zeros((), dtype=torch.bool), team.sum)  # it learns nothing from that
     # Skipped steps in all and in a row. They live on the device: a step makes the host wait for nothing.
     skips = torch.tensor([state.skipped, state.skipped_in_a_row], device=device)
-    while progress < 1 and not stop_signal:
+    while progress < 1 and not stopping:
+        team.beat(f"at step {state.step + 1}")
         clock.start()
         update_clock.mark()
         rng = Rng(config.seed, state.step)
@@ -278,20 +319,24 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * scale
 
-        # Forward and backward, micro-batch by micro-batch; each weighs as many tokens as it has.
-        loss = torch.zeros((), device=device)
-        metrics: Metrics = {}
+        # Forward and backward, micro-batch by micro-batch; each weighs as many of the batch's sequences as it has.
+        metrics: Metrics = {"loss": torch.zeros((), device=device)}
+        left = share
         for micro in next(batches):
-            share = len(micro.tokens_BT) / batch_size
-            with autocast, memory.forward(device, passes.core_grad):
-                micro_loss, micro_metrics = objective(model, micro, rng, progress)
-            (micro_loss * share).backward()
-            loss += micro_loss.detach() * share
-            for name, value in micro_metrics.items():
-                value = value if value.ndim else value * share
+            left -= len(micro)
+            weight = len(micro) / batch_size
+            forward = functools.partial(objective, model, micro, rng, progress)
+            with team.micro_batch(model, last=not left):
+                with autocast, memory.forward(device, passes.core_grad):
+                    micro_loss, micro_metrics = team.forward(forward)
+                team.backward(micro_loss * weight)
+            for name, value in {"loss": micro_loss.detach(), **micro_metrics}.items():
+                value = value if value.ndim else value * weight
                 metrics[name] = metrics[name] + value if name in metrics else value
+        metrics = team.sum_all(metrics)
+        loss = metrics.pop("loss")
         update_clock.mark()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        grad_norm = team.clip(model, config.optim.clip_norm)
 
         # A step whose loss or gradient is not finite changes nothing but the counters.
         skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
@@ -300,7 +345,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             ema.update(model, skip)
         optimizer.zero_grad(set_to_none=True)
         update_clock.mark()
-        objective.after_step(~skip, lambda tensor: tensor)  # one process: nothing to sum over
+        objective.after_step(~skip, team.sum)
         skips = torch.stack((skips[0] + skip, (skips[1] + 1) * skip))
 
         state.step += 1
@@ -355,20 +400,23 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             )
         if saving:
             save()
+        stopping = team.largest(stop_signal)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end
     bar.close()
     settle()
     save()
+    if saver is not None:
+        saver.finish()
     log.close()
-    if stop_signal:
-        print(f"stopped by signal {stop_signal} at step {state.step}; continue with --resume", file=sys.stderr)
-        return 130 if stop_signal == signal.SIGINT else 0
+    team.leave()
+    if stopping:
+        say(f"stopped by signal {stopping} at step {state.step}; continue with --resume")
+        return 130 if stopping == signal.SIGINT else 0
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
-    print(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}{share_of_update()}; {run_dir}",
-        file=sys.stderr,
+    say(
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}{share_of_update()}; {run_dir}"
     )
     return 0
 
@@ -390,4 +438,4 @@ def arguments(given: list[str]) -> tuple[Config, str, bool]:
 
 
 if __name__ == "__main__":
-    guard(lambda: train(*arguments(sys.argv[1:])))
+    guard(lambda: report_lost(lambda: train(*arguments(sys.argv[1:]))))

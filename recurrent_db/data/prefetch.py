@@ -16,9 +16,16 @@ STEPS_AHEAD = 2
 
 
 def prefetch(
-    loader: Loader, first_step: int, micro_batch_size: int, device: torch.device, thread: bool | None = None
+    loader: Loader,
+    first_step: int,
+    micro_batch_size: int,
+    device: torch.device,
+    thread: bool | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Iterable[Batch]]:
-    """For every optimizer step from ``first_step`` on, its micro-batches on ``device``: those of `Loader.micro_batches`.
+    """For every optimizer step from ``first_step`` on, its micro-batches on ``device``: those of `Loader.micro_batches` for
+    the ``rank``-th of ``world`` processes.
 
     With a thread the next `STEPS_AHEAD` steps are prepared in the background; for a CUDA device in pinned memory, from
     which the copy does not wait. The default takes one where batches go to another device: on the CPU gathering costs
@@ -30,10 +37,10 @@ def prefetch(
         thread = device.type != "cpu"
     if not thread:
         for step in itertools.count(first_step):
-            yield (micro.to(device) for micro in loader.micro_batches(step, micro_batch_size))
+            yield (micro.to(device) for micro in loader.micro_batches(step, micro_batch_size, rank, world))
 
     def prepare(step: int) -> list[Batch]:
-        batches = list(loader.micro_batches(step, micro_batch_size))
+        batches = list(loader.micro_batches(step, micro_batch_size, rank, world))
         return [micro.pin() for micro in batches] if device.type == "cuda" else batches
 
     with ThreadPoolExecutor(1, "prefetch") as pool:

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest
+from recurrent_db.files import file_digest, is_inside, read_json
 from recurrent_db.tokenizer import Tokenizer
 
 FORMAT = "recurrent_db.tokens"
@@ -334,12 +334,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(directory) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except OSError as error:
         if not Path(directory).is_dir():
             raise UserError(f"{directory}: no such data directory; make one with train/prepare_data.py") from None
         raise UserError(f"{path}: {error.strerror or error}; was this made by train/prepare_data.py?") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"{path}: damaged: not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of token shards")
@@ -383,16 +383,33 @@ def _problem(manifest: dict[str, Any]) -> str | None:
 
 def _inside(directory: Path, name: str) -> Path:
     """``directory / name``, refused when it lies elsewhere: a manifest may come from a stranger."""
-    root = directory.resolve()
-    path = (root / name).resolve()
-    if "\x00" in name or Path(name).is_absolute() or ".." in Path(name).parts or not path.is_relative_to(root):
-        raise UserError(f"{directory / MANIFEST}: file name {name!r} points outside the data directory")
-    return path
+    outside = Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(directory / name, directory)
+    if outside or not name.isprintable():
+        raise UserError(f"{directory / MANIFEST}: file name {name[:200]!r} points outside the data directory")
+    return (directory / name).resolve()
 
 
 def _check_sum(path: Path, expected: str) -> None:
     if file_digest(path) != expected:
         raise UserError(f"{path}: damaged: its SHA-256 is not the manifest's; prepare the data again")
+
+
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)(\{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n)", re.DOTALL
+)
+
+
+def _open_offsets(path: Path) -> np.ndarray | None:
+    """A file of offsets as `_SourceWriter` makes it, memory-mapped, int64 and not empty; None for any other. NumPy's own
+    reader takes much more: archives, headers that are parsed as Python, sizes that no file has."""
+    with path.open("rb") as file:
+        match = _NPY_HEADER.match(file.read(256))
+    if match is None or int.from_bytes(match[1], "little") != len(match[2]):
+        return None
+    count = int(match[3])
+    if not count or path.stat().st_size != match.end() + 8 * count:
+        return None
+    return np.memmap(path, dtype="<i8", mode="r", offset=match.end(), shape=(count,))
 
 
 def _open_shard(
@@ -409,12 +426,13 @@ def _open_shard(
             _check_sum(path, shard["sha256"])
             _check_sum(offsets_path, shard["offsets_sha256"])
         tokens = np.memmap(path, dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)
-        offsets = np.load(offsets_path, mmap_mode="r", allow_pickle=False)
+        offsets = _open_offsets(offsets_path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
-    except (ValueError, EOFError):
-        raise UserError(f"{offsets_path}: damaged: not an array of offsets; prepare the data again") from None
-    if offsets.dtype != np.int64 or offsets.shape != (shard["documents"] + 1,) or offsets[-1] != shard["tokens"]:
+    if offsets is None:
+        raise UserError(f"{offsets_path}: damaged: not an array of offsets; prepare the data again")
+    fits = len(offsets) == shard["documents"] + 1 and offsets[0] == 0 and offsets[-1] == shard["tokens"]
+    if not fits or (verify and bool((np.diff(offsets) < 0).any())):
         raise UserError(f"{offsets_path}: damaged: it does not fit its shard; prepare the data again")
     if verify and len(tokens) and int(tokens.max()) >= vocab_size:
         raise UserError(f"{path}: damaged: token id {int(tokens.max())} outside the vocabulary of {vocab_size}")

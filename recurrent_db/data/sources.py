@@ -4,7 +4,8 @@ A source is written ``stdlib``, a FILE, a DIR or ``hf:NAME[:CONFIG[:SPLIT]]``, o
 weighting it in a mixture: ``code=stdlib``, ``web=crawl/``.
 
 - Text (.txt .md .rst .py, and any other file named explicitly): one document per file, or cut at a separator.
-- .jsonl .ndjson: one document per line, the text under a key. .json and .parquet likewise, through `datasets`.
+- .jsonl .ndjson: one document per line, the text under a key. .json: such lines, or one list of such objects, of at most
+  256 Mi characters. .parquet: through `datasets`.
 - Each of these also as .gz or .zst, except parquet. A folder is read recursively in order of path; hidden files, and
   files of other kinds, are left out.
 
@@ -41,6 +42,13 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 MAX_DOCUMENT_CHARACTERS = 4 << 20
 """A longer text is cut at a line end into several documents, so that a file of any size streams."""
+
+MAX_LINE_CHARACTERS = 64 << 20
+"""A longer line of JSON is refused, and a longer text without a separator cut: no file, nor what a small one unpacks to,
+fills the memory."""
+
+MAX_TABLE_CHARACTERS = 1 << 28
+"""A larger list in one .json file is refused; lines, and parquet, stream."""
 
 FEW_DOCUMENTS = 64
 """A source of fewer documents is not split by document: the end of each document is held out instead."""
@@ -176,20 +184,40 @@ def _text_blocks(path: Path, report: ReadReport) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
-    """Join ``blocks`` and cut them at ``separator``; without one, into parts that bound the memory."""
+    """Join ``blocks`` and cut them at ``separator``; without one, or where none comes for long, into parts that bound the
+    memory."""
+    most = MAX_LINE_CHARACTERS if separator else MAX_DOCUMENT_CHARACTERS
     buffer = ""
     for block in blocks:
         buffer += block
         if separator:
             *complete, buffer = buffer.split(separator)
             yield from complete
-        else:
-            while len(buffer) > MAX_DOCUMENT_CHARACTERS:
-                end = buffer.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
-                yield buffer[:end]
-                buffer = buffer[end:]
+        while len(buffer) > most:
+            end = buffer.rfind("\n", 0, most) + 1 or most
+            yield buffer[:end]
+            buffer = buffer[end:]
     if buffer:
         yield buffer
+
+
+def _lines(path: Path, report: ReadReport) -> Iterator[str]:
+    """The lines of a file. Raises `UserError` for one that is longer than `MAX_LINE_CHARACTERS`."""
+    held: list[str] = []
+    size = number = 0
+    for block in _text_blocks(path, report):
+        first, *others = block.split("\n")
+        held.append(first)
+        size += len(first)
+        if size > MAX_LINE_CHARACTERS:
+            raise UserError(f"{path}:{number + 1}: a line of more than {MAX_LINE_CHARACTERS >> 20} Mi characters")
+        if others:
+            yield "".join(held)
+            yield from others[:-1]
+            number += len(others)
+            held, size = [others[-1]], len(others[-1])
+    if size:
+        yield "".join(held)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -222,24 +250,45 @@ def _text_of(row: Any, where: str, options: ReadOptions) -> str:
 
 
 def _read_lines(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_pieces(_text_blocks(path, report), "\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{path}:{number}: not a line of JSON ({reason})") from None
-        yield f"{name}#{number}", _text_of(row, f"{path}:{number}", options)
+    for number, line in enumerate(_lines(path, report), start=1):
+        if line.strip():
+            row = _parsed(line, f"{path}:{number}: not a line of JSON")
+            yield f"{name}#{number}", _text_of(row, f"{path}:{number}", options)
+
+
+def _parsed(text: str, complaint: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{complaint} (nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{complaint} ({getattr(error, 'msg', error)})") from None
+
+
+def _read_json(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
+    """A list of objects, or lines of JSON."""
+    blocks = _text_blocks(path, report)
+    start = next((block for block in blocks if block.strip()), "")
+    if not start.lstrip().startswith("["):
+        yield from _read_lines(path, name, options, report)
+        return
+    held, size = [start], len(start)
+    for block in blocks:
+        held.append(block)
+        size += len(block)
+        if size > MAX_TABLE_CHARACTERS:
+            raise UserError(
+                f"{path}: a list of more than {MAX_TABLE_CHARACTERS >> 20} Mi characters: write JSON lines instead"
+            )
+    for number, row in enumerate(_parsed("".join(held), f"cannot read {path}: not JSON")):
+        yield f"{name}#{number}", _text_of(row, str(path), options)
 
 
 def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            "JSON tables, parquet and hf: sources need the datasets library: pip install recurrent-db[data]"
-        ) from None
+        raise UserError("parquet and hf: sources need the datasets library: pip install recurrent-db[data]") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
@@ -261,9 +310,8 @@ def _rows(where: str, arguments: dict[str, Any], name: str, options: ReadOptions
         raise UserError(f"cannot read {where}: {_first_line(error)}") from None
 
 
-def _read_table(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
-    builder = _kind(path).removeprefix(".")
-    return _rows(str(path), {"path": builder, "data_files": str(path.absolute()), "split": "train"}, name, options)
+def _read_parquet(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
+    return _rows(str(path), {"path": "parquet", "data_files": str(path.absolute()), "split": "train"}, name, options)
 
 
 def _read_file(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
@@ -271,7 +319,7 @@ def _read_file(path: Path, name: str, options: ReadOptions, report: ReadReport) 
     if kind in LINE_SUFFIXES:
         return _read_lines(path, name, options, report)
     if kind in TABLE_SUFFIXES:
-        return _read_table(path, name, options, report)
+        return (_read_json if kind == ".json" else _read_parquet)(path, name, options, report)
     return _read_text(path, name, options, report)
 
 

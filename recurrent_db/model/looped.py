@@ -143,6 +143,19 @@ class Core(nn.Module):
                 state_BTD = self.iteration(*arguments)
         return state_BTD
 
+    def contexts(
+        self,
+        state_BTD: Tensor,
+        e_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: Visible,
+        strict: bool,
+        modulation: Modulation | None,
+        finish: bool,
+    ) -> tuple[list[Context], Tensor]:
+        """One iteration as a context stream: see `LoopedLM.core_contexts`."""
+        return contexts(self.blocks, self.injection(state_BTD, e_BTD), rope, visible, strict, modulation, finish)
+
 
 def _compiled_in_training(owner: nn.Module, part: Callable[..., Any], backend: str) -> Callable[..., Any]:
     fast = torch.compile(part, dynamic=False, backend=backend)
@@ -264,8 +277,8 @@ class LoopedLM(nn.Module):
         """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
         and with ``finish`` the pass's output."""
         rope, visible = self._frame(e_BTD.shape[1], visible)
-        x_BTD = self.core.injection(state_BTD, e_BTD)
-        return contexts(self.core.blocks, x_BTD, rope, visible, strict, self._modulation(c_noise_Bs), finish)
+        modulation = self._modulation(c_noise_Bs)
+        return self.core.contexts(state_BTD, e_BTD, rope, visible, strict, modulation, finish)
 
     def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""

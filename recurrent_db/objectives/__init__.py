@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from recurrent_db.config import Config
+from recurrent_db.errors import UserError
 from recurrent_db.objectives.base import Metrics, Objective
 from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.objectives.denoise_token import DenoiseToken
@@ -25,4 +27,14 @@ def build_objective(config: Config) -> Objective:
     return OBJECTIVES[config.objective.name](config)
 
 
-__all__ = ["OBJECTIVES", "Metrics", "Objective", "build_objective"]
+def restore(objective: Objective, state: dict[str, Any], source: object) -> None:
+    """Give an objective what it had learned. Raises `UserError`, naming ``source``, for what it does not keep."""
+    try:
+        objective.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise UserError(
+            f"{source}: its objective's state is not what {type(objective).__name__} keeps: {error}"
+        ) from None
+
+
+__all__ = ["OBJECTIVES", "Metrics", "Objective", "build_objective", "restore"]

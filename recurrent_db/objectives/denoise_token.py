@@ -138,5 +138,12 @@ class DenoiseToken:
             if state:
                 raise ValueError(f"a fixed density keeps no state, got {sorted(state)}")
             return
-        self.fit.sums, self.fit.counts = np.array(state["sums"]), np.array(state["counts"])
+        sums, counts = (np.array(state[name], dtype=np.float64) for name in ("sums", "counts"))
+        if (
+            not sums.shape == counts.shape == (self.fit.n_bins,)
+            or not np.isfinite([sums, counts]).all()
+            or (counts < 0).any()
+        ):
+            raise ValueError(f"sums and counts must be {self.fit.n_bins} finite numbers each")
+        self.fit.sums, self.fit.counts = sums, counts
         self.density = self.fit.density()

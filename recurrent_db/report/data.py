@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.errors import UserError
+from recurrent_db.files import check_links, read_json
 from recurrent_db.flops import inference_cost
 from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
@@ -212,10 +213,10 @@ def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluati
 def _read_json(path: Path, kind: type, notes: list[str]) -> Any:
     """A JSON file that holds a ``kind``; an empty one, with a note where the file is there but is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return kind()
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         notes.append(f"{path.name} could not be read and is left out")
         return kind()
     if not isinstance(value, kind):
@@ -296,9 +297,10 @@ def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one run directory. Raises `UserError` when it is none."""
+    """Read one run directory. Raises `UserError` when it is none, or holds a link to what is not its own."""
     if not path.exists():
         raise UserError(f"no run directory {path}")
+    check_links(path)
     source = path / "config.json"
     try:
         text = source.read_text(encoding="utf-8")

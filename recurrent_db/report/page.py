@@ -351,6 +351,10 @@ SECTIONS = (
 )
 
 
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""What a browser may do for the page: no script runs and nothing is fetched, even if something were to slip into it."""
+
+
 def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path | None = None) -> str:
     """The whole page as HTML: one file, no script, nothing fetched. PNGs of the plots go to ``png_dir`` where given."""
     with drawing():
@@ -367,6 +371,7 @@ def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path |
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{text(names)} – training report</title>
