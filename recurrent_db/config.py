@@ -55,6 +55,9 @@ class ModelConfig:
     injection: Literal["linear", "diagonal", "add"] = "linear"
     """How the core sees the prelude's output: Huginn's linear adapter on [state, e], a per-channel decay on the state
     plus a projection of e (Parcae, arXiv 2604.12946), or a plain sum."""
+    silent_state: bool | None = None
+    """Start the linear adapter's half for the state at zero, so that iterations after the first begin as repetitions of it;
+    None lets the objective decide (denoise does)."""
     noise_conditioning: bool | None = None
     """AdaLN on the core from the noise level; None lets the objective decide."""
     separate_targets: bool | None = None
@@ -85,11 +88,11 @@ class UnrolledConfig:
 class DenoiseConfig:
     """One pass with gradient a step, from a state that the model itself reached (docs/method.md)."""
 
-    flat: float = 0.7
+    flat: float = 0.8
     """Share of the budget, from its beginning, in which all steps train the first iteration."""
     start: float = 0.2
     """After that, the probability that a step trains the first iteration."""
-    depth: int = 4
+    depth: int = 2
     """Iterations without gradient before the trained one: in the other steps uniform over 1 to this."""
     noise: float = 0.0
     """Mean share of a sequence's context tokens that are replaced by random ones; helps where the corpus is repeated
@@ -468,6 +471,8 @@ def resolve(config: Config) -> None:
                     f" {value}; name the objective denoise-token to choose"
                 )
         config.objective.token = dataclasses.replace(config.objective.token, **PAPER_DENOISE)
+    if config.model.silent_state is None:
+        config.model.silent_state = config.objective.name == "denoise"
     if config.model.noise_conditioning is None:
         config.model.noise_conditioning = config.objective.name in WALKS
     if config.model.separate_targets is None:

@@ -365,11 +365,11 @@ def test_command_runs_heldout_cloze(
     assert done.returncode == 0, done.stderr
     assert "heldout_cloze" in done.stdout and "acc_norm" in done.stdout
     assert all(line.startswith("WARNING: ") for line in done.stderr.splitlines()), done.stderr
-    [results_file] = tmp_path.glob("*denoise/results_*.json")
+    [results_file] = tmp_path.glob("*denoise-token/results_*.json")
     results = json.loads(results_file.read_text(encoding="utf-8"))
     assert 0 <= results["results"]["heldout_cloze"]["acc,none"] <= 1
-    assert results["config"]["k"] == 2 and results["config"]["objective"] == "denoise"
-    [samples] = tmp_path.glob("*denoise/samples_heldout_cloze_*.jsonl")
+    assert results["config"]["k"] == 2 and results["config"]["objective"] == "denoise-token"
+    [samples] = tmp_path.glob("*denoise-token/samples_heldout_cloze_*.jsonl")
     assert len(samples.read_text(encoding="utf-8").splitlines()) == 6
 
 

@@ -355,8 +355,9 @@ class LoopedLM(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Huginn's initialisation: normal with std sqrt(2 / (5 D)) cut at three standard deviations; the projections
-        back into the residual stream divided by sqrt(2 * effective depth); norms one, biases zero. The noise
-        conditioning starts as the identity. The generator must live on the parameters' device."""
+        back into the residual stream divided by sqrt(2 * effective depth); norms one, biases zero; with ``silent_state`` the
+        linear adapter's half for the state zero. The noise conditioning starts as the identity. The generator must live on
+        the parameters' device."""
         config = self.config
         std = math.sqrt(2 / (5 * config.d_model))
         effective_depth = config.n_prelude + config.n_coda + config.n_core * config.expected_depth
@@ -372,6 +373,8 @@ class LoopedLM(nn.Module):
             else:
                 scale = std / math.sqrt(2 * effective_depth) if name.endswith("proj.weight") else std
                 nn.init.trunc_normal_(parameter, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
+                if config.silent_state and name == "core.injection.adapter.weight" and config.injection == "linear":
+                    parameter[:, : config.d_model] = 0
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part; ``total`` is the plain network, without noise conditioning and target table, as presets
