@@ -142,7 +142,7 @@ def test_k_and_seed_have_defaults_that_export_sets(
     exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert {name: from_hf(exported[name][1]).config.num_recurrence for name in OBJECTIVES} == {
-        "next_token": 1, "unrolled": 4, "denoise-token": 1,
+        "next_token": 1, "unrolled": 4, "denoise": 3, "denoise-token": 1,
     }  # fmt: skip
     export(exported["unrolled"][0], tmp_path / "x", k=3, seed=7)
     model, theirs, ids = recurrent_db.load(exported["unrolled"][0], "cpu")[0], from_hf(tmp_path / "x"), some_ids(300)
@@ -332,7 +332,7 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
 def test_walks_that_the_exported_code_lacks_are_refused(option: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     key, value = option.split("=")
     folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise-token", WINDOW, f"--objective.token.{key}", value)
-    with pytest.raises(UserError, match=f"denoise.{key} = {value} cannot be exported"):
+    with pytest.raises(UserError, match=f"objective.token.{key} = {value} cannot be exported"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

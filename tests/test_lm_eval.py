@@ -359,7 +359,7 @@ def test_command_runs_heldout_cloze(
     script: Callable[..., subprocess.CompletedProcess[str]], runs: Path, data: Path, tmp_path: Path
 ) -> None:
     done = script(
-        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise'},k=2",
+        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise-token'},k=2",
         "--tasks", "heldout_cloze", "--data", data, "--limit", 6, "--output_path", tmp_path, "--log_samples",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -402,7 +402,7 @@ def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path) -> None:
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
         out = tmp_path / str(len(samples))
         words = [
-            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args", f"checkpoint={runs / 'denoise'},k=2",
+            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args", f"checkpoint={runs / 'denoise-token'},k=2",
             "--tasks", "arc_easy,blimp,lambada", "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples",
             "--output_path", out,
         ]  # fmt: skip
