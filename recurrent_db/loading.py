@@ -36,7 +36,7 @@ def load_with_config(
         for name, value in chosen.items():
             setattr(config.objective.denoise, name, value)
         validate(config)
-    model = build_model(config.model, seed=None)
+    model = build_model(config.model, seed=None, only_block=config.blocks.only)
     load_weights(model, checkpoint.weights(averaged), str(checkpoint.path))
     objective = build_objective(config)
     objective.load_state_dict(checkpoint.training()[1])

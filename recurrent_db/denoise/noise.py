@@ -288,7 +288,14 @@ def log_uniform_grid(density: Density, n: int) -> list[float]:
     return [density.sigma_max * (density.sigma_min / density.sigma_max) ** (i / (n - 1)) for i in range(n)]
 
 
+def edges_grid(density: Density, n: int) -> list[float]:
+    """The upper ends of n intervals of equal probability, from sigma_max down; sigma_min is not among them."""
+    below = density.quantile(torch.linspace(1, 0, n + 1, dtype=torch.float64)).tolist()[1:n]
+    return [density.sigma_max, *below]
+
+
 GRIDS: dict[str, Grid] = {
+    "edges": edges_grid,
     "equal-probability": equal_probability_grid,
     "karras": karras_grid,
     "log-uniform": log_uniform_grid,
