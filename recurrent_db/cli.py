@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, repl, report
+from recurrent_db import hf_export, hf_import, join, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
@@ -185,6 +185,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "blocks": (join.JoinArgs, join.main),
     "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
     "export": (hf_export.ExportArgs, hf_export.main),

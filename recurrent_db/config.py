@@ -487,6 +487,11 @@ def _validate_blocks(config: Config, need: Callable[[bool, str], None]) -> None:
     need(1 <= blocks.owner <= n, f"blocks.owner must be a block from 1 to {n}, got {blocks.owner}")
     need(0 <= blocks.gamma < 1, f"blocks.gamma must be in [0, 1), got {blocks.gamma}")
     need(
+        blocks.only in (0, blocks.owner) or blocks.shared != "owned" or bool(config.init.from_),
+        f"block {blocks.only} does not train the embedding, which block {blocks.owner} owns: give that block's run with"
+        " --init.from, or set blocks.shared = frozen",
+    )
+    need(
         not blocks.only or blocks.shared != "all",
         "blocks.shared = all needs all blocks in one process: with blocks.only take owned or frozen",
     )

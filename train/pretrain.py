@@ -41,6 +41,7 @@ from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
+from recurrent_db.model.blocks import plain_weights
 from recurrent_db.objectives import Metrics, ScoresItself, build_objective
 from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
@@ -175,7 +176,9 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         # A model that starts to be conditioned on noise keeps its own zero-initialised conditioning.
         # Of a model in blocks each takes what the other has of its own: the embedding, and blocks that both hold.
         new = ("noise_embedding.", *(("blocks.",) if config.model.n_blocks else ()))
-        load_weights(model, source.weights(averaged=True), str(source.path), allow_new=new)
+        weights = source.weights(averaged=True)
+        weights = plain_weights(weights, config.model) if config.model.n_blocks else weights
+        load_weights(model, weights, str(source.path), allow_new=new)
         if ema is not None:
             ema = EMA(model, config.optim.ema_decay)
     run_dir = make_run_dir(config, overwrite)

@@ -24,6 +24,25 @@ def block_config(config: ModelConfig, block: int) -> ModelConfig:
     return dataclasses.replace(config, n_core=config.block_layers[block - 1], n_blocks=0, block_layers=[])
 
 
+def plain_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights of a model that is not in blocks and has no prelude and coda, by the names that they have in blocks: its
+    layers go to the blocks in order, its injection and norm to each. Weights of a model in blocks stay as they are."""
+    if not any(name.startswith("core.") for name in weights):
+        return weights
+    renamed = {}
+    starts = [sum(config.block_layers[:b]) for b in range(config.n_blocks)]
+    for name, value in weights.items():
+        head, _, tail = name.removeprefix("core.blocks.").partition(".")
+        if name.startswith("core.blocks.") and int(head) < config.n_core:
+            block = max(b for b, start in enumerate(starts) if start <= int(head))
+            renamed[f"blocks.{block + 1}.core.blocks.{int(head) - starts[block]}.{tail}"] = value
+        elif name.startswith(("core.injection.", "final_norm.")):
+            renamed |= {f"blocks.{block + 1}.{name}": value for block in range(config.n_blocks)}
+        elif not name.startswith("noise_embedding."):  # which is of all layers at once
+            renamed[name] = value
+    return renamed
+
+
 class BlocksLM(LoopedLM):
     """Embedding and blocks. What embeds, reads out and says who sees whom is the whole model's; what denoises is a
     `block`'s."""
