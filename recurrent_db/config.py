@@ -26,7 +26,7 @@ from recurrent_db.errors import UserError
 
 T = TypeVar("T")
 
-ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-paper"]
+ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-paper", "masked"]
 AttentionName = Literal["auto", "sdpa", "flex", "flash"]
 
 
@@ -161,9 +161,10 @@ class BlocksConfig:
     """Train this block alone (they are counted from 1, high noise first), with the memory of this block; 0 trains all in
     one process, a block drawn for each step."""
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
-    """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control)."""
+    """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control). Of objective masked
+    always equal decrements of alpha."""
     gamma: float = 0.1
-    """Overlap: in training each range is widened by (high/low)^gamma on both sides."""
+    """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
     shared: Literal["owned", "frozen", "all"] = "owned"
     """Who trains the embedding and head that all blocks share: one block, none, or (in one process) every block."""
     owner: int = 1
@@ -427,6 +428,11 @@ def config_from_json(text: str, source: str) -> Config:
     config = from_dict(Config, values)
     validate(config)
     return config
+
+
+def rows_of_vocabulary(config: Config, tokens: int) -> int:
+    """Rows of the embedding for a tokenizer of so many tokens: those, and the mask of masked diffusion."""
+    return tokens + (config.objective.name == "masked")
 
 
 def resolve(config: Config) -> None:

@@ -52,6 +52,8 @@ class Passes:
     """Layers of the core that one of its passes runs, on average; 0 means all. Of a model in blocks, those of the block."""
     clean_layers: float = 0
     """The same of the clean stream's passes."""
+    causal: bool = True
+    """Whether positions see those before them alone."""
     head_grad: bool = True
     """Whether the head's own weights get a gradient where it is backpropagated: a frozen one passes it on alone."""
 
@@ -137,7 +139,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     core_layers, clean_layers = passes.core_layers or model.n_core, passes.clean_layers or model.n_core
     # Keys that a query meets and keys that it may see, on average over positions: its own stream's; and, beside another
     # stream, that stream's (strictly before it, where neighbours are known) and itself.
-    plain = length, (length + 1) / 2
+    plain = length, (length + 1) / 2 if passes.causal else length
     beside = 2 * length, (length - 1) / 2 + 1 if known else (length + 1) / 2 + 1
 
     def blocks(count: float, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:

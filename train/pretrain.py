@@ -30,7 +30,7 @@ from recurrent_db.checkpoint import (
     save_checkpoint,
 )
 from recurrent_db.commandline import guard
-from recurrent_db.config import Config, load_config, to_dict
+from recurrent_db.config import Config, load_config, rows_of_vocabulary, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
@@ -128,8 +128,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         expect_tokenizer_hash=tokenizer.hash,
         verify=config.data.verify,
     )
-    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if config.model.vocab_size < tokenizer.vocab_size:
+    config.model.vocab_size = config.model.vocab_size or rows_of_vocabulary(config, tokenizer.vocab_size)
+    if config.model.vocab_size < rows_of_vocabulary(config, tokenizer.vocab_size):
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
         )
@@ -224,7 +224,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         row: dict[str, float] = {}
         with autocast:
             if isinstance(objective, ScoresItself):
-                row = objective.held_out(model, batches, config.seed)
+                row = objective.held_out(model, batches, tokenizer, config.seed)
             if not row:
                 lengths = tokenizer.byte_lengths()
                 row = score(model, batches, config.eval.k, lengths, config.eval.draws, config.seed).row()

@@ -79,6 +79,20 @@ class LogUniform:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Uniform on [sigma_min, sigma_max]: the law of masked diffusion's time, whose lowest level is 0."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        return ((sigma.double() - self.sigma_min) / (self.sigma_max - self.sigma_min)).clamp(0, 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.sigma_min + u.double() * (self.sigma_max - self.sigma_min)
+
+
+@dataclass(frozen=True)
 class PiecewiseLogUniform:
     """Equal steps in ln sigma, each with a probability of its own, uniform in ln sigma within."""
 
@@ -220,7 +234,7 @@ def partition(density: Density, n: int, gamma: float = 0.0, uniform: bool = Fals
     edges[0], edges[-1] = density.sigma_min, density.sigma_max
     pairs = []
     for low, high in itertools.pairwise(edges):
-        widening = (high / low) ** gamma
+        widening = (high / low) ** gamma if gamma else 1.0
         pairs.append((max(low / widening, density.sigma_min), min(high * widening, density.sigma_max)))
     return pairs
 

@@ -8,6 +8,7 @@ from recurrent_db.config import Config
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.objectives.masked import Masked
 from recurrent_db.objectives.next_token import NextToken
 from recurrent_db.objectives.unrolled import Unrolled
 
@@ -16,6 +17,7 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "unrolled": Unrolled,
     "denoise": Denoise,
     "denoise-paper": Denoise,
+    "masked": Masked,
 }
 
 

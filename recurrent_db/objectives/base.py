@@ -23,6 +23,7 @@ from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import Recurrence
 from recurrent_db.rng import Rng
+from recurrent_db.tokenizer import Tokenizer
 
 Metrics = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -68,7 +69,7 @@ class Objective(Protocol):
 class ScoresItself(Protocol):
     """An objective whose runs are not (or not all) scored as a likelihood by K."""
 
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], seed: int) -> dict[str, float]:
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         """Columns for the metrics from held-out batches; empty where the run is scored as others are."""
         ...
 

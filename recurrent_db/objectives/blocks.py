@@ -31,6 +31,7 @@ from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy
 from recurrent_db.objectives.denoise import Denoise, noised
 from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.tokenizer import Tokenizer
 
 HELD_OUT_LEVELS = 4
 """Noise levels of a block's range that a run of that block alone is scored at."""
@@ -162,7 +163,7 @@ class BlockDenoise:
             denoise.load_state_dict(state.get(str(block), {}) if state else {})
 
     @torch.no_grad()
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], seed: int) -> dict[str, float]:
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         """Of a run of one block: the held-out cross-entropy at levels spread over its range (z made from the answer, as in
         training, so not a likelihood), by level and on average. Empty for a whole model, which is scored as one."""
         block = self.config.blocks.only
