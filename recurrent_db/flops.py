@@ -54,8 +54,9 @@ class Passes:
     """The same of the clean stream's passes."""
     causal: bool = True
     """Whether positions see those before them alone."""
-    head_grad: bool = True
-    """Whether the head's own weights get a gradient where it is backpropagated: a frozen one passes it on alone."""
+    tables_grad: bool = True
+    """Whether the tables of embedding and head get gradients. Of frozen ones the head passes the gradient on alone, and an
+    adapter that reads the embedding itself, without a prelude between, needs none to its inputs."""
 
 
 @dataclass(frozen=True)
@@ -165,17 +166,18 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * core_layers * 6 * width
         conditioning = first + _part(out, 0, 0, share * conditioned[0], share * conditioned[1])
+    injected = _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs)
     head = _part(model.vocab_size * width, 0, 0, *read_runs)
     return {
         "embedding": Cost(),  # a lookup; its backward adds rows up
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
-        "adapter": _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs),
+        "adapter": injected if passes.tables_grad or model.n_prelude else replace(injected, backward_input=0.0),
         "core": blocks(core_layers, *core_runs, passes.beside, checkpointing)
         + context(clean_layers, *clean_runs)
         + blocks(model.n_core, known, 0),
         "conditioning": conditioning,
         "coda": blocks(model.n_coda, *read_runs, known > 0) + context(model.n_coda, known, 0),
-        "head": head if passes.head_grad else replace(head, backward_weight=0.0),
+        "head": head if passes.tables_grad else replace(head, backward_weight=0.0),
         "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
     }
 

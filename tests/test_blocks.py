@@ -16,6 +16,8 @@ import pytest
 import torch
 from helpers import MICRO, ROOT, batch, load_script, micro_config, micro_model, synthetic_data
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import recurrent_db
 from recurrent_db import cli
@@ -24,7 +26,7 @@ from recurrent_db.checkpoint import Checkpoint, find_checkpoint
 from recurrent_db.config import load_config
 from recurrent_db.denoise.noise import LogNormal, LogUniform, draw_sigma
 from recurrent_db.errors import UserError
-from recurrent_db.flops import cost_per_token, total
+from recurrent_db.flops import Passes, cost_per_token, step_cost, total
 from recurrent_db.generate import Decoder
 from recurrent_db.join import join
 from recurrent_db.likelihood import draw_log_probabilities, token_log_probabilities
@@ -33,6 +35,8 @@ from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import BlockDenoise, BlockWalk, noise_partition
 from recurrent_db.recurrence import NoiseSource, Probe
+from recurrent_db.report import write_report
+from recurrent_db.report.data import read_runs
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 LAW = LogNormal(-0.4, 1.0, 0.02, 20.0)
@@ -338,6 +342,43 @@ def test_flops_are_those_of_the_block() -> None:
     assert head.backward_input == head.forward > 0
 
 
+@pytest.mark.parametrize("only", [0, 1, 2])
+@pytest.mark.parametrize("name", ["denoise", "masked"])
+def test_what_a_block_says_it_runs_is_what_it_runs(name: str, only: int) -> None:
+    """A step, forward and backward, against PyTorch's own counter; a frozen table's gradient is not counted."""
+    words = ["--objective.name", name, "--blocks.shared", "owned", "--model.block_layers", 1, 3]
+    config = blocks_config(*words, n=2)
+    config.model.vocab_size, config.blocks.only = 61, only
+    model, objective = build_model(config.model, 0, only_block=only), build_objective(config)
+    micro = batch(2, 32)
+    for step in range(3):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            objective(model, micro, Rng(0, step), 0.0)[0].backward()
+        ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
+        assert ours == pytest.approx(counter.get_total_flops() / 64, rel=1e-3)
+
+
+def test_flops_command_of_a_model_in_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "train/configs/gpt-blocks.toml")
+    assert cli.run(["flops", config, "--json", "--vocab-size", "1024"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {"per_token", "by_part", "parameters", "cache_bytes_per_token"} <= table.keys()
+    own = load_config(Path(config))
+    own.model.vocab_size = 1024
+    layers = total(cost_per_token(own.model, 128, Passes(core_grad=1)))
+    assert table["plain_flops_per_token"] == layers.total
+    for number, block in table["blocks"].items():
+        held = build_model(own.model, None, "meta", int(number))
+        assert block["parameters"] == sum(p.numel() for p in held.parameters())
+        assert block["trained_parameters"] == block["parameters"] - (
+            held.embedding.weight.numel() if number != "1" else 0
+        )
+        assert block["training_bytes"] == 4 * block["parameters"] + 12 * block["trained_parameters"]
+        assert 0.24 < block["flops_per_token"] / table["end_to_end_flops_per_token"] < 0.28
+    assert cli.run(["flops", config]) == 0
+    assert "exchange nothing" in capsys.readouterr().out
+
+
 def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
     config = blocks_config("--objective.denoise.density", "adaptive", "--objective.denoise.draw", "token")
     model, objective = micro_model(config)
@@ -547,6 +588,19 @@ def test_a_plain_model_becomes_blocks(data: Path, tmp_path: Path) -> None:
     for ours, theirs in (("embedding.weight", "embedding.weight"), ("blocks.2.final_norm.weight", "final_norm.weight"),
                          ("blocks.2.core.blocks.1.attn.qkv.weight", "core.blocks.3.attn.qkv.weight")):  # fmt: skip
         torch.testing.assert_close(after[ours], before[theirs], rtol=0, atol=1e-8)
+
+
+def test_the_report_shows_blocks(frozen_runs: list[Path], tmp_path: Path) -> None:
+    join(frozen_runs, tmp_path / "joined")
+    write_report([tmp_path / "joined", *frozen_runs], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    section = page[page.index('id="blocks"') : page.index('id="machine"')]
+    assert section.count("block 1") == section.count("block 2") == 2  # of the joined run, and of its own
+    losses = read_runs([tmp_path / "joined"])[0]
+    account = json.loads((tmp_path / "joined/blocks.json").read_text())["blocks"]
+    assert len(losses.loss_by_sigma) == sum(len(block["loss_by_sigma"]) for block in account.values()) == 9
+    assert f"{account['1']['loss']:.3f}" in section
+    assert "none" in section
 
 
 def test_mistakes_in_joining_are_one_line(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class BlockDenoise:
         layers = self.config.model.block_layers[block - 1]
         return dataclasses.replace(
             self.blocks[block].passes(rng, progress), core_layers=layers, clean_layers=layers,
-            head_grad=trains_shared(self.config, block),
+            tables_grad=trains_shared(self.config, block),
         )  # fmt: skip
 
     def after_step(self, taken: Tensor, reduce: Reduce) -> None:

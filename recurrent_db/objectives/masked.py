@@ -146,7 +146,7 @@ class Masked(Stateless):
         block = drawn_block(self.config, rng)
         layers = self.config.model.block_layers[block - 1]
         shared = trains_shared(self.config, block)
-        return Passes(core_grad=1, core_layers=layers, noise_levels=1, head_grad=shared, causal=False)
+        return Passes(core_grad=1, core_layers=layers, noise_levels=1, tables_grad=shared, causal=False)
 
     def describe(self, model: LoopedLM) -> list[str]:
         lines = []
