@@ -35,9 +35,12 @@ from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import BlockDenoise, BlockWalk, noise_partition
 from recurrent_db.recurrence import NoiseSource, Probe
+from recurrent_db.repl import Session
+from recurrent_db.reply import Settings
 from recurrent_db.report import write_report
 from recurrent_db.report.data import read_runs
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.trace import table, trace
 
 LAW = LogNormal(-0.4, 1.0, 0.02, 20.0)
 BLOCKS = [
@@ -521,6 +524,32 @@ def test_the_joined_model_is_like_any_other(frozen_runs: list[Path], tmp_path: P
             decoder.ids[0].append(token)
     config = Checkpoint(find_checkpoint(tmp_path / "joined")).config()
     assert config.blocks.only == 0
+
+
+def test_lm_eval_and_the_repl_take_a_joined_model(
+    frozen_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join(frozen_runs, tmp_path / "joined")
+    model, tokenizer = recurrent_db.load(tmp_path / "joined", "cpu")
+    harness = pytest.importorskip("recurrent_db.lm_eval_model", reason="lm-eval is not installed")
+    lm = harness.RecurrentDBLM(str(tmp_path / "joined"), k=2, draws=2, device="cpu")
+    context, continuation = [20, 31, 42], [53, 64]
+    [(total, _)] = lm._loglikelihood_tokens([(("", ""), context, continuation)], disable_tqdm=True)
+    ids = torch.tensor([context + continuation])
+    log_p = token_log_probabilities(
+        model, ids[:, :-1], ids[:, 1:], [2], Rng(0, EVALUATION_STEP), torch.tensor([0]), draws=2
+    )
+    assert total < 0
+    assert math.isfinite(total)
+    assert abs(total - log_p[2][0, -2:].sum().item()) < 3  # other noise
+    found = trace(model, context + continuation, 3, 4)
+    assert found.log_p_NKV.shape[:2] == (3, 4)
+    lines = table(found, 0, model, tokenizer)
+    assert any(f"{noise_partition(blocks_config(n=2)).edges[1]:.3g}"[:4] in line for line in lines)
+    session = Session(model, tokenizer, Settings(k=2, max_new_tokens=4))
+    session.answer("ab")
+    session.answer("/compare 1 2")
+    assert capsys.readouterr().out
 
 
 def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]) -> None:
