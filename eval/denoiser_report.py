@@ -90,9 +90,10 @@ class Probes:
         e_BTD = model.encode(tokens_BT, visible)
         y_BTD = walk.targets(model)[batch.targets_BT]
         eps = self.rng.normal(batch.sample_index_B, tuple(y_BTD.shape[1:]), "report", self.device)
-        clean = walk.clean_contexts(model, e_BTD, visible)
-        estimate = walk.estimate(model, y_BTD + sigma * eps, sigma, e_BTD, clean, visible)
-        return cross_entropy(model, walk.read(model, estimate, e_BTD.dtype, visible=visible), batch.targets_BT)[1]
+        part = walk.at(model, sigma)
+        clean = walk.clean_contexts(part, e_BTD, visible)
+        estimate = walk.estimate(part, y_BTD + sigma * eps, sigma, e_BTD, clean, visible)
+        return cross_entropy(model, walk.read(part, estimate, e_BTD.dtype, visible=visible), batch.targets_BT)[1]
 
     def scored(self, batch: Batch, k: int, edit: Callable[[Tensor], Tensor] | None = None, shift: int = 0) -> Tensor:
         """Cross-entropy after K iterations from noise, with the state edited before the last one."""
@@ -133,7 +134,7 @@ class Probes:
             row = []
             for index, state in enumerate(probe.states):
                 if isinstance(walk, DenoiseWalk):
-                    hidden = walk.read(model, state, e_BTD.dtype, probe.codas[index], visible)
+                    hidden = walk.read(probe.parts[index], state, e_BTD.dtype, probe.codas[index], visible)
                 else:
                     hidden = model.decode(state, visible=visible)
                 log_p = model.logits(hidden).float().log_softmax(-1)

@@ -55,7 +55,7 @@ class Args:
     """From a read-out to the next step of a denoiser's walk; the run's own by default."""
     sampler: Literal["euler", "heun", "ancestral"] | None = None
     """Step of a denoiser's walk; the run's own by default."""
-    grid: Literal["equal-probability", "karras", "log-uniform"] | None = None
+    grid: Literal["equal-probability", "karras", "log-uniform", "edges"] | None = None
     """Noise levels of a denoiser's walk; the run's own by default."""
     neighbours: Literal["own", "known"] | None = None
     """What positions before i hold while i walks; the run's own by default."""

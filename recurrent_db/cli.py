@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -12,14 +13,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, repl, report
+from recurrent_db import hf_export, hf_import, join, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
 from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_token, inference_cost, total
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
+from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim import update_flops
+from recurrent_db.rng import Rng
 
 KS = (1, 2, 4, 8, 16, 32)
 POLICIES = ("full", "modulo-4", "last")
@@ -115,6 +118,55 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     }
 
 
+def blocks_table(config: Config) -> dict[str, Any]:
+    """What `recurrent-db flops` says of a model in blocks: each block as a process of its own, and the same network end to
+    end."""
+    length, rows = config.data.sequence_length, {}
+    for block in range(1, config.model.n_blocks + 1):
+        alone = copy.deepcopy(config)
+        alone.blocks.only, alone.blocks.shared = (
+            block,
+            "owned" if config.blocks.shared == "all" else config.blocks.shared,
+        )
+        objective = build_objective(alone)
+        parts = cost_per_token(config.model, length, objective.passes(Rng(0, 0), 0.0))
+        model = build_model(config.model, None, "meta", block)
+        freeze_shared(alone, model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows[str(block)] = {
+            "layers": config.model.block_layers[block - 1], "by_part": {part: _kinds(c) for part, c in parts.items()},
+            "flops_per_token": total(parts).total, "parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": trained,
+            "training_bytes": 4 * (sum(p.numel() for p in model.parameters()) + 3 * trained),
+            "data_parallel_bytes_per_step": 4 * trained,
+        }  # fmt: skip
+    whole = copy.deepcopy(config)
+    whole.model.n_blocks, whole.model.block_layers, whole.blocks.shared = 1, [config.model.n_core], "all"
+    cost = total(cost_per_token(whole.model, length, build_objective(whole).passes(Rng(0, 0), 0.0)))
+    plain = total(cost_per_token(config.model, length, Passes(core_grad=1, causal=config.objective.name != "masked")))
+    return {"blocks": rows, "end_to_end_flops_per_token": cost.total, "plain_flops_per_token": plain.total}
+
+
+def print_blocks(path: Path, table: dict[str, Any]) -> None:
+    print(
+        f"{path}: each block as a process of its own; FLOPs per training token, forward + backward, attention over all pairs"
+    )
+    print(f"{'block':>5}{'layers':>8}{'FLOPs/token':>14}{'x end-to-end':>14}{'parameters':>12}{'trained':>12}"
+          f"{'MiB held*':>11}{'MiB if shared**':>17}")  # fmt: skip
+    whole = table["end_to_end_flops_per_token"]
+    for block, row in table["blocks"].items():
+        print(f"{block:>5}{row['layers']:>8}{row['flops_per_token']:>14.4g}{row['flops_per_token'] / whole:>14.3f}"
+              f"{row['parameters']:>12,}{row['trained_parameters']:>12,}{row['training_bytes'] / 2**20:>11.1f}"
+              f"{row['data_parallel_bytes_per_step'] / 2**20:>17.2f}")  # fmt: skip
+    print(
+        f"end to end, conditioned as the blocks are: {whole:.4g}; the plain network: {table['plain_flops_per_token']:.4g}"
+    )
+    print("* parameters, gradients and AdamW's two moments in fp32; activations are logged in training (memory/*)")
+    print(
+        "** gradients that data-parallel training would exchange in each step; blocks that train alone exchange nothing"
+    )
+
+
 def flops(args: FlopsArgs) -> int:
     config = load_config(args.config)
     for option, value in (("--epochs-ratio", args.epochs_ratio), ("--cache-bytes", args.cache_bytes),
@@ -122,7 +174,14 @@ def flops(args: FlopsArgs) -> int:
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"{option} must be above 0, got {value}")
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
+    in_blocks = blocks_table(config) if config.model.n_blocks else None
+    if in_blocks is not None and not args.json:
+        print_blocks(args.config, in_blocks)
+        return 0
+    config.model.n_blocks, config.model.block_layers = 0, []  # the table below is of the layers as a core
     table = flops_table(config, args.epochs_ratio, args.cache_bytes)
+    if in_blocks is not None:
+        table |= in_blocks
     if args.json:
         print(json.dumps(table, indent=1))
         return 0
@@ -185,6 +244,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "blocks": (join.JoinArgs, join.main),
     "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
     "export": (hf_export.ExportArgs, hf_export.main),

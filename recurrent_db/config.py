@@ -14,7 +14,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -26,7 +26,7 @@ from recurrent_db.errors import UserError
 
 T = TypeVar("T")
 
-ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-token", "denoise-paper"]
+ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-token", "denoise-paper", "masked"]
 WALKS = ("denoise-token", "denoise-paper")
 """Objectives that denoise the token itself and walk down noise levels at inference."""
 AttentionName = Literal["auto", "sdpa", "flex", "flash"]
@@ -70,6 +70,11 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     norm_eps: float = 1e-6
     """Epsilon of RMSNorm."""
+    n_blocks: int = 0
+    """DiffusionBlocks: cut the n_core layers, run once and not looped, into so many blocks that train alone, each for its
+    own range of noise levels; 0 is the looped model. See docs/blocks.md."""
+    block_layers: list[int] = field(default_factory=list)
+    """Layers of each block, the first for the highest noise; empty splits n_core evenly."""
 
 
 @dataclass
@@ -144,8 +149,9 @@ class TokenConfig:
     of the same level, as in training, at twice the cost."""
     sampler: Literal["euler", "heun", "ancestral"] = "euler"
     """Step of the walk from one noise level to the next."""
-    grid: Literal["equal-probability", "karras", "log-uniform"] = "equal-probability"
-    """Noise levels of a K-step walk, from sigma_max down."""
+    grid: Literal["equal-probability", "karras", "log-uniform", "edges"] = "equal-probability"
+    """Noise levels of a K-step walk, from sigma_max down; ``edges`` are the upper ends of K intervals of equal probability
+    (of a model in B blocks at K = B: where each block's range begins)."""
 
 
 PAPER_DENOISE: dict[str, Any] = {
@@ -161,10 +167,30 @@ class ObjectiveConfig:
 
     name: ObjectiveName = "denoise"
     """next_token (flat control), unrolled (Huginn), denoise (one step at a time, on the model's own state), denoise-token
-    (the published method: the noised token), or denoise-paper (that with the paper's constants, which the name fixes)."""
+    (the published method: the noised token), denoise-paper (that with the paper's constants, which the name fixes), or
+    masked (masked diffusion, not autoregressive; needs model.n_blocks)."""
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
     token: TokenConfig = field(default_factory=TokenConfig)
+
+
+@dataclass
+class BlocksConfig:
+    """How the blocks of a model with model.n_blocks share the noise and the embedding (DiffusionBlocks,
+    arXiv 2506.14202)."""
+
+    only: int = 0
+    """Train this block alone (they are counted from 1, high noise first), with the memory of this block; 0 trains all in
+    one process, a block drawn for each step."""
+    partition: Literal["equal-probability", "uniform"] = "equal-probability"
+    """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control). Of objective masked
+    always equal decrements of alpha."""
+    gamma: float = 0.1
+    """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
+    shared: Literal["owned", "frozen", "all"] = "owned"
+    """Who trains the embedding and head that all blocks share: one block, none, or (in one process) every block."""
+    owner: int = 1
+    """The block that trains them where they are owned."""
 
 
 @dataclass
@@ -329,6 +355,7 @@ class Config:
     """Seed of everything random: weights, data order, depth, noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -459,6 +486,11 @@ def config_from_json(text: str, source: str) -> Config:
     return config
 
 
+def rows_of_vocabulary(config: Config, tokens: int) -> int:
+    """Rows of the embedding for a tokenizer of so many tokens: those, and the mask of masked diffusion."""
+    return tokens + (config.objective.name == "masked")
+
+
 def resolve(config: Config) -> None:
     """Fill in what one choice implies for another, in place."""
     if config.objective.name == "denoise-paper":
@@ -474,10 +506,57 @@ def resolve(config: Config) -> None:
     if config.model.silent_state is None:
         config.model.silent_state = config.objective.name == "denoise"
     if config.model.noise_conditioning is None:
-        config.model.noise_conditioning = config.objective.name in WALKS
+        config.model.noise_conditioning = config.objective.name in (*WALKS, "masked")
+    if config.model.n_blocks and not config.model.block_layers and config.model.n_core % config.model.n_blocks == 0:
+        config.model.block_layers = [config.model.n_core // config.model.n_blocks] * config.model.n_blocks
     if config.model.separate_targets is None:
         separate = config.objective.token.targets == "separate"
         config.model.separate_targets = separate and config.objective.name in WALKS
+
+
+def _validate_blocks(config: Config, need: Callable[[bool, str], None]) -> None:
+    """The part of `validate` that is about blocks."""
+    model, blocks, name = config.model, config.blocks, config.objective.name
+    n = model.n_blocks
+    if not n:
+        need(n == 0, f"model.n_blocks must be 0 or more, got {n}")
+        need(not blocks.only, f"blocks.only = {blocks.only} needs a model in blocks: set model.n_blocks")
+        need(not model.block_layers, "model.block_layers needs model.n_blocks")
+        need(name != "masked", "objective masked needs a model in blocks: set model.n_blocks (1 for end-to-end)")
+        return
+    need(n > 0, f"model.n_blocks must be 0 or more, got {n}")
+    need(
+        bool(model.block_layers),
+        f"model.n_core = {model.n_core} layers do not split evenly into {n} blocks: give model.block_layers",
+    )
+    need(
+        len(model.block_layers) == n and sum(model.block_layers) == model.n_core and min(model.block_layers) >= 1,
+        f"model.block_layers = {model.block_layers} must name {n} blocks of 1 layer or more, {model.n_core} in all",
+    )
+    need(
+        model.n_prelude == model.n_coda == 0,
+        "a model in blocks has no prelude and no coda: set model.n_prelude = model.n_coda = 0",
+    )
+    need(
+        name in (*WALKS, "masked"),
+        f"objective {name} cannot train a model in blocks: take denoise-token or masked, or model.n_blocks = 0",
+    )
+    need(
+        name == "masked" or config.objective.token.conditioning == "two-stream",
+        "a model in blocks needs objective.token.conditioning = two-stream",
+    )
+    need(0 <= blocks.only <= n, f"blocks.only must be 0 (all) or a block from 1 to {n}, got {blocks.only}")
+    need(1 <= blocks.owner <= n, f"blocks.owner must be a block from 1 to {n}, got {blocks.owner}")
+    need(0 <= blocks.gamma < 1, f"blocks.gamma must be in [0, 1), got {blocks.gamma}")
+    need(
+        blocks.only in (0, blocks.owner) or blocks.shared != "owned" or bool(config.init.from_),
+        f"block {blocks.only} does not train the embedding, which block {blocks.owner} owns: give that block's run with"
+        " --init.from, or set blocks.shared = frozen",
+    )
+    need(
+        not blocks.only or blocks.shared != "all",
+        "blocks.shared = all needs all blocks in one process: with blocks.only take owned or frozen",
+    )
 
 
 def validate(config: Config) -> None:
@@ -525,6 +604,7 @@ def validate(config: Config) -> None:
         token.conditioning == "inject" or token.neighbours == "own",
         "objective.token.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
     )
+    _validate_blocks(config, need)
     positive(unrolled, "objective.unrolled", "mean_depth")
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
     need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")

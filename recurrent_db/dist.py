@@ -269,6 +269,11 @@ class Team:
         """Make ``model``, the same on every process, the team's. FSDP turns its parameters into shards, in place."""
         if self.mode == "none":
             return
+        if config.model.n_blocks:
+            raise UserError(
+                f"parallel.mode = {self.mode}: a model in blocks trains each block in a process of its own,"
+                " which share nothing (train/launch/blocks.sh)"
+            )
         if config.objective.name not in WALKS:
             # Made for another objective: nobody would ever give them a gradient, and gradients are waited for.
             for unread in (model.noise_embedding, model.target_embedding):

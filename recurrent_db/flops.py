@@ -48,6 +48,15 @@ class Passes:
     """Noise levels per sequence that the core is conditioned on in one pass: none, 1, or T for per-token draws."""
     bridges: int = 0
     """Products of the vocabulary's probabilities with the target table."""
+    core_layers: float = 0
+    """Layers of the core that one of its passes runs, on average; 0 means all. Of a model in blocks, those of the block."""
+    clean_layers: float = 0
+    """The same of the clean stream's passes."""
+    causal: bool = True
+    """Whether positions see those before them alone."""
+    tables_grad: bool = True
+    """Whether the tables of embedding and head get gradients. Of frozen ones the head passes the gradient on alone, and an
+    adapter that reads the embedding itself, without a prelude between, needs none to its inputs."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +137,18 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     block = 4 * width * width + 3 * width * hidden
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
     known = passes.known_no_grad
+    core_layers, clean_layers = passes.core_layers or model.n_core, passes.clean_layers or model.n_core
     # Keys that a query meets and keys that it may see, on average over positions: its own stream's; and, beside another
     # stream, that stream's (strictly before it, where neighbours are known) and itself.
-    plain = length, (length + 1) / 2
+    plain = length, (length + 1) / 2 if passes.causal else length
     beside = 2 * length, (length - 1) / 2 + 1 if known else (length + 1) / 2 + 1
 
-    def blocks(count: int, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
+    def blocks(count: float, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
         met, seen = beside if two else plain
         products = count * 4 * width
         return _part(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
-    def context(count: int, no_grad: float, grad: float) -> Cost:
+    def context(count: float, no_grad: float, grad: float) -> Cost:
         """A stream that is run for its keys and values: of the last block only those (one fused product) are made."""
         if not count:
             return Cost()
@@ -154,18 +164,20 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         first = _part(model.d_condition**2, 0, 0, share * conditioned[0], share * conditioned[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
         first = Cost(first.forward, 0.0, first.backward_weight)
-        out = model.d_condition * model.n_core * 6 * width
+        out = model.d_condition * core_layers * 6 * width
         conditioning = first + _part(out, 0, 0, share * conditioned[0], share * conditioned[1])
+    injected = _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs)
+    head = _part(model.vocab_size * width, 0, 0, *read_runs)
     return {
         "embedding": Cost(),  # a lookup; its backward adds rows up
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
-        "adapter": _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs),
-        "core": blocks(model.n_core, *core_runs, passes.beside, checkpointing)
-        + context(model.n_core, *clean_runs)
+        "adapter": injected if passes.tables_grad or model.n_prelude else replace(injected, backward_input=0.0),
+        "core": blocks(core_layers, *core_runs, passes.beside, checkpointing)
+        + context(clean_layers, *clean_runs)
         + blocks(model.n_core, known, 0),
         "conditioning": conditioning,
         "coda": blocks(model.n_coda, *read_runs, known > 0) + context(model.n_coda, known, 0),
-        "head": _part(model.vocab_size * width, 0, 0, *read_runs),
+        "head": head if passes.tables_grad else replace(head, backward_weight=0.0),
         "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
     }
 
@@ -205,7 +217,9 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
     if known and first:  # known neighbours' streams run the position before the first once more
         cost += each(replace(passes, known_no_grad=2 * known)) - each(passes)
     if passes.beside:  # a query meets the other stream's keys and those of its own pass
-        layers = model.n_core * passes.core_no_grad + (model.n_coda * passes.readouts_no_grad if known else 0)
+        layers = (passes.core_layers or model.n_core) * passes.core_no_grad + (
+            model.n_coda * passes.readouts_no_grad if known else 0
+        )
         cost -= count * layers * 4 * width * (stop - count)
     return cost - (count - read) * 2 * model.vocab_size * width
 
@@ -242,5 +256,8 @@ def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "f
     core = passes.clean_no_grad or passes.core_no_grad  # known neighbours' passes are as many as the core's
     coda = passes.known_no_grad or passes.readouts_no_grad
     most = visits_kept(policy) or max(core, coda)
-    layers = model.n_prelude + model.n_core * min(core, most) + model.n_coda * min(coda, most)
+    in_core = model.n_core * min(core, most)
+    if model.n_blocks:  # each layer is visited once, by its block's clean stream
+        in_core = round(passes.clean_layers * passes.clean_no_grad)
+    layers = model.n_prelude + in_core + model.n_coda * min(coda, most)
     return model.d_model * (2 * layers + (passes.known_no_grad > 0))

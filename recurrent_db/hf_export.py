@@ -58,7 +58,8 @@ def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
     """What the exported model needs of a denoiser. Raises `UserError` for what it has no code for."""
     config, density = walk.config, walk.density
     for name, supported in (("conditioning", ("inject",)), ("neighbours", ("own",)), ("sampler", ("euler",)),
-                            ("bridge", ("soft", "hard", "state"))):  # fmt: skip
+                            ("bridge", ("soft", "hard", "state")),
+                            ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
         if getattr(config, name) not in supported:
             raise UserError(
                 f"objective.token.{name} = {getattr(config, name)} cannot be exported: the exported model has"

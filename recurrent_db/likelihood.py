@@ -57,6 +57,14 @@ class Scores:
     tokens: int
     draws: int
 
+    def row(self) -> dict[str, float]:
+        """Columns of metrics.jsonl."""
+        row: dict[str, float] = {"eval/tokens": self.tokens, "eval/draws": self.draws}
+        for k, result in self.by_k.items():
+            row[f"eval/nll_k{k}"] = result.nll
+            row[f"eval/bits_per_byte_k{k}"] = result.bits_per_byte
+        return row
+
     def to_json(self) -> dict[str, object]:
         return {
             "by_k": {

@@ -40,8 +40,8 @@ def load_with_config(
     # Before anything is allocated: a configuration may claim any size.
     if shape.n_prelude + shape.n_core + shape.n_coda > len(weights):
         raise UserError(f"{source}: its configuration has more blocks than its weights have tensors")
-    check_weights(build_model(shape, None, "meta"), weights, source)
-    model = build_model(shape, seed=None)
+    check_weights(build_model(shape, None, "meta", config.blocks.only), weights, source)
+    model = build_model(shape, seed=None, only_block=config.blocks.only)
     load_weights(model, weights, source)
     objective = build_objective(config)
     restore(objective, checkpoint.training()[1], source)

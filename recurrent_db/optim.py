@@ -37,7 +37,7 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
     has noise levels, and to orthogonalise it would blow the rounding errors in all others up to the same size.
     """
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
-    return [layer.weight for name, layer in layers if not name.startswith("noise_embedding.")]
+    return [layer.weight for name, layer in layers if "noise_embedding." not in name]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -104,7 +104,7 @@ def update_flops(model: nn.Module, config: OptimConfig) -> dict[str, float]:
     (``newton_schulz``): for a matrix X of a rows and b >= a columns, or its transpose, X X', its square, and their
     combination times X.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shapes = [sorted(p.shape) for p in hidden_matrices(model)] if config.name == "muon" else []
     by_muon = sum(a * b for a, b in shapes)
     flops = {

@@ -16,6 +16,7 @@ Shapes: B sequences, T positions, D width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,8 @@ class Probe:
     """Filled with what each core pass gave (of a walk: the estimate D), (B, T, D) each."""
     codas: list[list[Context] | None] = field(default_factory=list)
     """Of a walk: the coda's context stream for each of them, where neighbours are known."""
+    parts: list[LoopedLM] = field(default_factory=list)
+    """Of a walk: the network that made each of them (`DenoiseWalk.at`)."""
 
 
 class Recurrence(Protocol):
@@ -226,6 +229,14 @@ class DenoiseWalk:
     def ready(self, model: LoopedLM) -> DenoiseWalk:
         return replace(self, targets_VD=self.targets(model) if self.config.bridge == "soft" else None)
 
+    def at(self, model: LoopedLM, sigma: float) -> LoopedLM:
+        """The network that denoises at a noise level: here always the model."""
+        return model
+
+    def grid(self, k: int) -> list[float]:
+        """Noise levels of a walk of K steps, falling."""
+        return GRIDS[self.config.grid](self.density, k)
+
     def clean_contexts(self, model: LoopedLM, e_BTD: Tensor, visible: Visible | None = None) -> list[Context] | None:
         """The clean stream of two-stream conditioning: one unconditioned pass over e from a silent state, whose keys
         every noise level reads. None for one stream."""
@@ -305,30 +316,32 @@ class DenoiseWalk:
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
         soft = self.config.bridge == "soft" and max(ks, default=1) > 1
         targets_VD = self.targets(model) if soft else None
-        clean = self.clean_contexts(model, e_BTD, here)
+        clean = functools.cache(lambda part: self.clean_contexts(part, e_BTD, here))
         sampler, bridge, known = self.config.sampler, self.config.bridge, self.config.neighbours == "known"
         lagging, lagging_e_BTD = here.once_more(e_BTD) if known else (here, e_BTD)
 
         def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
             if not known:
-                return clean, None
+                return clean(self.at(model, sigma)), None
             return self._known(model, tokens_BT, lagging_e_BTD, sigma, noise, lagging)
 
         for k in sorted(set(ks)):
-            sigmas = GRIDS[self.config.grid](self.density, k)
+            sigmas = self.grid(k)
             z, reads = start, 0
 
             def denoise(z: Tensor, sigma: float) -> Tensor:
                 nonlocal reads
                 reads += 1
                 core, coda = streams(sigma)
-                estimate = self.estimate(model, z, sigma, e_BTD, core, here)
+                part = self.at(model, sigma)
+                estimate = self.estimate(part, z, sigma, e_BTD, core, here)
                 if probe is not None:
                     probe.states.append(estimate)
                     probe.codas.append(coda)
+                    probe.parts.append(part)
                 if bridge == "state":
                     return estimate
-                logits = model.logits(self.read(model, estimate, e_BTD.dtype, coda, here))
+                logits = model.logits(self.read(part, estimate, e_BTD.dtype, coda, here))
                 u = noise.uniform(length, 1, f"bridge/{reads}", z.device) if bridge == "sample" else None
                 return self._bridge(model, logits, targets_VD, u)
 
@@ -338,11 +351,13 @@ class DenoiseWalk:
             core, coda = streams(sigmas[-1])
             if probe is not None and probe.edit is not None:
                 z = probe.edit(z)
-            estimate = self.estimate(model, z, sigmas[-1], e_BTD, core, here)
+            part = self.at(model, sigmas[-1])
+            estimate = self.estimate(part, z, sigmas[-1], e_BTD, core, here)
             if probe is not None:
                 probe.states.append(estimate)
                 probe.codas.append(coda)
-            yield k, self.read(model, estimate, e_BTD.dtype, coda, here)
+                probe.parts.append(part)
+            yield k, self.read(part, estimate, e_BTD.dtype, coda, here)
 
     def passes(self, k: int) -> Passes:
         evaluations = EVALUATIONS[self.config.sampler] * (k - 1) + 1

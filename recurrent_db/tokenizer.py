@@ -310,7 +310,8 @@ def train(
     Args:
         texts: documents; read once, in order.
         vocab_size: tokens in the vocabulary, special tokens (4) and byte pieces (256) included.
-        model_type: "bpe" or "unigram" (slower to train, no better for source code).
+        model_type: "bpe", "unigram" (slower to train, no better for source code) or "char" (a token for each character;
+            the vocabulary is then as large as the text's characters need, at most ``vocab_size``).
         max_bytes: UTF-8 bytes of text to sample for training.
         seed: of the sample.
 
@@ -318,8 +319,8 @@ def train(
         UserError: no text, a vocabulary below `MIN_VOCAB`, or one that the text cannot fill (the message says how
             many pieces it could make).
     """
-    if model_type not in ("bpe", "unigram"):
-        raise UserError(f"unknown tokenizer model type {model_type!r}: choose bpe or unigram")
+    if model_type not in ("bpe", "unigram", "char"):
+        raise UserError(f"unknown tokenizer model type {model_type!r}: choose bpe, unigram or char")
     if vocab_size < MIN_VOCAB:
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and 4 special tokens need {MIN_VOCAB}")
     if max_bytes < 1:
@@ -333,6 +334,7 @@ def train(
             sentence_iterator=iter(_restrict_characters(chunks, vocab_size)),
             model_writer=model,
             vocab_size=vocab_size,
+            hard_vocab_limit=model_type != "char",
             model_type=model_type,
             character_coverage=1.0,
             required_chars=SPACE_MARK,
@@ -360,7 +362,7 @@ def train(
         raise UserError(f"sentencepiece could not train: {str(error).rsplit(']', 1)[-1].strip() or error}") from None
     trained = model.getvalue()
     tokenizer = Tokenizer.from_bytes(trained, "the trained tokenizer")
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size != vocab_size and not (model_type == "char" and tokenizer.vocab_size < vocab_size):
         raise UserError(f"sentencepiece made {tokenizer.vocab_size} tokens, not the {vocab_size} asked for")
     check_lossless(tokenizer, [*HOSTILE_TEXTS, *chunks[:100]])
     return trained

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from recurrent_db.console import BOLD, DIM, GREEN, YELLOW, paint, width_of
-from recurrent_db.denoise.noise import GRIDS
 from recurrent_db.denoise.sampler import EVALUATIONS
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import DenoiseWalk, NoiseSource, Probe
@@ -58,8 +57,8 @@ def _hidden(model: LoopedLM, tokens_BT: Tensor, k: int, noise: NoiseSource) -> T
     for _ in recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, probe):
         pass
     each = EVALUATIONS[recurrence.config.sampler]  # the first of a step is the one at its level
-    estimates = zip(probe.states[::each], probe.codas[::each], strict=True)
-    return torch.stack([recurrence.read(model, estimate, e_BTD.dtype, coda) for estimate, coda in estimates])
+    estimates = zip(probe.parts[::each], probe.states[::each], probe.codas[::each], strict=True)
+    return torch.stack([recurrence.read(part, estimate, e_BTD.dtype, coda) for part, estimate, coda in estimates])
 
 
 @torch.inference_mode()
@@ -100,7 +99,7 @@ def table(
     """Lines for one of the traced tokens: iteration (of a walk, its noise level), entropy, how far the read-out moved, the
     likeliest tokens and their probabilities; ``drawn`` is marked. At most ``width`` columns where that is enough for one."""
     k, walk, name_width = result.log_p_NKV.shape[1], model.recurrence, 10
-    sigmas = GRIDS[walk.config.grid](walk.density, k) if isinstance(walk, DenoiseWalk) else []
+    sigmas = walk.grid(k) if isinstance(walk, DenoiseWalk) else []
     head = f"{'k':>4}" + (f"{'sigma':>9}" if sigmas else "") + f"{'entropy':>9}{'moved':>9}  "
     cells = max(1, min(5, (width - len(head)) // (name_width + 9)))
     lines = [paint(head + "likeliest tokens", DIM)]

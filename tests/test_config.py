@@ -20,7 +20,14 @@ def test_shipped_configs_parse_and_survive_json(path: Path) -> None:
 
 
 def test_every_preset_is_there() -> None:
-    assert {p.stem for p in CONFIGS} >= {"tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"}
+    assert {p.stem for p in CONFIGS} >= {
+        "tiny",
+        "pythia-70m-looped",
+        "looped-1b",
+        "huginn-3.5b",
+        "gpt-blocks",
+        "gpt-blocks-768",
+    }
 
 
 def test_tiny_shows_how_to_choose_muon(tmp_path: Path) -> None:

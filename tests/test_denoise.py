@@ -103,7 +103,8 @@ def test_grids_fall_from_top_to_bottom(name: str, density: Density) -> None:
         grid = GRIDS[name](density, n)
         assert len(grid) == n
         assert grid[0] == pytest.approx(density.sigma_max)
-        assert grid[-1] == pytest.approx(density.sigma_min)
+        last = density.quantile(torch.tensor(1 / n)).item() if name == "edges" else density.sigma_min
+        assert grid[-1] == pytest.approx(last)
         assert all(a > b for a, b in itertools.pairwise(grid))
 
 

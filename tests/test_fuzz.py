@@ -356,8 +356,8 @@ def test_states_of_training(content: bytes, run: Path) -> None:
      {"sums": [float("nan")] * 48, "counts": [1] * 48}, {"sums": [0] * 48, "counts": [-1] * 48}],
 )  # fmt: skip
 def test_states_of_the_adaptive_density(state: dict[str, Any]) -> None:
-    config = load_config(None, ["--objective.denoise.density", "adaptive"])
-    refused("its objective's state is not what Denoise keeps", restore, build_objective(config), state, "x")
+    config = load_config(None, ["--objective.name", "denoise-token", "--objective.token.density", "adaptive"])
+    refused("its objective's state is not what DenoiseToken keeps", restore, build_objective(config), state, "x")
 
 
 def test_weights_and_configurations_that_do_not_fit(run: Path) -> None:

@@ -402,9 +402,9 @@ def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path) -> None:
     for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
         out = tmp_path / str(len(samples))
         words = [
-            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args", f"checkpoint={runs / 'denoise-token'},k=2",
-            "--tasks", "arc_easy,blimp,lambada", "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples",
-            "--output_path", out,
+            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args",
+            f"checkpoint={runs / 'denoise-token'},k=2", "--tasks", "arc_easy,blimp,lambada",
+            "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples", "--output_path", out,
         ]  # fmt: skip
         done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr

@@ -156,7 +156,7 @@ def test_unusual_training_text() -> None:
         ({"texts": ["some text"], "vocab_size": 100}, "too small"),
         ({"texts": [], "vocab_size": 300}, "no text"),
         ({"texts": ["", " \n"], "vocab_size": 300}, "no text"),
-        ({"texts": ["a b"], "vocab_size": 300, "model_type": "word"}, "bpe or unigram"),
+        ({"texts": ["a b"], "vocab_size": 300, "model_type": "word"}, "bpe, unigram or char"),
     ],
 )
 def test_training_mistakes(options: dict[str, object], message: str) -> None:

@@ -30,8 +30,9 @@ class Args:
     """Tokens in the vocabulary, among them 4 special tokens and 256 bytes (at least 272)."""
     out: Path
     """Model file to write."""
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    """Kind of sentencepiece model; unigram takes some 20 times longer to train."""
+    model_type: Literal["bpe", "unigram", "char"] = "bpe"
+    """Kind of sentencepiece model; unigram takes some 20 times longer to train; char has a token for each character (of the
+    text's characters, and at most vocab_size in all), for models that are measured in bits per character."""
     max_mib: float = 8.0
     """MiB of text to train on: a uniform sample of everything that is read."""
     max_documents: int | None = None

@@ -31,7 +31,7 @@ from recurrent_db.checkpoint import (
     save_checkpoint,
 )
 from recurrent_db.commandline import guard
-from recurrent_db.config import WALKS, Config, load_config, to_dict
+from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.dist import Team, job_identity, local, report_lost, restarted
 from recurrent_db.errors import UserError
@@ -43,8 +43,10 @@ from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
-from recurrent_db.objectives import Metrics, build_objective
+from recurrent_db.model.blocks import plain_weights
+from recurrent_db.objectives import Metrics, ScoresItself, build_objective
 from recurrent_db.objectives import restore as restore_objective
+from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.rng import Rng
 from recurrent_db.schedule import budget_progress, learning_rate_scale
@@ -97,7 +99,7 @@ def make_run_dir(config: Config, overwrite: bool) -> Path:
 def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     """Refuse to continue with another model, objective or tokenizer. Returns lines that say what else differs."""
     before, now = to_dict(checkpoint.config()), to_dict(config)
-    for section in ("model", "objective", "seed"):
+    for section in ("model", "objective", "blocks", "seed"):
         if before[section] != now[section]:
             old, new = json.dumps(before[section]), json.dumps(now[section])
             if isinstance(before[section], dict):
@@ -144,8 +146,8 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         expect_tokenizer_hash=tokenizer.hash,
         verify=config.data.verify,
     )
-    config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if config.model.vocab_size < tokenizer.vocab_size:
+    config.model.vocab_size = config.model.vocab_size or rows_of_vocabulary(config, tokenizer.vocab_size)
+    if config.model.vocab_size < rows_of_vocabulary(config, tokenizer.vocab_size):
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {tokenizer.vocab_size} tokens"
         )
@@ -163,11 +165,12 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     )
     attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)
-    model = build_model(config.model, config.seed, device)
+    model = build_model(config.model, config.seed, device, config.blocks.only)
     model.recurrence, model.attention, model.document_mask = objective.recurrence, attention, config.data.document_mask
-    model.core.checkpointing = config.run.activation_checkpointing
+    model.checkpoint_activations(config.run.activation_checkpointing)
     if config.run.compile:
         model.compile_parts()
+    freeze_shared(config, model)
     state, notes = TrainState(), []
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -179,7 +182,11 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         if source.tokenizer().hash != tokenizer.hash:
             raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
         # A model that starts to be conditioned on noise keeps its own zero-initialised conditioning.
-        load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
+        # Of a model in blocks each takes what the other has of its own: the embedding, and blocks that both hold.
+        new = ("noise_embedding.", *(("blocks.",) if config.model.n_blocks else ()))
+        weights = source.weights(averaged=True)
+        weights = plain_weights(weights, config.model) if config.model.n_blocks else weights
+        load_weights(model, weights, str(source.path), allow_new=new)
     team.wrap(model, config, bfloat16)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -229,26 +236,26 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     def evaluate() -> dict[str, float]:
         """Held-out scores, with the averaged weights where there are any."""
         team.beat("evaluating")
-        batches = validation_batches(
-            validation, length, config.eval.batch_size, config.eval.tokens, team.rank, team.world
+        batches = list(
+            validation_batches(validation, length, config.eval.batch_size, config.eval.tokens, team.rank, team.world)
         )
         if ema is not None:
             ema.swap(model)
         model.recurrence = objective.recurrence  # what the objective has learned by now is part of it
         model.eval()
+        row: dict[str, float] = {}
         with autocast, team.whole(model):
-            scores = score(
-                model, team.beating(batches), config.eval.k, tokenizer.byte_lengths(), config.eval.draws, config.seed,
-                team.processes,
-            )  # fmt: skip
+            if isinstance(objective, ScoresItself):
+                row = objective.held_out(model, batches, tokenizer, config.seed)
+            if not row:
+                lengths = tokenizer.byte_lengths()
+                row = score(
+                    model, team.beating(batches), config.eval.k, lengths, config.eval.draws, config.seed, team.processes
+                ).row()
         model.train()
         if ema is not None:
             ema.swap(model)
-        row: dict[str, float] = {}
-        for k, result in scores.by_k.items():
-            row[f"eval/nll_k{k}"] = result.nll
-            row[f"eval/bits_per_byte_k{k}"] = result.bits_per_byte
-        return {**row, "eval/tokens": scores.tokens, "eval/draws": scores.draws}
+        return row
 
     def share_of_update() -> str:
         """What the update takes of this process's steps, where it is more than AdamW's few percent."""

@@ -79,6 +79,20 @@ class LogUniform:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Uniform on [sigma_min, sigma_max]: the law of masked diffusion's time, whose lowest level is 0."""
+
+    sigma_min: float
+    sigma_max: float
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        return ((sigma.double() - self.sigma_min) / (self.sigma_max - self.sigma_min)).clamp(0, 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.sigma_min + u.double() * (self.sigma_max - self.sigma_min)
+
+
+@dataclass(frozen=True)
 class PiecewiseLogUniform:
     """Equal steps in ln sigma, each with a probability of its own, uniform in ln sigma within."""
 
@@ -220,7 +234,7 @@ def partition(density: Density, n: int, gamma: float = 0.0, uniform: bool = Fals
     edges[0], edges[-1] = density.sigma_min, density.sigma_max
     pairs = []
     for low, high in itertools.pairwise(edges):
-        widening = (high / low) ** gamma
+        widening = (high / low) ** gamma if gamma else 1.0
         pairs.append((max(low / widening, density.sigma_min), min(high * widening, density.sigma_max)))
     return pairs
 
@@ -288,7 +302,14 @@ def log_uniform_grid(density: Density, n: int) -> list[float]:
     return [density.sigma_max * (density.sigma_min / density.sigma_max) ** (i / (n - 1)) for i in range(n)]
 
 
+def edges_grid(density: Density, n: int) -> list[float]:
+    """The upper ends of n intervals of equal probability, from sigma_max down; sigma_min is not among them."""
+    below = density.quantile(torch.linspace(1, 0, n + 1, dtype=torch.float64)).tolist()[1:n]
+    return [density.sigma_max, *below]
+
+
 GRIDS: dict[str, Grid] = {
+    "edges": edges_grid,
     "equal-probability": equal_probability_grid,
     "karras": karras_grid,
     "log-uniform": log_uniform_grid,

@@ -51,6 +51,8 @@ class Rule:
     docs_BS: Tensor | None = None
     """int, on the CPU: the document of each position; the positions of one are next to each other. None: all one."""
     stream: Stream = "own"
+    causal: bool = True
+    """False: a query of its own stream sees all positions of its document, later ones too."""
 
     @property
     def keys(self) -> int:
@@ -59,13 +61,15 @@ class Rule:
     def sees(self, device: torch.device) -> Sees:
         """The rule as a function of indices (sequence, head, query, key), which broadcast, to bool; FlexAttention's
         ``mask_mod``."""
-        positions, first, stream = self.positions, self.positions - self.queries, self.stream
+        positions, first, stream, causal = self.positions, self.positions - self.queries, self.stream, self.causal
         docs_BS = None if self.docs_BS is None else to_device(self.docs_BS, device)
 
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             here = i + first
             there = j if stream == "own" else j % positions
             seen = there < here if stream == "strictly beside" else there <= here
+            if not causal:
+                seen = (here >= 0) & (there >= 0)
             if docs_BS is not None:
                 seen = seen & (docs_BS[b, here] == docs_BS[b, there])
             return seen if stream == "own" else (seen & (j < positions)) | (j == positions + i)
@@ -141,7 +145,7 @@ class Sdpa:
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """A mask, or None where the kernel's causal flag (equal lengths) or no mask at all (one query) says the same."""
-        if rule.stream == "own" and rule.docs_BS is None and rule.queries in (1, rule.positions):
+        if rule.causal and rule.stream == "own" and rule.docs_BS is None and rule.queries in (1, rule.positions):
             return None
         mask = rule.mask(device)
         if device.type != "cpu":
@@ -187,7 +191,7 @@ class Flash:
 
     def serves(self, rule: Rule, dtype: torch.dtype) -> Backend:
         equal = rule.docs_BS is None or rule.queries == rule.positions
-        return self if rule.stream == "own" and equal and dtype in self.dtypes else self.other
+        return self if rule.causal and rule.stream == "own" and equal and dtype in self.dtypes else self.other
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         return None if rule.docs_BS is None else to_device(document_starts(rule.docs_BS.cpu()), device)

@@ -363,11 +363,11 @@ class NoiseEmbedding(nn.Module):
     n_blocks * 6 * D numbers, so that a fresh model ignores the noise level exactly.
     """
 
-    def __init__(self, dim: int, n_blocks: int, hidden: int) -> None:
+    def __init__(self, dim: int, n_blocks: int, hidden: int, parts: int = 6) -> None:
         super().__init__()
-        self.n_blocks, self.dim, self.n_features = n_blocks, dim, hidden
+        self.n_blocks, self.dim, self.n_features, self.parts = n_blocks, dim, hidden, parts
         self.hidden = Linear(hidden, hidden)
-        self.out = Linear(hidden, n_blocks * 6 * dim)
+        self.out = Linear(hidden, n_blocks * parts * dim)
 
     def forward(self, c_noise_Bs: Tensor) -> list[tuple[Tensor, ...]]:
         """c_noise: fp32 (B, 1) for one level per sequence or (B, T) per token. Returns, for each block, six (B, 1|T, D)."""
@@ -382,7 +382,7 @@ class NoiseEmbedding(nn.Module):
         # The noise mathematics stays fp32 under autocast (which the meta device does not know).
         with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
             flat = self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
-        return [block.chunk(6, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]
+        return [block.chunk(self.parts, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]
 
 
 def contexts(

@@ -350,6 +350,10 @@ class LoopedLM(nn.Module):
                     torch.compile(block.after, backend=backend),
                 )
 
+    def checkpoint_activations(self, on: bool) -> None:
+        """Whether the backward runs each core iteration again instead of keeping its activations."""
+        self.core.checkpointing = on
+
     # -- initialisation and size ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -400,13 +404,18 @@ class LoopedLM(nn.Module):
         }
 
 
-def build_model(config: ModelConfig, seed: int | None, device: torch.device | str = "cpu") -> LoopedLM:
+def build_model(
+    config: ModelConfig, seed: int | None, device: torch.device | str = "cpu", only_block: int = 0
+) -> LoopedLM:
     """A model on ``device`` with Huginn's initialisation drawn from ``seed``; ``seed=None`` leaves it empty.
 
-    Weights are drawn on the CPU, so that every device starts from the same ones.
+    Weights are drawn on the CPU, so that every device starts from the same ones. Of a model in blocks ``only_block`` (from
+    1) makes that block and the embedding alone, with the values that they have in the whole.
     """
+    from recurrent_db.model.blocks import BlocksLM  # which is made of this module's parts
+
     with torch.device("meta"):
-        model = LoopedLM(config)
+        model = BlocksLM(config, only_block) if config.n_blocks else LoopedLM(config)
     if torch.device(device).type == "meta":
         return model
     model = model.to_empty(device="cpu")

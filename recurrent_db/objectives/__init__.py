@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from recurrent_db.config import Config
+from recurrent_db.config import WALKS, Config
 from recurrent_db.errors import UserError
-from recurrent_db.objectives.base import Metrics, Objective
+from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
+from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.objectives.denoise_token import DenoiseToken
+from recurrent_db.objectives.masked import Masked
 from recurrent_db.objectives.next_token import NextToken
 from recurrent_db.objectives.unrolled import Unrolled
 
@@ -19,11 +21,14 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "denoise": Denoise,
     "denoise-token": DenoiseToken,
     "denoise-paper": DenoiseToken,
+    "masked": Masked,
 }
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that ``config.objective.name`` names."""
+    """The objective that ``config.objective.name`` names; for a model in blocks its form for them."""
+    if config.model.n_blocks and config.objective.name in WALKS:
+        return BlockDenoise(config)
     return OBJECTIVES[config.objective.name](config)
 
 
@@ -37,4 +42,4 @@ def restore(objective: Objective, state: dict[str, Any], source: object) -> None
         ) from None
 
 
-__all__ = ["OBJECTIVES", "Metrics", "Objective", "build_objective", "restore"]
+__all__ = ["OBJECTIVES", "Metrics", "Objective", "ScoresItself", "build_objective", "restore"]

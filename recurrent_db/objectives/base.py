@@ -11,8 +11,8 @@ or pairs (sum, weight), shape (2,), where the average is over some of the tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence import Recurrence
 from recurrent_db.rng import Rng
+from recurrent_db.tokenizer import Tokenizer
 
 Metrics = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
@@ -61,6 +62,15 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`'s result."""
+        ...
+
+
+@runtime_checkable
+class ScoresItself(Protocol):
+    """An objective whose runs are not (or not all) scored as a likelihood by K."""
+
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+        """Columns for the metrics from held-out batches; empty where the run is scored as others are."""
         ...
 
 

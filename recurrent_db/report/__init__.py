@@ -7,6 +7,7 @@ svg.py     a matplotlib figure -> an inline SVG that follows the page's colours
 figure.py  the frame of the figures: a run's look, axes, ticks, legends
 plots.py   the figures with lines
 bars.py    the figures with stacked bars
+blocks.py  the section on blocks that train alone
 machine.py the sections on FLOPs, memory and throughput
 page.py    the other sections, their order and the HTML around them
 style.py   the page's style sheet

@@ -111,6 +111,8 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     """lm-eval's results (task -> metric -> value) by K; the key is empty where the file does not say."""
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a joined run: what each block cost, by its number."""
     notes: list[str] = field(default_factory=list)
     """Files that were there and could not be used."""
 
@@ -280,6 +282,15 @@ def _read_sigma(run: Run, report: dict[str, Any]) -> None:
     run.sigma_star = number(report.get("sigma_star"))
 
 
+def _read_blocks(run: Run, values: dict[str, Any]) -> None:
+    """Fill in the blocks of a joined run, and where nothing better is known the loss by sigma that their runs measured."""
+    table = values.get("blocks")
+    run.blocks = {str(k): v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
+    if not run.loss_by_sigma:
+        for block in run.blocks.values():
+            _read_sigma(run, {"nll_by_sigma": block.get("loss_by_sigma"), "sigma_star": run.sigma_star})
+
+
 def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     by_k = values.get("by_k")
     if isinstance(by_k, dict):
@@ -326,6 +337,7 @@ def read_run(path: Path, name: str) -> Run:
     _read_depth(run, curve)
     _read_state(run, curve)
     _read_sigma(run, _read_json(path / "eval" / "denoiser_report.json", dict, notes))
+    _read_blocks(run, _read_json(path / "blocks.json", dict, notes))
     run.lm_eval = _read_lm_eval(_read_json(path / "eval" / "lm_eval.json", dict, notes))
     samples = _read_json(path / "eval" / "samples.json", list, notes)
     run.samples = [sample for sample in samples if isinstance(sample, dict)]

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recurrent_db.report import machine
+from recurrent_db.report import blocks, machine
 from recurrent_db.report.cost import energy
 from recurrent_db.report.data import SMOOTHING, Run, number
 from recurrent_db.report.figure import drawing, scientific, short
@@ -343,6 +343,7 @@ SECTIONS = (
     ("sigma", "Loss by noise level", Page.sigma),
     ("flops", "Where the FLOPs go", machine.flops),
     ("memory", "Memory", machine.memory_held),
+    ("blocks", "Blocks that train alone", blocks.blocks),
     ("machine", "Throughput and optimisation", machine.machine),
     ("reach", "FLOPs to reach a loss", Page.reach),
     ("lm-eval", "Benchmarks (lm-eval)", Page.lm_eval),

@@ -1,0 +1,90 @@
+"""Bits per character of a masked-diffusion run, by the ELBO, and samples.
+
+python eval/masked.py RUN --data DIR [--draws 16] [--samples 2] [--json OUT]
+
+Prints the bound on held-out text, with each block's term. The text is scored in sequences of the training length, each from
+nothing but itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.data import open_data, validation_batches
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.loading import load_with_config
+from recurrent_db.objectives import build_objective
+from recurrent_db.objectives.masked import Masked, unmask
+
+
+@dataclass
+class Args:
+    """Score a masked-diffusion run's newest good checkpoint on held-out text, and sample from it."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint folder."""
+    data: Path
+    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    draws: int = 16
+    """Times drawn for each block and sequence."""
+    tokens: int = 65536
+    """Held-out tokens to score, spread evenly over the split."""
+    batch_size: int = 16
+    """Sequences at once."""
+    samples: int = 2
+    """Sequences to sample; 0 samples none."""
+    steps: int = 128
+    """Steps of the reverse process for a sample."""
+    seed: int = 0
+    """Of times, masks and samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or auto."""
+    json: Path | None = None
+    """File to write the result to."""
+
+
+def main(args: Args) -> int:
+    parse_ints(f"{args.draws},{args.tokens},{args.batch_size},{args.steps}", "the counts", least=1)
+    parse_ints(str(args.samples), "--samples", least=0)
+    if args.json is not None:
+        check_output(args.json)
+    model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
+    objective, length = build_objective(config), config.data.sequence_length
+    if not isinstance(objective, Masked):
+        raise UserError(f"{args.run} is a {config.objective.name} run; eval/depth_curve.py scores it")
+    data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
+    batches = list(validation_batches(data, length, args.batch_size, args.tokens))
+    found = objective.elbo(model, batches, tokenizer, args.seed, args.draws)
+    alone = f", of block {config.blocks.only} alone" if config.blocks.only else ""
+    print(
+        f"{checkpoint}: at most {found.bits_per_character:.4f} bits per character, {found.nats:.4f} nats per token"
+        f" (± {found.stderr:.4f}){alone}; {found.tokens:,} held-out tokens, {args.draws} draws, seed {args.seed}"
+    )
+    for block, nats in found.by_block.items():
+        print(f"  block {block}: {nats:.4f} nats per token")
+    texts = []
+    if args.samples and not config.blocks.only:
+        masks = torch.full((args.samples, length), config.model.vocab_size - 1, device=model.embedding.weight.device)
+        texts = [tokenizer.decode(row) for row in unmask(model, masks, args.steps, args.seed).tolist()]
+        for text in texts:
+            print(f"--- {text!r}")
+    if args.json is not None:
+        result = {
+            "bits_per_character": found.bits_per_character, "nats": found.nats, "stderr": found.stderr,
+            "by_block": found.by_block, "tokens": found.tokens, "characters": found.characters, "draws": args.draws,
+            "seed": args.seed, "samples": texts,
+        }  # fmt: skip
+        write_atomic(args.json, json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

@@ -1,0 +1,196 @@
+"""DiffusionBlocks: a stack of residual blocks, cut into parts that train alone (arXiv 2506.14202). See docs/blocks.md.
+
+    partition = Partition.cut(density, n_blocks, gamma=0.1)        # who has which noise
+    blocks = convert(layers, n_blocks, density, width=64, sd=0.5)  # any layers x -> x + f(x) of one width
+    blocks.loss(2, y, rng)                                         # trains block 2 and touches no other
+    blocks.walk(z)                                                 # from noise to data, block 1 to block B
+
+A residual stack makes small steps from its input to its output; so does a reverse diffusion from noise to data. The
+conversion takes the one for the other: L layers become B blocks, block b becomes the denoiser of its own range of noise
+levels, and is told the level (AdaLN). A denoiser's loss needs nothing of the other denoisers, so neither does training.
+
+`Partition` is the one place that says which block has which noise level: training, scoring and sampling ask it. Blocks
+are counted from 1; block 1 has the highest noise.
+
+For language models: `model.blocks.BlocksLM`, whose blocks are `Block`s with a clean context beside them, and
+`objectives.blocks`, `objectives.masked`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_db.denoise.noise import Density, LogUniform, partition
+from recurrent_db.denoise.precond import Precond
+from recurrent_db.errors import UserError
+from recurrent_db.model.layers import NoiseEmbedding
+
+
+def split_layers(n_layers: int, n_blocks: int, given: Sequence[int] = ()) -> list[int]:
+    """Layers of each block: those ``given``, else as even as can be, earlier blocks taking one more.
+
+    Raises:
+        UserError: more blocks than layers, or a given split that is not one.
+    """
+    if not 1 <= n_blocks <= n_layers:
+        raise UserError(f"{n_layers} layers cannot be cut into {n_blocks} blocks")
+    split = list(given) or [n_layers // n_blocks + (b < n_layers % n_blocks) for b in range(n_blocks)]
+    if len(split) != n_blocks or sum(split) != n_layers or min(split) < 1:
+        raise UserError(f"{split} does not split {n_layers} layers into {n_blocks} blocks")
+    return split
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which block has which noise level: block b (from 1) has (edges[b], edges[b - 1]], and the last also sigma_min."""
+
+    law: Density
+    """That the ranges were cut by: `levels` follow it."""
+    edges: tuple[float, ...]
+    """From sigma_max down to sigma_min, one more than there are blocks."""
+    gamma: float = 0.0
+    """Overlap of the ranges in training."""
+
+    @classmethod
+    def cut(cls, density: Density, n_blocks: int, gamma: float = 0.0, uniform: bool = False) -> Partition:
+        """Ranges of equal probability under ``density``; with ``uniform`` of equal width in ln sigma, the control."""
+        law = LogUniform(density.sigma_min, density.sigma_max) if uniform else density
+        lows = [low for low, _ in partition(law, n_blocks)]
+        return cls(law, (density.sigma_max, *lows[::-1]), gamma)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.edges) - 1
+
+    def block_of(self, sigma: float) -> int:
+        """The block of a noise level. Raises ValueError outside of the range."""
+        if not self.edges[-1] <= sigma <= self.edges[0]:
+            raise ValueError(f"noise level {sigma} is outside [{self.edges[-1]}, {self.edges[0]}]")
+        return 1 + sum(sigma <= edge for edge in self.edges[1:-1])
+
+    def range_of(self, block: int) -> tuple[float, float]:
+        """(low, high) that a block is trained on: its own range, widened by (high/low)^gamma on both sides and clipped."""
+        low, high = self.edges[block], self.edges[block - 1]
+        if not self.gamma:
+            return low, high
+        widening = (high / low) ** self.gamma
+        return max(low / widening, self.edges[-1]), min(high * widening, self.edges[0])
+
+    def levels(self, k: int) -> list[float]:
+        """Noise levels of a walk of ``k`` steps, falling from sigma_max: upper ends of intervals of equal probability. At
+        k = B each block makes one step, from where its range begins; at a multiple of B each makes as many."""
+        n = self.n_blocks
+        inner = self.law.quantile(1 - torch.arange(k, dtype=torch.float64) / k).tolist()
+        # Where a block begins, its own number is taken: a rounding above it would be the block before.
+        return [self.edges[i * n // k] if i * n % k == 0 else inner[i] for i in range(k)]
+
+
+def _modulated(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Tensor:
+    """A residual layer conditioned from outside: x + (1 + gate) f((1 + scale) x + shift), of a layer x -> x + f(x).
+    Zeros change nothing (AdaLN-Zero, DiT, arXiv 2212.09748)."""
+    shift, scale, gate = (m.view(m.shape[0], *[1] * (x.ndim - 2), m.shape[-1]) for m in modulation)
+    seen = x + scale * x + shift
+    return x + (1 + gate) * (layer(seen, *args, **kwargs) - seen)
+
+
+class DenoisingBlock(nn.Module):
+    """Some layers of a network, conditioned on the noise level of their range."""
+
+    def __init__(self, layers: Sequence[nn.Module], width: int, d_condition: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.conditioning = NoiseEmbedding(width, len(layers), d_condition, parts=3)
+        nn.init.normal_(self.conditioning.hidden.weight, std=d_condition**-0.5)
+        for parameter in (self.conditioning.hidden.bias, *self.conditioning.out.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, c_noise_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for layer, modulation in zip(self.layers, self.conditioning(c_noise_B), strict=True):
+            x = _modulated(layer, x, modulation, *args, **kwargs)
+        return x
+
+
+class DiffusionBlocks(nn.Module):
+    """A converted network: see `convert`. Data y and noisy data z are (B, ..., width)."""
+
+    def __init__(
+        self, blocks: Sequence[DenoisingBlock], partition: Partition, density: Density, precond: Precond
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.partition, self.density, self.precond = partition, density, precond
+
+    def block(self, number: int) -> DenoisingBlock:
+        """Block ``number``, from 1. Its parameters are all that training it needs."""
+        block = self.blocks[number - 1]
+        assert isinstance(block, DenoisingBlock)
+        return block
+
+    def draw(self, number: int, u: Tensor) -> Tensor:
+        """Uniforms in [0, 1) to noise levels of a block's training range, float64."""
+        ends = self.density.cdf(torch.tensor(self.partition.range_of(number), dtype=torch.float64))
+        return self.density.quantile(ends[0] + u.double() * (ends[1] - ends[0]))
+
+    def denoise(self, number: int, z: Tensor, sigma_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Block ``number``'s estimate of y given z = y + sigma eps; what else the layers take is passed on to them."""
+        sigma = sigma_B.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
+        out = self.block(number)(self.precond.view(z, sigma), self.precond.c_noise(sigma_B.float()), *args, **kwargs)
+        return self.precond.combine(z, out, sigma)
+
+    def loss(self, number: int, y: Tensor, u_B: Tensor, eps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Block ``number``'s squared error, each level weighing the same (EDM, arXiv 2206.00364, eq. 8). ``u`` uniform in
+        [0, 1) draws the levels, ``eps`` (y's shape) is standard normal."""
+        sigma_B = self.draw(number, u_B)
+        sigma = sigma_B.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
+        estimate = self.denoise(number, y + sigma * eps, sigma_B, *args, **kwargs)
+        return (self.precond.weight(sigma) * (estimate - y).square()).mean()
+
+    @torch.no_grad()
+    def walk(self, eps: Tensor, steps: int = 0, *args: Any, **kwargs: Any) -> Tensor:
+        """From standard normal ``eps`` to data by Euler steps (of block 1 first), one for each block or ``steps``."""
+        levels = self.partition.levels(steps or self.partition.n_blocks)
+        z = eps * levels[0]
+        for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
+            sigma_B = torch.full((len(z),), sigma, dtype=torch.float64)
+            estimate = self.denoise(self.partition.block_of(sigma), z, sigma_B, *args, **kwargs)
+            z = following / sigma * z + (1 - following / sigma) * estimate
+        return z
+
+
+def convert(
+    network: Sequence[nn.Module] | nn.Sequential | nn.ModuleList,
+    n_blocks: int,
+    noise: Density,
+    width: int,
+    sd: float,
+    layers: Sequence[int] = (),
+    gamma: float = 0.0,
+    uniform: bool = False,
+    d_condition: int = 64,
+) -> DiffusionBlocks:
+    """Cut a stack of residual layers, each x -> x + f(x) of (B, ..., width), into blocks that train alone.
+
+    The layers keep their weights and become part of the result. Each is conditioned from outside on its noise level by a
+    projection that starts at zero, so a fresh conversion computes what the layers compute.
+
+    Args:
+        noise: density of the noise levels; its ranges of equal probability go to the blocks, high noise first.
+        sd: standard deviation of the data per component.
+        layers: of each block; by default as even as can be.
+        gamma: overlap of the ranges in training (0.1 for text, arXiv 2506.14202, section 3).
+        uniform: ranges of equal width in ln sigma instead.
+
+    Raises:
+        UserError: the layers cannot be split so.
+    """
+    stack = list(network)
+    parts, start = [], 0
+    for count in split_layers(len(stack), n_blocks, layers):
+        parts.append(DenoisingBlock(stack[start : start + count], width, d_condition))
+        start += count
+    return DiffusionBlocks(parts, Partition.cut(noise, n_blocks, gamma, uniform), noise, Precond(sd))

@@ -1,0 +1,221 @@
+"""`recurrent-db blocks join RUN... OUT`: one model of blocks that were trained apart.
+
+Runs of one block each (`train/pretrain.py --blocks.only`) give their blocks; a run of a whole model, such as an earlier
+join, gives those that no other run has, which is how one block is replaced. The embedding and head that blocks share must be
+the same bits in all runs, or the blocks do not fit. Nothing is trained and nothing averaged: the result holds the runs' own
+tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from recurrent_db.checkpoint import Checkpoint, TrainState, content_hash, find_checkpoint, load_weights, save_checkpoint
+from recurrent_db.config import Config, to_dict, validate
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.memory import tensor_bytes
+from recurrent_db.metrics import read_metrics
+from recurrent_db.model import build_model
+from recurrent_db.model.blocks import BlocksLM
+from recurrent_db.objectives import build_objective
+from recurrent_db.objectives.blocks import trains_shared
+
+ACCOUNT = "blocks.json"
+"""What a joined run says of its blocks: where each is from, and what it cost."""
+
+
+@dataclass
+class JoinArgs:
+    """Make one model of blocks that were trained apart: `recurrent-db blocks join RUN... OUT`.
+
+    A run of a whole model among them (an earlier join) gives the blocks that no other run has.
+    """
+
+    action: Annotated[Literal["join"], tyro.conf.Positional]
+    """What to do with the blocks."""
+    paths: Annotated[list[Path], tyro.conf.Positional]
+    """Run directories (or checkpoints) of the blocks, in any order, and last the run directory to make."""
+    overwrite: bool = False
+    """Replace an older joined run of that name, once the new one is complete."""
+    json: bool = False
+    """Print what each block cost as JSON."""
+
+
+@dataclass
+class Part:
+    """A run that gives blocks."""
+
+    path: Path
+    checkpoint: Checkpoint
+    config: Config
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> Part:
+        checkpoint = Checkpoint(find_checkpoint(path))
+        config = checkpoint.config()
+        if not config.model.n_blocks:
+            raise UserError(f"{path} is not a run of blocks (model.n_blocks is 0)")
+        return cls(path, checkpoint, config, checkpoint.weights(averaged=True))
+
+    @property
+    def held(self) -> list[int]:
+        return [self.config.blocks.only] if self.config.blocks.only else list(range(1, self.config.model.n_blocks + 1))
+
+    def shared(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.weights.items() if not name.startswith("blocks.")}
+
+    def block(self, number: int) -> dict[str, Tensor]:
+        return {name: value for name, value in self.weights.items() if name.startswith(f"blocks.{number}.")}
+
+    def account(self, number: int) -> dict[str, Any]:
+        """What a block cost, from its run's own counters and metrics."""
+        state = self.checkpoint.training()[0]
+        run_dir = self.checkpoint.path.parent.parent
+        if (run_dir / ACCOUNT).exists() and not self.config.blocks.only:
+            return dict(json.loads((run_dir / ACCOUNT).read_text(encoding="utf-8"))["blocks"][str(number)])
+        rows = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
+        split = {
+            name.removeprefix("memory/"): max(row.get(name, 0) for row in rows)
+            for name in (rows[-1] if rows else {})
+            if name.startswith("memory/")
+        }
+        taken = tensor_bytes(self.shared().values()) if self.config.init.from_ else 0
+        alone = bool(self.config.blocks.only)
+        return {
+            "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": content_hash(self.checkpoint.path),
+            "alone": alone, "layers": self.config.model.block_layers[number - 1], "seed": self.config.seed,
+            "steps": state.step, "tokens": state.tokens, "flops": state.flops, "flops_forward": state.flops_forward,
+            "flops_backward": state.flops_backward, "seconds": state.seconds,
+            "parameters": sum(value.numel() for value in self.block(number).values()),
+            "trains_shared": trains_shared(self.config, number),
+            "memory": split, "peak_memory_bytes": max((row["peak_memory_bytes"] or 0 for row in rows), default=None),
+            "bytes_read_before_training": taken,
+            "loss": next((row[f"eval/loss_block_{number}"] for row in reversed(rows)
+                          if f"eval/loss_block_{number}" in row), None),
+            "loss_by_sigma": next(({name.removeprefix("eval/loss_sigma_"): value for name, value in row.items()
+                                    if name.startswith("eval/loss_sigma_")} for row in reversed(rows)
+                                   if f"eval/loss_block_{number}" in row), {}),
+        }  # fmt: skip
+
+
+def _contradiction(first: Part, other: Part) -> str | None:
+    """What keeps two runs' blocks from being of one model."""
+    for section in ("model", "objective"):
+        ours, theirs = to_dict(getattr(first.config, section)), to_dict(getattr(other.config, section))
+        for key in ours:
+            if ours[key] != theirs[key]:
+                return f"{section}.{key} is {ours[key]} in {first.path} and {theirs[key]} in {other.path}"
+    if first.config.blocks.partition != other.config.blocks.partition:
+        return f"blocks.partition differs between {first.path} and {other.path}"
+    if first.config.data.document_mask != other.config.data.document_mask:
+        return f"data.document_mask differs between {first.path} and {other.path}"
+    if first.checkpoint.tokenizer().hash != other.checkpoint.tokenizer().hash:
+        return f"{first.path} and {other.path} were trained with different tokenizers"
+    ours, theirs = first.shared(), other.shared()
+    if any(not torch.equal(ours[name], theirs[name]) for name in ours):
+        return (
+            f"the shared embedding differs between {first.path} and {other.path}: a block that does not train it must take"
+            " its owner's with --init.from, and be trained again where the owner was"
+        )
+    return None
+
+
+def givers(parts: list[Part]) -> dict[int, Part]:
+    """Which run gives which block. Raises `UserError` where a block is missing or given twice, or runs do not fit."""
+    for other in parts[1:]:
+        if (problem := _contradiction(parts[0], other)) is not None:
+            raise UserError(f"cannot join: {problem}")
+    chosen: dict[int, Part] = {}
+    for part in sorted(parts, key=lambda part: part.config.blocks.only == 0):  # single blocks first
+        for number in part.held:
+            before = chosen.get(number)
+            if before is None:
+                chosen[number] = part
+            elif bool(before.config.blocks.only) == bool(part.config.blocks.only):
+                raise UserError(f"cannot join: both {before.path} and {part.path} hold block {number}")
+    missing = [number for number in range(1, parts[0].config.model.n_blocks + 1) if number not in chosen]
+    if missing:
+        raise UserError(f"cannot join: no run given holds block {', '.join(map(str, missing))}")
+    return dict(sorted(chosen.items()))
+
+
+def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Write the run directory ``out`` with the whole model; returns the account of its blocks.
+
+    Raises:
+        UserError: runs that do not fit, a missing block, a folder that is there or cannot be written.
+    """
+    if out.exists() and not (overwrite and (out / ACCOUNT).exists()):
+        why = "and is not a joined run" if overwrite else "; replace it with --overwrite"
+        raise UserError(f"{out} exists{'' if why[0] == ';' else ' '}{why}")
+    parts = [Part.read(path) for path in paths]
+    chosen = givers(parts)
+    owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), parts[0])
+    config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
+    config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)
+    validate(config)
+    weights = dict(owner.shared())
+    states, total = {}, TrainState()
+    for number, part in chosen.items():
+        weights |= part.block(number)
+        states[str(number)] = part.checkpoint.training()[1].get(str(number), {})
+    for part in {id(p): p for p in chosen.values()}.values():
+        state = part.checkpoint.training()[0]
+        total.step = max(total.step, state.step)
+        for name in ("tokens", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
+                     "flops_causal", "flops_update", "seconds"):  # fmt: skip
+            setattr(total, name, getattr(total, name) + getattr(state, name))
+    model = build_model(config.model, None)
+    assert isinstance(model, BlocksLM)
+    load_weights(model, weights, "the joined runs")
+    objective = build_objective(config)
+    objective.load_state_dict(states if any(states.values()) else {})
+    account = {"blocks": {str(number): part.account(number) for number, part in chosen.items()}}
+    temporary = out.with_name(f".joining-{out.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        optimizer = torch.optim.AdamW(model.parameters())
+        save_checkpoint(temporary, config, tokenizer, model, optimizer, None, total, objective.state_dict())
+        write_atomic(temporary / "config.json", json.dumps(to_dict(config), indent=1))
+        write_atomic(temporary / ACCOUNT, json.dumps(account, indent=1))
+        if out.exists():
+            doomed = out.with_name(f".deleting-{out.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            out.rename(doomed)
+            temporary.rename(out)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            temporary.rename(out)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    return account
+
+
+def main(args: JoinArgs) -> int:
+    if len(args.paths) < 2:
+        raise UserError("blocks join needs one run or more, and last the run directory to make")
+    *runs, out = args.paths
+    account = join(runs, out, args.overwrite)
+    if args.json:
+        print(json.dumps(account, indent=1))
+        return 0
+    for number, block in account["blocks"].items():
+        print(
+            f"block {number}: {block['layers']} layers, {block['tokens']:,} tokens, {block['flops']:.4g} FLOPs,"
+            f" from {block['run']} ({block['checkpoint']})"
+        )
+    print(f"made {out}", file=sys.stderr)
+    return 0

@@ -1,0 +1,132 @@
+"""A transformer in blocks that share an embedding and nothing else (DiffusionBlocks, arXiv 2506.14202).
+
+Each block is a `LoopedLM` without prelude and coda whose core runs once: injection, its layers, noise conditioning, a norm.
+They have names and initial weights of their own, so that one block (``only``) is built, trained and saved without the
+others, and what it holds is what it would hold among them: ``embedding.*``, ``blocks.2.*``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_db.config import ModelConfig
+from recurrent_db.errors import UserError
+from recurrent_db.model.layers import Embedding
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.rng import key
+
+
+def block_config(config: ModelConfig, block: int) -> ModelConfig:
+    """The shape of one block, as a model of its own."""
+    return dataclasses.replace(config, n_core=config.block_layers[block - 1], n_blocks=0, block_layers=[])
+
+
+def plain_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights of a model that is not in blocks and has no prelude and coda, by the names that they have in blocks: its
+    layers go to the blocks in order, its injection and norm to each. Weights of a model in blocks stay as they are."""
+    if not any(name.startswith("core.") for name in weights):
+        return weights
+    renamed = {}
+    starts = [sum(config.block_layers[:b]) for b in range(config.n_blocks)]
+    for name, value in weights.items():
+        head, _, tail = name.removeprefix("core.blocks.").partition(".")
+        if name.startswith("core.blocks.") and int(head) < config.n_core:
+            block = max(b for b, start in enumerate(starts) if start <= int(head))
+            renamed[f"blocks.{block + 1}.core.blocks.{int(head) - starts[block]}.{tail}"] = value
+        elif name.startswith(("core.injection.", "final_norm.")):
+            renamed |= {f"blocks.{block + 1}.{name}": value for block in range(config.n_blocks)}
+        elif not name.startswith("noise_embedding."):  # which is of all layers at once
+            renamed[name] = value
+    return renamed
+
+
+class BlocksLM(LoopedLM):
+    """Embedding and blocks. What embeds, reads out and says who sees whom is the whole model's; what denoises is a
+    `block`'s."""
+
+    def __init__(self, config: ModelConfig, only: int = 0) -> None:
+        nn.Module.__init__(self)
+        if config.vocab_size < 1:
+            raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
+        self.config, self.only = config, only
+        self.embedding = Embedding(config.vocab_size, config.d_model)
+        self.target_embedding = Embedding(config.vocab_size, config.d_model) if config.separate_targets else None
+        self.prelude = nn.ModuleList()
+        self.noise_embedding = None
+        self.blocks = nn.ModuleDict()
+        self._ropes = {}
+        for number in [only] if only else range(1, config.n_blocks + 1):
+            block = LoopedLM(block_config(config, number))
+            for name in ("embedding", "target_embedding"):  # the shared ones, which belong to this module alone
+                delattr(block, name)
+                object.__setattr__(block, name, getattr(self, name))
+            self.blocks[str(number)] = block
+
+    def block(self, number: int) -> LoopedLM:
+        """Block ``number``, from 1, as a model with the shared embedding.
+
+        Raises:
+            UserError: the model was built with another block alone.
+        """
+        if str(number) not in self.blocks:
+            raise UserError(
+                f"this run holds block {self.only} of {self.config.n_blocks} alone, and block {number} is asked for:"
+                " make one model of all blocks' runs with recurrent-db blocks join"
+            )
+        block = self.blocks[str(number)]
+        assert isinstance(block, LoopedLM)
+        block.attention, block.document_mask, block.compiled = self.attention, self.document_mask, self.compiled
+        return block
+
+    def held(self) -> list[int]:
+        """Numbers of the blocks that are here."""
+        return [int(number) for number in self.blocks]
+
+    def train_shared(self, on: bool) -> None:
+        """Whether the tables that all blocks share get gradients."""
+        for table in (self.embedding, self.target_embedding):
+            if table is not None:
+                table.weight.requires_grad_(on)
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        for number in self.held():
+            self.block(number).compile_parts(backend)
+        first = self.block(self.held()[0])
+        self.fuse, self.softmax_loss, self.compiled = first.fuse, first.softmax_loss, True
+
+    def checkpoint_activations(self, on: bool) -> None:
+        for number in self.held():
+            self.block(number).checkpoint_activations(on)
+
+    def forward(self, tokens_BT: Tensor, iterations: int = 1) -> Tensor:
+        raise UserError("a model in blocks has no unconditioned pass: run its recurrence")
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """The tables from ``generator``, each block from one of its own, which its number and the same seed key: the values
+        do not depend on which blocks there are."""
+        seed = generator.initial_seed()
+        std = (2 / (5 * self.config.d_model)) ** 0.5
+        for table in (self.embedding, self.target_embedding):
+            if table is not None:
+                nn.init.trunc_normal_(table.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+        for number in self.held():
+            self.block(number).initialize(torch.Generator().manual_seed(key(seed, "block", number)))
+
+    def parameter_counts(self) -> dict[str, int]:
+        sums: dict[str, int] = {}
+        for number in self.held():
+            for part, count in self.block(number).parameter_counts().items():
+                sums[part] = sums.get(part, 0) + count
+        again = len(self.held()) - 1  # each block counts the tables that they share
+        tables = self.embedding.weight.numel()
+        targets = self.target_embedding.weight.numel() if self.target_embedding is not None else 0
+        return {
+            **sums,
+            "embedding": tables,
+            "total": sums["total"] - again * tables,
+            "target_table": targets,
+        }

@@ -1,0 +1,201 @@
+"""`denoise-token` for a model in blocks: each block is trained as the denoiser of its own noise range (arXiv 2506.14202).
+
+A block's training is `denoise-token` with the block for a model and its range, widened by the overlap, for the noise:
+nothing of the other blocks is read, run or updated. With ``blocks.only`` that is all that the process holds. Without,
+each step draws a block and trains it alone, and the others' gradients, moments and decay rest.
+
+The clean context is a second stream through the block's own layers, from the embedding; position i of the noisy stream
+sees clean tokens <= i and itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_db.blocks import Partition
+from recurrent_db.config import Config
+from recurrent_db.data import Batch
+from recurrent_db.denoise.noise import LogNormal, LogUniform
+from recurrent_db.denoise.sampler import EVALUATIONS
+from recurrent_db.flops import Passes
+from recurrent_db.model.blocks import BlocksLM
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy
+from recurrent_db.objectives.denoise_token import DenoiseToken, noised
+from recurrent_db.recurrence import DenoiseWalk
+from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.tokenizer import Tokenizer
+
+HELD_OUT_LEVELS = 4
+"""Noise levels of a block's range that a run of that block alone is scored at."""
+
+
+def noise_partition(config: Config) -> Partition:
+    """Which block has which noise level. A density that is fitted in training is fitted within each block's range, which
+    does not move: the ranges are cut by the law that it starts from (``token.density`` log-uniform, else log-normal)."""
+    denoise = config.objective.token
+    ends = denoise.sigma_min, denoise.sigma_max
+    law = LogUniform(*ends) if denoise.density == "log-uniform" else LogNormal(denoise.p_mean, denoise.p_std, *ends)
+    return Partition.cut(law, config.model.n_blocks, config.blocks.gamma, config.blocks.partition == "uniform")
+
+
+def drawn_block(config: Config, rng: Rng) -> int:
+    """The block that a step trains."""
+    return config.blocks.only or 1 + int(rng.scalar("block") * config.model.n_blocks)
+
+
+def trains_shared(config: Config, block: int) -> bool:
+    """Whether a step of this block trains the embedding and head too."""
+    return {"all": True, "frozen": False, "owned": block == config.blocks.owner}[config.blocks.shared]
+
+
+def freeze_shared(config: Config, model: LoopedLM) -> None:
+    """Of a process that trains one block: no gradients, and no optimizer's state, for tables that it does not train."""
+    if isinstance(model, BlocksLM) and config.blocks.only:
+        model.train_shared(trains_shared(config, config.blocks.only))
+
+
+@dataclass(frozen=True)
+class BlockWalk(DenoiseWalk):
+    """The reverse diffusion in which each noise level is one pass of the block that has it."""
+
+    partition: Partition = field(kw_only=True)
+    layers: tuple[int, ...] = field(kw_only=True)
+    """Of each block."""
+
+    def at(self, model: LoopedLM, sigma: float) -> LoopedLM:
+        assert isinstance(model, BlocksLM)
+        return model.block(self.partition.block_of(sigma))
+
+    def grid(self, k: int) -> list[float]:
+        whole = self.density.sigma_max == self.partition.edges[0]
+        return self.partition.levels(k) if self.config.grid == "edges" and whole else super().grid(k)
+
+    def passes(self, k: int) -> Passes:
+        levels = self.grid(k)
+        again = EVALUATIONS[self.config.sampler] - 1  # second order looks at the next level too
+        runs = [self.partition.block_of(sigma) for sigma in [*levels, *levels[1:] * again]]
+        touched = set(runs)
+        return dataclasses.replace(
+            super().passes(k),
+            core_layers=sum(self.layers[block - 1] for block in runs) / len(runs),
+            clean_no_grad=len(touched),
+            clean_layers=sum(self.layers[block - 1] for block in touched) / len(touched),
+        )
+
+
+class BlockDenoise:
+    """One denoiser a block, each trained for itself."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.partition = config, noise_partition(config)
+        self.blocks = {
+            block: self._denoise(block)
+            for block in ([config.blocks.only] if config.blocks.only else range(1, config.model.n_blocks + 1))
+        }
+        self._last = 0
+
+    def _denoise(self, block: int) -> DenoiseToken:
+        """`denoise-token` on the block's range. The atom at sigma_max is the first block's."""
+        low, high = self.partition.range_of(block)
+        part = dataclasses.replace(
+            self.config.objective.token, sigma_min=low, sigma_max=high,
+            atom=self.config.objective.token.atom if block == 1 else 0.0,
+        )  # fmt: skip
+        objective = dataclasses.replace(self.config.objective, token=part)
+        return DenoiseToken(dataclasses.replace(self.config, objective=objective))
+
+    @property
+    def recurrence(self) -> BlockWalk:
+        first = next(iter(self.blocks.values()))
+        whole = DenoiseToken(self.config).density  # the whole range's; a fitted one is each block's own
+        return BlockWalk(
+            whole, first.precond, self.config.objective.token, partition=self.partition,
+            layers=tuple(self.config.model.block_layers),
+        )  # fmt: skip
+
+    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+        assert isinstance(model, BlocksLM)
+        block = self._last = drawn_block(self.config, rng)
+        model.train_shared(trains_shared(self.config, block))
+        loss, metrics = self.blocks[block](model.block(block), batch, rng, progress)
+        metrics[f"loss_block_{block}"] = metrics.pop("loss_cross_entropy")
+        if block > 1:
+            del metrics["loss_sigma_max"]  # that level is the first block's
+        return loss, metrics
+
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        block = drawn_block(self.config, rng)
+        layers = self.config.model.block_layers[block - 1]
+        return dataclasses.replace(
+            self.blocks[block].passes(rng, progress), core_layers=layers, clean_layers=layers,
+            tables_grad=trains_shared(self.config, block),
+        )  # fmt: skip
+
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
+        self.blocks[self._last].after_step(taken, reduce)
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        counts, shared = self.config.model.block_layers, self.config.blocks.shared
+        lines = []
+        for block, denoise in self.blocks.items():
+            low, high = self.partition.range_of(block)
+            atom = f", and {denoise.config.atom:.0%} of the draws at its top" if denoise.config.atom else ""
+            lines.append(
+                f"block {block} of {len(counts)}: {counts[block - 1]} layers, sigma in [{low:.3g}, {high:.3g}]{atom}"
+            )
+        who = f"trained by block {self.config.blocks.owner}" if shared == "owned" else f"trained by {shared} blocks"
+        return [*lines, f"embedding and head: {'frozen' if shared == 'frozen' else who}"]
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {str(block): denoise.state_dict() for block, denoise in self.blocks.items()}
+        return states if any(states.values()) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for block, denoise in self.blocks.items():
+            denoise.load_state_dict(state.get(str(block), {}) if state else {})
+
+    @torch.no_grad()
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+        """Of a run of one block: the held-out cross-entropy at levels spread over its range (z made from the answer, as in
+        training, so not a likelihood), by level and on average. Empty for a whole model, which is scored as one."""
+        block = self.config.blocks.only
+        if not block:
+            return {}
+        assert isinstance(model, BlocksLM)
+        part, denoise, walk = model.block(block), self.blocks[block], self.recurrence
+        ends = self.partition.law.cdf(torch.tensor([self.partition.edges[block], self.partition.edges[block - 1]]))
+        shares = (torch.arange(HELD_OUT_LEVELS, dtype=torch.float64) + 0.5) / HELD_OUT_LEVELS
+        levels = self.partition.law.quantile(ends[0] + shares * (ends[1] - ends[0])).tolist()
+        if block == 1:  # where z says nothing: the likelihood at sigma_max
+            levels.append(self.partition.edges[0])
+        sums, rng, count = dict.fromkeys(levels, 0.0), Rng(seed, EVALUATION_STEP), 0
+        device, norm = model.embedding.weight.device, self.config.objective.token.target_norm
+        for batch in batches:
+            batch = batch.to(device)
+            visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+            e_BTD = part.encode(batch.tokens_BT, visible)
+            clean = walk.clean_contexts(part, e_BTD, visible)
+            rows_BTD = model.target_rows_of(batch.targets_BT).float()
+            eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "held out", device)
+            for sigma in levels:
+                sigma_B1 = torch.full((len(rows_BTD), 1), sigma, device=device)
+                top = block == 1 and sigma == self.partition.edges[0]
+                z_BTD = sigma * eps_BTD if top else noised(rows_BTD, eps_BTD, sigma_B1, norm)[1]
+                estimate = denoise.precond.denoise(part, z_BTD, sigma_B1, e_BTD, clean, visible)
+                hidden = walk.read(part, estimate, e_BTD.dtype, visible=visible)
+                sums[sigma] += cross_entropy(part, hidden, batch.targets_BT)[1].double().sum().item()
+            count += batch.targets_BT.numel()
+        means = {sigma: value / count for sigma, value in sums.items()}
+        row = {f"eval/loss_sigma_{sigma:.3g}": value for sigma, value in means.items()}
+        row[f"eval/loss_block_{block}"] = math.fsum(list(means.values())[:HELD_OUT_LEVELS]) / HELD_OUT_LEVELS
+        if block == 1:
+            row["eval/nll_k1"] = means[self.partition.edges[0]]
+        return row

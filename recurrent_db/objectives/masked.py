@@ -1,0 +1,213 @@
+"""`masked`: masked diffusion (MD4, arXiv 2406.04329) with the linear schedule, whole or in blocks that train alone.
+
+At time t in (0, 1] each token is hidden with probability 1 - alpha_t = t. A network that sees the rest, on both sides,
+guesses what is hidden, and the negative evidence lower bound (ELBO) is the expectation over t, uniform, of
+
+    (-alpha'_t / (1 - alpha_t)) sum over hidden positions of -log p(x_i | x_t) = (1/t) sum ...
+
+in nats per sequence. Time takes the place of sigma: the B blocks of the model have ranges of t in each of which alpha falls
+by the same 1/B, block 1 from t = 1 (all hidden) on. The bound is a sum over ranges, so each block has a term of its own,
+and blocks that train alone minimise the whole bound between them. One block of all layers is end-to-end training.
+
+Not autoregressive: there is no likelihood token by token, and no generation from left to right; see `elbo` and `unmask`.
+
+Shapes: B sequences, T positions, V rows of the vocabulary, the last of which is the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from recurrent_db.blocks import Partition
+from recurrent_db.config import Config
+from recurrent_db.data import Batch
+from recurrent_db.denoise.noise import Uniform
+from recurrent_db.errors import UserError
+from recurrent_db.flops import Passes
+from recurrent_db.model.attention import Rule, Visible
+from recurrent_db.model.blocks import BlocksLM
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
+from recurrent_db.objectives.blocks import drawn_block, trains_shared
+from recurrent_db.recurrence import NoiseSource, Probe
+from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.tokenizer import Tokenizer
+
+
+def time_partition(n_blocks: int) -> Partition:
+    """Which block has which time: equal decrements of alpha, and under the linear schedule so of t."""
+    return Partition.cut(Uniform(0.0, 1.0), n_blocks)
+
+
+def both_sides(model: LoopedLM, length: int, docs_BT: Tensor | None) -> Visible:
+    """Each position sees all of its document."""
+    return model.served(Rule(length, length, docs_BT if model.document_mask else None, causal=False))
+
+
+def hidden_vectors(model: BlocksLM, block: int, tokens_BT: Tensor, t_B: Tensor, visible: Visible) -> Tensor:
+    """What the head reads to guess, (B, T, D), from tokens some of which are the mask, at times that are the block's."""
+    part = model.block(block)
+    e_BTD = part.encode(tokens_BT, visible)
+    state_BTD = part.iterate(torch.zeros_like(e_BTD), e_BTD, 1, t_B.float()[:, None], visible=visible)
+    return part.decode(state_BTD, visible=visible)
+
+
+def strata(shift: float, number: int, count: int) -> float:
+    """The ``number``-th of ``count`` evenly spaced points of [0, 1), all shifted: draws with less variance than independent
+    ones have (MD4, arXiv 2406.04329, appendix)."""
+    return (shift + number % count / count) % 1.0
+
+
+@dataclass(frozen=True)
+class Elbo:
+    """A bound on held-out text, in nats per token."""
+
+    by_block: dict[int, float]
+    """The term of each block; their sum is the bound."""
+    stderr: float
+    """Of the sum, over sequences."""
+    tokens: int
+    characters: int
+
+    @property
+    def nats(self) -> float:
+        return math.fsum(self.by_block.values())
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.nats * self.tokens / self.characters / math.log(2)
+
+
+class NotLeftToRight:
+    """Masked diffusion has no K iterations towards the next token."""
+
+    stochastic = False
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise UserError(
+            "a masked-diffusion model does not predict from left to right: there is no NLL by K, lm-eval or generation from"
+            " a prompt; eval/masked.py gives bits per character and samples"
+        )
+
+    def hidden(
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, ks: Sequence[int], noise: NoiseSource,
+        probe: Probe | None = None, visible: Visible | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+        self._refuse()
+
+    def ready(self, model: LoopedLM) -> NotLeftToRight:
+        self._refuse()
+
+    def passes(self, k: int) -> Passes:
+        self._refuse()
+
+
+class Masked(Stateless):
+    """One draw of time a sequence, in the range of the block that the step trains."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.partition = config, time_partition(config.model.n_blocks)
+        self.recurrence = NotLeftToRight()
+
+    def _losses(self, model: BlocksLM, block: int, batch: Batch, t_B: Tensor, hide_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """(1/t) times the cross-entropy where hidden: its mean, to be differentiated, and (B, T), detached."""
+        tokens_BT, length = batch.tokens_BT, batch.tokens_BT.shape[1]
+        t_B, hide_BT = t_B.to(tokens_BT.device), hide_BT.to(tokens_BT.device)
+        seen_BT = tokens_BT.masked_fill(hide_BT, model.config.vocab_size - 1)
+        hidden = hidden_vectors(model, block, seen_BT, t_B, both_sides(model, length, batch.doc_ids_BT))
+        weights_BT = hide_BT / t_B.float()[:, None]
+        loss, losses_BT = cross_entropy(model, hidden, tokens_BT, weights_BT)
+        return loss, losses_BT * weights_BT
+
+    def _draw(self, block: int, batch: Batch, rng: Rng, count: int, draw: int = 0) -> tuple[Tensor, Tensor]:
+        """Times in the block's range, float64 (B,), and what is hidden at them, bool (B, T), on the CPU."""
+        low, high = self.partition.range_of(block)
+        shift = rng.scalar(f"time/{block}/{draw}")
+        u_B = torch.tensor([strata(shift, i, count) for i in batch.sample_index_B.tolist()], dtype=torch.float64)
+        t_B = high - u_B * (high - low)  # above low, so never 0
+        u_BT = rng.uniform(batch.sample_index_B, (batch.tokens_BT.shape[1],), f"mask/{block}/{draw}")
+        return t_B, u_BT < t_B[:, None]
+
+    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+        assert isinstance(model, BlocksLM)
+        block = drawn_block(self.config, rng)
+        model.train_shared(trains_shared(self.config, block))
+        loss, _ = self._losses(model, block, batch, *self._draw(block, batch, rng, self.config.data.batch_size))
+        return loss, {f"loss_block_{block}": loss.detach()}
+
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        block = drawn_block(self.config, rng)
+        layers = self.config.model.block_layers[block - 1]
+        shared = trains_shared(self.config, block)
+        return Passes(core_grad=1, core_layers=layers, noise_levels=1, tables_grad=shared, causal=False)
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        lines = []
+        for block in [self.config.blocks.only] if self.config.blocks.only else range(1, self.partition.n_blocks + 1):
+            low, high = self.partition.range_of(block)
+            layers = self.config.model.block_layers[block - 1]
+            lines.append(f"block {block} of {self.partition.n_blocks}: {layers} layers, t in ({low:.3g}, {high:.3g}]")
+        return lines
+
+    @torch.no_grad()
+    def elbo(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int, draws: int = 1) -> Elbo:
+        """The bound on held-out sequences, each from nothing but itself, from ``draws`` times for each block of the model.
+        Of a model that holds one block alone, that block's term."""
+        assert isinstance(model, BlocksLM)
+        rng, batches = Rng(seed, EVALUATION_STEP), list(batches)
+        count = sum(map(len, batches))
+        sums: dict[int, list[Tensor]] = {block: [] for block in model.held()}
+        tokens = characters = 0
+        for batch in batches:
+            tokens += batch.tokens_BT.numel()
+            characters += sum(len(tokenizer.decode(row)) for row in batch.tokens_BT.tolist())
+            here = batch.to(model.embedding.weight.device)
+            for block in model.held():
+                low, high = self.partition.range_of(block)
+                each = [
+                    self._losses(model, block, here, *self._draw(block, batch, rng, count, d))[1] for d in range(draws)
+                ]
+                mean_B = torch.stack(each).double().mean((0, 2)).cpu()
+                sums[block].append((high - low) * mean_B)
+        terms = {block: torch.cat(parts) for block, parts in sums.items()}
+        whole_N = torch.stack(list(terms.values())).sum(0)
+        stderr = (whole_N.std() / math.sqrt(len(whole_N))).item() if len(whole_N) > 1 else math.nan
+        return Elbo({block: term.mean().item() for block, term in terms.items()}, stderr, tokens, characters)
+
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+        """The bound by block; of a whole model also in nats per token and bits per character."""
+        found = self.elbo(model, batches, tokenizer, seed, self.config.eval.draws)
+        row: dict[str, float] = {f"eval/loss_block_{block}": value for block, value in found.by_block.items()}
+        if not self.config.blocks.only:
+            row |= {"eval/elbo": found.nats, "eval/elbo_stderr": found.stderr,
+                    "eval/bits_per_character": found.bits_per_character}  # fmt: skip
+        return {**row, "eval/tokens": found.tokens, "eval/draws": self.config.eval.draws}
+
+
+@torch.no_grad()
+def unmask(model: LoopedLM, tokens_BT: Tensor, steps: int, seed: int = 0) -> Tensor:
+    """Fill in the masks (the vocabulary's last row) by the reverse process in ``steps`` equal steps of t: a hidden token
+    shows in the step from t to s with probability (t - s)/t, drawn from the guess of the block that has t. Others stay."""
+    assert isinstance(model, BlocksLM)
+    partition, mask = time_partition(model.config.n_blocks), model.config.vocab_size - 1
+    tokens_BT = tokens_BT.clone()
+    visible, rng = both_sides(model, tokens_BT.shape[1], None), Rng(seed, EVALUATION_STEP)
+    rows, device = range(len(tokens_BT)), tokens_BT.device
+    for step in range(steps):
+        t, s = 1 - step / steps, 1 - (step + 1) / steps
+        t_B = torch.full((len(tokens_BT),), t, dtype=torch.float64, device=device)
+        hidden = hidden_vectors(model, partition.block_of(t), tokens_BT, t_B, visible)
+        logits_BTV = model.logits(hidden).double()
+        logits_BTV[..., mask] = -math.inf
+        u_BT2 = rng.uniform(rows, (tokens_BT.shape[1], 2), f"unmask/{step}").to(device)
+        guess_BT = (logits_BTV.softmax(-1).cumsum(-1) < u_BT2[..., :1]).sum(-1).clamp(max=mask - 1)
+        shown_BT = (tokens_BT == mask) & (u_BT2[..., 1] < (t - s) / t)
+        tokens_BT = torch.where(shown_BT, guess_BT, tokens_BT)
+    return tokens_BT

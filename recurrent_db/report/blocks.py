@@ -1,0 +1,70 @@
+"""The section on blocks that train alone: what each cost, and its own loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.report.cost import memory_by_holder
+from recurrent_db.report.data import Run, number
+from recurrent_db.report.figure import scientific
+from recurrent_db.report.html import DASH, count, fixed, memory, note, table, text
+
+if TYPE_CHECKING:
+    from recurrent_db.report.page import Page
+
+
+def accounts(run: Run) -> dict[str, dict[str, Any]]:
+    """What each block of a run cost, by its number: a joined run's file, or a run of one block by its own metrics."""
+    if run.blocks:
+        return run.blocks
+    only = run.config.blocks.only
+    if not only or not run.rows:
+        return {}
+    split = memory_by_holder(run) or {}
+    return {
+        str(only): {
+            "alone": True, "layers": run.config.model.block_layers[only - 1], "tokens": run.last("tokens"),
+            "flops": run.last("flops"), "flops_forward": run.last("flops_forward"),
+            "flops_backward": run.last("flops_backward"), "trains_shared": trains_shared(run.config, only),
+            "memory": {f"{holder}_bytes": value for holder, value in split.items()},
+            "peak_memory_bytes": run.most("peak_memory_bytes"), "loss": run.last(f"eval/loss_block_{only}"),
+        }
+    }  # fmt: skip
+
+
+def blocks(page: Page) -> str:
+    """One row for each block of each run."""
+    rows: list[list[str]] = []
+    for run in page.runs:
+        found = accounts(run)
+        if found:
+            rows.append([page.run_label(run)])
+        for name, block in found.items():
+            split = block.get("memory") or {}
+            held = sum(v for v in (number(value) for value in split.values()) if v is not None)
+            flops = [number(block.get(key)) for key in ("flops", "flops_forward", "flops_backward")]
+            read = number(block.get("bytes_read_before_training"))
+            alone = "none" if block.get("alone") else "trained with others"
+            rows.append(
+                [
+                    f"block {text(name)}" + ("<small>and the embedding</small>" if block.get("trains_shared") else ""),
+                    text(block.get("layers", DASH)),
+                    count(number(block.get("tokens"))),
+                    *(scientific(value) if value is not None else DASH for value in flops),
+                    memory(held) if held else DASH,
+                    memory(number(block.get("peak_memory_bytes"))),
+                    alone + (f"<small>read before: {memory(read)}</small>" if read else ""),
+                    fixed(number(block.get("loss"))),
+                ]
+            )
+    if not rows:
+        return note("Left out: no run is a block that was trained alone, or is joined of such blocks.")
+    head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
+            "Sent to<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
+    caption = (
+        "Memory held: parameters, gradients, optimizer, average and activations of that block's process. The loss is that "
+        "of held-out text at noise levels of the block's own range, with the answer noised: less noise leaves less "
+        "of it, and none but the first's at sigma_max is a likelihood. By level it is under “Loss by noise level”."
+    )
+    return table(head, rows, caption)
