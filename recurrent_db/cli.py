@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, repl, report
+from recurrent_db import hf_export, hf_import, plan, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
@@ -185,6 +185,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "plan": (plan.PlanArgs, plan.main),
     "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
     "export": (hf_export.ExportArgs, hf_export.main),
@@ -205,7 +206,11 @@ def run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}")
     kind, action = COMMANDS[argv[0]]
-    return action(parse(kind, argv[1:], prog=f"recurrent-db {argv[0]}"))
+    words, dotted = (argv[1:], ()) if kind is not plan.PlanArgs else plan.split_dotted(argv[1:])
+    args = parse(kind, words, prog=f"recurrent-db {argv[0]}")
+    if dotted:
+        args.overrides = dotted
+    return action(args)
 
 
 def main() -> None:
