@@ -332,14 +332,16 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
             if any(e.memory[part] for e in found)
         ),
         "  all                       " + "".join(f"{gb(e.peak_bytes):>10}" for e in found),
-        f"  fits in {gb(USABLE * planner.gpu.memory)}            " + "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
+        f"  fits in {gb(USABLE * planner.gpu.memory)}            " +"
+        f" "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
         "",
     ]  # fmt: skip
     if not best.fits:
         remedies = planner.remedies(gpus)
         out += [
             f"does not fit on {gpus} x {planner.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
-            + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller micro-batches nor more GPUs help"),
+            + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller"
+            f" micro-batches nor more GPUs help"),
             "",
         ]  # fmt: skip
     out.append(f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}")
@@ -377,15 +379,20 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         f"inference: a bfloat16 key-value cache of {config.model.max_seq_len:,} tokens, for each sequence: {cache}",
         "",
         "assumed:",
-        f"- memory: {planner.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the deepest of {DRAWS} drawn steps"
+        f"- memory: {planner.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
+        f" deepest of {DRAWS} drawn steps"
         f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
         f" {'bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
-        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its iterations and held until"
+        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its"
+        f" iterations and held until"
         " the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in fp32, and"
         " held whole until then where there is more than one micro-batch",
-        f"- compute: {planner.mfu:.0%} of {planner.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs, the mean of the drawn depths",
-        f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node}, {network.inter / 1e9:g} GB/s between them,"
-        f" {network.utilisation:.0%} of it reached, {HOP * 1e6:.0f} us for each doubling of GPUs in each collective; nothing overlaps",
+        f"- compute: {planner.mfu:.0%} of {planner.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
+        f" the mean of the drawn depths",
+        f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node},"
+        f" {network.inter / 1e9:g} GB/s between them,"
+        f" {network.utilisation:.0%} of it reached, {HOP * 1e6:.0f} us for each doubling of GPUs in each"
+        f" collective; nothing overlaps",
         "- evaluation, checkpoints and the update's own time are not counted",
     ]
     return out
