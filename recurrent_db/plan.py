@@ -332,8 +332,8 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
             if any(e.memory[part] for e in found)
         ),
         "  all                       " + "".join(f"{gb(e.peak_bytes):>10}" for e in found),
-        f"  fits in {gb(USABLE * planner.gpu.memory)}            " +"
-        f" "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
+        f"  fits in {gb(USABLE * planner.gpu.memory)}            "
+        + "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
         "",
     ]  # fmt: skip
     if not best.fits:
@@ -341,7 +341,7 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         out += [
             f"does not fit on {gpus} x {planner.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
             + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller"
-            f" micro-batches nor more GPUs help"),
+            " micro-batches nor more GPUs help"),
             "",
         ]  # fmt: skip
     out.append(f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}")
@@ -382,9 +382,9 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         f"- memory: {planner.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
         f" deepest of {DRAWS} drawn steps"
         f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
-        f" {'bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
+        f"{' bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
         "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its"
-        f" iterations and held until"
+        " iterations and held until"
         " the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in fp32, and"
         " held whole until then where there is more than one micro-batch",
         f"- compute: {planner.mfu:.0%} of {planner.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
