@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, join, repl, report
+from recurrent_db import hf_export, hf_import, join, plan, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
@@ -244,6 +244,7 @@ def flops(args: FlopsArgs) -> int:
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
     "flops": (FlopsArgs, flops),
+    "plan": (plan.PlanArgs, plan.main),
     "blocks": (join.JoinArgs, join.main),
     "repl": (repl.ReplArgs, repl.main),
     "report": (report.ReportArgs, report.main),
@@ -265,7 +266,11 @@ def run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; commands: {', '.join(COMMANDS)}")
     kind, action = COMMANDS[argv[0]]
-    return action(parse(kind, argv[1:], prog=f"recurrent-db {argv[0]}"))
+    words, dotted = (argv[1:], ()) if kind is not plan.PlanArgs else plan.split_dotted(argv[1:])
+    args = parse(kind, words, prog=f"recurrent-db {argv[0]}")
+    if dotted:
+        args.overrides = dotted
+    return action(args)
 
 
 def main() -> None:

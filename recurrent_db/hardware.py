@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,30 @@ PEAK_FLOPS = {
 }  # fmt: skip
 """Dense bf16 matrix FLOPs per second with fp32 accumulation (V100, T4: fp16) by a part of the device's name, from the
 makers' data sheets. The longest part that fits counts, so ``H100 PCIe`` is not taken for ``H100``."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a plan needs to know of a GPU besides its peak. Bytes, and bytes per second one way."""
+
+    memory: float
+    intra: float
+    """Its links to the others of its node."""
+    inter: float
+    """Its share of its node's network."""
+
+
+GPUS = {
+    "GB200": Gpu(186e9, 900e9, 50e9), "B200": Gpu(180e9, 900e9, 50e9), "GH200": Gpu(96e9, 450e9, 50e9),
+    "H200": Gpu(141e9, 450e9, 50e9), "H200 NVL": Gpu(141e9, 450e9, 50e9), "H100": Gpu(80e9, 450e9, 50e9),
+    "H100 NVL": Gpu(94e9, 300e9, 50e9), "H100 PCIe": Gpu(80e9, 64e9, 50e9), "A100": Gpu(80e9, 300e9, 25e9),
+    "L40S": Gpu(48e9, 32e9, 25e9), "A10": Gpu(24e9, 32e9, 12.5e9), "L4": Gpu(24e9, 32e9, 12.5e9),
+    "V100": Gpu(32e9, 150e9, 12.5e9), "T4": Gpu(16e9, 16e9, 6.25e9), "RTX 4090": Gpu(24e9, 32e9, 12.5e9),
+    "RTX 5090": Gpu(32e9, 64e9, 12.5e9), "RTX 3090": Gpu(24e9, 32e9, 12.5e9),
+}  # fmt: skip
+"""Memory and links from the makers' data sheets: NVLink (half of the sum of both directions that they quote), else PCIe x16;
+network as NVIDIA's own 8-GPU systems have it (DGX A100: 200 Gb/s a GPU; DGX H100, H200 and B200: 400 Gb/s), elsewhere 100
+Gb/s (200 for L40S, 50 for T4). A100 is the 80 GB version."""
 
 
 def choose_device(name: str) -> torch.device:
