@@ -52,6 +52,10 @@ class TooLong(BaseException):
     """The case's processor time is up. No `Exception`, so that nothing on the way takes it for one of its own."""
 
 
+class TimeIsUp(Exception):
+    """How hypothesis, which has no end by the clock, is told to end."""
+
+
 @dataclass
 class Outcome:
     """What became of a target's cases."""
@@ -161,11 +165,12 @@ def seeded(
 
 
 def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds: float = float("inf")) -> None:
-    """Cases from bytes that hypothesis chooses; the first that fails is shrunk before it is noted."""
+    """Cases from bytes that hypothesis chooses, while there is time; the first that fails is shrunk before it is noted."""
     from fuzz_inputs import Bytes
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seed_of
     from hypothesis import strategies as st
+    from hypothesis.errors import Flaky
 
     end = time.monotonic() + seconds
     phases = (Phase.generate, Phase.target, Phase.shrink)
@@ -178,20 +183,25 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
         phases=phases,
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
-        if time.monotonic() < end:
-            here = Outcome(outcome.target)
-            run_case(target, Bytes(data), here, 0)
-            outcome.cases, outcome.refused = outcome.cases + 1, outcome.refused + here.refused
-            outcome.slowest = max(outcome.slowest, here.slowest)
-            if here.failures:
-                failed[:] = [{**here.failures[0], "case": data.hex()}]
-                raise AssertionError(here.failures[0]["place"])
+        if time.monotonic() > end:
+            if failed:
+                return  # nothing fails any more, so nothing is left to be shrunk
+            raise TimeIsUp
+        here = Outcome(outcome.target)
+        run_case(target, Bytes(data), here, 0)
+        outcome.cases, outcome.refused = outcome.cases + 1, outcome.refused + here.refused
+        outcome.slowest = max(outcome.slowest, here.slowest)
+        if here.failures:
+            failed[:] = [{**here.failures[0], "case": data.hex()}]
+            raise AssertionError(here.failures[0]["place"])
 
     failed: list[dict[str, Any]] = []
-    with contextlib.suppress(AssertionError):
+    # A failure, shrunk or on the way there, is in `failed`; Flaky is what a shrinking that was cut short looks like.
+    with contextlib.suppress(AssertionError, TimeIsUp, Flaky):
         run()
     outcome.failures += failed
 

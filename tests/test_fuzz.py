@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import random
@@ -117,10 +118,8 @@ def spin() -> None:
 
 
 def swallow() -> None:
-    try:
+    with contextlib.suppress(Exception):
         spin()
-    except Exception:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -352,7 +351,8 @@ def test_states_of_training(content: bytes, run: Path) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{}, {"sums": [1.0], "counts": [1.0]}, {"sums": [[0] * 48], "counts": [[0] * 48]}, {"sums": ["x"] * 48, "counts": [0] * 48},
+    [{}, {"sums": [1.0], "counts": [1.0]}, {"sums": [[0] * 48], "counts": [[0] * 48]},
+     {"sums": ["x"] * 48, "counts": [0] * 48},
      {"sums": [float("nan")] * 48, "counts": [1] * 48}, {"sums": [0] * 48, "counts": [-1] * 48}],
 )  # fmt: skip
 def test_states_of_the_adaptive_density(state: dict[str, Any]) -> None:
@@ -492,7 +492,7 @@ def test_generation_options_of_a_task(run: Path) -> None:
 
 
 def test_regular_expressions_of_the_readers_are_linear() -> None:
-    """The one pattern that meets a stranger's bytes has no nested repetition: a long near-miss costs no more than its length."""
+    """The one pattern that meets a stranger's bytes has no nested repetition."""
     from recurrent_db.data.shards import _NPY_HEADER
 
     near = (
