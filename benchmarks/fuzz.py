@@ -16,6 +16,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,6 +33,8 @@ from typing import Any, Literal
 
 from recurrent_db.commandline import MOST_LINE, one_line, run_command
 from recurrent_db.errors import UserError
+from recurrent_db.files import read_json, write_atomic
+from recurrent_db.hardware import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 10.0
@@ -255,6 +258,10 @@ class FuzzArgs:
     """Print JSON instead of a table."""
     out: Path | None = None
     """Also write the JSON to this file."""
+    load: Path | None = None
+    """Try nothing: take this file of an earlier --out."""
+    markdown: Path | None = None
+    """Page whose part between the fuzzing marks becomes the table, such as docs/security.md."""
     folder: Path | None = None
     """Run the cases in this process, which may write to this folder: what the command calls itself with."""
 
@@ -440,6 +447,40 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else "an unknown processor"
+
+
+BEGIN, END = "<!-- fuzzing: begin -->", "<!-- fuzzing: end -->"
+
+
+def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str:
+    """A page with the table and what it was made with between the marks. Raises `UserError` where there are none."""
+    before, begin, rest = page.partition(BEGIN + "\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"--markdown: the file has no lines {BEGIN} and {END}")
+    how = (
+        f"{report['date']}, `{' '.join(report['command'])}` (seed {report['seed']}, engine {report['engine']}, Python"
+        f" {report['python']}, commit {str(report['commit'])[:12]}), {report['machine']}:\n"
+        f"**{report['tried']:,} inputs tried, {report['failures']} failures.**"
+    )
+    return f"{before}{begin}{how}\n\n{table(outcomes)}\n{end}{after}"
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """An earlier report."""
+    try:
+        report: dict[str, Any] = read_json(path)
+        assert report.keys() >= {"targets", "tried", "failures", "command"}
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"--load: {path} is no report of this command ({error})") from None
+    return report
+
+
 def main(args: FuzzArgs) -> int:
     if args.folder is not None:
         return work(args)
@@ -450,19 +491,18 @@ def main(args: FuzzArgs) -> int:
         raise UserError(f"no target {args.target!r}; there are: all, {', '.join(SHARES)}")
     if args.cases < 1 or args.first < 0 or args.jobs < 1:
         raise UserError("--cases and --jobs must be 1 or more, --first 0 or more")
-    outcomes = run_all(args)
-    report = {
-        "command": ["python", "benchmarks/fuzz.py", *sys.argv[1:]],
-        "seed": args.seed,
-        "engine": args.engine,
-        "python": sys.version.split()[0],
-        "tried": sum(one.cases for one in outcomes),
-        "failures": sum(map(failed, outcomes)),
-        "bounds": {"seconds": SECONDS, "memory_bytes": MEMORY, "line_characters": MOST_LINE},
-        "targets": [vars(one) for one in outcomes],
-    }
+    if args.markdown is not None and not args.markdown.is_file():
+        raise UserError(f"--markdown: {args.markdown} is not there")
+    if args.load is not None:
+        report = _loaded(args.load)
+        outcomes = [Outcome(**one) for one in report["targets"]]
+    else:
+        outcomes = run_all(args)
+        report = _report(args, outcomes)
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.markdown is not None:
+        write_atomic(args.markdown, rewritten(args.markdown.read_text(encoding="utf-8"), report, outcomes))
     print(json.dumps(report, indent=1) if args.json else table(outcomes))
     if not args.json:
         for one in outcomes:
@@ -470,6 +510,23 @@ def main(args: FuzzArgs) -> int:
                 where = f"{one.target}, case {failure['case']} ({failure['cases']} alike)"
                 print(f"\n{where}: {failure['what']}\n{failure['trace']}")
     return 1 if report["failures"] else 0
+
+
+def _report(args: FuzzArgs, outcomes: list[Outcome]) -> dict[str, Any]:
+    target = [] if args.target == "all" else ["--target", args.target]
+    return {
+        "command": ["python", "benchmarks/fuzz.py", "--cases", str(args.cases), *target],
+        "seed": args.seed,
+        "engine": args.engine,
+        "python": sys.version.split()[0],
+        "machine": f"{processor()}, {os.cpu_count()} processors, load {os.getloadavg()[1]:.1f} at the end",
+        "commit": git_commit(ROOT),
+        "date": time.strftime("%Y-%m-%d"),
+        "tried": sum(one.cases for one in outcomes),
+        "failures": sum(map(failed, outcomes)),
+        "bounds": {"seconds": SECONDS, "memory_bytes": MEMORY, "line_characters": MOST_LINE},
+        "targets": [vars(one) for one in outcomes],
+    }
 
 
 if __name__ == "__main__":
