@@ -44,9 +44,9 @@ MEMORY = 1 << 30
 STANDSTILL = 120.0
 """Seconds without a finished case after which a process is taken for dead."""
 SHARES = {
-    "config": 0.298, "overrides": 0.002, "manifest": 0.06, "shards": 0.05, "checkpoint": 0.01, "safetensors": 0.12,
-    "tokenizer": 0.06, "import": 0.01, "corpus": 0.18, "tables": 0.02, "repl": 0.02, "lm_eval": 0.02, "answers": 0.10,
-    "run_files": 0.05,
+    "config": 0.25, "overrides": 0.001, "manifest": 0.05, "shards": 0.03, "checkpoint": 0.006, "safetensors": 0.14,
+    "tokenizer": 0.15, "import": 0.006, "corpus": 0.177, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
+    "run_files": 0.02,
 }  # fmt: skip
 """Of all cases, each target's: what takes long gets fewer. They add up to one."""
 
@@ -140,7 +140,7 @@ def peak() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Engines: each runs cases first, first + 1, ... until there are `cases` or the time is up
+# Engines: each runs cases first, first + 1, ... until there are `cases` or so much processor time is spent
 
 
 Progress = Callable[[int], None]
@@ -159,9 +159,9 @@ def seeded(
     seconds: float = float("inf"),
     progress: Progress = _nothing,
 ) -> None:
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
     for number in range(first, first + cases):
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
         progress(number)
         run_case(target, random.Random(f"{seed}/{outcome.target}/{number}"), outcome, number)
@@ -175,7 +175,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     from hypothesis import strategies as st
     from hypothesis.errors import Flaky
 
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
     phases = (Phase.generate, Phase.target, Phase.shrink)
 
     @seed_of(seed)
@@ -190,7 +190,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     )
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
-        if time.monotonic() > end:
+        if time.process_time() > end:
             if failed:
                 return  # nothing fails any more, so nothing is left to be shrunk
             raise TimeIsUp
@@ -258,8 +258,8 @@ class FuzzArgs:
     """Print JSON instead of a table."""
     out: Path | None = None
     """Also write the JSON to this file."""
-    load: Path | None = None
-    """Try nothing: take this file of an earlier --out."""
+    load: list[Path] = field(default_factory=list)
+    """Try nothing: take these files of earlier --out, one or several together."""
     markdown: Path | None = None
     """Page whose part between the fuzzing marks becomes the table, such as docs/security.md."""
     folder: Path | None = None
@@ -382,13 +382,18 @@ class Worker:
 
     def outcome(self) -> Outcome:
         """Of all its processes; what a process had done in the last second before it died is not counted."""
-        whole = Outcome(self.target)
-        for part in self.done:
-            whole.cases, whole.refused = whole.cases + part.cases, whole.refused + part.refused
-            whole.seconds, whole.slowest = whole.seconds + part.seconds, max(whole.slowest, part.slowest)
-            whole.memory = max(whole.memory, part.memory)
-            whole.failures += part.failures
-        return whole
+        return together(self.target, self.done)
+
+
+def together(target: str, parts: list[Outcome]) -> Outcome:
+    """Several outcomes of a target as one."""
+    whole = Outcome(target)
+    for part in parts:
+        whole.cases, whole.refused = whole.cases + part.cases, whole.refused + part.refused
+        whole.seconds, whole.slowest = whole.seconds + part.seconds, max(whole.slowest, part.slowest)
+        whole.memory = max(whole.memory, part.memory)
+        whole.failures += part.failures
+    return whole
 
 
 def shares(cases: int) -> dict[str, int]:
@@ -471,14 +476,27 @@ def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str
     return f"{before}{begin}{how}\n\n{table(outcomes)}\n{end}{after}"
 
 
-def _loaded(path: Path) -> dict[str, Any]:
-    """An earlier report."""
-    try:
-        report: dict[str, Any] = read_json(path)
-        assert report.keys() >= {"targets", "tried", "failures", "command"}
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise UserError(f"--load: {path} is no report of this command ({error})") from None
-    return report
+def _loaded(paths: list[Path]) -> dict[str, Any]:
+    """Earlier reports as one, of the newest's date and machine; targets that are in several are added up."""
+    reports: list[dict[str, Any]] = []
+    parts: dict[str, list[Outcome]] = {}
+    for path in paths:
+        try:
+            reports.append(read_json(path))
+            for one in reports[-1]["targets"]:
+                parts.setdefault(one["target"], []).append(Outcome(**one))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--load: {path} is no report of this command ({error})") from None
+    targets = [vars(together(name, parts[name])) for name in SHARES if name in parts]
+    whole = max(reports, key=lambda report: str(report.get("date")))
+    for name in ("tried", "failures"):
+        whole = {**whole, name: sum(report[name] for report in reports)}
+    commands = [" ".join(report["command"]) for report in reports]
+    return {
+        **whole,
+        "command": [*commands[0].split(), *(f"; {command}" for command in commands[1:])],
+        "targets": targets,
+    }
 
 
 def main(args: FuzzArgs) -> int:
@@ -493,7 +511,7 @@ def main(args: FuzzArgs) -> int:
         raise UserError("--cases and --jobs must be 1 or more, --first 0 or more")
     if args.markdown is not None and not args.markdown.is_file():
         raise UserError(f"--markdown: {args.markdown} is not there")
-    if args.load is not None:
+    if args.load:
         report = _loaded(args.load)
         outcomes = [Outcome(**one) for one in report["targets"]]
     else:
