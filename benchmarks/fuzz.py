@@ -41,8 +41,8 @@ SECONDS = 10.0
 """Processor time that a case may take; the slowest that is meant to be one takes a tenth."""
 MEMORY = 1 << 30
 """Bytes of address space that a target's process may gain over what it has when its first case begins."""
-STANDSTILL = 120.0
-"""Seconds without a finished case after which a process is taken for dead."""
+STANDSTILL = 300.0
+"""Seconds without a finished case after which a process is taken for dead; it has four times as long to begin."""
 SHARES = {
     "config": 0.25, "overrides": 0.001, "manifest": 0.05, "shards": 0.03, "checkpoint": 0.006, "safetensors": 0.14,
     "tokenizer": 0.15, "import": 0.006, "corpus": 0.177, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
@@ -351,7 +351,8 @@ class Worker:
         status, number = self.process.poll(), self._number()
         if number != self.at:
             self.at, self.moved = number, time.monotonic()
-        stuck = self.args.engine == "seeded" and time.monotonic() > self.moved + STANDSTILL
+        patience = STANDSTILL if self.at >= 0 else 4 * STANDSTILL
+        stuck = self.args.engine == "seeded" and time.monotonic() > self.moved + patience
         if status is None and not stuck:
             return False
         if stuck:

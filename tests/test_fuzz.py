@@ -183,7 +183,7 @@ def test_a_process_that_dies_or_stands_still_is_a_failure_and_the_rest_goes_on(
         "    folder.with_name('config.json').write_text(json.dumps(done))\n"
     )
     monkeypatch.setattr(fuzz, "__file__", str(worker))
-    monkeypatch.setattr(fuzz, "STANDSTILL", 1.0)
+    monkeypatch.setattr(fuzz, "STANDSTILL", 2.0)
     [outcome] = fuzz.run_all(fuzz.FuzzArgs(cases=8, target="config"))
     assert outcome.cases == 8
     assert [(failure["case"], failure["place"]) for failure in outcome.failures] == [(3, "process"), (5, "process")]

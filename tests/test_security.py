@@ -55,7 +55,7 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
     "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "np.load", "numpy.load",
     "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "shutil.unpack_archive", "pd.read_pickle",
-    "pandas.read_pickle", "runpy.run_path", "ast.literal_eval",
+    "pandas.read_pickle", "ast.literal_eval",
 }  # fmt: skip
 
 
