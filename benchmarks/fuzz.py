@@ -16,6 +16,7 @@ import faulthandler
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,24 +33,30 @@ from typing import Any, Literal
 
 from recurrent_db.commandline import MOST_LINE, one_line, run_command
 from recurrent_db.errors import UserError
+from recurrent_db.files import read_json, write_atomic
+from recurrent_db.hardware import git_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 10.0
 """Processor time that a case may take; the slowest that is meant to be one takes a tenth."""
 MEMORY = 1 << 30
 """Bytes of address space that a target's process may gain over what it has when its first case begins."""
-STANDSTILL = 120.0
-"""Seconds without a finished case after which a process is taken for dead."""
+STANDSTILL = 300.0
+"""Seconds without a finished case after which a process is taken for dead; it has four times as long to begin."""
 SHARES = {
-    "config": 0.298, "overrides": 0.002, "manifest": 0.06, "shards": 0.05, "checkpoint": 0.01, "safetensors": 0.12,
-    "tokenizer": 0.06, "import": 0.01, "corpus": 0.18, "tables": 0.02, "repl": 0.02, "lm_eval": 0.02, "answers": 0.10,
-    "run_files": 0.05,
+    "config": 0.25, "overrides": 0.001, "manifest": 0.05, "shards": 0.03, "checkpoint": 0.006, "safetensors": 0.14,
+    "tokenizer": 0.15, "import": 0.006, "corpus": 0.177, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
+    "run_files": 0.02,
 }  # fmt: skip
 """Of all cases, each target's: what takes long gets fewer. They add up to one."""
 
 
 class TooLong(BaseException):
     """The case's processor time is up. No `Exception`, so that nothing on the way takes it for one of its own."""
+
+
+class TimeIsUp(Exception):
+    """How hypothesis, which has no end by the clock, is told to end."""
 
 
 @dataclass
@@ -133,7 +140,7 @@ def peak() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Engines: each runs cases first, first + 1, ... until there are `cases` or the time is up
+# Engines: each runs cases first, first + 1, ... until there are `cases` or so much processor time is spent
 
 
 Progress = Callable[[int], None]
@@ -152,22 +159,23 @@ def seeded(
     seconds: float = float("inf"),
     progress: Progress = _nothing,
 ) -> None:
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
     for number in range(first, first + cases):
-        if time.monotonic() > end:
+        if time.process_time() > end:
             break
         progress(number)
         run_case(target, random.Random(f"{seed}/{outcome.target}/{number}"), outcome, number)
 
 
 def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds: float = float("inf")) -> None:
-    """Cases from bytes that hypothesis chooses; the first that fails is shrunk before it is noted."""
+    """Cases from bytes that hypothesis chooses, while there is time; the first that fails is shrunk before it is noted."""
     from fuzz_inputs import Bytes
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seed_of
     from hypothesis import strategies as st
+    from hypothesis.errors import Flaky
 
-    end = time.monotonic() + seconds
+    end = time.process_time() + seconds
     phases = (Phase.generate, Phase.target, Phase.shrink)
 
     @seed_of(seed)
@@ -178,20 +186,25 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
         phases=phases,
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
-        if time.monotonic() < end:
-            here = Outcome(outcome.target)
-            run_case(target, Bytes(data), here, 0)
-            outcome.cases, outcome.refused = outcome.cases + 1, outcome.refused + here.refused
-            outcome.slowest = max(outcome.slowest, here.slowest)
-            if here.failures:
-                failed[:] = [{**here.failures[0], "case": data.hex()}]
-                raise AssertionError(here.failures[0]["place"])
+        if time.process_time() > end:
+            if failed:
+                return  # nothing fails any more, so nothing is left to be shrunk
+            raise TimeIsUp
+        here = Outcome(outcome.target)
+        run_case(target, Bytes(data), here, 0)
+        outcome.cases, outcome.refused = outcome.cases + 1, outcome.refused + here.refused
+        outcome.slowest = max(outcome.slowest, here.slowest)
+        if here.failures:
+            failed[:] = [{**here.failures[0], "case": data.hex()}]
+            raise AssertionError(here.failures[0]["place"])
 
     failed: list[dict[str, Any]] = []
-    with contextlib.suppress(AssertionError):
+    # A failure, shrunk or on the way there, is in `failed`; Flaky is what a shrinking that was cut short looks like.
+    with contextlib.suppress(AssertionError, TimeIsUp, Flaky):
         run()
     outcome.failures += failed
 
@@ -245,6 +258,10 @@ class FuzzArgs:
     """Print JSON instead of a table."""
     out: Path | None = None
     """Also write the JSON to this file."""
+    load: list[Path] = field(default_factory=list)
+    """Try nothing: take these files of earlier --out, one or several together."""
+    markdown: Path | None = None
+    """Page whose part between the fuzzing marks becomes the table, such as docs/security.md."""
     folder: Path | None = None
     """Run the cases in this process, which may write to this folder: what the command calls itself with."""
 
@@ -334,7 +351,8 @@ class Worker:
         status, number = self.process.poll(), self._number()
         if number != self.at:
             self.at, self.moved = number, time.monotonic()
-        stuck = self.args.engine == "seeded" and time.monotonic() > self.moved + STANDSTILL
+        patience = STANDSTILL if self.at >= 0 else 4 * STANDSTILL
+        stuck = self.args.engine == "seeded" and time.monotonic() > self.moved + patience
         if status is None and not stuck:
             return False
         if stuck:
@@ -365,13 +383,18 @@ class Worker:
 
     def outcome(self) -> Outcome:
         """Of all its processes; what a process had done in the last second before it died is not counted."""
-        whole = Outcome(self.target)
-        for part in self.done:
-            whole.cases, whole.refused = whole.cases + part.cases, whole.refused + part.refused
-            whole.seconds, whole.slowest = whole.seconds + part.seconds, max(whole.slowest, part.slowest)
-            whole.memory = max(whole.memory, part.memory)
-            whole.failures += part.failures
-        return whole
+        return together(self.target, self.done)
+
+
+def together(target: str, parts: list[Outcome]) -> Outcome:
+    """Several outcomes of a target as one."""
+    whole = Outcome(target)
+    for part in parts:
+        whole.cases, whole.refused = whole.cases + part.cases, whole.refused + part.refused
+        whole.seconds, whole.slowest = whole.seconds + part.seconds, max(whole.slowest, part.slowest)
+        whole.memory = max(whole.memory, part.memory)
+        whole.failures += part.failures
+    return whole
 
 
 def shares(cases: int) -> dict[str, int]:
@@ -430,6 +453,53 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The processor's name, as Linux has it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else "an unknown processor"
+
+
+BEGIN, END = "<!-- fuzzing: begin -->", "<!-- fuzzing: end -->"
+
+
+def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str:
+    """A page with the table and what it was made with between the marks. Raises `UserError` where there are none."""
+    before, begin, rest = page.partition(BEGIN + "\n")
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"--markdown: the file has no lines {BEGIN} and {END}")
+    how = (
+        f"{report['date']}, `{' '.join(report['command'])}` (seed {report['seed']}, engine {report['engine']}, Python"
+        f" {report['python']}, commit {str(report['commit'])[:12]}), {report['machine']}:\n"
+        f"**{report['tried']:,} inputs tried, {report['failures']} failures.**"
+    )
+    return f"{before}{begin}{how}\n\n{table(outcomes)}\n{end}{after}"
+
+
+def _loaded(paths: list[Path]) -> dict[str, Any]:
+    """Earlier reports as one, of the newest's date and machine; targets that are in several are added up."""
+    reports: list[dict[str, Any]] = []
+    parts: dict[str, list[Outcome]] = {}
+    for path in paths:
+        try:
+            reports.append(read_json(path))
+            for one in reports[-1]["targets"]:
+                parts.setdefault(one["target"], []).append(Outcome(**one))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--load: {path} is no report of this command ({error})") from None
+    targets = [vars(together(name, parts[name])) for name in SHARES if name in parts]
+    whole = max(reports, key=lambda report: str(report.get("date")))
+    for name in ("tried", "failures"):
+        whole = {**whole, name: sum(report[name] for report in reports)}
+    commands = [" ".join(report["command"]) for report in reports]
+    return {
+        **whole,
+        "command": [*commands[0].split(), *(f"; {command}" for command in commands[1:])],
+        "targets": targets,
+    }
+
+
 def main(args: FuzzArgs) -> int:
     if args.folder is not None:
         return work(args)
@@ -440,19 +510,18 @@ def main(args: FuzzArgs) -> int:
         raise UserError(f"no target {args.target!r}; there are: all, {', '.join(SHARES)}")
     if args.cases < 1 or args.first < 0 or args.jobs < 1:
         raise UserError("--cases and --jobs must be 1 or more, --first 0 or more")
-    outcomes = run_all(args)
-    report = {
-        "command": ["python", "benchmarks/fuzz.py", *sys.argv[1:]],
-        "seed": args.seed,
-        "engine": args.engine,
-        "python": sys.version.split()[0],
-        "tried": sum(one.cases for one in outcomes),
-        "failures": sum(map(failed, outcomes)),
-        "bounds": {"seconds": SECONDS, "memory_bytes": MEMORY, "line_characters": MOST_LINE},
-        "targets": [vars(one) for one in outcomes],
-    }
+    if args.markdown is not None and not args.markdown.is_file():
+        raise UserError(f"--markdown: {args.markdown} is not there")
+    if args.load:
+        report = _loaded(args.load)
+        outcomes = [Outcome(**one) for one in report["targets"]]
+    else:
+        outcomes = run_all(args)
+        report = _report(args, outcomes)
     if args.out is not None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.markdown is not None:
+        write_atomic(args.markdown, rewritten(args.markdown.read_text(encoding="utf-8"), report, outcomes))
     print(json.dumps(report, indent=1) if args.json else table(outcomes))
     if not args.json:
         for one in outcomes:
@@ -460,6 +529,23 @@ def main(args: FuzzArgs) -> int:
                 where = f"{one.target}, case {failure['case']} ({failure['cases']} alike)"
                 print(f"\n{where}: {failure['what']}\n{failure['trace']}")
     return 1 if report["failures"] else 0
+
+
+def _report(args: FuzzArgs, outcomes: list[Outcome]) -> dict[str, Any]:
+    target = [] if args.target == "all" else ["--target", args.target]
+    return {
+        "command": ["python", "benchmarks/fuzz.py", "--cases", str(args.cases), *target],
+        "seed": args.seed,
+        "engine": args.engine,
+        "python": sys.version.split()[0],
+        "machine": f"{processor()}, {os.cpu_count()} processors, load {os.getloadavg()[1]:.1f} at the end",
+        "commit": git_commit(ROOT),
+        "date": time.strftime("%Y-%m-%d"),
+        "tried": sum(one.cases for one in outcomes),
+        "failures": sum(map(failed, outcomes)),
+        "bounds": {"seconds": SECONDS, "memory_bytes": MEMORY, "line_characters": MOST_LINE},
+        "targets": [vars(one) for one in outcomes],
+    }
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} is not listed"
         for name, entry in files.items():
             path = checkpoint / name
-            if Path(name).name != name or path.is_symlink():
+            if Path(name).name != name or name in ("", "..") or path.is_symlink():
                 return f"{name!r} is not a plain file name"
             if not path.is_file():
                 return f"{name} is missing"

@@ -240,6 +240,14 @@ def git_commit(folder: Path) -> str | None:
         return None
 
 
+def hide_secrets(text: str) -> str:
+    """``text`` without the values of environment variables whose names say that they are secret."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name.upper()):
+            text = text.replace(value, f"({name})")
+    return text
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and commit of a run. No environment variables: they may hold secrets."""
     packages = {}
@@ -258,5 +266,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "git_commit": git_commit(Path(__file__).parent),
-        "command": sys.argv,
+        "command": [hide_secrets(word) for word in sys.argv],
     }

@@ -20,7 +20,7 @@ from recurrent_db.config import Config, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.flops import Cost
-from recurrent_db.hardware import EnergyMeter
+from recurrent_db.hardware import EnergyMeter, hide_secrets
 
 FINISH_TIMEOUT = 300.0
 """Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""
@@ -95,8 +95,7 @@ class WandbLog:
         try:
             yield
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals never raise in the trainer
-            said = f"{type(error).__name__}: {error}".replace(os.environ.get("WANDB_API_KEY") or "\0", "(the key)")
-            reason = " ".join(said.split())[:200]
+            reason = " ".join(hide_secrets(f"{type(error).__name__}: {error}").split())[:200]
             print(f"warning: no more wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
             self.run = None
             with suppress(BaseException):  # or it would try again, and complain again, when the process ends
