@@ -46,7 +46,7 @@ from recurrent_db.model.attention import (
     import_flash,
 )
 from recurrent_db.model.layers import Block, rope_table
-from recurrent_db.objectives import denoise, next_token, unrolled
+from recurrent_db.objectives import denoise, denoise_token, next_token, unrolled
 from recurrent_db.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
@@ -460,6 +460,7 @@ SPANS = [(0, 5), (5, 12), (12, 16)]
 MODELS = {
     "next_token": ["next_token"],
     "unrolled": ["unrolled"],
+    "denoise": ["denoise", "--objective.denoise.flat", "0"],
     "denoise-token": ["denoise-token"],
     "known": ["denoise-token", "--objective.token.neighbours", "known"],
     "two-stream": ["denoise-token", "--objective.token.conditioning", "two-stream"],
@@ -523,7 +524,7 @@ def test_documents_are_apart_in_training(case: str, masked: bool, monkeypatch: p
     model, objective = model_of(case)
     model.document_mask = masked
     read: list[Tensor] = []
-    for module in (next_token, unrolled, denoise):
+    for module in (next_token, unrolled, denoise, denoise_token):
         plain = module.cross_entropy
         monkeypatch.setattr(
             module,

@@ -37,8 +37,8 @@ def test_memory_of_a_denoising_step() -> None:
     flat = rows["next_token"]["bytes"]
     assert rows["denoise-token"]["bytes"] <= 1.3 * flat
     # Walks of any length hold one state; unrolled training holds one for each backpropagated iteration.
-    assert rows["denoise, scoring, K = 32"]["bytes"] == pytest.approx(
-        rows["denoise, scoring, K = 2"]["bytes"], rel=0.05
+    assert rows["denoise-token, scoring, K = 32"]["bytes"] == pytest.approx(
+        rows["denoise-token, scoring, K = 2"]["bytes"], rel=0.05
     )
     assert rows["unrolled, 8 with gradient"]["bytes"] > 1.5 * rows["unrolled, 2 with gradient"]["bytes"]
     assert rows["unrolled, 8 with gradient"]["bytes"] > 2 * flat

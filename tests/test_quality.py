@@ -133,7 +133,7 @@ def quality_words(data: Path, folder: Path, *more: object) -> list[object]:
 
 
 def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> None:
-    arms = ("--arms", "next_token,denoise")
+    arms = ("--arms", "next_token,denoise-token")
     told = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0))
     assert (told.returncode, told.stdout) == (0, "No run is complete yet.\n"), told.stderr
     assert "Left: 2 runs known so far (next_token-seed0-lr0.01-flops1e+09, denoise-seed0" in told.stderr
@@ -141,7 +141,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     # One of them was killed on its way: it goes on from its checkpoint.
     quality = module("quality")
     args = quality.Args(
-        data, arms="next_token,denoise", options=OPTIONS, rates="1e-2", budget_flops="1e9", k="1,2", score_tokens=512,
+        data, arms="next_token,denoise-token", options=OPTIONS, rates="1e-2", budget_flops="1e9", k="1,2", score_tokens=512,
         work=tmp_path / "work", results=tmp_path / "results", device="cpu",
     )  # fmt: skip
     [flat, _] = quality.Quality(args).pending()
@@ -238,7 +238,7 @@ def planned(data: Path, tmp_path: Path, **options: Any) -> Any:
 
 def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tmp_path: Path) -> None:
     quality = planned(
-        data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
+        data, tmp_path, arms="next_token,denoise-token", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
     )
     best = {"next_token": 2e-3, "denoise-token": 4e-3}
     order = play(quality, lambda run: 3 + abs(math.log(run.rate / best[run.arm])))
@@ -256,7 +256,9 @@ def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tm
 
 
 def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_path: Path) -> None:
-    quality = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3", seeds="0,1", data_limited=4096)
+    quality = planned(
+        data, tmp_path, arms="next_token,denoise-token", rates="1e-3,2e-3", seeds="0,1", data_limited=4096
+    )
     ladder = quality.ladder()
     assert ladder[1] == pytest.approx(2 * ladder[0], rel=0.01)
     curve = dict(zip(ladder, (3.0, 2.5, 2.3, 2.297, 2.4, 2.6, 2.7), strict=True))  # the fourth fell by too little
@@ -270,7 +272,7 @@ def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_pa
         ("next_token", ladder[3], 1e-3), ("denoise-token", ladder[3], 1e-3),
     ]  # fmt: skip
     assert "| denoise | 0.001* | 2 |" in quality.merge()
-    risen = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3", seeds="0", data_limited=4096)
+    risen = planned(data, tmp_path, arms="next_token,denoise-token", rates="1e-3", seeds="0", data_limited=4096)
     curve[ladder[3]] = 2.35
     order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise-token") * 0.1)
     assert {run.budget for run in order if run.arm == "denoise-token"} == {ladder[2], ladder[3]}
@@ -448,7 +450,7 @@ def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     assert set(seed["accuracy_by_k"]["2"]) == {"1-8", "9-16", "17-32", "9-32"}
     assert seed["learning_rate"] == 1e-3 and seed["flops"] >= 3e8
     assert "| next_token | 0.001 | 1 | 2 |" in second.stdout
-    left = call("--tasks", "s5", "--arms", "next_token,denoise", "--minutes", 0)
+    left = call("--tasks", "s5", "--arms", "next_token,denoise-token", "--minutes", 0)
     assert left.returncode == 0
     assert "Left: 2 runs" in left.stderr  # the other arm, and the first arm's second seed
     for words, message in (

@@ -163,7 +163,7 @@ def test_axes_have_labels_with_units(page: str) -> None:
         assert any(expected in found for found in texts), expected
     for found in texts:
         labels = [label for label in found if "(" in label or label == "tokens per second"]
-        assert len(labels) >= (1 if "denoise" in found else 2), found  # the bars' other axis names the runs
+        assert len(labels) >= (1 if "denoise-token" in found else 2), found  # the bars' other axis names the runs
 
 
 def test_colours_follow_the_theme(page: str) -> None:

@@ -360,7 +360,8 @@ def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path |
     """The whole page as HTML: one file, no script, nothing fetched. PNGs of the plots go to ``png_dir`` where given."""
     with drawing():
         page = Page(runs, baselines, Plots(runs, png_dir))
-        sections = [(key, title, build(page)) for key, title, build in SECTIONS]
+        built = ((key, title, build(page)) for key, title, build in SECTIONS)
+        sections = [section for section in built if section[2]]
         definitions = page.definitions()
     names = ", ".join(short(run.name, 40) for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     nav = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
