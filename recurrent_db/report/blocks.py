@@ -8,7 +8,7 @@ from recurrent_db.objectives.blocks import trains_shared
 from recurrent_db.report.cost import memory_by_holder
 from recurrent_db.report.data import Run, number
 from recurrent_db.report.figure import scientific
-from recurrent_db.report.html import DASH, count, fixed, memory, note, table, text
+from recurrent_db.report.html import DASH, count, fixed, memory, table, text
 
 if TYPE_CHECKING:
     from recurrent_db.report.page import Page
