@@ -470,8 +470,8 @@ def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str
     if not begin or not end:
         raise UserError(f"--markdown: the file has no lines {BEGIN} and {END}")
     how = (
-        f"{report['date']}, `{' '.join(report['command'])}` (seed {report['seed']}, engine {report['engine']}, Python"
-        f" {report['python']}, commit {str(report['commit'])[:12]}), {report['machine']}:\n"
+        f"{report['date']}, `{' '.join(report['command'])}` (engine {report['engine']}, Python"
+        f" {report['python']}, commit {report['commit']}), {report['machine']}:\n"
         f"**{report['tried']:,} inputs tried, {report['failures']} failures.**"
     )
     return f"{before}{begin}{how}\n\n{table(outcomes)}\n{end}{after}"
@@ -534,7 +534,7 @@ def main(args: FuzzArgs) -> int:
 def _report(args: FuzzArgs, outcomes: list[Outcome]) -> dict[str, Any]:
     target = [] if args.target == "all" else ["--target", args.target]
     return {
-        "command": ["python", "benchmarks/fuzz.py", "--cases", str(args.cases), *target],
+        "command": ["python", "benchmarks/fuzz.py", "--cases", str(args.cases), "--seed", str(args.seed), *target],
         "seed": args.seed,
         "engine": args.engine,
         "python": sys.version.split()[0],
