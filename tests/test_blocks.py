@@ -668,8 +668,9 @@ SMALL = (
 
 
 def test_a_blocks_memory_is_that_of_its_layers(
-    script_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    script_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     result = script_here("benchmarks/blocks.py", "--memory", "--options", SMALL, "--results", tmp_path)
     assert result.returncode == 0, result.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "blocks-memory.json").read_text())["rows"]}
@@ -684,9 +685,9 @@ def test_a_blocks_memory_is_that_of_its_layers(
 def test_the_comparison_runs_and_goes_on(
     script: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
 ) -> None:
-    words = ["benchmarks/blocks.py", "--data", data, "--seeds", 0, "--budget-flops", 2e8, "--score-tokens", 512, "--draws", 2,
-             "--options", SMALL + " data.verify=False", "--work", tmp_path / "work", "--results", tmp_path / "results",
-             "--device", "cpu"]  # fmt: skip
+    places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--data", data, "--device", "cpu"]
+    sizes = ["--seeds", 0, "--budget-flops", 2e8, "--score-tokens", 512, "--draws", 2]
+    words = ["benchmarks/blocks.py", *places, *sizes, "--options", SMALL + " data.verify=False"]
     first = script(*words, "--arms", "next_token,blocks-4")
     assert first.returncode == 0, first.stderr
     whole = script(*words, "--arms", "next_token,blocks-4,blocks-4-swap,masked-3")
