@@ -59,7 +59,7 @@ def blocks(page: Page) -> str:
                 ]
             )
     if not rows:
-        return note("Left out: no run is a block that was trained alone, or is joined of such blocks.")
+        return note("No run here is a block that was trained alone, or is joined of such blocks.")
     head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
             "Sent to<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
     caption = (
