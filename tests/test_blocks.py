@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -656,3 +657,50 @@ def test_mistakes_in_joining_are_one_line(data: Path, frozen_runs: list[Path], t
     assert cli.run(["blocks", "join", str(one), str(two), str(tmp_path / "out")]) == 0
     with pytest.raises(UserError, match="one run or more"):
         cli.run(["blocks", "join", str(one)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+SMALL = (
+    "model.d_model=32 model.n_heads=2 model.d_mlp=48 model.d_condition=16 model.max_seq_len=32 data.sequence_length=32"
+    " data.batch_size=4"
+)
+
+
+def test_a_blocks_memory_is_that_of_its_layers(
+    script_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    result = script_here("benchmarks/blocks.py", "--memory", "--options", SMALL, "--results", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "blocks-memory.json").read_text())["rows"]}
+    assert rows["B = 1, block 1"]["ratio"] == 1
+    for number in (1, 2):
+        assert rows[f"B = 4, block {number}"]["rest_ratio"] <= 0.33
+        assert rows[f"B = 4, block {number}"]["rest_ratio"] < rows[f"B = 2, block {number}"]["rest_ratio"] <= 0.6
+    assert rows["B = 2, block 1"]["tables_bytes"] == 4 * rows["B = 2, block 2"]["tables_bytes"] == 4 * 1024 * 32 * 4
+
+
+@pytest.mark.long
+def test_the_comparison_runs_and_goes_on(
+    script: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
+) -> None:
+    places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--data", data, "--device", "cpu"]
+    sizes = ["--seeds", 0, "--budget-flops", 2e8, "--score-tokens", 512, "--draws", 2]
+    words = ["benchmarks/blocks.py", *places, *sizes, "--options", SMALL + " data.verify=False"]
+    first = script(*words, "--arms", "next_token,blocks-4")
+    assert first.returncode == 0, first.stderr
+    whole = script(*words, "--arms", "next_token,blocks-4,blocks-4-swap,masked-3")
+    assert whole.returncode == 0, whole.stderr
+    assert "start blocks-4-seed0" not in whole.stderr  # it is done
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/blocks").glob("*.json")}
+    assert set(results) == {f"{arm}-seed0" for arm in ("next_token", "blocks-4", "blocks-4-swap", "masked-3")}
+    swapped, before = results["blocks-4-swap-seed0"], results["blocks-4-seed0"]
+    assert swapped["nll_by_k"]["1"] == before["nll_by_k"]["1"]
+    assert swapped["nll_by_k"]["4"] != before["nll_by_k"]["4"]
+    assert len(before["blocks"]) == 4
+    assert results["masked-3-seed0"]["bits_per_character"] > 0
+    wrong = script(*words, "--arms", "next_token", "--draws", 3)
+    assert wrong.returncode == 2
+    assert "another draws" in wrong.stderr
