@@ -58,6 +58,18 @@ class TrainState:
     """Of the GPU, where it has a meter."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    """Of the skipped steps, those whose loss was finite."""
+    rollbacks: int = 0
+    """Returns to an earlier checkpoint; they choose the order of the data."""
+    flops_abandoned: float = 0.0
+    """Spent on steps that were taken back; not part of ``flops``."""
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_count: int = 0
+    """Running mean and variance of the loss, and over how many steps; see `guard`."""
+    loss_lowest: float = 0.0
+    """Lowest running mean at a log point."""
 
     @property
     def flops(self) -> float:
