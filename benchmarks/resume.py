@@ -10,9 +10,10 @@ Moments fall into six places in turn:
 - data: at one of those of `prepare`; tokenizer: at one of those that train and save a tokenizer;
 - lm-eval: at one of the writes of a results cache, half of which is on disk then.
 
-The process kills itself, just before the operation, so that a moment can be had again from the seed. The work is started anew
-as a user would, up to its end. Compared are a run's weights, averages, optimizer state, counters and metrics (times aside), a
-data directory's files, a tokenizer's file, and lm-eval's results. Processes are forked from one that has imported everything.
+The process kills itself, just before the operation, so that a moment can be had again from the seed. The work is started
+anew as a user would, up to its end. Compared are a run's weights, averages, optimizer state, counters and metrics (times
+aside), a data directory's files, a tokenizer's file, and lm-eval's results. Processes are forked from one that has imported
+everything.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def die_at_file_operation(n: int, matches: Callable[[str, str], bool], counter: 
     fsync = os.fsync
 
     def counted(descriptor: int) -> None:
-        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        note("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
     os.fsync = counted  # type: ignore[assignment]
@@ -132,7 +133,7 @@ def die_in_write(n: int, name: str, counter: Path | None) -> None:
     seen, write = [0], os.write
 
     def torn(descriptor: int, data: bytes) -> int:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(name):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
             seen[0] += 1
             if counter is not None:
                 with counter.open("a") as file:
@@ -343,10 +344,8 @@ def run(args: Args, folder: Path) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
     tried = dict.fromkeys(PLACES, 0)
     survived = dict.fromkeys(PLACES, 0)
-    deaths = 0
 
     def one(number: int) -> None:
-        nonlocal deaths
         place, objective = kind = _kind(number)
         rng = random.Random(f"{args.seed}/{number}")
         expected, count = whole[kind]

@@ -45,6 +45,22 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def sealed(value: dict[str, Any]) -> str:
+    """A table as JSON text that ends with the SHA-256 of what comes before it, under the key ``digest``."""
+    digest = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
+    return json.dumps({**value, "digest": digest}, indent=1)
+
+
+def is_altered(path: Path) -> bool:
+    """Whether a file that `sealed` made has changed since. Files of before there was a seal are taken as they are."""
+    raw = path.read_bytes()
+    value = json.loads(raw.decode("utf-8"))
+    if b'"digest"' not in raw and list(value)[-1] in ("files", "reading"):
+        return False
+    value.pop("digest", None)
+    return sealed(value).encode() != raw
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether ``path``, all links followed, lies in ``folder`` (all links followed) or is it. False for what is no path."""
     try:
