@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from recurrent_db.config import MOST_INTEGER, Config, config_from_json, to_dict
 from recurrent_db.dist import sharded_like
 from recurrent_db.errors import UserError
-from recurrent_db.files import check_links, file_digest, new_file_mode, read_json
+from recurrent_db.files import check_links, file_digest, is_altered, new_file_mode, read_json, sealed
 from recurrent_db.flops import Cost
 from recurrent_db.optim import EMA
 from recurrent_db.tokenizer import Tokenizer
@@ -58,6 +58,18 @@ class TrainState:
     """Of the GPU, where it has a meter."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    spikes: int = 0
+    """Of the skipped steps, those whose loss was finite."""
+    rollbacks: int = 0
+    """Returns to an earlier checkpoint; they choose the order of the data."""
+    flops_abandoned: float = 0.0
+    """Spent on steps that were taken back; not part of ``flops``."""
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_count: int = 0
+    """Running mean and variance of the loss, and over how many steps; see `guard`."""
+    loss_lowest: float = 0.0
+    """Lowest running mean at a log point."""
 
     @property
     def flops(self) -> float:
@@ -208,7 +220,7 @@ def seal(
     files = sorted(p for p in temporary.iterdir() if p.name not in settled)
     listing = settled | {p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
     manifest = {"format": FORMAT, "step": step, "tokenizer": tokenizer.hash, "files": dict(sorted(listing.items()))}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (temporary / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
     for path in (*files, temporary / MANIFEST):
         settle_file(path)
     _fsync(temporary)
@@ -262,6 +274,8 @@ def fault(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
             if file_digest(path) != entry["sha256"]:
                 return f"{name} was altered (checksum)"
+        if is_altered(checkpoint / MANIFEST):
+            return f"{MANIFEST} was altered (checksum)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):

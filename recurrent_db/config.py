@@ -319,6 +319,18 @@ class RunConfig:
 
 
 @dataclass
+class GuardConfig:
+    """When numbers blow up (docs/reliability.md). optim.max_skipped says after how many bad steps in a row."""
+
+    rollbacks: int = 2
+    """Times that a run goes back to its last good checkpoint, and on with another order of the data, before it stops."""
+    spike: float = 0.0
+    """Standard deviations above its running mean at which a step's loss makes it a skipped one; 0 skips none."""
+    state_growth: float = 10.0
+    """Growth of the state's RMS from the first to the last iteration (of the largest eval.k) that is warned of."""
+
+
+@dataclass
 class ParallelConfig:
     """Several processes, as torchrun starts them (docs/distributed.md)."""
 
@@ -364,6 +376,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     init: InitConfig = field(default_factory=InitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -656,3 +669,7 @@ def validate(config: Config) -> None:
     shard_size = config.parallel.shard_size
     need(shard_size >= 0, f"parallel.shard_size must be 0 (all processes) or more, got {shard_size}")
     positive(config.parallel, "parallel", "timeout")
+    positive(config.guard, "guard", "state_growth")
+    for name in ("rollbacks", "spike"):
+        value = getattr(config.guard, name)
+        need(0 <= value < math.inf, f"guard.{name} must be 0 or more and finite, got {value}")

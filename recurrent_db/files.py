@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,22 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def sealed(value: dict[str, Any]) -> str:
+    """A table as JSON text that ends with the SHA-256 of what comes before it, under the key ``digest``."""
+    digest = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
+    return json.dumps({**value, "digest": digest}, indent=1)
+
+
+def is_altered(path: Path) -> bool:
+    """Whether a file that `sealed` made has changed since. Files of before there was a seal are taken as they are."""
+    raw = path.read_bytes()
+    value = json.loads(raw.decode("utf-8"))
+    if b'"digest"' not in raw and list(value)[-1] in ("files", "reading"):
+        return False
+    value.pop("digest", None)
+    return sealed(value).encode() != raw
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether ``path``, all links followed, lies in ``folder`` (all links followed) or is it. False for what is no path."""
     try:
@@ -62,6 +82,35 @@ def check_links(folder: Path) -> None:
             if path.is_symlink() and not is_inside(path, folder):
                 raise UserError(f"{path} is a link that leads out of {folder}; nothing there is read or written")
         folders[:] = [name for name in folders if name != "wandb"]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder that one process at a time may write, by a lock on its file ``.lock``. The lock ends with the process,
+    however that ends; the file stays.
+
+    Raises:
+        UserError: another process holds it, or the folder cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(f"{folder} is in use by {holder}: two at once would destroy each other's work") from None
+        except OSError as error:  # a file system without locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}); start one trainer only", file=sys.stderr)
+        with contextlib.suppress(OSError):  # on a full disk it is held namelessly
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
 
 
 def new_file_mode() -> int:

@@ -170,7 +170,7 @@ class MetricLog:
     """
 
     def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
-        path = run_dir / "metrics.jsonl"
+        self.path = path = run_dir / "metrics.jsonl"
         truncate_metrics(path, start_step)
         self.file = path.open("a", encoding="utf-8")
         self.rows: list[dict[str, Any]] = []
@@ -191,6 +191,13 @@ class MetricLog:
                 self.wandb.log(row)
         return written[-1] if written else None
 
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``: these steps are taken again."""
+        self.rows.clear()
+        self.file.close()
+        truncate_metrics(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         self.flush()
         self.file.close()
@@ -206,6 +213,9 @@ class NoLog:
 
     def flush(self) -> dict[str, Any] | None:
         return None
+
+    def rewind(self, step: int) -> None:
+        pass
 
     def close(self) -> None:
         pass

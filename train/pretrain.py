@@ -33,10 +33,23 @@ from recurrent_db.checkpoint import (
 from recurrent_db.commandline import guard
 from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
-from recurrent_db.dist import Team, job_identity, local, report_lost, restarted
+from recurrent_db.dist import Team, job_identity, report_lost, restarted
 from recurrent_db.errors import UserError
-from recurrent_db.files import check_links, write_atomic
+from recurrent_db.files import check_links, locked, write_atomic
 from recurrent_db.flops import step_cost
+from recurrent_db.guard import (
+    LossGuard,
+    continued,
+    data_seed,
+    forget_later,
+    gradients_not_finite,
+    last_good,
+    not_finite,
+    numbers,
+    state_rms,
+    unigram_entropy,
+    write_diagnosis,
+)
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
 from recurrent_db.memory import MemorySplit
@@ -61,8 +74,8 @@ def after_restart(config: Config, resume: str, overwrite: bool) -> tuple[str, bo
     return resume, overwrite
 
 
-def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | None:
-    """Refuse a run directory that cannot be used; find the checkpoint to continue from. Changes nothing."""
+def check_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> Checkpoint | None:
+    """Refuse a run directory that cannot be used; lock it, and find the checkpoint to continue from. Changes nothing."""
     if not config.run.dir:
         raise UserError("run.dir is not set: say where the run lives with --run.dir DIR")
     run_dir = Path(config.run.dir)
@@ -75,18 +88,26 @@ def check_run_dir(config: Config, resume: str, overwrite: bool) -> Checkpoint | 
             raise UserError(f"{run_dir} is not a run directory (no config.json); --overwrite does not touch it")
     if resume and run_dir.exists():
         check_links(run_dir)
+    if run_dir.exists() and (resume or overwrite):
+        held.enter_context(locked(run_dir))
     if resume and list_checkpoints(run_dir):
         return Checkpoint(find_checkpoint(run_dir, fall_back=resume == "last-good"))
     return None
 
 
-def make_run_dir(config: Config, overwrite: bool) -> Path:
+def make_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> Path:
     """Make the run directory, in place of an older one where that was asked for. Set-up has succeeded by now."""
     run_dir = Path(config.run.dir)
     try:
-        if overwrite and run_dir.exists():
-            shutil.rmtree(run_dir)
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not run_dir.exists() or not (resume or overwrite):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(run_dir))
+            if (run_dir / "config.json").exists():
+                raise UserError(f"run directory {run_dir} has just been made by another process")
+        for path in run_dir.iterdir() if overwrite else ():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
         clean_leftovers(run_dir)
         write_atomic(run_dir / "config.json", json.dumps(to_dict(config), indent=1))
         if (job := job_identity()) is not None:
@@ -120,6 +141,12 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
 
 
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
+    """Train as ``config`` says, and return the exit status; the run directory is locked until then."""
+    with contextlib.ExitStack() as held:
+        return pretrain(config, resume, overwrite, held)
+
+
+def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # Set-up: device, data, model, objective, optimizer
     if not config.data.path:
@@ -140,6 +167,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     data = open_data(config.data.path, "train", verify=config.data.verify)
     tokenizer = load_tokenizer(config.data.path)
     loader = Loader(data, length, batch_size, config.seed, config.data.mixture or None)
+    floor = unigram_entropy(data)
     validation = open_data(
         config.data.val_path or config.data.path,
         "validation",
@@ -155,7 +183,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     if config.eval.points:  # found out now, and not at the first evaluation
         next(validation_batches(validation, length, 1, length))
     resume, overwrite = team.decide(lambda: after_restart(config, resume, overwrite))
-    checkpoint = team.decide(lambda: check_run_dir(config, resume, overwrite))
+    checkpoint = team.decide(lambda: check_run_dir(config, resume, overwrite, held))
     need = Need(
         device=device,
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
@@ -194,9 +222,10 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         restore(checkpoint, model, optimizer, ema)
         state, objective_state, ema_updates = checkpoint.training()
         restore_objective(objective, objective_state, checkpoint.path)
+        loader.seed = data_seed(config, state.rollbacks)
         if ema is not None:
             ema.updates = ema_updates
-    run_dir = team.decide(lambda: make_run_dir(config, overwrite))
+    run_dir = team.decide(lambda: make_run_dir(config, resume, overwrite, held))
     peak = peak_flops(device, config.run.peak_flops)
     peak_line = (
         f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
@@ -264,9 +293,6 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         return f", update {update_clock.update_seconds / update_clock.step_seconds:.1%} of the time"
 
     def save() -> None:
-        if not team.all(all(bool(torch.isfinite(local(p)).all()) for p in model.parameters())):
-            say(f"warning: weights are not finite at step {state.step}: no checkpoint is written")
-            return
         team.beat("writing a checkpoint")
         log.flush()
         if saver is not None:
@@ -281,7 +307,18 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         clock.settle(state)
         if config.budget.seconds:  # it decides when to stop, so all go by one clock
             state.seconds = team.decide(lambda: state.seconds)
-        state.skipped, state.skipped_in_a_row = skips.tolist()
+        watch.settle(state)
+
+    def unsound_tensors() -> list[str]:
+        """Weights and optimizer tensors that are not finite, on any process."""
+        names = not_finite(model, optimizer)
+        return names if team.all(not names) else names or ["a tensor of another process"]
+
+    def norms_by_iteration() -> list[float]:
+        """The state's RMS after each iteration, for a sequence of the last batch."""
+        model.recurrence = objective.recurrence
+        with autocast, team.whole(model):
+            return state_rms(model, micro.tokens_BT, config)
 
     # SIGINT and SIGTERM to any process end the run after the step in flight, with a checkpoint.
     stop_signal = stopping = 0
@@ -311,13 +348,52 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         with autocast:
             team.rehearse(model, functools.partial(objective, model, sample, Rng(config.seed, 0), 0.0))
         objective.after_step(torch.zeros((), dtype=torch.bool), team.sum)  # it learns nothing from that
-    # Skipped steps in all and in a row. They live on the device: a step makes the host wait for nothing.
-    skips = torch.tensor([state.skipped, state.skipped_in_a_row], device=device)
+    watch = LossGuard(config, state, device, floor)
+
+    def go_back(trouble: str, unsound: list[str]) -> None:
+        """Continue from the last good checkpoint with another order of the data, or end the run; both with a diagnosis."""
+        nonlocal state, watch, batches, progress
+        log.flush()
+        if saver is not None:
+            saver.finish()
+        if team.world == 1:  # the gradients of the last micro-batch, once more
+            with autocast:
+                unsound = unsound + gradients_not_finite(model, lambda: forward()[0])
+            objective.after_step(torch.zeros((), dtype=torch.bool, device=device), team.sum)
+        norms = norms_by_iteration()
+        target = team.decide(lambda: last_good(run_dir) if state.rollbacks < config.guard.rollbacks else None)
+        found = {"step": state.step, "trouble": trouble, "not_finite": unsound, "state_rms": numbers(norms),
+                 "grad_norm": numbers([float(grad_norm)])[0], "lr": config.optim.lr * scale,
+                 "back_to": target.training()[0].step if target else None}  # fmt: skip
+        if team.first:
+            write_diagnosis(run_dir, found)
+        first = f" (first of {len(unsound)}: {unsound[0]})" if unsound else ""
+        line = f"at step {state.step}: {trouble}{first}; state RMS by iteration {', '.join(f'{n:.3g}' for n in norms)}"
+        if target is None:
+            log.close()
+            raise UserError(
+                f"stopped {line}; after {state.rollbacks} returns to a checkpoint; the newest one is from before, try a"
+                f" lower optim.lr (now {config.optim.lr:g}); see {run_dir}/diagnosis.jsonl"
+            )
+        restore(target, model, optimizer, ema)
+        before, objective_state, updates = target.training()
+        restore_objective(objective, objective_state, target.path)
+        if ema is not None:
+            ema.updates = updates
+        state = continued(before, lost=state)
+        say(f"warning: {line}; going back to step {state.step}, with another order of the data")
+        team.decide(lambda: forget_later(run_dir, state.step))
+        log.rewind(state.step)
+        watch = LossGuard(config, state, device, floor)
+        loader.seed = data_seed(config, state.rollbacks)
+        batches = prefetch(loader, state.step, micro_batch_size, device, rank=team.rank, world=team.world)
+        progress = progress_after(0, 0, 0)
+
     while progress < 1 and not stopping:
         team.beat(f"at step {state.step + 1}")
         clock.start()
         update_clock.mark()
-        rng = Rng(config.seed, state.step)
+        rng = Rng(data_seed(config, state.rollbacks), state.step)
         tokens = batch_size * length
         passes = objective.passes(rng, progress)
         cost = cost_of(passes)
@@ -345,15 +421,14 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
         update_clock.mark()
         grad_norm = team.clip(model, config.optim.clip_norm)
 
-        # A step whose loss or gradient is not finite changes nothing but the counters.
-        skip = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        # A step whose loss or gradient is not finite changes nothing but the counters, and no host waits to learn of it.
+        skip = watch.judge(loss, grad_norm)
         step_unless(skip, optimizer)
         if ema is not None:
             ema.update(model, skip)
         optimizer.zero_grad(set_to_none=True)
         update_clock.mark()
         objective.after_step(~skip, team.sum)
-        skips = torch.stack((skips[0] + skip, (skips[1] + 1) * skip))
 
         state.step += 1
         state.count(cost, update, tokens)
@@ -370,7 +445,9 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             "loss": loss,
             "lr": config.optim.lr * scale,
             "grad_norm": grad_norm,
-            "skipped": skips[0],
+            "skipped": watch.counts[0],
+            "spikes": watch.counts[2],
+            "rollbacks": state.rollbacks,
             "peak_memory_bytes": peak_memory_bytes(device),
             **memory.row(optimizer, ema, passes.core_grad),
             **metrics,
@@ -392,6 +469,12 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
             row.update(evaluate())
         if logging:
             row["optimizer_share"] = update_clock.share()
+            if team.world == 1 or evaluating:
+                norms = norms_by_iteration()
+                row["state/rms_first"], row["state/rms_last"] = norms[0], norms[-1]
+                row["state/growth"] = growth = norms[-1] / max(norms[0], 1e-30)
+                for line in watch.warnings(state, progress, growth):
+                    say(line)
             last = log.flush()
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(
@@ -399,12 +482,10 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
                     f" {state.flops:.2e} FLOPs{share_of_update()}", refresh=False
                 )  # fmt: skip
             bar.update(round(100 * min(progress, 1)) - bar.n)
-        if state.skipped_in_a_row >= config.optim.max_skipped:
-            log.close()
-            raise UserError(
-                f"stopped at step {state.step}: loss or gradient not finite {state.skipped_in_a_row} steps in a row;"
-                f" the newest checkpoint is from before, try a lower optim.lr (now {config.optim.lr:g})"
-            )
+        unsound = unsound_tensors() if saving else []
+        if trouble := watch.trouble(state, unsound):
+            go_back(trouble, unsound)
+            continue
         if saving:
             save()
         stopping = team.largest(stop_signal)
@@ -413,7 +494,10 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     # The end
     bar.close()
     settle()
-    save()
+    if unsound := unsound_tensors():
+        say(f"warning: {unsound[0]} is not finite at step {state.step}: no checkpoint is written")
+    else:
+        save()
     if saver is not None:
         saver.finish()
     log.close()

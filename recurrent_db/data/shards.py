@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import mmap
 import os
 import re
@@ -32,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, is_inside, read_json
+from recurrent_db.files import file_digest, is_altered, is_inside, read_json, sealed
 from recurrent_db.tokenizer import Tokenizer
 
 FORMAT = "recurrent_db.tokens"
@@ -197,7 +196,7 @@ class DataWriter:
         }
         self.tokenizer.save(self._partial / TOKENIZER_FILE)
         with (self._partial / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
+            file.write(sealed(manifest))
             file.flush()
             os.fsync(file.fileno())
         check_target(self.out, self.overwrite)  # again: it may have appeared in the meantime
@@ -469,6 +468,8 @@ def open_data(
         opened = [_open_shard(directory, shard, dtype, manifest["vocab_size"], verify) for shard in entry["shards"]]
         arrays, offsets = [tokens for tokens, _ in opened], [offsets for _, offsets in opened]
         sources[name] = TokenSource(name, arrays, offsets, sum(shard["bytes"] for shard in entry["shards"]))
+    if verify and is_altered(directory / MANIFEST):
+        raise UserError(f"{directory / MANIFEST}: damaged: it is not as it was written; prepare the data again")
     if not any(source.tokens for source in sources.values()):
         there = [name for name, entries in manifest["splits"].items() if entries]
         raise UserError(f"{directory}: no {split!r} split (it has: {', '.join(there) or 'none'})")

@@ -1,0 +1,140 @@
+"""Does a long run stay as it began? Memory, open files and speed over many steps of a tiny model.
+
+python benchmarks/endurance.py --data DIR --steps 20000 --json OUT
+
+A process of its own trains with evaluations, checkpoints and logging, and is looked at from outside ten times a second. The
+first tenth is warm-up. Speed is steps per second of processor time, so that other programs on the machine count little: the
+median of the second tenth against that of the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recurrent_db.commandline import run_command
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = [
+    "--model.d_model", "32", "--model.n_heads", "2", "--model.d_mlp", "48", "--model.max_seq_len", "32",
+    "--model.d_condition", "16", "--data.sequence_length", "32", "--data.batch_size", "4", "--run.device", "cpu",
+    "--run.threads", "1", "--eval.k", "1", "2", "--eval.tokens", "512", "--objective.unrolled.mean_depth", "4",
+    "--objective.unrolled.truncation", "2", "--optim.lr", "1e-3", "--optim.ema_decay", "0.9",
+]  # fmt: skip
+"""A model of about 50 thousand parameters."""
+
+
+@dataclass
+class Args:
+    """Memory, open files and speed over many steps of a tiny model."""
+
+    data: Path
+    """Data directory to train on (train/prepare_data.py makes one)."""
+    steps: int = 20_000
+    """Optimizer steps."""
+    objective: str = "next_token"
+    """Objective to train with."""
+    evaluations: int = 50
+    """Evaluations, evenly spaced."""
+    seed: int = 0
+    """Of the run."""
+    run: Path | None = None
+    """Run directory to make and keep (default: a temporary one)."""
+    json: Path | None = None
+    """File to write the result to."""
+
+
+def _look(pid: int) -> tuple[int, int, float]:
+    """Resident bytes (private ones: pages of mapped files come and go), open files, and seconds of processor time."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()
+    stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    resident = (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    return resident, sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), (int(stat[11]) + int(stat[12])) / ticks
+
+
+def _last_step(metrics: Path) -> int:
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 4096))
+            lines = file.read().split(b"\n")
+        return int(json.loads(lines[-2])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0
+
+
+def measure(args: Args, run: Path) -> dict[str, Any]:
+    """Train, look, and compare the end with the start."""
+    command = [sys.executable, "train/pretrain.py", *SHAPE, "--data.path", str(args.data.resolve()), "--run.dir", str(run),
+               "--budget.steps", str(args.steps), "--eval.points", str(args.evaluations), "--seed", str(args.seed),
+               "--objective.name", args.objective, "--run.log_every", "10",
+               "--run.checkpoint_every", str(max(10, args.steps // 40))]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started, samples = time.time(), []
+    with (run.parent / "endurance.log").open("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+        while process.poll() is None:
+            step = _last_step(run / "metrics.jsonl")
+            try:
+                samples.append((step, *_look(process.pid)))
+            except (OSError, IndexError):
+                break
+            time.sleep(0.1)
+        if process.wait():
+            log.seek(0)
+            raise UserError(f"the trainer ended with status {process.returncode}: {log.read()[-300:]}")
+    tenth = args.steps / 10
+    settled = [s for s in samples if tenth <= s[0] < args.steps]
+    late = [s for s in settled if s[0] >= 9 * tenth]
+    early = [s for s in settled if s[0] < 2 * tenth]
+    if min(len(early), len(late)) < 5:
+        raise UserError(f"{args.steps} steps are over too soon to be measured")
+    memory = [statistics.median(s[1] for s in part) for part in (early, late)]
+    files = [max(s[2] for s in part) for part in (early, late)]
+
+    def speed(part: list[tuple[int, int, int, float]]) -> float:
+        return (part[-1][0] - part[0][0]) / (part[-1][3] - part[0][3])
+
+    rates = [speed(early), speed(late)]
+    return {
+        "steps": args.steps,
+        "objective": args.objective,
+        "seed": args.seed,
+        "command": "python " + " ".join(sys.argv),
+        "samples": len(samples),
+        "wall_seconds": round(time.time() - started, 1),
+        "memory_bytes_start": memory[0],
+        "memory_bytes_end": memory[1],
+        "memory_ratio": memory[1] / memory[0],
+        "open_files_start": files[0],
+        "open_files_end": files[1],
+        "steps_per_cpu_second_start": rates[0],
+        "steps_per_cpu_second_end": rates[1],
+        "speed_ratio": rates[1] / rates[0],
+    }
+
+
+def main(args: Args) -> None:
+    if args.steps < 500:
+        raise UserError(f"--steps must be 500 or more to have a start and an end, got {args.steps}")
+    if args.json:
+        check_output(args.json)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args, args.run or Path(folder) / "run")
+    print(json.dumps(result, indent=1))
+    if args.json:
+        write_atomic(args.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

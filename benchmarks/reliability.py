@@ -1,0 +1,31 @@
+"""The table of docs/reliability.md: each benchmark writes its own rows between two marks, and leaves the others' alone."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+
+from recurrent_db.files import write_atomic
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+HEAD = ["| what | result | command | date, machine |", "| --- | --- | --- | --- |"]
+
+
+def read_rows(page: Path = PAGE) -> dict[str, str]:
+    """Lines of the table by their first column."""
+    block = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    lines = [line for line in block.splitlines() if line.startswith("| ") and line not in HEAD]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def write_rows(rows: dict[str, tuple[str, str]], page: Path = PAGE) -> None:
+    """Put rows (what -> result, command) into the table in place of older ones of the same name."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    stamp = f"{datetime.date.today().isoformat()}, {platform.machine()}, Python {platform.python_version()}"
+    lines = read_rows(page)
+    for what, (result, command) in rows.items():
+        lines[what] = f"| {what} | {result} | `{command}` | {stamp} |"
+    write_atomic(page, "\n".join([before + BEGIN, *HEAD, *lines.values(), END]) + after)
