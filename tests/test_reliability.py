@@ -185,7 +185,8 @@ def test_a_checkpoint_of_before_the_seal_is_good(data: Path, tmp_path: Path) -> 
 
 
 def blow_up(monkeypatch: pytest.MonkeyPatch, script: ModuleType, seed: int, stop: int = 0) -> None:
-    """The loss is NaN from step 6 on, with the noise of ``seed`` alone; at step ``stop`` with other noise the process dies."""
+    """The loss is NaN from step 6 on, with the noise of ``seed`` alone; at step ``stop`` with other noise the process
+    dies."""
     build = script.build_objective
 
     def broken(config: Any) -> Any:
@@ -333,8 +334,8 @@ def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["next_token"], ["unrolled"], ["denoise"], ["denoise-paper"], ["denoise", "--objective.denoise.density", "adaptive"],
-     ["denoise", "--objective.denoise.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
+    [["next_token"], ["unrolled"], ["denoise"], ["denoise-paper"], ["denoise-token", "--objective.token.density", "adaptive"],
+     ["denoise-token", "--objective.token.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
     ids=lambda options: options[0] + options[-1].replace(options[0], ""),
 )  # fmt: skip
 def test_the_same_seed_gives_the_same_bits(data: Path, tmp_path: Path, options: list[str]) -> None:
