@@ -241,6 +241,10 @@ class Quality:
         try:
             if not complete(directory, run.budget):
                 self.slice.call(log, lock, "train/pretrain.py", *words, "--resume")
+                if not complete(
+                    directory, run.budget
+                ):  # a signal to the trainer ends it with a checkpoint and status 0
+                    raise Failed(f"{run.name} was stopped before its end; the next call goes on from its checkpoint")
             trained = time.monotonic()
             self.slice.call(
                 log, lock, "benchmarks/quality_score.py", directory, "--data", self.data, "--json", score,

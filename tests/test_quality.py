@@ -236,6 +236,16 @@ def planned(data: Path, tmp_path: Path, **options: Any) -> Any:
     )
 
 
+def test_a_run_that_a_signal_ended_is_no_result(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer then saves and exits with status 0, short of its budget."""
+    quality = planned(data, tmp_path, arms="next_token", rates="1e-3", seeds="0", budget_flops="1e9")
+    monkeypatch.setattr(quality.slice, "call", lambda *_: None)
+    [run] = quality.pending()
+    with pytest.raises(module("slices").Failed, match="stopped before its end"):
+        quality.do(run, 0)
+    assert not list(quality.folder.iterdir())
+
+
 def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tmp_path: Path) -> None:
     quality = planned(
         data, tmp_path, arms="next_token,denoise-token", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"

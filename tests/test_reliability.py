@@ -334,7 +334,8 @@ def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["next_token"], ["unrolled"], ["denoise"], ["denoise-paper"], ["denoise-token", "--objective.token.density", "adaptive"],
+    [["next_token"], ["unrolled"], ["denoise"], ["denoise-paper"],
+     ["denoise-token", "--objective.token.density", "adaptive"],
      ["denoise-token", "--objective.token.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
     ids=lambda options: options[0] + options[-1].replace(options[0], ""),
 )  # fmt: skip
