@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reliability import write_rows
+
 from recurrent_db.commandline import run_command
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
@@ -52,6 +54,8 @@ class Args:
     """Run directory to make and keep (default: a temporary one)."""
     json: Path | None = None
     """File to write the result to."""
+    table: bool = False
+    """Also write the row of docs/reliability.md."""
 
 
 def _look(pid: int) -> tuple[int, int, float]:
@@ -134,6 +138,10 @@ def main(args: Args) -> None:
     print(json.dumps(result, indent=1))
     if args.json:
         write_atomic(args.json, json.dumps(result, indent=1) + "\n")
+    if args.table:
+        said = f"memory x {result['memory_ratio']:.4f}, speed x {result['speed_ratio']:.3f}"
+        said += f", open files {result['open_files_start']} to {result['open_files_end']}"
+        write_rows({f"{args.steps:,} steps, end against start": (said, result["command"])})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,12 +319,13 @@ def set_up(common: Path) -> None:
     prepare([str(common / "text")], tokenizer, common / "data", workers=1)
 
 
-def run(args: Args, folder: Path) -> dict[str, Any]:
-    """Try the moments. Returns the counts and what failed."""
+def run(args: Args, folder: Path, numbers: Sequence[int] = ()) -> dict[str, Any]:
+    """Try the moments, or those of these numbers. Returns the counts and what failed."""
     started, server, common = time.time(), Server(), folder / "common"
     set_up(common)
     whole: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
-    wanted = sorted({_kind(number) for number in range(args.moments)})
+    numbers = numbers or range(args.moments)
+    wanted = sorted({_kind(number) for number in numbers})
     if any(place == "lm-eval" for place, _ in wanted):
         reference = folder / "whole-common"
         reference.mkdir()
@@ -372,7 +373,7 @@ def run(args: Args, folder: Path) -> dict[str, Any]:
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(undisturbed, wanted))
-        list(pool.map(one, range(args.moments)))
+        list(pool.map(one, numbers))
     return {
         "tried": sum(tried.values()),
         "survived": sum(survived.values()),

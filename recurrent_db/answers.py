@@ -45,8 +45,12 @@ class Answers:
             with path.open("a+b") as file:
                 file.seek(0)
                 content = file.read()
+                header = (json.dumps(HEADER) + "\n").encode()
+                if len(content) < len(header) and header.startswith(content):  # new, or killed in its first write
+                    file.truncate(0)
+                    content = b""
             if not content:
-                self._append(json.dumps(HEADER) + "\n")
+                self._append(header.decode())
         except OSError as error:
             raise UserError(f"cannot keep answers in {path}: {error.strerror or error}") from None
         lines = content.split(b"\n")

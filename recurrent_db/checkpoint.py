@@ -146,6 +146,7 @@ def save_checkpoint(
     """
     temporary = begin(run_dir, state.step)
     if temporary is None:
+        prune(run_dir, config.run.keep)  # a killed process may have come to writing, and no further
         return run_dir / "checkpoints" / f"step-{state.step:08d}"
     try:
         save_file(dict(model.state_dict()), temporary / "model.safetensors")
@@ -229,12 +230,17 @@ def seal(
     temporary.rename(target)
     _fsync(folder)
     shutil.rmtree(folder / f".deleting-{target.name}", ignore_errors=True)
+    prune(run_dir, keep)
+    return target
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``."""
     for old in list_checkpoints(run_dir)[:-keep]:
         # Renamed first: a half-deleted folder must not look like a checkpoint.
         doomed = old.with_name(f".deleting-{old.name}")
         old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    return target
 
 
 # ---------------------------------------------------------------------------------------------------------------------

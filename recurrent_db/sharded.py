@@ -104,6 +104,8 @@ class ShardedSaver:
         begin = lambda: checkpoints.begin(self.run_dir, state.step)  # noqa: E731
         temporary = team.decide(begin)
         if temporary is None:
+            if team.first:
+                checkpoints.prune(self.run_dir, config.run.keep)
             return
         if team.first:
             averages = ema.updates if ema is not None else 0
