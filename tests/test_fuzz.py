@@ -27,7 +27,7 @@ from recurrent_db.commandline import MOST_LINE, one_line
 from recurrent_db.config import config_from_json, load_config
 from recurrent_db.data import document, open_data, read_documents, sources
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest
+from recurrent_db.files import file_digest, sealed
 from recurrent_db.hf_import import Weights
 from recurrent_db.metrics import read_metrics, truncate_metrics
 from recurrent_db.objectives import build_objective, restore
@@ -247,7 +247,8 @@ def data(tmp_path: Path) -> Path:
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
-    path.write_text(json.dumps(values))
+    values.pop("digest", None)
+    path.write_text(sealed(values))
 
 
 @pytest.mark.parametrize("name", ["\ud800", "a\x00b", "x" * 5000, "../x", "/etc/passwd", "a/../../x"])
@@ -314,7 +315,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    made: Path = targets.tiny_run(tmp_path / "run", tokenizer, "denoise")
+    made: Path = targets.tiny_run(tmp_path / "run", tokenizer, "denoise-token")
     return made
 
 
