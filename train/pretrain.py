@@ -120,7 +120,7 @@ def make_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.
 def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
     """Refuse to continue with another model, objective or tokenizer. Returns lines that say what else differs."""
     before, now = to_dict(checkpoint.config()), to_dict(config)
-    for section in ("model", "objective", "blocks", "seed"):
+    for section in ("objective", "model", "blocks", "seed"):
         if before[section] != now[section]:
             old, new = json.dumps(before[section]), json.dumps(now[section])
             if isinstance(before[section], dict):
