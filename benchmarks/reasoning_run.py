@@ -5,9 +5,9 @@ python benchmarks/reasoning_run.py --task s5 --arm next_token --json OUT
 The loop is the trainer's (train/pretrain.py) with other batches; objective, optimizer, schedule and FLOP count are the same
 code. A run that is killed begins anew: it takes minutes.
 
-One thing is easier in training than in scoring for an objective that puts noised targets into its single stream (`denoise`):
-position i then sees noised answers of the positions before it, which the input does not give away. Scoring starts
-from noise, so its accuracy is honest, but it is a test of what was learned under that help.
+One thing is easier in training than in scoring for an objective that puts noised targets into its single stream
+(`denoise-token`): position i then sees noised answers of the positions before it, which the input does not give away.
+Scoring starts from noise, so its accuracy is honest, but it is a test of what was learned under that help.
 """
 
 from __future__ import annotations

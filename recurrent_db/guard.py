@@ -147,7 +147,9 @@ class LossGuard:
 @torch.no_grad()
 def state_rms(model: LoopedLM, tokens_BT: Tensor, config: Config) -> list[float]:
     """Root mean square of the state after each iteration (of a walk: of its estimate), for one sequence, at the largest K
-    that is evaluated."""
+    that is evaluated. Empty for a model in blocks, whose layers are no loop."""
+    if config.model.n_blocks:
+        return []
     k, was_training = min(max(config.eval.k), MOST_ITERATIONS), model.training
     tokens_BT, probe = tokens_BT[:1], Probe()
     model.eval()

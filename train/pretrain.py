@@ -368,7 +368,8 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         if team.first:
             write_diagnosis(run_dir, found)
         first = f" (first of {len(unsound)}: {unsound[0]})" if unsound else ""
-        line = f"at step {state.step}: {trouble}{first}; state RMS by iteration {', '.join(f'{n:.3g}' for n in norms)}"
+        growth = ", ".join(f"{norm:.3g}" for norm in norms) or "none"
+        line = f"at step {state.step}: {trouble}{first}; state RMS by iteration {growth}"
         if target is None:
             log.close()
             raise UserError(
@@ -470,9 +471,10 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         if logging:
             row["optimizer_share"] = update_clock.share()
             if team.world == 1 or evaluating:
-                norms = norms_by_iteration()
-                row["state/rms_first"], row["state/rms_last"] = norms[0], norms[-1]
-                row["state/growth"] = growth = norms[-1] / max(norms[0], 1e-30)
+                growth = None
+                if norms := norms_by_iteration():
+                    row["state/rms_first"], row["state/rms_last"] = norms[0], norms[-1]
+                    row["state/growth"] = growth = norms[-1] / max(norms[0], 1e-30)
                 for line in watch.warnings(state, progress, growth):
                     say(line)
             last = log.flush()

@@ -28,9 +28,9 @@ Array = NDArray[np.float64]
 STANDARD_COLUMNS = frozenset({
     "step", "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
     "flops_causal", "flops_update", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
-    "seconds", "energy_joules", "skipped", "peak_flops", "optimizer_share",
+    "seconds", "energy_joules", "skipped", "spikes", "rollbacks", "peak_flops", "optimizer_share",
 })  # fmt: skip
-"""Columns that every objective logs; others, apart from ``eval/*`` and ``memory/*``, are the objective's own."""
+"""Columns that every objective logs; others, but for ``eval/*``, ``memory/*`` and ``state/*``, are the objective's own."""
 
 
 def number(value: Any) -> float | None:
@@ -152,7 +152,11 @@ class Run:
     def own_columns(self) -> list[str]:
         """Numeric columns that only this objective logs."""
         names = dict.fromkeys(name for row in self.rows for name, value in row.items() if number(value) is not None)
-        return [name for name in names if name not in STANDARD_COLUMNS and not name.startswith(("eval/", "memory/"))]
+        return [
+            name
+            for name in names
+            if name not in STANDARD_COLUMNS and not name.startswith(("eval/", "memory/", "state/"))
+        ]
 
     def parameters(self) -> dict[str, int] | None:
         """Parameters by part; None where the configuration names no vocabulary."""
