@@ -112,7 +112,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "mode"),
-    [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("adaptive", "ddp"),
+    [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("denoise", "ddp"),
      ("adaptive", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
@@ -138,6 +138,7 @@ def test_fifty_steps_agree_within_a_ten_thousandth(
     assert difference < 1e-4
 
 
+@pytest.mark.long
 def test_hybrid_sharding_trains_what_one_process_does(data: Path, tmp_path: Path, alone: Any) -> None:
     """Two copies of the model on two processes each."""
     options = [*KINDS["unrolled"], "--budget.steps", 6, "--optim.ema_decay", 0.9, "--parallel.mode", "fsdp"]
@@ -151,6 +152,7 @@ def test_hybrid_sharding_trains_what_one_process_does(data: Path, tmp_path: Path
         torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.long
 def test_shards_in_half_precision_follow_whole_ones(data: Path, tmp_path: Path) -> None:
     options = [
         "--objective.name",
@@ -168,6 +170,7 @@ def test_shards_in_half_precision_follow_whole_ones(data: Path, tmp_path: Path) 
     assert {t.dtype for t in everything(two).values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_parameters_that_an_objective_never_reads_are_not_waited_for(data: Path, tmp_path: Path) -> None:
     options = ["--objective.name", "next_token", "--model.noise_conditioning", "true", "--model.separate_targets", "true",
                "--budget.steps", 3]  # fmt: skip
@@ -318,7 +321,7 @@ def save_both_ways(data: str, sharded: str, whole: str) -> None:
     team.leave()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_shards_hold_what_whole_files_do(data: Path, tmp_path: Path, world: int) -> None:
     sharded, whole = tmp_path / "sharded", tmp_path / "whole"
     many.run(tmp_path / "logs", world, save_both_ways, str(data), str(sharded), str(whole))
