@@ -415,6 +415,7 @@ class Watch:
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone: so is the job
+            self._tell()
             while not self._done.wait(self.period):
                 self._tell()
                 if time.monotonic() - self.at > self.timeout:

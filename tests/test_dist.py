@@ -522,6 +522,7 @@ def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", 2]
     job = many.Job(tmp_path / "logs", 2, many.train, words(data, run, *options, "--budget.steps", 10_000))
     wait_for_rows(run, 3, job)
+    time.sleep(1.5)  # until it has told the others what it is at
     os.kill(job.processes[1].pid, signal.SIGSTOP)
     job.processes[0].join(20)
     assert job.processes[0].exitcode == 1

@@ -114,7 +114,8 @@ def expected(run: Path) -> list[tuple[int, dict[str, Any]]]:
 def test_offline_rows_and_config_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    process = start(data, run, "--run.wandb", "offline", "--run.wandb_project", "loops", "--budget.steps", 40)
+    process = start(data, run, "--run.wandb", "offline", "--run.wandb_project", "loops", "--budget.steps", 40,
+                    "--objective.name", "denoise-token")  # fmt: skip
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
     assert not warnings(stderr)

@@ -23,7 +23,7 @@ from recurrent_db.checkpoint import find_checkpoint
 from recurrent_db.config import to_dict
 from recurrent_db.data import open_data
 from recurrent_db.errors import UserError
-from recurrent_db.files import check_links, file_digest, read_json
+from recurrent_db.files import check_links, file_digest, read_json, sealed
 from recurrent_db.hardware import environment, hide_secrets
 from recurrent_db.report import write_report
 from recurrent_db.report.page import POLICY
@@ -124,7 +124,8 @@ def test_pickles_beside_a_checkpoint_are_not_read(tmp_path: Path, tokenizer: Tok
     entry = {"bytes": (folder / "model.pt").stat().st_size, "sha256": file_digest(folder / "model.pt")}
     manifest = read_json(folder / "manifest.json")
     manifest["files"]["model.safetensors"] = entry
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["digest"]
+    (folder / "manifest.json").write_text(sealed(manifest))
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         load(run, "cpu")
     assert not (tmp_path / "exploded").exists()

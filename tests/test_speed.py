@@ -63,7 +63,7 @@ def test_quick_run(
     assert [row["objective"] for row in found["rows"]] == [
         "next_token",
         "denoise-token",
-        "denoise-two-stream",
+        "denoise-token-two-stream",
         "unrolled",
     ]
     for row in found["rows"]:
@@ -95,7 +95,7 @@ def test_quick_run(
     written = (tmp_path / "page.md").read_text()
     assert written.split("<!-- speed: begin -->")[0] == page.split("<!-- speed: begin -->")[0]
     cpu, gpu = written.split("<!-- speed: begin -->")[1].split("<!-- speed: cuda -->")
-    assert "| denoise-two-stream | tiny " in cpu
+    assert "| denoise-token-two-stream | tiny " in cpu
     assert "Not yet measured" in gpu
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     again = script_here(
@@ -114,7 +114,7 @@ def test_a_users_mistakes(
     (tmp_path / "other.json").write_text('{"next_token": {}}')
     for words, message in (
         (["--presets", "huge"], "there is no 'huge'"),
-        (["--objectives", "denois"], "there are next_token, denoise"),
+        (["--objectives", "denois"], "there are next_token, denoise-token"),
         (["--backends", "magic", "--quick", "--no-reference"], "magic"),
         (["--repetitions", "-1"], "--repetitions must be 0 or more"),
         (["--compile", "maybe"], "invalid choice"),
