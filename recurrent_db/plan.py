@@ -186,6 +186,11 @@ class Planner:
     """A configuration on one kind of GPU, asked for different numbers of them."""
 
     def __init__(self, config: Config, args: PlanArgs) -> None:
+        if config.model.n_blocks:
+            raise UserError(
+                "a plan is for looped models; a model in blocks trains each block alone: recurrent-db flops CONFIG lists"
+                " what each takes"
+            )
         self.config = config
         self.name, self.gpu, self.peak = find_gpu(args.gpu)
         self.mfu = args.mfu

@@ -16,8 +16,9 @@
 # With several processes the trainer takes DDP; --parallel.mode fsdp shards parameters, gradients and optimizer state.
 # data.batch_size counts sequences over all processes, so the same command trains the same model on 1 GPU or on 8.
 #
-# A restart continues from the newest checkpoint only if the trainer is told to: add --resume, which starts afresh where
-# there is none yet. Ctrl-C and SIGTERM end the run after the step in flight, with a checkpoint.
+# A restart by torchrun continues what this job began, from its newest checkpoint. A job started anew needs --resume, which
+# starts afresh where there is no checkpoint yet. A mistake is one line of the trainer's, which torchrun repeats and adds to:
+# --dry-run finds most of them first. Ctrl-C and SIGTERM end the run after the step in flight, with a checkpoint.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
