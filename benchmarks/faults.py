@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import torch  # noqa: E402
 from endurance import SHAPE  # noqa: E402
-from reliability import write_rows  # noqa: E402
+from reliability import finish  # noqa: E402
 from resume import _script, set_up  # noqa: E402
 
 from recurrent_db import checkpoint as checkpoints  # noqa: E402
@@ -45,7 +45,7 @@ from recurrent_db.commandline import run_command  # noqa: E402
 from recurrent_db.data import open_data  # noqa: E402
 from recurrent_db.data.shards import load_tokenizer  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
-from recurrent_db.files import check_output, locked, write_atomic  # noqa: E402
+from recurrent_db.files import check_output, locked  # noqa: E402
 
 
 @dataclass
@@ -394,13 +394,9 @@ def main(args: Args) -> int:
         check_output(args.json)
     with tempfile.TemporaryDirectory() as folder:
         result = run(args, Path(folder))
-    print(json.dumps(result, indent=1))
-    if args.json:
-        write_atomic(args.json, json.dumps(result, indent=1) + "\n")
-    if args.table:
-        write_rows({kind: (f"{c['detected']} / {c['injected']} detected{' (' + c['how'] + ')' if c['how'] else ''}",
-                           result["command"]) for kind, c in result["by_kind"].items()})  # fmt: skip
-    return int(bool(result["failures"]))
+    rows = {kind: (f"{c['detected']} / {c['injected']} detected{' (' + c['how'] + ')' if c['how'] else ''}",
+                   result["command"]) for kind, c in result["by_kind"].items()}  # fmt: skip
+    return finish(result, args.json, rows if args.table else None)
 
 
 if __name__ == "__main__":

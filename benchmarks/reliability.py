@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 from recurrent_db.files import write_atomic
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 HEAD = ["| what | result | command | date, machine |", "| --- | --- | --- | --- |"]
+
+
+def finish(result: dict[str, Any], json_path: Path | None, rows: dict[str, tuple[str, str]] | None) -> int:
+    """Print a benchmark's result, write it where asked, put its rows into the table where there are any; the exit status:
+    1 where something in ``result["failures"]`` is."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if json_path:
+        write_atomic(json_path, text + "\n")
+    if rows:
+        write_rows(rows)
+    return int(bool(result["failures"]))
 
 
 def read_rows(page: Path = PAGE) -> dict[str, str]:

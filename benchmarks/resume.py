@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import torch  # noqa: E402
 from endurance import SHAPE  # noqa: E402
-from reliability import write_rows  # noqa: E402
+from reliability import finish  # noqa: E402
 
 from recurrent_db import tokenizer as tokenizers  # noqa: E402
 from recurrent_db.checkpoint import find_checkpoint, list_checkpoints  # noqa: E402
@@ -397,14 +397,9 @@ def main(args: Args) -> int:
         check_output(args.json)
     with tempfile.TemporaryDirectory() as folder:
         result = run(args, Path(folder))
-    print(json.dumps(result, indent=1))
-    if args.json:
-        write_atomic(args.json, json.dumps(result, indent=1) + "\n")
-    if args.table:
-        rows = {f"kill -9: {place}": (f"{c['survived']} / {c['tried']} survived", result["command"])
-                for place, c in result["by_place"].items()}  # fmt: skip
-        write_rows(rows)
-    return int(bool(result["failures"]))
+    rows = {f"kill -9: {place}": (f"{c['survived']} / {c['tried']} survived", result["command"])
+            for place, c in result["by_place"].items()}  # fmt: skip
+    return finish(result, args.json, rows if args.table else None)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,22 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recurrent_db.checkpoint import TrainState, save_checkpoint
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch, DataWriter
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
+from recurrent_db.rng import Rng
 from recurrent_db.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +47,24 @@ def load_script(path: str) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def change_loss(patch: pytest.MonkeyPatch, script: ModuleType, change: Callable[[Tensor, Rng], Tensor]) -> None:
+    """Make ``change(loss, rng)`` of every loss that the trainer (``script``) gets of its objective."""
+    build = script.build_objective
+
+    def changed(config: Config) -> Objective:
+        inner = build(config)
+
+        class Changed(type(inner)):  # type: ignore[misc]
+            def __call__(self, model: Any, batch: Any, rng: Rng, progress: float) -> Any:
+                loss, metrics = super().__call__(model, batch, rng, progress)
+                return change(loss, rng), metrics
+
+        made: Objective = Changed(config)
+        return made
+
+    patch.setattr(script, "build_objective", changed)
 
 
 def micro_config(*overrides: object) -> Config:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, load_script, synthetic_data
+from helpers import MICRO, ROOT, change_loss, load_script, synthetic_data
 from safetensors.torch import load_file
+from torch import Tensor
 
 from recurrent_db.checkpoint import TrainState, fault, find_checkpoint, list_checkpoints
 from recurrent_db.config import Config, load_config
@@ -24,6 +25,7 @@ from recurrent_db.data import open_data
 from recurrent_db.errors import UserError
 from recurrent_db.files import is_altered, locked, sealed
 from recurrent_db.guard import LossGuard, data_seed, unigram_entropy
+from recurrent_db.rng import Rng
 
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
          "memory/activations_bytes"}  # fmt: skip
@@ -187,22 +189,13 @@ def test_a_checkpoint_of_before_the_seal_is_good(data: Path, tmp_path: Path) -> 
 def blow_up(monkeypatch: pytest.MonkeyPatch, script: ModuleType, seed: int, stop: int = 0) -> None:
     """The loss is NaN from step 6 on, with the noise of ``seed`` alone; at step ``stop`` with other noise the process
     dies."""
-    build = script.build_objective
 
-    def broken(config: Any) -> Any:
-        inner = build(config)
-        call = type(inner).__call__
+    def change(loss: Tensor, rng: Rng) -> Tensor:
+        if rng.seed != seed and rng.step == stop:
+            raise KeyboardInterrupt
+        return loss * math.nan if rng.seed == seed and rng.step >= 6 else loss
 
-        class Broken(type(inner)):  # type: ignore[misc]
-            def __call__(self, model: Any, batch: Any, rng: Any, progress: float) -> Any:
-                loss, metrics = call(self, model, batch, rng, progress)
-                if rng.seed != seed and rng.step == stop:
-                    raise KeyboardInterrupt
-                return (loss * math.nan if rng.seed == seed and rng.step >= 6 else loss), metrics
-
-        return Broken(config)
-
-    monkeypatch.setattr(script, "build_objective", broken)
+    change_loss(monkeypatch, script, change)
 
 
 OPTIONS = ["--run.checkpoint_every", 4, "--run.log_every", 2, "--optim.max_skipped", 4, "--optim.ema_decay", 0.5]

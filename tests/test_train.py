@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MICRO, OBJECTIVES, ROOT, load_script, synthetic_data
+from helpers import MICRO, OBJECTIVES, ROOT, change_loss, load_script, synthetic_data
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -278,20 +278,7 @@ def test_resume_without_a_checkpoint_starts_afresh(data: Path, tmp_path: Path) -
 
 def broken_objective(monkeypatch: pytest.MonkeyPatch, script: Any, bad_steps: set[int]) -> None:
     """Make the loss of some steps NaN."""
-    original = script.build_objective
-
-    def build(config: Any) -> Any:
-        inner = original(config)
-        call = type(inner).__call__
-
-        class Broken(type(inner)):  # type: ignore[misc]
-            def __call__(self, model: Any, batch: Any, rng: Any, progress: float) -> Any:
-                loss, metrics = call(self, model, batch, rng, progress)
-                return (loss * math.nan if rng.step in bad_steps else loss), metrics
-
-        return Broken(config)
-
-    monkeypatch.setattr(script, "build_objective", build)
+    change_loss(monkeypatch, script, lambda loss, rng: loss * math.nan if rng.step in bad_steps else loss)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(

@@ -1,4 +1,13 @@
-# What the launchers share; sourced, not run. They set ROOT (this repository) and GPU (a name of the plan's table).
+# What the launchers share; sourced, not run. They set ROOT (this repository).
+
+GPU=${GPU:-H100} # a name of the plan's table
+
+# Sourced without arguments of its own, so this is the launcher's first one, and it is gone for the launcher too.
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then
+  dry_run=1
+  shift
+fi
 
 PYTHON=${PYTHON:-python}
 PRETRAIN=$ROOT/train/pretrain.py

@@ -23,15 +23,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-GPU=${GPU:-H100}
 # shellcheck source=train/launch/common.sh
 source "$ROOT/train/launch/common.sh"
-
-dry_run=
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=1
-  shift
-fi
 [[ $# -ge 1 ]] || fail "usage: HEAD=host:port NNODES=N multinode.sh [--dry-run] CONFIG.toml [--dotted.key value ...]"
 
 NPROC=${NPROC:-8}

@@ -22,15 +22,8 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-GPU=${GPU:-H100}
 # shellcheck source=train/launch/common.sh
 source "$ROOT/train/launch/common.sh"
-
-dry_run=
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=1
-  shift
-fi
 [[ $# -ge 1 ]] || fail "usage: torchrun.sh [--dry-run] CONFIG.toml [--dotted.key value ...]"
 
 if [[ -z ${NPROC:-} ]]; then
