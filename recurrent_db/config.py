@@ -14,7 +14,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -397,7 +397,19 @@ MOST: dict[str, dict[str, int]] = {
 made of it."""
 
 
+def _places(key: str, kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the configuration whose last part is ``key``."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _places(key, typing.cast(type, hint), f"{prefix}{_key(name)}.")
+        elif _key(name) == key:
+            yield prefix + key
+
+
 def _suggest(key: str, known: Sequence[str]) -> str:
+    """Where a key of that name is, or which of the ``known`` is written most like it."""
+    if places := list(_places(key, Config)):
+        return f"; did you mean {' or '.join(map(repr, places))}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
 

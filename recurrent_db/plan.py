@@ -207,13 +207,17 @@ class Planner:
         self.step_flops = per_token * self.tokens
 
     def modes(self, gpus: int) -> list[tuple[Mode, int]]:
-        """Ways to share the model, and how many GPUs hold one copy of it."""
+        """Ways to share the model that the configuration allows, and how many GPUs hold one copy of it."""
+        parallel = self.config.parallel
+        group = parallel.shard_size or self.network.per_node
+        hybrid: list[tuple[Mode, int]] = [("hsdp", group)] if 1 < group < gpus and gpus % group == 0 else []
         if gpus == 1:
             return [("none", 1)]
-        found: list[tuple[Mode, int]] = [("ddp", 1), ("fsdp", gpus)]
-        if gpus > self.network.per_node and gpus % self.network.per_node == 0 and self.network.per_node > 1:
-            found.append(("hsdp", self.network.per_node))
-        return [pair for pair in found if pair[0] == "ddp" or self.config.optim.name != "muon"]
+        if parallel.mode == "fsdp":
+            return hybrid if parallel.shard_size and hybrid else [("fsdp", gpus), *hybrid]
+        if parallel.mode == "ddp" or self.config.optim.name == "muon":
+            return [("ddp", 1)]
+        return [("ddp", 1), ("fsdp", gpus), *hybrid]
 
     def estimate(self, gpus: int, mode: Mode, shards: int) -> Estimate:
         share = self.config.data.batch_size // gpus
@@ -419,6 +423,15 @@ def make_planner(args: PlanArgs) -> Planner:
     config = load_config(args.config, list(args.overrides))
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     planner = Planner(config, args)
+    parallel = config.parallel  # what the trainer would refuse
+    if parallel.mode == "none" and args.gpus > 1:
+        raise UserError(f"parallel.mode = none is one process, and there are {args.gpus} GPUs: take ddp or fsdp")
+    if parallel.shard_size and parallel.mode != "fsdp":
+        raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {parallel.mode}")
+    if parallel.shard_size and args.gpus % parallel.shard_size:
+        raise UserError(f"parallel.shard_size = {parallel.shard_size} does not divide {args.gpus} GPUs")
+    if parallel.mode == "fsdp" and config.optim.name == "muon":
+        raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
     if not planner.divides(args.gpus):
         raise UserError(f"data.batch_size = {config.data.batch_size} does not divide among {args.gpus} GPUs")
     return planner

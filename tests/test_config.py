@@ -51,6 +51,8 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("[optin]\nlr = 1", "did you mean 'optim'?"),
         ('[model]\nd_model = "wide"', "model.d_model = 'wide' must be of type int"),
         ("[model]\nd_model = true", "must be of type int"),
+        ("[objective.denoise]\natom = 0.1", "did you mean 'objective.token.atom'?"),
+        ("[model]\nlr = 0.1", "did you mean 'optim.lr'?"),
         ('[objective]\nname = "denoyse"', "did you mean 'denoise'?"),
         ("[model]\nd_model = 100\nn_heads = 3", "not divisible by model.n_heads = 3"),
         ("[model]\nd_model = 12\nn_heads = 4", "must be even for RoPE"),

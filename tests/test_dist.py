@@ -124,6 +124,17 @@ def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: An
         assert [row.get(key) for row in rows(run)] == [row.get(key) for row in rows(alone(kind, 6))], key
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_nccl_trains_what_no_process_group_does(data: Path, tmp_path: Path, mode: str) -> None:
+    options = ["--objective.name", "denoise", "--budget.steps", 6, "--run.device", "cuda", "--run.dtype", "float32"]
+    for name in ("none", mode):
+        more = words(data, tmp_path / name, *options, "--parallel.mode", name)
+        many.run(tmp_path / f"logs-{name}", 1, many.train, more)
+    assert curve(tmp_path / mode) == pytest.approx(curve(tmp_path / "none"), rel=1e-4)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -235,6 +246,8 @@ def count_collectives(result: str, cases: list[tuple[str, int, str]]) -> None:
         model, objective = build_model(config.model, 0), build_objective(config)
         if name == "unrolled":
             objective._depth = lambda rng, k=k: (k // 2, k - k // 2)  # type: ignore[attr-defined]
+        if name == "denoise":
+            objective._before = lambda rng, progress, k=k: k - 1  # type: ignore[attr-defined]
         if wrapping == "blocks":
             from torch.distributed.fsdp import fully_shard
 
@@ -263,14 +276,15 @@ def count_collectives(result: str, cases: list[tuple[str, int, str]]) -> None:
 
 def test_the_core_is_gathered_once_for_all_iterations(tmp_path: Path) -> None:
     cases = [("unrolled", 1, "core"), ("unrolled", 8, "core"), ("unrolled", 1, "blocks"), ("unrolled", 8, "blocks"),
-             ("denoise-token", 1, "core"), ("denoise-token", 8, "core")]  # fmt: skip
+             ("denoise-token", 1, "core"), ("denoise-token", 8, "core"), ("denoise", 2, "core"),
+             ("denoise", 8, "core")]  # fmt: skip
     many.run(tmp_path / "logs", 2, count_collectives, str(tmp_path / "counts"), cases)
     counts = json.loads((tmp_path / "counts").read_text())
     gathers = [sum(n for name, n in found.items() if "allgather" in name) for found in counts]
     totals = [sum(found.values()) for found in counts]
     print(dict(zip(map(str, cases), counts, strict=True)))
     assert abs(totals[1] - totals[0]) <= 0.1 * totals[0]
-    assert totals[4] == totals[5]
+    assert totals[4] == totals[5] and totals[6] == totals[7]
     # The counter sees what a wrapping of single blocks costs: 8 iterations of two blocks, forward.
     assert gathers[3] - gathers[1] >= 8 * 2
 

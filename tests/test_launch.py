@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,17 @@ def test_a_dry_run_prints_plan_and_command_and_starts_nothing(
     for word in [*words, "train/pretrain.py", str(run)]:
         assert word in command
     assert not run.exists()
+
+
+def test_a_dry_run_of_blocks_prints_a_command_for_each_and_starts_nothing(tmp_path: Path) -> None:
+    done = launch(
+        "blocks.sh", "--dry-run", str(ROOT / "train/configs/gpt-blocks.toml"), str(tmp_path / "runs"), "--seed", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if "pretrain.py" in line]
+    assert [re.findall(r"--blocks.only (\d)", line) for line in commands] == [["1"], ["2"], ["3"], ["4"]]
+    assert ["--init.from" in line for line in commands] == [False, True, True, True]
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

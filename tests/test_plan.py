@@ -116,6 +116,29 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
     assert remedies
 
 
+def test_modes_are_those_that_the_configuration_allows() -> None:
+    words = [
+        str(ROOT / "train/configs/pythia-70m-looped.toml"),
+        "--gpus",
+        "16",
+        "--gpu",
+        "H200",
+        "--data.batch_size",
+        "64",
+    ]
+    modes = lambda *more: planner(*words, *more).modes(16)  # noqa: E731
+    assert modes() == [("ddp", 1), ("fsdp", 16), ("hsdp", 8)]
+    assert modes("--optim.name", "muon") == modes("--parallel.mode", "ddp") == [("ddp", 1)]
+    assert modes("--parallel.mode", "fsdp") == [("fsdp", 16), ("hsdp", 8)]
+    assert modes("--parallel.mode", "fsdp", "--parallel.shard-size", "4") == [("hsdp", 4)]
+    assert planner(*words, "--parallel.mode", "fsdp", "--parallel.shard-size", "4").modes(2) == [("fsdp", 2)]
+
+
+def test_a_model_in_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="recurrent-db flops"):
+        planner(str(ROOT / "train/configs/gpt-blocks.toml"), "--gpus", "2", "--gpu", "A100")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -126,6 +149,13 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
         (["--gpus", "8", "--gpu", "H200", "--mfu", "0"], "--mfu must be above 0"),
         (["--gpus", "8"], "required"),
         (["--gpus", "8", "--gpu", "H200", "--data.batch-sise", "3"], "batch"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "none"], "is one process"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.shard-size", "4"], "belongs to parallel.mode = fsdp"),
+        (
+            ["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--parallel.shard-size", "3"],
+            "does not divide 8",
+        ),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--optim.name", "muon"], "needs whole matrices"),
     ],
 )
 def test_mistakes(words: list[str], message: str) -> None:

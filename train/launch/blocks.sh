@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains each block of a model in a process of its own, and joins them:
 #
-#   train/launch/blocks.sh CONFIG.toml RUNS [--dotted.key value ...]
+#   train/launch/blocks.sh [--dry-run] CONFIG.toml RUNS [--dotted.key value ...]
 #
+# --dry-run prints what each block takes, and the commands; it starts nothing.
 # The processes share nothing while they train: no process group, no gradient, no barrier. Block b trains in RUNS/block-b with
 # its log in RUNS/block-b.log; the whole model is RUNS/joined. Where a block owns the embedding (blocks.shared = owned) it is
 # trained first, and the others read it from there as they start; where it is frozen, all start at once.
@@ -11,8 +12,13 @@
 # BLOCKS_AT_ONCE=1 trains them one after another, to the same bits. PYTHON names the interpreter.
 set -euo pipefail
 
+dry_run=
+if [ "${1:-}" = --dry-run ]; then
+    dry_run=1
+    shift
+fi
 if [ $# -lt 2 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || [ "${1:-}" = -h ] && exit 0 || exit 2
 fi
 config=$1 runs=$2
@@ -41,6 +47,19 @@ def say() -> None:
 guard(say)
 PYTHON
 ) || exit 2
+if [ -n "$dry_run" ]; then
+    # The table is of the file: options that change the shape are not in it.
+    "$python" -m recurrent_db flops "$config"
+    echo "would run, ${BLOCKS_AT_ONCE:-$n_blocks} at once$([ "$shared" = owned ] && echo ", block $owner first"):"
+    for number in $(seq "$n_blocks"); do
+        from=()
+        if [ "$shared" = owned ] && [ "$number" != "$owner" ]; then from=(--init.from "$runs/block-$owner"); fi
+        printf ' %q' "$python" "$root/train/pretrain.py" "$config" "$@" "${from[@]}" --blocks.only "$number" \
+            --run.dir "$runs/block-$number" --resume
+        echo
+    done
+    exit 0
+fi
 mkdir -p "$runs"
 
 children=()
