@@ -17,9 +17,9 @@ from recurrent_db import hf_export, hf_import, join, plan, repl, report
 from recurrent_db.commandline import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_token, inference_cost, total
+from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_token, inference_cost, step_cost, total
 from recurrent_db.model import build_model
-from recurrent_db.objectives import build_objective
+from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim import update_flops
 from recurrent_db.rng import Rng
@@ -76,6 +76,10 @@ KIND_LABELS = {
 }
 
 
+DRAWS = 1000
+"""Steps whose mean the recipe's cost is."""
+
+
 def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[str, Any]:
     """Everything that ``recurrent-db flops`` prints, as plain values."""
     length = config.data.sequence_length
@@ -83,6 +87,10 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     for name, passes in training_passes(config).items():
         parts[name] = cost_per_token(config.model, length, passes, config.run.activation_checkpointing)
     per_token = {name: total(costs).total for name, costs in parts.items()}
+
+    config.objective.name = "denoise"
+    drawn = drawn_passes(config, DRAWS)
+    recipe = sum(step_cost(config, passes).total * times for passes, times in drawn.items()) / DRAWS
 
     inference: dict[str, dict[str, float]] = {}
     cache: dict[str, dict[str, dict[str, int]]] = {policy: {} for policy in POLICIES}
@@ -105,6 +113,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
             "tokens_per_step": config.data.batch_size * length,
         },
         "parameters": model.parameter_counts(),
+        "recipe": {"per_token": recipe, "ratio_to_next_token": recipe / per_token["next_token"]},
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
         "epochs_ratio": epochs_ratio,
         "ratio_of_runs": {
@@ -202,6 +211,11 @@ def flops(args: FlopsArgs) -> int:
             line(part, row)
     line("total", [table["per_token"][name] for name in names])
     line("x denoise", [table["ratio_to_denoise"][name] for name in names], ".2f")
+    recipe = table["recipe"]
+    print(
+        f"denoise is one conditioned pass, as published (objective denoise-token). The recipe (objective denoise) takes"
+        f" {recipe['per_token']:.4g}, the mean of its steps over a run, {recipe['ratio_to_next_token']:.3f} x next_token"
+    )
     print("\nthe total by kind")
     kinds = table["by_kind"]
     for kind, label in KIND_LABELS.items():

@@ -318,10 +318,9 @@ class Team:
         """Run one pass whose gradients are thrown away, always the same one. In its first pass DDP finds out in which order
         gradients come and how to pack them; were that a step's, a resumed run would add its first step's numbers in
         another order than a run that went through."""
-        if self.mode == "ddp":
-            self.beat("rehearsing a pass")
-            self.forward(forward)[0].backward()
-            model.zero_grad(set_to_none=True)
+        self.beat("rehearsing a pass")
+        self.forward(forward)[0].backward()
+        model.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def micro_batch(self, model: LoopedLM, last: bool) -> Iterator[None]:

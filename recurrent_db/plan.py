@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +21,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.flops import cache_numbers_per_token, step_cost
 from recurrent_db.footprint import PARTS, Mode, Sizes, Step
 from recurrent_db.hardware import GPUS, Gpu, table_peak_flops
-from recurrent_db.objectives import build_objective
-from recurrent_db.rng import Rng
+from recurrent_db.objectives import build_objective, drawn_passes
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 1000
@@ -199,8 +197,7 @@ class Planner:
         self.network = Network(intra, inter, args.gpus_per_node, args.link_utilisation)
         self.sizes = Sizes.of(config)
         self.half = config.run.dtype != "float32"
-        objective = build_objective(config)
-        drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / DRAWS) for step in range(DRAWS))
+        drawn = drawn_passes(config, DRAWS)
         self.deepest = max(drawn, key=lambda passes: (passes.core_grad, passes.core_no_grad))
         self.tokens = config.data.batch_size * config.data.sequence_length
         per_token = sum(step_cost(config, passes).total * times for passes, times in drawn.items()) / DRAWS

@@ -10,7 +10,7 @@ import pytest
 from recurrent_db import cli, commandline
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import step_cost
+from recurrent_db.flops import Passes, step_cost
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 
@@ -28,6 +28,16 @@ def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -
     assert 1 < table["ratio_to_denoise"]["denoise_two_stream"] < 2
     # 2 (keys and values) x 512 x 2 bytes for each of 2 + 4 K + 2 layers.
     assert table["cache_bytes_per_token"]["8"] == 2 * 512 * 2 * 36
+
+
+def test_flops_of_the_recipe_are_the_mean_of_its_steps() -> None:
+    config = load_config(CONFIGS / "tiny.toml", ["--objective.denoise.flat", "0.5", "--objective.denoise.start", "0",
+                                                 "--objective.denoise.depth", "1"])  # fmt: skip
+    config.model.vocab_size = 2048
+    one, two = (step_cost(config, Passes(core_no_grad=before, core_grad=1)).total for before in (0, 1))
+    recipe = cli.flops_table(config, 3.0, 2)["recipe"]
+    assert recipe["per_token"] == pytest.approx((one + two) / 2)
+    assert recipe["ratio_to_next_token"] == pytest.approx((one + two) / 2 / one)
 
 
 def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from recurrent_db.config import WALKS, Config
 from recurrent_db.errors import UserError
+from recurrent_db.flops import Passes
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise
@@ -14,6 +16,7 @@ from recurrent_db.objectives.denoise_token import DenoiseToken
 from recurrent_db.objectives.masked import Masked
 from recurrent_db.objectives.next_token import NextToken
 from recurrent_db.objectives.unrolled import Unrolled
+from recurrent_db.rng import Rng
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "next_token": NextToken,
@@ -32,6 +35,12 @@ def build_objective(config: Config) -> Objective:
     return OBJECTIVES[config.objective.name](config)
 
 
+def drawn_passes(config: Config, draws: int) -> Counter[Passes]:
+    """What so many steps, spread evenly over the budget, would compute: how often each."""
+    objective = build_objective(config)
+    return Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
+
+
 def restore(objective: Objective, state: dict[str, Any], source: object) -> None:
     """Give an objective what it had learned. Raises `UserError`, naming ``source``, for what it does not keep."""
     try:
@@ -42,4 +51,4 @@ def restore(objective: Objective, state: dict[str, Any], source: object) -> None
         ) from None
 
 
-__all__ = ["OBJECTIVES", "Metrics", "Objective", "ScoresItself", "build_objective", "restore"]
+__all__ = ["OBJECTIVES", "Metrics", "Objective", "ScoresItself", "build_objective", "drawn_passes", "restore"]

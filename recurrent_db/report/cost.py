@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass
 
 from recurrent_db.flops import Cost, cost_per_token
-from recurrent_db.objectives import build_objective
+from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.report.data import Run, number
 from recurrent_db.rng import Rng
 
@@ -19,7 +19,7 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
     """Mean FLOPs per training token by part.
 
     The objective says what each step ran (its draws are a function of seed and step); of longer runs ``most`` evenly
-    spaced steps are taken. Without rows the first 256 steps stand for the run.
+    spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
     """
     config, objective = run.config, build_objective(run.config)
     steps: list[tuple[int, float]] = []
@@ -28,9 +28,9 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
         if (step := number(row.get("step"))) is not None:
             steps.append((int(step) - 1, progress))
         progress = run.progress_at(row) or progress
-    steps = steps or [(step, 0.0) for step in range(256)]
-    stride = math.ceil(len(steps) / most)
+    stride = math.ceil(len(steps) / most) or 1
     counts = Counter(objective.passes(Rng(config.seed, step), at) for step, at in steps[::stride])
+    counts = counts or drawn_passes(config, 256)
     mean: dict[str, Cost] = {}
     for passes, count in counts.items():
         share = count / counts.total()
