@@ -9,7 +9,8 @@ owner of the embedding first, the others from it; they are joined and scored as 
 `blocks-1` the same network conditioned and with two streams, `-uniform` cuts ranges of equal width, `-frozen` trains no
 embedding (it stays as drawn), `-swap` trains block 2 anew from another seed and joins it to the others of that arm.
 
-Scored on held-out text: NLL at sigma_max (K = 1), the mixture over draws at K = B, distinct-2 of samples; with --judge (see
+Scored on held-out text: NLL at sigma_max (K = 1), at K = B the mixture over draws and the bound on the walk
+(recurrent_db/denoise/bound.py), distinct-2 of samples; with --judge (see
 eval/train_judge.py) generative perplexity and MAUVE. Masked arms: bits per character, by the bound. One result file
 for each arm and seed, RESULTS/blocks/NAME.json; the command can be killed and repeated at will, and goes on.
 
@@ -259,7 +260,8 @@ def row(found: dict[str, Any]) -> str:
     blocks = len(found["blocks"]) or 1
     mixture = f"{found['nll_by_k'][str(blocks)]:.3f}" if blocks > 1 else "-"
     text = found["text"]
-    line = f"{name} {found['nll_by_k']['1']:.3f} | {mixture} |"
+    bound = f"{found['bound_by_k'][str(blocks)]:.3f}" if blocks > 1 else "-"
+    line = f"{name} {found['nll_by_k']['1']:.3f} | {mixture} | {bound} |"
     line += f" {text['distinct_2']:.3f} ({text['held_out_distinct_2']:.3f}) |"
     for judged in (r for r in found.get("judged", []) if r["name"] == "model"):
         cells = [f"{judged[key]:.3f}" if judged[key] is not None else "-" for key in ("generative_ppl", "mauve")]
@@ -267,7 +269,16 @@ def row(found: dict[str, Any]) -> str:
     return line
 
 
-COLUMNS = ("arm", "seed", "FLOPs", "tokens", "NLL at sigma_max", "mixture NLL at K = B", "distinct-2 (real text)")
+COLUMNS = (
+    "arm",
+    "seed",
+    "FLOPs",
+    "tokens",
+    "NLL at sigma_max",
+    "mixture NLL at K = B",
+    "bound at K = B",
+    "distinct-2 (real text)",
+)
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 

@@ -60,6 +60,16 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-add": unrolled(4, 2, "add"),
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "denoise": ["--objective.name", "denoise"],
+    "denoise-noise": ["--objective.name", "denoise", "--objective.denoise.noise", "0.1"],
+    # The control of the one above: the same noise on the context, and no step of a later iteration.
+    "denoise-noise-flat": [
+        "--objective.name",
+        "denoise",
+        "--objective.denoise.noise",
+        "0.1",
+        "--objective.denoise.flat",
+        "1",
+    ],
     "denoise-token": ["--objective.name", "denoise-token"],
     "denoise-paper": ["--objective.name", "denoise-paper"],
 }

@@ -72,14 +72,16 @@ class Args:
 
 
 @torch.no_grad()
-def nll_by_sequence(model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int], draws: int) -> dict[int, list[float]]:
-    """Mean NLL in nats per token of each sequence, by K."""
+def nll_by_sequence(
+    model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int], draws: int, bound: bool = False
+) -> dict[int, list[float]]:
+    """Mean NLL in nats per token of each sequence, by K: of the mixture, or by the bound on a walk (`denoise.bound`)."""
     device, rng = model.embedding.weight.device, Rng(0, EVALUATION_STEP)
     result: dict[int, list[float]] = {k: [] for k in ks}
     for batch in batches:
         tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
         by_k = token_log_probabilities(
-            model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws, batch.doc_ids_BT
+            model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, draws, batch.doc_ids_BT, bound
         )
         for k, log_p_BT in by_k.items():
             result[k] += (-log_p_BT.double().mean(-1)).tolist()
@@ -127,13 +129,15 @@ def main(args: Args) -> int:
     nll = {k: sum(values) / len(values) for k, values in by_k.items()}
     if not all(map(math.isfinite, nll.values())):
         raise UserError(f"{checkpoint}: the likelihood is not finite")
+    walk, config_model = model.recurrence, model.config
+    bound = nll_by_sequence(model, batches, ks, args.draws, bound=True) if isinstance(walk, DenoiseWalk) else {}
     n, best = len(by_k[ks[0]]), min(nll, key=lambda k: nll[k])
     lengths = torch.as_tensor(tokenizer.byte_lengths())
     bytes_per_token = sum(float(lengths[batch.targets_BT].sum()) for batch in batches) / (n * length)
-    walk, config_model = model.recurrence, model.config
     text_k = max(k for k in ks if k <= max(min(best, TEXT_MOST_K), ks[0]))
     result = {
         "nll_by_k": {str(k): value for k, value in nll.items()},
+        "bound_by_k": {str(k): sum(values) / len(values) for k, values in bound.items()},
         "bits_per_byte_by_k": {str(k): value / math.log(2) / bytes_per_token for k, value in nll.items()},
         "stderr_by_k": {
             str(k): float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(n) if n > 1 else None

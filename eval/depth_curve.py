@@ -3,8 +3,9 @@
 python eval/depth_curve.py RUN --data DIR [--k 1,2,4,8,16,32] [--draws 4] [--json OUT]
 
 Prints nats per token, bits per byte, standard error and FLOPs per token for each K. A checkpoint whose inference starts
-from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max). The JSON also says
-how large the state is after each core pass of the largest K.
+from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max). With --likelihood
+bound a denoiser's walk is scored by an importance-weighted bound, which is near the truth with few draws where the
+mixture is not (docs/method.md). The JSON also says how large the state is after each core pass of the largest K.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Args:
     """Numbers of core iterations, separated by commas."""
     draws: int = 4
     """Noise draws in the mixture of a likelihood (log-mean-exp)."""
+    likelihood: Literal["mixture", "bound"] = "mixture"
+    """Of a denoiser's walk: the mixture of its read-outs, or the bound on its ancestral walk with a sampled bridge."""
     tokens: int = 65536
     """Held-out tokens to score, spread evenly over the split; 0 scores all of it."""
     batch_size: int = 16
@@ -100,7 +103,7 @@ def main(args: Args) -> int:
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))
     bar = tqdm(batches, desc="scoring", unit="batch", disable=None, leave=False)
-    scores = score(model, bar, ks, tokenizer.byte_lengths(), args.draws, args.seed)
+    scores = score(model, bar, ks, tokenizer.byte_lengths(), args.draws, args.seed, bound=args.likelihood == "bound")
     few = STATE_SEQUENCES * config.data.sequence_length
     sequences = validation_batches(data, config.data.sequence_length, 1, min(args.tokens or few, few))
     state_rms = state_rms_by_iteration(model, sequences, max(ks), args.seed)
@@ -114,9 +117,11 @@ def main(args: Args) -> int:
         },
         "objective": config.objective.name,
         "checkpoint": str(checkpoint),
+        "likelihood": args.likelihood,
         "seed": args.seed,
     }
-    print(f"{checkpoint}: {config.objective.name}, {scores.tokens:,} held-out tokens, {scores.draws} draws")
+    how = f"{args.likelihood} of {scores.draws} draws"
+    print(f"{checkpoint}: {config.objective.name}, {scores.tokens:,} held-out tokens, {how}")
     print(f"{'K':>4} {'nats/token':>11} {'stderr':>7} {'bits/byte':>10} {'FLOPs/token':>12}")
     for k, s in scores.by_k.items():
         print(f"{k:>4} {s.nll:>11.4f} {s.stderr:>7.4f} {s.bits_per_byte:>10.4f} {s.flops_per_token:>12.3e}")

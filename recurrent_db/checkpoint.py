@@ -308,7 +308,11 @@ def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
     Raises:
         UserError: when there is none, the newest is damaged and ``fall_back`` is off, or a link leads out of ``path``.
     """
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that no file can have
+        raise UserError(f"no run directory or checkpoint {str(path)[:200]}: {error.strerror}") from None
+    if not there:
         raise UserError(f"no run directory or checkpoint {path}")
     candidates = [path] if (path / MANIFEST).exists() else list_checkpoints(path)[::-1]
     check_links(path)

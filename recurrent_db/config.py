@@ -391,6 +391,7 @@ MOST: dict[str, dict[str, int]] = {
     "objective.unrolled": {"mean_depth": 1 << 14, "depth_sigma": 2, "truncation": 1 << 20},
     "data": {"batch_size": 1 << 24},
     "eval": {"points": 1 << 20, "batch_size": 1 << 20, "draws": 1 << 20},
+    "optim": {"max_skipped": 1 << 31},
     "run": {"threads": 1 << 12},
 }  # fmt: skip
 """Largest values, far above any that is used: a configuration may come from a stranger, and is checked before anything is
@@ -596,7 +597,7 @@ def validate(config: Config) -> None:
         for name in names:
             value = getattr(section, name)
             need(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}")
-            need(value is None or math.isfinite(value), f"{prefix}.{name} must be finite, got {value}")
+            need(not isinstance(value, float) or math.isfinite(value), f"{prefix}.{name} must be finite, got {value}")
 
     for section, most in MOST.items():
         values: Any = config

@@ -8,6 +8,10 @@ estimated from M draws with log-mean-exp; one draw at the end of a walk is not a
 by then (its read-out is nearly a point mass). The estimate of -log p is biased upwards by a term of order 1/M, so more
 draws never flatter. Scoring starts from noise or zeros, never from a noised answer.
 
+Of a denoiser's walk of more than a few steps the mixture needs more draws than one can pay for. ``bound`` asks for the
+importance-weighted bound of `denoise.bound` in its place: of the ancestral walk with a sampled bridge, also too high on
+average, and tight where the denoiser is good.
+
 Shapes: B sequences, T positions, V vocabulary, M draws.
 """
 
@@ -26,7 +30,7 @@ from recurrent_db.data import Batch
 from recurrent_db.flops import inference_cost
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.processes import Processes
-from recurrent_db.recurrence import NoiseSource
+from recurrent_db.recurrence import DenoiseWalk, NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 ALONE = Processes()
@@ -85,14 +89,15 @@ def token_log_probabilities(
     requests: Tensor,
     draws: int = 1,
     docs_BT: Tensor | None = None,
+    bound: bool = False,
 ) -> dict[int, Tensor]:
     """log p(target | tokens up to its position) by K, fp32 (B, T), from a mixture of ``draws`` noise draws.
 
     ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
     runs once whatever ``draws`` is. ``docs`` (int (B, T), on the CPU) says which document each position of a packed
-    sequence belongs to; without it each sequence is one.
+    sequence belongs to; without it each sequence is one. ``bound`` is `draw_log_probabilities`'s.
     """
-    each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws, docs_BT)
+    each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws, docs_BT, bound)
     return {k: log_p_MBT.logsumexp(0) - math.log(len(log_p_MBT)) for k, log_p_MBT in each.items()}
 
 
@@ -105,14 +110,21 @@ def draw_log_probabilities(
     requests: Tensor,
     draws: int,
     docs_BT: Tensor | None = None,
+    bound: bool = False,
 ) -> dict[int, Tensor]:
-    """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1."""
+    """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1. With
+    ``bound`` a walk's are log w, whose exp has the likelihood as its mean."""
     recurrence = model.recurrence
     visible = model.visible(tokens_BT.shape[1], docs_BT)
     e_BTD = model.encode(tokens_BT, visible)
     each: dict[int, list[Tensor]] = {k: [] for k in ks}
     for draw in range(draws if recurrence.stochastic else 1):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
+        if bound and isinstance(recurrence, DenoiseWalk):
+            for k in each:
+                log_w_BT = recurrence.log_weight(model, tokens_BT, targets_BT, e_BTD, k, noise, visible)
+                each[k].append(log_w_BT.float())
+            continue
         for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise, visible=visible):
             log_p_BTV = model.logits(hidden_BTD).float().log_softmax(-1)
             each[k].append(log_p_BTV.gather(-1, targets_BT[..., None])[..., 0])
@@ -161,6 +173,7 @@ def score_draws(
     draws: Sequence[int],
     seed: int = 0,
     processes: Processes = ALONE,
+    bound: bool = False,
 ) -> dict[int, Scores]:
     """Score held-out batches at every K of ``ks`` and every number of draws M of ``draws``: {M: scores}.
 
@@ -169,6 +182,7 @@ def score_draws(
         draws: noise draws in the mixtures, nested; inference that uses no noise is scored once, under M = 1.
         seed: of the noise.
         processes: that share the batches out, every one its `validation_batches`; all get the scores of all.
+        bound: score a walk by the bound in place of the mixture.
     """
     device = model.embedding.weight.device
     lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
@@ -184,7 +198,7 @@ def score_draws(
         n_bytes += lengths[batch.targets_BT].sum().item()
         tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
         each = draw_log_probabilities(
-            model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, max(wanted), batch.doc_ids_BT
+            model, tokens_BT, targets_BT, ks, rng, batch.sample_index_B, max(wanted), batch.doc_ids_BT, bound
         )
         for k, log_p_MBT in each.items():
             for m in sorted(wanted):
@@ -194,6 +208,8 @@ def score_draws(
                     without[m, k] = without.get((m, k), torch.zeros(m)) + leave_one_out(log_p_MBT[:m])
     model.train(was_training)
     result: dict[int, Scores] = {}
+    walk = model.recurrence
+    passes = walk.bound_passes if bound and isinstance(walk, DenoiseWalk) else walk.passes
     n_bytes = sum(processes.merge([n_bytes]))
     length = max(processes.merge([length]))
     for m, k in itertools.product(sorted(wanted), ks):
@@ -210,7 +226,7 @@ def score_draws(
             bits_per_byte=nll * tokens / (math.log(2) * n_bytes) if n_bytes else math.nan,
             stderr=(per_sequence.std() / math.sqrt(n)).item() if n > 1 else math.nan,
             noise_stderr=jackknife_stderr(without[m, k] / tokens) if m > 1 else math.nan,
-            flops_per_token=inference_cost(model.config, length, model.recurrence.passes(k)),
+            flops_per_token=inference_cost(model.config, length, passes(k)),
         )
     return result
 
@@ -223,7 +239,8 @@ def score(
     draws: int = 1,
     seed: int = 0,
     processes: Processes = ALONE,
+    bound: bool = False,
 ) -> Scores:
     """`score_draws` for one number of draws."""
-    [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed, processes).values()
+    [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed, processes, bound).values()
     return scores

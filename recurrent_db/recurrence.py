@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from recurrent_db.config import TokenConfig
+from recurrent_db.denoise.bound import walk_log_weight
 from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
@@ -301,6 +302,52 @@ class DenoiseWalk:
         estimate_BTD = self.precond.combine(z_BTD, state_BTD, sigma_B1[..., None])
         return core, model.coda_contexts((estimate_BTD / self.precond.sd).to(e_BTD.dtype), strict=True, visible=visible)
 
+    def _streams(
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, noise: NoiseSource, visible: Visible
+    ) -> Callable[[float], tuple[list[Context] | None, list[Context] | None]]:
+        """A noise level to the streams beside the walk there, of core and coda."""
+        clean = functools.cache(lambda part: self.clean_contexts(part, e_BTD, visible))
+        known = self.config.neighbours == "known"
+        lagging, lagging_e_BTD = visible.once_more(e_BTD) if known else (visible, e_BTD)
+
+        def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
+            if not known:
+                return clean(self.at(model, sigma)), None
+            return self._known(model, tokens_BT, lagging_e_BTD, sigma, noise, lagging)
+
+        return streams
+
+    def log_weight(
+        self,
+        model: LoopedLM,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        e_BTD: Tensor,
+        k: int,
+        noise: NoiseSource,
+        visible: Visible | None = None,
+    ) -> Tensor:
+        """log w of one draw for the targets, fp32 or wider (B, T): a bound on the log-likelihood of the ancestral walk of K
+        steps with a sampled bridge, whatever the walk's own are (`denoise.bound`). In one stream a position's neighbours
+        hold the tokens that follow them, noised along the same walk: for position i these are tokens up to i."""
+        length, width = e_BTD.shape[1:]
+        here = visible or model.visible(length)
+        streams, rows_VD = self._streams(model, tokens_BT, e_BTD, noise, here), self.targets(model)
+
+        def read(z_BTD: Tensor, sigma: float) -> Tensor:
+            (core, coda), part = streams(sigma), self.at(model, sigma)
+            hidden_BTD = self.read(part, self.estimate(part, z_BTD, sigma, e_BTD, core, here), e_BTD.dtype, coda, here)
+            logits_BTV = model.logits(hidden_BTD)
+            return logits_BTV.to(wide(logits_BTV.dtype)).log_softmax(-1)
+
+        def normals(stream: str) -> Tensor:
+            return noise.normal(length, width, stream, e_BTD.device).to(rows_VD.dtype)
+
+        start_BTD = normals("noise") * self.density.sigma_max
+        return walk_log_weight(
+            read, rows_VD, targets_BT, start_BTD, self.grid(k), lambda index: normals(f"step/{index}")
+        )
+
     def hidden(
         self,
         model: LoopedLM,
@@ -316,14 +363,8 @@ class DenoiseWalk:
         start = noise.normal(length, width, "noise", e_BTD.device) * self.density.sigma_max
         soft = self.config.bridge == "soft" and max(ks, default=1) > 1
         targets_VD = self.targets(model) if soft else None
-        clean = functools.cache(lambda part: self.clean_contexts(part, e_BTD, here))
-        sampler, bridge, known = self.config.sampler, self.config.bridge, self.config.neighbours == "known"
-        lagging, lagging_e_BTD = here.once_more(e_BTD) if known else (here, e_BTD)
-
-        def streams(sigma: float) -> tuple[list[Context] | None, list[Context] | None]:
-            if not known:
-                return clean(self.at(model, sigma)), None
-            return self._known(model, tokens_BT, lagging_e_BTD, sigma, noise, lagging)
+        streams = self._streams(model, tokens_BT, e_BTD, noise, here)
+        sampler, bridge = self.config.sampler, self.config.bridge
 
         for k in sorted(set(ks)):
             sigmas = self.grid(k)
@@ -358,6 +399,11 @@ class DenoiseWalk:
                 probe.codas.append(coda)
                 probe.parts.append(part)
             yield k, self.read(part, estimate, e_BTD.dtype, coda, here)
+
+    def bound_passes(self, k: int) -> Passes:
+        """What `log_weight` computes: its sum over the rows is a product as large as a soft bridge's."""
+        walk = replace(self, config=replace(self.config, sampler="ancestral", bridge="soft"))
+        return walk.passes(k)
 
     def passes(self, k: int) -> Passes:
         evaluations = EVALUATIONS[self.config.sampler] * (k - 1) + 1

@@ -5,6 +5,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Sampling:
             return logits_V
         ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
         old = logits_V[ids]
-        new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty)
+        new = torch.where(old > 0, old / self.repetition_penalty, old * self.repetition_penalty).clamp(-1e300, 1e300)
         return logits_V.index_copy(0, ids, new)
 
     def probabilities(self, logits_V: Tensor, seen: Iterable[int] = ()) -> Tensor:
@@ -67,7 +68,8 @@ class Sampling:
         logits_V = self._penalised(logits_V, seen)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits_V.argmax(), len(logits_V)).double()
-        probabilities_V = (logits_V / self.temperature).softmax(-1)
+        # The largest is 0, so that no temperature makes two of them infinite.
+        probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(-1)
         if self.top_k or self.top_p < 1:
             kept = self._most_likely(probabilities_V)
             probabilities_V = torch.zeros_like(probabilities_V).index_copy(0, kept, probabilities_V[kept])
@@ -99,6 +101,13 @@ class Sampling:
 
 
 def pick(weights_V: Tensor, u: float) -> int:
-    """The index at ``u`` in [0, 1) of the distribution function that nonnegative weights have. Its weight is above zero."""
+    """The index at ``u`` in [0, 1) of the distribution function that nonnegative weights have. Its weight is above zero.
+
+    Raises:
+        UserError: the weights are not finite, as those of a model that has diverged are not.
+    """
     cumulated_V = weights_V.cumsum(-1)
-    return int(torch.searchsorted(cumulated_V, u * float(cumulated_V[-1]), right=True))
+    whole = float(cumulated_V[-1])
+    if not math.isfinite(whole):
+        raise UserError("the model's predictions are not finite: nothing can be sampled from them")
+    return int(torch.searchsorted(cumulated_V, u * whole, right=True))

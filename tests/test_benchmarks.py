@@ -109,6 +109,17 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
     assert curve["state_is"] == "estimate"
     assert list(curve["state_rms_by_iteration"]) == ["1", "2", "3", "4"]
     assert all(rms > 0 for rms in curve["state_rms_by_iteration"].values())
+    bound = script_here(
+        "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "4,1", "--draws", "2",
+        "--tokens", "256", "--json", out, "--device", "cpu", "--likelihood", "bound",
+    )  # fmt: skip
+    assert bound.returncode == 0, bound.stderr
+    weighed = json.loads(out.read_text())
+    assert weighed["likelihood"] == "bound"
+    assert weighed["by_k"]["1"]["nll"] == pytest.approx(curve["by_k"]["1"]["nll"], abs=1e-5)
+    assert (
+        abs(weighed["by_k"]["4"]["nll"] - curve["by_k"]["4"]["nll"]) > 1e-4
+    )  # which of them is larger is not the program's
     for words, message in (
         (["--k", "0"], "--k must be 1 or more"),
         (["--k", "one"], "whole numbers"),

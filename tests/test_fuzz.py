@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import random
 import re
 import signal
@@ -31,6 +32,7 @@ from recurrent_db.files import file_digest, sealed
 from recurrent_db.hf_import import Weights
 from recurrent_db.metrics import read_metrics, truncate_metrics
 from recurrent_db.objectives import build_objective, restore
+from recurrent_db.sampling import Sampling
 from recurrent_db.tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the targets, and their inputs, are modules beside the command
@@ -227,6 +229,7 @@ def test_a_line_cannot_command_a_terminal() -> None:
         ('{"model": {"n_coda": 1000000000}}', "n_coda must be at most 1024"),
         ('{"objective": {"unrolled": {"mean_depth": 1000000000}}}', "mean_depth must be at most"),
         ('{"objective": {"unrolled": {"depth_sigma": 1e30}}}', "depth_sigma must be at most"),
+        ('{"optim": {"max_skipped": 3000000000}}', "max_skipped must be at most"),
     ],
 )
 def test_configurations_without_bound(text: str, words: str) -> None:
@@ -258,6 +261,32 @@ def test_file_names_of_a_manifest(name: str, data: Path) -> None:
 
     rewrite(data / "manifest.json", change)
     refused("outside the data directory|File name too long", open_data, data, "train")
+
+
+def test_a_whole_number_of_many_digits_on_the_command_line() -> None:
+    refused("max_skipped", load_config, None, ["--optim.max-skipped", "9" * 400])
+
+
+def test_names_of_sources_in_a_manifest(data: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["splits"]["train"]["a\ud800"] = manifest["splits"]["train"].pop("default")
+
+    rewrite(data / "manifest.json", change)
+    refused("is no name of a source", open_data, data, "train")
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1e-320}, {"repetition_penalty": 1e-308}, {"repetition_penalty": 1e308, "temperature": 1e-300},
+])  # fmt: skip
+def test_no_setting_draws_a_token_that_is_none(settings: dict[str, float]) -> None:
+    logits_V = torch.tensor([3.0, 5.0, -2.0, 5.0])
+    for u in (0.0, 0.5, 1 - 2**-53):
+        assert 0 <= Sampling(**settings).draw(logits_V, [0, 1, 2], u) < 4
+    refused("not finite", Sampling().draw, logits_V * math.nan, [], 0.5)
+
+
+def test_a_path_that_no_file_can_have() -> None:
+    refused("File name too long", find_checkpoint, Path("x" * 5000))
 
 
 def npy(header: str, body: bytes = b"") -> bytes:

@@ -368,6 +368,8 @@ def _problem(manifest: dict[str, Any]) -> str | None:
         return "no splits"
     for split, sources in splits.items():
         for name, entry in sources.items():
+            if not _SOURCE_NAME.fullmatch(name):
+                return f"{name[:200]!r} is no name of a source"
             shards = entry.get("shards") if isinstance(entry, dict) else None
             if not isinstance(shards, list):
                 return f"{split}.{name} has no shards"
