@@ -218,7 +218,7 @@ class Comparison:
             if self.args.judge is not None:
                 text = self.work / f"{job.name}.text.json"
                 self.slice.call(log, lock, "eval/generation.py", final, "--judge", self.args.judge, "--data", self.data,
-                                "--k", ks.split(",")[-1], "--decodings", "t=1,p=0.95", "--json", text,
+                                "--k", ks, "--decodings", "t=1", "--each", 1, "--resamples", 0, "--json", text,
                                 "--device", self.args.device)  # fmt: skip
                 extra["judged"] = json.loads(text.read_text())["rows"]
         if "blocks" not in extra:
@@ -265,7 +265,7 @@ def row(found: dict[str, Any]) -> str:
     line += f" {text['distinct_2']:.3f} ({text['held_out_distinct_2']:.3f}) |"
     for judged in (r for r in found.get("judged", []) if r["name"] == "model"):
         cells = [f"{judged[key]:.3f}" if judged[key] is not None else "-" for key in ("generative_ppl", "mauve")]
-        line += f" {judged['decoding']}: gen-PPL {cells[0]}, MAUVE {cells[1]} |"
+        line += f" K = {judged['k']}: gen-PPL {cells[0]}, MAUVE {cells[1]}, dist-2 {judged['distinct_2']:.3f} |"
     return line
 
 

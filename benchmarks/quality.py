@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import quality_tables as tables
+from quality_plot import plot
 from quality_runs import complete, contradiction, dotted, floats, identity, limit_corpus, middle_first
 from quality_tables import FLAT, Result, is_flat
 from slices import ROOT, Failed, Slice
@@ -31,7 +32,7 @@ from recurrent_db.commandline import parse_ints, run_command
 from recurrent_db.config import Config, config_from_json, load_config
 from recurrent_db.data import load_tokenizer, open_data, read_manifest
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
+from recurrent_db.files import check_output, write_atomic
 from recurrent_db.flops import inference_cost, step_cost
 from recurrent_db.hardware import choose_device
 from recurrent_db.metrics import read_metrics
@@ -137,6 +138,8 @@ class Args:
     """Noise draws in the mixture likelihood."""
     score_tokens: int = 0
     """Held-out tokens to score at the end of a run; 0 takes the size's own."""
+    plot: Path | None = None
+    """File for a figure of the arms at the last budget: .svg, .png or .pdf."""
 
 
 @dataclass(frozen=True)
@@ -502,12 +505,18 @@ class Quality:
 
 
 def main(args: Args) -> int:
+    if args.plot is not None:
+        if args.plot.suffix not in (".svg", ".png", ".pdf"):
+            raise UserError(f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
+        check_output(args.plot)
     quality = Quality(args)
     if args.minutes == 0:
         left = quality.pending()
     else:
         left = quality.slice.run(quality.pending, quality.do, quality.seconds, quality.finished)
     print(quality.merge())
+    if args.plot is not None:
+        plot(quality.results.values(), quality.arms, quality.budgets[-1], args.plot)
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")
         print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to go on.", file=sys.stderr)

@@ -163,6 +163,8 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
         raise UserError(f"{folder} exists and is not an empty folder: export writes to a new one")
     checkpoint = Checkpoint(find_checkpoint(run))
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    if config.model.n_blocks:
+        raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
     objective, objective_state = build_objective(config), checkpoint.training()[1]
     restore(objective, objective_state, checkpoint.path)
     recurrence = objective.recurrence

@@ -362,6 +362,11 @@ def main(args: ReplArgs) -> int:
     if not args.k and config.objective.name == "next_token":
         settings = replace(settings, k=1)
     settings.check(model)
+    if config.blocks.only and (config.blocks.only, settings.k) != (1, 1):  # the first is a model of K = 1
+        raise UserError(
+            f"{args.run} holds block {config.blocks.only} of {config.model.n_blocks} alone: make one model of all blocks'"
+            " runs with recurrent-db blocks join"
+        )
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]
     session = Session(model, tokenizer, settings, str(path))

@@ -29,6 +29,7 @@ from recurrent_db.denoise.noise import LogNormal, LogUniform, draw_sigma
 from recurrent_db.errors import UserError
 from recurrent_db.flops import Passes, cost_per_token, step_cost, total
 from recurrent_db.generate import Decoder
+from recurrent_db.hf_export import export
 from recurrent_db.join import join
 from recurrent_db.likelihood import draw_log_probabilities, token_log_probabilities
 from recurrent_db.model import build_model
@@ -36,7 +37,8 @@ from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import BlockDenoise, BlockWalk, noise_partition
 from recurrent_db.recurrence import NoiseSource, Probe
-from recurrent_db.repl import Session
+from recurrent_db.repl import ReplArgs, Session
+from recurrent_db.repl import main as repl_main
 from recurrent_db.reply import Settings
 from recurrent_db.report import write_report
 from recurrent_db.report.data import read_runs
@@ -560,6 +562,16 @@ def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]
     model, tokenizer = recurrent_db.load(frozen_runs[1], "cpu")
     with pytest.raises(UserError, match="block 2 of 2 alone"):
         recurrent_db.generate(model, tokenizer, "ab", k=2, max_new_tokens=2)
+    for run, k in ((frozen_runs[1], 1), (frozen_runs[0], 2)):
+        with pytest.raises(UserError, match=r"block . of 2 alone"):
+            repl_main(ReplArgs(run, k=k, device="cpu"))
+
+
+def test_a_model_in_blocks_is_not_exported(frozen_runs: list[Path], tmp_path: Path) -> None:
+    join(frozen_runs, tmp_path / "joined")
+    with pytest.raises(UserError, match="model in blocks, which the exported format has no code for"):
+        export(tmp_path / "joined", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_block_is_stopped_continued_and_replaced(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:

@@ -519,7 +519,10 @@ def arguments(given: list[str]) -> tuple[Config, str, bool]:
     words, resume, overwrite = list(given), "", False
     if "--resume" in words:
         at = words.index("--resume")
-        resume = "last-good" if words[at + 1 : at + 2] == ["last-good"] else "newest"
+        following = "".join(words[at + 1 : at + 2])
+        if at and following and not following.startswith("-") and following != "last-good":
+            raise UserError(f"--resume stands alone or before last-good, not before {following!r}")
+        resume = "last-good" if following == "last-good" else "newest"
         del words[at : at + (2 if resume == "last-good" else 1)]
     if "--overwrite" in words:
         words.remove("--overwrite")

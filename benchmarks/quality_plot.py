@@ -1,0 +1,69 @@
+"""The figure of `benchmarks/quality.py`: held-out likelihood by K, and along the training, of every arm at one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from quality_tables import Result, best_rate, by_rate
+
+from recurrent_db.report.figure import DASHES, MARKERS, Frame, drawing, linear_tick
+from recurrent_db.report.svg import PAPER, SERIES
+
+ABOVE = 1.25
+"""Likelihoods worse than so many times the best arm's are off the plot, which says so by a line that leaves it."""
+
+
+def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object], label: str | None) -> list[float]:
+    """One line a seed; their values."""
+    values = []
+    for number, seed in enumerate(seeds):
+        ks = [int(k) for k in seed[key]]
+        axes.plot(ks, [seed[key][str(k)] for k in ks], label=None if number else label, **look)  # type: ignore[arg-type]
+        values += list(seed[key].values())
+    return values
+
+
+def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: str) -> None:
+    """Best K at each evaluation, against FLOPs."""
+    for number, seed in enumerate(seeds):
+        points = [(point["flops"], min(point["nll"].values())) for point in seed["evaluations"]]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, label=None if number else label, **look)  # type: ignore[arg-type]
+
+
+def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Path) -> None:
+    """Each arm at its best rate, a line for each seed, to an .svg, .png or .pdf. The dotted line of a walk is the
+    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws."""
+    results = list(results)
+    with drawing():
+        figure = Figure(figsize=(10.4, 3.9), layout="constrained", facecolor=PAPER)
+        left, right = figure.subplots(1, 2)
+        least, ks, spent = float("inf"), [1], [budget]
+        for number, arm in enumerate(arms):
+            rate = best_rate(results, arm, budget)
+            if rate is None:
+                continue
+            seeds = list(by_rate(results, arm, budget)[rate].values())
+            look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5,
+                    "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.5}  # fmt: skip
+            least = min(least, *_by_k(left, seeds, "nll_by_k", look, arm))
+            if all(seed.get("bound_by_k") for seed in seeds):
+                _by_k(left, seeds, "bound_by_k", {**look, "linestyle": ":"}, f"{arm}, bound")
+            _along(right, seeds, {**look, "markersize": 3.5}, arm)
+            ks += [int(k) for seed in seeds for k in seed["nll_by_k"]]
+            spent += [point["flops"] for seed in seeds for point in seed["evaluations"]]
+        for axes in (left, right):
+            axes.set(ylabel="held-out nats per token", ylim=(least - 0.05, least * ABOVE))
+        left.set(xlabel="K, iterations at inference", title=f"by K, after {budget:g} FLOPs", xscale="log")
+        left.xaxis.set_major_locator(FixedLocator(sorted(set(ks))))
+        left.xaxis.set_minor_locator(NullLocator())
+        left.xaxis.set_major_formatter(FuncFormatter(linear_tick))
+        right.set(xlabel="training FLOPs", title="along the training, at the best K")
+        Frame([]).log_axis(right.xaxis, min(spent), max(spent), 1.1)
+        left.legend(fontsize=8.5)
+        figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)
