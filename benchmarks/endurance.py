@@ -104,7 +104,7 @@ def measure(args: Args, run: Path) -> dict[str, Any]:
     if min(len(early), len(late)) < 5:
         raise UserError(f"{args.steps} steps are over too soon to be measured")
     memory = [statistics.median(s[1] for s in part) for part in (early, late)]
-    files = [max(s[2] for s in part) for part in (early, late)]
+    files = [statistics.median_high(s[2] for s in part) for part in (early, late)]
 
     def speed(part: list[tuple[int, int, int, float]]) -> float:
         return (part[-1][0] - part[0][0]) / (part[-1][3] - part[0][3])

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recurrent_db.denoise.bound import walk_log_weight
 from recurrent_db.denoise.sampler import ancestral
-from recurrent_db.likelihood import draw_log_probabilities, token_log_probabilities
+from recurrent_db.likelihood import draw_log_probabilities
 from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence import DenoiseWalk, normalised
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -114,18 +114,17 @@ def test_the_bound_depends_on_no_token_after_the_answer(case: str) -> None:
 
 def test_the_bound_is_below_the_likelihood_that_many_draws_of_the_mixture_find() -> None:
     """Of one and the same walk: ancestral with a sampled bridge, clean context (so positions do not share noise)."""
-    options = {"conditioning": "two-stream", "bridge": "sample", "sampler": "ancestral", "sigma_min": "1"}
+    options = {"conditioning": "two-stream", "bridge": "sample", "sampler": "ancestral", "sigma_min": "2"}
     words = [f"--objective.token.{name}={value}" for name, value in options.items()]
     model = micro_model(micro_config("--objective.name", "denoise-token", *words), spread=0.1)[0].float()
-    inputs = torch.randint(61, (1, 4), generator=torch.Generator().manual_seed(3))
-    arguments = model, inputs, inputs.roll(-1, 1), [2], RNG, torch.tensor([0])
+    n = 4000  # draws of one text, as a batch of requests
+    inputs = torch.randint(61, (1, 4), generator=torch.Generator().manual_seed(3)).expand(n, 4)
+    arguments = model, inputs, inputs.roll(-1, 1), [3], RNG, torch.arange(n), 1
     with torch.no_grad():
-        mixture_BT = token_log_probabilities(*arguments, draws=1000)[2]
-        log_w_MBT = draw_log_probabilities(*arguments, 1000, bound=True)[2]
-    # The same number, from draws of two kinds.
-    many_BT = log_w_MBT.logsumexp(0) - math.log(1000)
-    assert torch.allclose(many_BT, mixture_BT, atol=0.03)
-    assert (log_w_MBT.mean(0) < many_BT).all()
+        each = [draw_log_probabilities(*arguments, bound=bound)[3][0].double() for bound in (True, False)]
+    bound_T, mixture_T = (log_p_NT.logsumexp(0) - math.log(n) for log_p_NT in each)
+    assert torch.allclose(bound_T, mixture_T, atol=0.03)  # the same number, from draws of two kinds
+    assert (each[0].mean(0) < bound_T).all()
 
 
 @pytest.mark.parametrize("case", ["inject", "known", "two-stream"])
