@@ -40,7 +40,7 @@ fuzz: ModuleType = load_script("benchmarks/fuzz.py")
 targets: ModuleType = load_script("benchmarks/fuzz_targets.py")
 inputs: ModuleType = load_script("benchmarks/fuzz_inputs.py")
 
-SECONDS_EACH = 3.0
+SECONDS_EACH = 5.0
 """Of processor time: two thirds seeded cases, one third by hypothesis."""
 
 
