@@ -317,6 +317,20 @@ class DenoiseWalk:
 
         return streams
 
+    def reader(
+        self, model: LoopedLM, tokens_BT: Tensor, e_BTD: Tensor, noise: NoiseSource, visible: Visible
+    ) -> Callable[[Tensor, float], Tensor]:
+        """(z, sigma) -> log-probabilities of the next token, fp32 or wider (B, T, V), as a walk reads them."""
+        streams = self._streams(model, tokens_BT, e_BTD, noise, visible)
+
+        def read(z_BTD: Tensor, sigma: float) -> Tensor:
+            (core, coda), part = streams(sigma), self.at(model, sigma)
+            estimate_BTD = self.estimate(part, z_BTD, sigma, e_BTD, core, visible)
+            logits_BTV = model.logits(self.read(part, estimate_BTD, e_BTD.dtype, coda, visible))
+            return logits_BTV.to(wide(logits_BTV.dtype)).log_softmax(-1)
+
+        return read
+
     def log_weight(
         self,
         model: LoopedLM,
@@ -331,14 +345,8 @@ class DenoiseWalk:
         steps with a sampled bridge, whatever the walk's own are (`denoise.bound`). In one stream a position's neighbours
         hold the tokens that follow them, noised along the same walk: for position i these are tokens up to i."""
         length, width = e_BTD.shape[1:]
-        here = visible or model.visible(length)
-        streams, rows_VD = self._streams(model, tokens_BT, e_BTD, noise, here), self.targets(model)
-
-        def read(z_BTD: Tensor, sigma: float) -> Tensor:
-            (core, coda), part = streams(sigma), self.at(model, sigma)
-            hidden_BTD = self.read(part, self.estimate(part, z_BTD, sigma, e_BTD, core, here), e_BTD.dtype, coda, here)
-            logits_BTV = model.logits(hidden_BTD)
-            return logits_BTV.to(wide(logits_BTV.dtype)).log_softmax(-1)
+        read = self.reader(model, tokens_BT, e_BTD, noise, visible or model.visible(length))
+        rows_VD = self.targets(model)
 
         def normals(stream: str) -> Tensor:
             return noise.normal(length, width, stream, e_BTD.device).to(rows_VD.dtype)

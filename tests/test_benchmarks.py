@@ -132,6 +132,26 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         assert message in told.stderr
 
 
+def test_levels_of_a_walk(folder: Path, script_here: Run) -> None:
+    """The first level is the read-out at sigma_max; the run's shares sum to its bound; the closed form's to its
+    likelihood at sigma_max, since it is exact and needs no network at other levels."""
+    out, curve = folder / "levels.json", folder / "bound.json"
+    common = folder / "denoise-token", "--data", folder / "data", "--tokens", "512", "--device", "cpu", "--json"
+    result = script_here("eval/walk_levels.py", *common, out, "--k", "5")
+    assert result.returncode == 0, result.stderr
+    script_here("eval/depth_curve.py", *common, curve, "--k", "1,5", "--draws", "1", "--likelihood", "bound")
+    found, scored = json.loads(out.read_text()), json.loads(curve.read_text())["by_k"]
+    sigmas = [level["sigma"] for level in found["levels"]]
+    assert sigmas == sorted(sigmas, reverse=True) and len(sigmas) == 5
+    assert found["levels"][0]["loss"] == pytest.approx(scored["1"]["nll"], abs=1e-5)
+    assert found["bound"] == pytest.approx(scored["5"]["nll"], abs=1e-4)
+    assert found["exact_bound"] == pytest.approx(scored["1"]["nll"], abs=0.02)
+    assert all(level["exact_loss"] < level["loss"] + 0.01 for level in found["levels"])
+    told = script_here("eval/walk_levels.py", folder / "unrolled", "--data", folder / "data")
+    assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
+    assert "walks over no noise levels" in told.stderr
+
+
 def one_sequence_batches(vocab_size: int) -> list[Batch]:
     rng = np.random.default_rng(3)
     rows = torch.from_numpy(rng.integers(0, vocab_size, (3, 1, 12)))
