@@ -41,7 +41,7 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
     bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws."""
     results = list(results)
     with drawing():
-        figure = Figure(figsize=(10.4, 3.9), layout="constrained", facecolor=PAPER)
+        figure = Figure(figsize=(11.4, 3.7), layout="constrained", facecolor=PAPER)
         left, right = figure.subplots(1, 2)
         least, ks, spent = float("inf"), [1], [budget]
         for number, arm in enumerate(arms):
@@ -65,5 +65,5 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
         left.xaxis.set_major_formatter(FuncFormatter(linear_tick))
         right.set(xlabel="training FLOPs", title="along the training, at the best K")
         Frame([]).log_axis(right.xaxis, min(spent), max(spent), 1.1)
-        left.legend(fontsize=8.5)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)

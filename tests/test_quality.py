@@ -174,8 +174,14 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "| next_token | 0.01 | 2 |" in again.stdout and "| denoise-token | 0.01 | 1 |" in again.stdout
 
+    picture = tmp_path / "pictures/quality.svg"
+    drawn = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0, "--plot", picture))
+    assert drawn.returncode == 0, drawn.stderr
+    assert all(label in picture.read_text() for label in ("next_token", "denoise-token, bound", "training FLOPs"))
+
     # A result that is not of this comparison is not mixed in.
     for words, message in (
+        (["--plot", tmp_path / "x.gif"], "must end in .svg, .png or .pdf"),
         (["--options", OPTIONS + " optim.beta2=0.9"], "another optim.beta2 (0.95, now 0.9)"),
         (["--k", "1,4", "--work", tmp_path / "elsewhere"], "was scored with"),
         (["--arms", "nobody"], "no arm 'nobody'"),
