@@ -150,6 +150,16 @@ def _nothing(number: int) -> None:
     pass
 
 
+WAITING = 6
+"""So many times its processor time a target may take by the clock, where a disk or other programs hold it up."""
+
+
+def timer(seconds: float) -> Callable[[], bool]:
+    """Whether ``seconds`` of this process's time are over."""
+    end, latest = time.process_time() + seconds, time.monotonic() + WAITING * seconds
+    return lambda: time.process_time() > end or time.monotonic() > latest
+
+
 def seeded(
     target: Any,
     outcome: Outcome,
@@ -159,9 +169,9 @@ def seeded(
     seconds: float = float("inf"),
     progress: Progress = _nothing,
 ) -> None:
-    end = time.process_time() + seconds
+    over = timer(seconds)
     for number in range(first, first + cases):
-        if time.process_time() > end:
+        if over():
             break
         progress(number)
         run_case(target, random.Random(f"{seed}/{outcome.target}/{number}"), outcome, number)
@@ -175,7 +185,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     from hypothesis import strategies as st
     from hypothesis.errors import Flaky
 
-    end = time.process_time() + seconds
+    over = timer(seconds)
     phases = (Phase.generate, Phase.target, Phase.shrink)
 
     @seed_of(seed)
@@ -190,7 +200,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     )
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
-        if time.process_time() > end:
+        if over():
             if failed:
                 return  # nothing fails any more, so nothing is left to be shrunk
             raise TimeIsUp
