@@ -224,8 +224,8 @@ class Comparison:
         if "blocks" not in extra:
             extra["blocks"] = {}
         self.slice.measured(job.arm, self.budget, time.monotonic() - started)
-        result = {"arm": job.arm, "seed": job.seed, "call": self.head, "machine": platform.processor() or platform.machine(),
-                  "device": self.args.device, **json.loads(score.read_text()), **extra}  # fmt: skip
+        result = {**json.loads(score.read_text()), "arm": job.arm, "seed": job.seed, "call": self.head,
+                  "machine": platform.processor() or platform.machine(), "device": self.args.device, **extra}  # fmt: skip
         write_atomic(self.folder / f"{job.name}.json", json.dumps(result))
 
     def train_blocks(self, job: Job, arm: Arm, lock: int, place: Path) -> list[Path]:
