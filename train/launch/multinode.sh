@@ -7,7 +7,8 @@
 #
 # Environment:
 #   HEAD          host:port of one of the machines, which all the others can reach
-#   NNODES        machines. A range such as 3:4 goes on with three when one of four is lost (the plan is for the larger)
+#   NNODES        machines. A range such as 4:8 lets torchrun go on with fewer, down to four, when some are lost; data.batch_size
+#                 must divide among all numbers of processes (the plan is for the most). Not tried on real nodes
 #   NPROC         processes on each, one for each GPU. Default: 8
 #   JOB_ID        any word, the same on all machines; another job at the same HEAD needs another. Default: recurrent_db
 #   MAX_RESTARTS  how often all processes are started again when one dies. Default: 3
