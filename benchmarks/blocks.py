@@ -269,16 +269,8 @@ def row(found: dict[str, Any]) -> str:
     return line
 
 
-COLUMNS = (
-    "arm",
-    "seed",
-    "FLOPs",
-    "tokens",
-    "NLL at sigma_max",
-    "mixture NLL at K = B",
-    "bound at K = B",
-    "distinct-2 (real text)",
-)
+COLUMNS = ("arm", "seed", "FLOPs", "tokens", "NLL at sigma_max", "mixture NLL at K = B", "bound at K = B",
+           "distinct-2 (real text)")  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 

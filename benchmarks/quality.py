@@ -64,16 +64,11 @@ ARMS: dict[str, list[str]] = {
     "denoise-noise": ["--objective.name", "denoise", "--objective.denoise.noise", "0.1"],
     # The control of the one above: the same noise on the context, and no step of a later iteration.
     "denoise-noise-flat": [
-        "--objective.name",
-        "denoise",
-        "--objective.denoise.noise",
-        "0.1",
-        "--objective.denoise.flat",
-        "1",
+        "--objective.name", "denoise", "--objective.denoise.noise", "0.1", "--objective.denoise.flat", "1",
     ],
     "denoise-token": ["--objective.name", "denoise-token"],
     "denoise-paper": ["--objective.name", "denoise-paper"],
-}
+}  # fmt: skip
 """What is compared: name -> dotted options over the size's configuration."""
 
 SIZES: dict[str, dict[str, Any]] = {
