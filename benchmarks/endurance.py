@@ -3,14 +3,18 @@
 python benchmarks/endurance.py --data DIR --steps 20000 --json OUT
 
 A process of its own trains with evaluations, checkpoints and logging, and is looked at from outside ten times a second. The
-first tenth is warm-up. Speed is steps per second of processor time, so that other programs on the machine count little: the
-median of the second tenth against that of the last.
+first tenth is warm-up. Memory and open files: the median of the second tenth against that of the last. Speed: the machine's
+own changes within minutes by more than what is asked, so the old process is held at the beginning of its last tenth until a
+young one, the same run begun anew, has come to its second tenth. From there the two run in turns of half a second, and the
+ratio is of their steps per second of processor time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -77,26 +81,72 @@ def _last_step(metrics: Path) -> int:
         return 0
 
 
-def measure(args: Args, run: Path) -> dict[str, Any]:
-    """Train, look, and compare the end with the start."""
-    command = [sys.executable, "train/pretrain.py", *SHAPE, "--data.path", str(args.data.resolve()), "--run.dir", str(run),
-               "--budget.steps", str(args.steps), "--eval.points", str(args.evaluations), "--seed", str(args.seed),
-               "--objective.name", args.objective, "--run.log_every", "10",
-               "--run.checkpoint_every", str(max(10, args.steps // 40))]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started, samples = time.time(), []
-    with (run.parent / "endurance.log").open("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
-        while process.poll() is None:
-            step = _last_step(run / "metrics.jsonl")
-            try:
-                samples.append((step, *_look(process.pid)))
-            except (OSError, IndexError):
-                break
+class Trainer:
+    """A run in a process of its own, which can be held and let go."""
+
+    def __init__(self, args: Args, run: Path) -> None:
+        command = [sys.executable, "train/pretrain.py", *SHAPE, "--data.path", str(args.data.resolve()),
+                   "--run.dir", str(run), "--budget.steps", str(args.steps), "--eval.points", str(args.evaluations),
+                   "--seed", str(args.seed),
+                   "--objective.name", args.objective, "--run.log_every", "10",
+                   "--run.checkpoint_every", str(max(10, args.steps // 40))]  # fmt: skip
+        self.metrics = run / "metrics.jsonl"
+        self.log = run.with_name(f"{run.name}.log").open("w+")
+        self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=self.log)
+        self.samples: list[tuple[int, int, int, float]] = []
+
+    def look(self) -> int:
+        """Note step, memory, open files and processor time; the step."""
+        if self.process.poll() is None:
+            # A process that has just ended has no files to look at any more.
+            with contextlib.suppress(OSError, IndexError):
+                self.samples.append((_last_step(self.metrics), *_look(self.process.pid)))
+        return self.samples[-1][0] if self.samples else 0
+
+    def until(self, step: int) -> None:
+        """Let it run to a step, or to its end, and hold it there."""
+        self.process.send_signal(signal.SIGCONT)
+        while self.process.poll() is None and self.look() < step:
             time.sleep(0.1)
-        if process.wait():
-            log.seek(0)
-            raise UserError(f"the trainer ended with status {process.returncode}: {log.read()[-300:]}")
+        if self.process.poll():
+            self.log.seek(0)
+            raise UserError(f"the trainer ended with status {self.process.returncode}: {self.log.read()[-300:]}")
+        self.process.send_signal(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> None:
+        """Let it run for a while."""
+        self.process.send_signal(signal.SIGCONT)
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            self.look()
+            time.sleep(0.05)
+        self.process.send_signal(signal.SIGSTOP)
+        self.look()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
+    """Train, look, and compare the end with the start. The young process's files are left in ``folder``."""
+    started = time.time()
+    with contextlib.ExitStack() as stack:
+        old = Trainer(args, run)
+        stack.callback(old.close)
+        old.until(args.steps * 9 // 10)
+        young = Trainer(args, folder / "young")
+        stack.callback(young.close)
+        young.until(args.steps // 10)
+        first, turns = len(old.samples) - 1, 0
+        while all(trainer.process.poll() is None for trainer in (old, young)) and young.look() < args.steps // 5:
+            for trainer in (old, young):
+                trainer.turn(0.5)
+            turns += 1
+        in_turns = old.samples[first:], [s for s in young.samples if s[0] >= args.steps / 10]
+        old.until(sys.maxsize)
+    samples = old.samples
     tenth = args.steps / 10
     settled = [s for s in samples if tenth <= s[0] < args.steps]
     late = [s for s in settled if s[0] >= 9 * tenth]
@@ -109,21 +159,22 @@ def measure(args: Args, run: Path) -> dict[str, Any]:
     def speed(part: list[tuple[int, int, int, float]]) -> float:
         return (part[-1][0] - part[0][0]) / (part[-1][3] - part[0][3])
 
-    rates = [speed(early), speed(late)]
+    rates = [speed(in_turns[1]), speed(in_turns[0])]
     return {
         "steps": args.steps,
         "objective": args.objective,
         "seed": args.seed,
         "command": "python " + " ".join(sys.argv),
         "samples": len(samples),
+        "turns": turns,
         "wall_seconds": round(time.time() - started, 1),
         "memory_bytes_start": memory[0],
         "memory_bytes_end": memory[1],
         "memory_ratio": memory[1] / memory[0],
         "open_files_start": files[0],
         "open_files_end": files[1],
-        "steps_per_cpu_second_start": rates[0],
-        "steps_per_cpu_second_end": rates[1],
+        "steps_per_cpu_second_young": rates[0],
+        "steps_per_cpu_second_old": rates[1],
         "speed_ratio": rates[1] / rates[0],
     }
 
@@ -134,7 +185,7 @@ def main(args: Args) -> None:
     if args.json:
         check_output(args.json)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, args.run or Path(folder) / "run")
+        result = measure(args, args.run or Path(folder) / "run", Path(folder))
     print(json.dumps(result, indent=1))
     if args.json:
         write_atomic(args.json, json.dumps(result, indent=1) + "\n")

@@ -81,12 +81,16 @@ def _meeting_place(first: bool, timeout: timedelta) -> Any:
     """The store in which the processes find each other: torchrun's own, or the first process's.
 
     torchrun may keep one store over its restarts, where those who are started anew would read the addresses of the dead: so
-    each start has its own part of it.
+    each start has its own part of it. The first process's store is new each time and needs no parts; they would do harm
+    there, since each node counts its own restarts, and one that came back after it was lost counts from 0 again.
     """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    host = first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(*address, is_master=host, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    return dist.PrefixStore(f"recurrent_db/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+    store = dist.TCPStore(
+        *address, is_master=first and not kept, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    return dist.PrefixStore(f"recurrent_db/start-{start}", store)
 
 
 class Team:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -493,8 +495,6 @@ class socket_free:
     """A port that was free a moment ago."""
 
     def __enter__(self) -> int:
-        import socket
-
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             return int(free.getsockname()[1])
@@ -506,6 +506,51 @@ class socket_free:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
 def test_torchrun_restarts_what_was_killed(data: Path, tmp_path: Path) -> None:
     assert survive(data, tmp_path, "fsdp", kills=1, steps=20) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
+def test_a_node_that_is_lost_comes_back(data: Path, tmp_path: Path, mode: str) -> None:
+    """Two launchers, as on two machines. One is killed together with its process, and started anew; the other goes on."""
+    options = ["--objective.name", "denoise", "--budget.steps", 40, "--parallel.mode", mode, *SHORT]
+    whole = train(data, tmp_path / "whole", *options, world=2)
+    run = tmp_path / "run"
+    with socket_free() as port:
+        told = {**environment(), "HEAD": f"localhost:{port}", "NNODES": "2", "NPROC": "1", "PYTHON": sys.executable}
+    command = ["bash", "train/launch/multinode.sh", *map(str, words(data, run, *options))]
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        log = (tmp_path / f"node-{len(nodes)}.log").open("wb")
+        nodes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=told))
+
+    try:
+        start()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:  # until the first keeps the store
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+                break
+            time.sleep(0.05)
+        start()
+        end = time.monotonic() + 90
+        while not list_checkpoints(run) and time.monotonic() < end:
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.01)
+        [worker] = workers(nodes[1])
+        for process in (nodes[1].pid, worker):
+            os.kill(process, signal.SIGKILL)
+        nodes[1].wait(timeout=10)
+        start()
+        texts = [(tmp_path / f"node-{number}.log") for number in range(3)]
+        assert [nodes[number].wait(timeout=180) for number in (0, 2)] == [0, 0], [
+            text.read_text()[-2000:] for text in texts
+        ]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert "resuming at step" in texts[0].read_text() + texts[2].read_text()
+    assert_equal(everything(run), everything(whole))
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
 
 
 @pytest.mark.long

@@ -19,6 +19,10 @@
 # the trainer continues from the newest checkpoint (--resume is always given; it starts afresh where there is none).
 # run.dir must be a folder that all machines see, and data.path the same data on each.
 #
+# A lost machine: start this command again on it, or on another in its place; the others wait for it. Only HEAD's must not be
+# lost: without its store all others end, and this command is started again on all of them. torchrun would hand its own store
+# to the processes and, where one machine of several is new, announce it to nobody (torch 2.13): hence the variable below.
+#
 # Over nodes, --parallel.mode fsdp --parallel.shard-size 8 keeps the gathering of parameters on the fast links within a
 # node and sends only gradients between nodes (HSDP): compare the plan's columns.
 set -euo pipefail
@@ -41,7 +45,7 @@ for word in "$@"; do
 done
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-command=("$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC"
+command=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC"
   --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${JOB_ID:-recurrent_db}"
   --max-restarts "${MAX_RESTARTS:-3}" "$PRETRAIN" "$@" "${resume[@]}")
 
