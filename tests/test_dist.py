@@ -447,12 +447,21 @@ def workers(launcher: subprocess.Popen[bytes]) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: object) -> int:
-    """Kill a process of torchrun's two again and again at random moments; compare with a run that nobody disturbed.
-    Returns how many were killed."""
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were left so: name and inode."""
+    found = set()
+    for path in (run / "checkpoints").glob(".writing-*"):
+        with contextlib.suppress(OSError):
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: object) -> tuple[int, int]:
+    """Kill a process of torchrun's two again and again, in turn at a random moment and in the next checkpoint; compare with
+    a run that nobody disturbed. Returns how many were killed, and how many of these left a half-written checkpoint."""
     options = ["--objective.name", "unrolled", "--budget.steps", steps, "--parallel.mode", mode, *SHORT, *more]
     whole = train(data, folder / "whole", *options, world=2)
-    run, rng, done = folder / "run", random.Random(mode), 0
+    run, rng, done, halves = folder / "run", random.Random(mode), 0, 0
     with socket_free() as port:
         command = torchrun("--max-restarts", kills + 1, "--master-port", port)
     log = (folder / "torchrun.log").open("wb")
@@ -463,21 +472,28 @@ def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: 
             # Two more checkpoints, then any moment: in a step, or in the next checkpoint.
             before = len(rows_so_far(run)) if done else 0
             wait_for_step(run, min(before + 6, steps - 8), launcher)
-            time.sleep(rng.random() * 0.3)
             there = workers(launcher) if launcher.poll() is None else []
+            known = half_written(run)
+            if done % 2:
+                end = time.monotonic() + 20
+                while launcher.poll() is None and time.monotonic() < end and not half_written(run) - known:
+                    time.sleep(0.001)
+            else:
+                time.sleep(rng.random() * 0.3)
             if len(there) == 2:
                 os.kill(there[rng.randrange(2)], signal.SIGKILL)
                 done += 1
                 gone = time.monotonic() + 60
                 while launcher.poll() is None and time.monotonic() < gone and set(workers(launcher)) & set(there):
                     time.sleep(0.01)
+                halves += bool(half_written(run) - known)
         assert launcher.wait(timeout=120) == 0, (folder / "torchrun.log").read_text()[-3000:]
     finally:
         launcher.kill()
         log.close()
     assert_equal(everything(run), everything(whole))
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
-    return done
+    return done, halves
 
 
 def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[bytes]) -> None:
@@ -505,7 +521,7 @@ class socket_free:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
 def test_torchrun_restarts_what_was_killed(data: Path, tmp_path: Path) -> None:
-    assert survive(data, tmp_path, "fsdp", kills=1, steps=20) == 1
+    assert survive(data, tmp_path, "fsdp", kills=1, steps=20)[0] == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
@@ -557,7 +573,10 @@ def test_a_node_that_is_lost_comes_back(data: Path, tmp_path: Path, mode: str) -
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds torchrun's processes in /proc")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_twenty_kills_at_random_moments(data: Path, tmp_path: Path, mode: str) -> None:
-    assert survive(data, tmp_path, mode, kills=10, steps=150) == 10
+    done, halves = survive(data, tmp_path, mode, kills=10, steps=150)
+    print(f"{done} killed, {halves} of them in a checkpoint")
+    assert done == 10
+    assert halves >= 3
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
