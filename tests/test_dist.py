@@ -237,11 +237,12 @@ def test_each_process_reads_its_own_samples(data: Path) -> None:
 # Collectives
 
 
-def count_collectives(result: str, cases: list[tuple[str, int, str]]) -> None:
-    """Write how many gathers, reduce-scatters and sums a step has in each case (objective, K, how it is sharded)."""
+def count_collectives(result: str, cases: list[tuple[str, int, str, int]]) -> None:
+    """Write how many gathers, reduce-scatters and sums a step has in each case: objective, K, how it is sharded,
+    micro-batches."""
     counts = []
     team = Team.join(ParallelConfig(mode="fsdp"), torch.device("cpu"))
-    for name, k, wrapping in cases:
+    for name, k, wrapping, micro_batches in cases:
         config = micro_config("--objective.name", name, "--objective.unrolled.mean_depth", k,
                               "--objective.unrolled.truncation", 0, "--parallel.mode", "fsdp")  # fmt: skip
         config.model.vocab_size = 61
@@ -258,10 +259,11 @@ def count_collectives(result: str, cases: list[tuple[str, int, str]]) -> None:
         team.wrap(model, config, bfloat16=False)
         optimizer = build_optimizer(model, config.optim)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            with team.micro_batch(model, last=True):
-                micro = batch(2, start=2 * team.rank)
-                loss, _ = team.forward(lambda: objective(model, micro, Rng(0, 0), 0.0))  # noqa: B023
-                team.backward(loss)
+            for number in range(1, micro_batches + 1):
+                with team.micro_batch(model, last=number == micro_batches):
+                    micro = batch(2, start=2 * team.rank)
+                    loss, _ = team.forward(lambda: objective(model, micro, Rng(0, 0), 0.0))  # noqa: B023
+                    team.backward(loss)
             norm = team.clip(model, 1.0)
             step_unless(~torch.isfinite(norm), optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -277,16 +279,19 @@ def count_collectives(result: str, cases: list[tuple[str, int, str]]) -> None:
 
 
 def test_the_core_is_gathered_once_for_all_iterations(tmp_path: Path) -> None:
-    cases = [("unrolled", 1, "core"), ("unrolled", 8, "core"), ("unrolled", 1, "blocks"), ("unrolled", 8, "blocks"),
-             ("denoise-token", 1, "core"), ("denoise-token", 8, "core"), ("denoise", 2, "core"),
-             ("denoise", 8, "core")]  # fmt: skip
+    cases = [("unrolled", 1, "core", 1), ("unrolled", 8, "core", 1), ("unrolled", 1, "blocks", 1),
+             ("unrolled", 8, "blocks", 1), ("denoise-token", 1, "core", 1), ("denoise-token", 8, "core", 1),
+             ("denoise", 2, "core", 1), ("denoise", 8, "core", 1), ("unrolled", 8, "core", 3)]  # fmt: skip
     many.run(tmp_path / "logs", 2, count_collectives, str(tmp_path / "counts"), cases)
     counts = json.loads((tmp_path / "counts").read_text())
     gathers = [sum(n for name, n in found.items() if "allgather" in name) for found in counts]
+    scatters = [sum(n for name, n in found.items() if "reduce_scatter" in name) for found in counts]
     totals = [sum(found.values()) for found in counts]
     print(dict(zip(map(str, cases), counts, strict=True)))
     assert abs(totals[1] - totals[0]) <= 0.1 * totals[0]
     assert totals[4] == totals[5] and totals[6] == totals[7]
+    # Three micro-batches exchange their gradients once.
+    assert 0 < scatters[8] == scatters[1]
     # The counter sees what a wrapping of single blocks costs: 8 iterations of two blocks, forward.
     assert gathers[3] - gathers[1] >= 8 * 2
 
