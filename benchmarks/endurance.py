@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -84,14 +85,12 @@ def _last_step(metrics: Path) -> int:
 class Trainer:
     """A run in a process of its own, which can be held and let go."""
 
-    def __init__(self, args: Args, run: Path) -> None:
+    def __init__(self, args: Args, run: Path, log: Path) -> None:
         command = [sys.executable, "train/pretrain.py", *SHAPE, "--data.path", str(args.data.resolve()),
                    "--run.dir", str(run), "--budget.steps", str(args.steps), "--eval.points", str(args.evaluations),
-                   "--seed", str(args.seed),
-                   "--objective.name", args.objective, "--run.log_every", "10",
+                   "--seed", str(args.seed), "--objective.name", args.objective, "--run.log_every", "10",
                    "--run.checkpoint_every", str(max(10, args.steps // 40))]  # fmt: skip
-        self.metrics = run / "metrics.jsonl"
-        self.log = run.with_name(f"{run.name}.log").open("w+")
+        self.metrics, self.log = run / "metrics.jsonl", log.open("w+")
         self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=self.log)
         self.samples: list[tuple[int, int, int, float]] = []
 
@@ -103,23 +102,19 @@ class Trainer:
                 self.samples.append((_last_step(self.metrics), *_look(self.process.pid)))
         return self.samples[-1][0] if self.samples else 0
 
-    def until(self, step: int) -> None:
-        """Let it run to a step, or to its end, and hold it there."""
+    def go(self, step: int = sys.maxsize, seconds: float = math.inf, pause: float = 0.1) -> None:
+        """Let it run to a step, for a time or to its end, looking after every pause, and hold it there.
+
+        Raises:
+            UserError: it ended with an error.
+        """
         self.process.send_signal(signal.SIGCONT)
-        while self.process.poll() is None and self.look() < step:
-            time.sleep(0.1)
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and self.look() < step and time.monotonic() < end:
+            time.sleep(pause)
         if self.process.poll():
             self.log.seek(0)
             raise UserError(f"the trainer ended with status {self.process.returncode}: {self.log.read()[-300:]}")
-        self.process.send_signal(signal.SIGSTOP)
-
-    def turn(self, seconds: float) -> None:
-        """Let it run for a while."""
-        self.process.send_signal(signal.SIGCONT)
-        end = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < end:
-            self.look()
-            time.sleep(0.05)
         self.process.send_signal(signal.SIGSTOP)
         self.look()
 
@@ -130,24 +125,23 @@ class Trainer:
 
 
 def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
-    """Train, look, and compare the end with the start. The young process's files are left in ``folder``."""
-    started = time.time()
+    """Train, look, and compare the end with the start. The young run and both logs are left in ``folder``."""
+    started, tenth = time.time(), args.steps / 10
     with contextlib.ExitStack() as stack:
-        old = Trainer(args, run)
+        old = Trainer(args, run, folder / "old.log")
         stack.callback(old.close)
-        old.until(args.steps * 9 // 10)
-        young = Trainer(args, folder / "young")
+        old.go(args.steps * 9 // 10)
+        young = Trainer(args, folder / "young", folder / "young.log")
         stack.callback(young.close)
-        young.until(args.steps // 10)
-        first, turns = len(old.samples) - 1, 0
-        while all(trainer.process.poll() is None for trainer in (old, young)) and young.look() < args.steps // 5:
+        young.go(args.steps // 10)
+        firsts, turns = (len(old.samples) - 1, len(young.samples) - 1), 0
+        while all(trainer.process.poll() is None for trainer in (old, young)) and young.samples[-1][0] < 2 * tenth:
             for trainer in (old, young):
-                trainer.turn(0.5)
+                trainer.go(seconds=0.5, pause=0.05)
             turns += 1
-        in_turns = old.samples[first:], [s for s in young.samples if s[0] >= args.steps / 10]
-        old.until(sys.maxsize)
+        in_turns = [trainer.samples[first:] for trainer, first in zip((old, young), firsts, strict=True)]
+        old.go()
     samples = old.samples
-    tenth = args.steps / 10
     settled = [s for s in samples if tenth <= s[0] < args.steps]
     late = [s for s in settled if s[0] >= 9 * tenth]
     early = [s for s in settled if s[0] < 2 * tenth]
@@ -159,7 +153,7 @@ def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
     def speed(part: list[tuple[int, int, int, float]]) -> float:
         return (part[-1][0] - part[0][0]) / (part[-1][3] - part[0][3])
 
-    rates = [speed(in_turns[1]), speed(in_turns[0])]
+    old_rate, young_rate = map(speed, in_turns)
     return {
         "steps": args.steps,
         "objective": args.objective,
@@ -173,9 +167,9 @@ def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
         "memory_ratio": memory[1] / memory[0],
         "open_files_start": files[0],
         "open_files_end": files[1],
-        "steps_per_cpu_second_young": rates[0],
-        "steps_per_cpu_second_old": rates[1],
-        "speed_ratio": rates[1] / rates[0],
+        "steps_per_cpu_second_young": young_rate,
+        "steps_per_cpu_second_old": old_rate,
+        "speed_ratio": old_rate / young_rate,
     }
 
 

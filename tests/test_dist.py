@@ -474,7 +474,7 @@ def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: 
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment())
     try:
         while done < kills and launcher.poll() is None:
-            # Two more checkpoints, then any moment: in a step, or in the next checkpoint.
+            # Two more checkpoints; then in turn any moment, and the beginning of the next checkpoint.
             before = len(rows_so_far(run)) if done else 0
             wait_for_step(run, min(before + 6, steps - 8), launcher)
             there = workers(launcher) if launcher.poll() is None else []
@@ -562,14 +562,13 @@ def test_a_node_that_is_lost_comes_back(data: Path, tmp_path: Path, mode: str) -
             os.kill(process, signal.SIGKILL)
         nodes[1].wait(timeout=10)
         start()
-        texts = [(tmp_path / f"node-{number}.log") for number in range(3)]
-        assert [nodes[number].wait(timeout=180) for number in (0, 2)] == [0, 0], [
-            text.read_text()[-2000:] for text in texts
-        ]
+        ended = [nodes[number].wait(timeout=180) for number in (0, 2)]
     finally:
         for node in nodes:
             node.kill()
-    assert "resuming at step" in texts[0].read_text() + texts[2].read_text()
+    first, _, anew = ((tmp_path / f"node-{number}.log").read_text() for number in range(3))
+    assert ended == [0, 0], (first[-2000:], anew[-2000:])
+    assert "resuming at step" in first + anew
     assert_equal(everything(run), everything(whole))
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(whole)]
 
