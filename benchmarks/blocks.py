@@ -212,7 +212,8 @@ class Comparison:
                 log, lock, "eval/masked.py", final, *common, "--tokens", self.args.score_tokens, "--samples", 2
             )
         else:
-            ks = "1" if arm.blocks <= 1 else f"1,{arm.blocks}"
+            # End to end at the others' numbers of levels too: what a walk loses to levels is not what it loses to blocks.
+            ks = {0: "1", 1: "1,2,3,4,6"}.get(arm.blocks, f"1,{arm.blocks}")
             self.slice.call(log, lock, "benchmarks/quality_score.py", final, *common, "--tokens", self.args.score_tokens,
                             "--k", ks, "--threads", self.args.threads)  # fmt: skip
             if self.args.judge is not None:
@@ -224,7 +225,10 @@ class Comparison:
         if "blocks" not in extra:
             extra["blocks"] = {}
         self.slice.measured(job.arm, self.budget, time.monotonic() - started)
-        result = {**json.loads(score.read_text()), "arm": job.arm, "seed": job.seed, "call": self.head,
+        scored = json.loads(score.read_text())
+        if "tokens" in scored:
+            scored["scored_tokens"] = scored.pop("tokens")
+        result = {**scored, "arm": job.arm, "seed": job.seed, "call": self.head,
                   "machine": platform.processor() or platform.machine(), "device": self.args.device, **extra}  # fmt: skip
         write_atomic(self.folder / f"{job.name}.json", json.dumps(result))
 

@@ -63,10 +63,12 @@ def main(args: Args) -> int:
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
     batches = list(validation_batches(data, length, args.batch_size, args.tokens))
     found = objective.elbo(model, batches, tokenizer, args.seed, args.draws)
-    alone = f", of block {config.blocks.only} alone" if config.blocks.only else ""
+    what = (
+        "at most" if not config.blocks.only else f"the term of block {config.blocks.only}, which alone bounds nothing:"
+    )
     print(
-        f"{checkpoint}: at most {found.bits_per_character:.4f} bits per character, {found.nats:.4f} nats per token"
-        f" (± {found.stderr:.4f}){alone}; {found.tokens:,} held-out tokens, {args.draws} draws, seed {args.seed}"
+        f"{checkpoint}: {what} {found.bits_per_character:.4f} bits per character, {found.nats:.4f} nats per token"
+        f" (± {found.stderr:.4f}); {found.tokens:,} held-out tokens, {args.draws} draws, seed {args.seed}"
     )
     for block, nats in found.by_block.items():
         print(f"  block {block}: {nats:.4f} nats per token")
@@ -77,9 +79,11 @@ def main(args: Args) -> int:
         for text in texts:
             print(f"--- {text!r}")
     if args.json is not None:
+        whole = {"bits_per_character": found.bits_per_character, "nats": found.nats} if not config.blocks.only else {}
         result = {
-            "bits_per_character": found.bits_per_character, "nats": found.nats, "stderr": found.stderr,
-            "by_block": found.by_block, "tokens": found.tokens, "characters": found.characters, "draws": args.draws,
+            **whole, "stderr": found.stderr, "by_block": found.by_block,
+            "by_sequence": [round(nats, 4) for nats in found.by_sequence],
+            "tokens": found.tokens, "characters": found.characters, "draws": args.draws,
             "seed": args.seed, "samples": texts,
         }  # fmt: skip
         write_atomic(args.json, json.dumps(result, indent=1))

@@ -2,8 +2,8 @@
 
     partition = Partition.cut(density, n_blocks, gamma=0.1)        # who has which noise
     blocks = convert(layers, n_blocks, density, width=64, sd=0.5)  # any layers x -> x + f(x) of one width
-    blocks.loss(2, y, rng)                                         # trains block 2 and touches no other
-    blocks.walk(z)                                                 # from noise to data, block 1 to block B
+    blocks.loss(2, y, u, eps).backward()                           # trains block 2 and touches no other
+    blocks.walk(eps)                                               # from noise to data, block 1 to block B
 
 A residual stack makes small steps from its input to its output; so does a reverse diffusion from noise to data. The
 conversion takes the one for the other: L layers become B blocks, block b becomes the denoiser of its own range of noise
@@ -138,6 +138,7 @@ class DiffusionBlocks(nn.Module):
 
     def denoise(self, number: int, z: Tensor, sigma_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block ``number``'s estimate of y given z = y + sigma eps; what else the layers take is passed on to them."""
+        sigma_B = sigma_B.to(z.device)
         sigma = sigma_B.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
         out = self.block(number)(self.precond.view(z, sigma), self.precond.c_noise(sigma_B.float()), *args, **kwargs)
         return self.precond.combine(z, out, sigma)
@@ -145,7 +146,7 @@ class DiffusionBlocks(nn.Module):
     def loss(self, number: int, y: Tensor, u_B: Tensor, eps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Block ``number``'s squared error, each level weighing the same (EDM, arXiv 2206.00364, eq. 8). ``u`` uniform in
         [0, 1) draws the levels, ``eps`` (y's shape) is standard normal."""
-        sigma_B = self.draw(number, u_B)
+        sigma_B = self.draw(number, u_B).to(y.device)
         sigma = sigma_B.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
         estimate = self.denoise(number, y + sigma * eps, sigma_B, *args, **kwargs)
         return (self.precond.weight(sigma) * (estimate - y).square()).mean()
@@ -156,7 +157,7 @@ class DiffusionBlocks(nn.Module):
         levels = self.partition.levels(steps or self.partition.n_blocks)
         z = eps * levels[0]
         for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
-            sigma_B = torch.full((len(z),), sigma, dtype=torch.float64)
+            sigma_B = torch.full((len(z),), sigma, dtype=torch.float64, device=z.device)
             estimate = self.denoise(self.partition.block_of(sigma), z, sigma_B, *args, **kwargs)
             z = following / sigma * z + (1 - following / sigma) * estimate
         return z

@@ -14,12 +14,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -348,14 +349,16 @@ class Checkpoint:
         """Whether several processes wrote it, each its part."""
         return not (self.path / "model.safetensors").exists()
 
-    def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """Parameters by name, whole, on the CPU; with ``averaged`` their moving average where one was kept."""
+    def weights(self, averaged: bool = False, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+        """Parameters by name, whole, on the CPU; with ``averaged`` their moving average where one was kept. ``keep`` says
+        which names are wanted: of a checkpoint in one file no others are read."""
         if self.sharded:
             from recurrent_db import sharded
 
-            return (averaged and sharded.read(self.path, "average")) or sharded.read(self.path, "weights")
+            found = (averaged and sharded.read(self.path, "average")) or sharded.read(self.path, "weights")
+            return {name: value for name, value in found.items() if keep is None or keep(name)}
         average = self.path / "ema.safetensors"
-        return _tensors(average if averaged and average.exists() else self.path / "model.safetensors")
+        return _tensors(average if averaged and average.exists() else self.path / "model.safetensors", keep)
 
     def optimizer(self) -> dict[str, Tensor]:
         """`optimizer_tensors`'s result, whole, on the CPU."""
@@ -384,10 +387,13 @@ class Checkpoint:
         return state, objective, updates
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises `UserError`."""
+def _tensors(path: Path, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file (those that ``keep`` asks for), on the CPU. Raises `UserError`."""
     try:
-        return load_file(path)
+        if keep is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if keep(name)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {error}") from None
 

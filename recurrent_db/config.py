@@ -651,7 +651,7 @@ def validate(config: Config) -> None:
         for s in (token.sigma_min, token.sigma_max)
     )
     need(
-        token.density != "log-normal" or high - low > 1e-6,
+        high - low > 1e-6 or not (token.density == "log-normal" or (model.n_blocks and token.density == "adaptive")),
         f"objective.token: log-normal({token.p_mean}, {token.p_std}) has no mass in"
         f" [{token.sigma_min}, {token.sigma_max}]",
     )

@@ -29,6 +29,7 @@ from recurrent_db.model import build_model
 from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.schedule import budget_progress
 
 ACCOUNT = "blocks.json"
 """What a joined run says of its blocks: where each is from, and what it cost."""
@@ -92,11 +93,17 @@ class Part:
         }
         taken = tensor_bytes(self.shared().values()) if self.config.init.from_ else 0
         alone = bool(self.config.blocks.only)
+        counted = {
+            name: getattr(state, name) for name in ("tokens", "flops", "flops_forward", "flops_backward", "seconds")
+        }
+        if not alone:  # the run's counters are of all its blocks
+            counted = _of_block(rows, number, list(counted))
+            split = {}
+        spent = budget_progress(self.config.budget, state.flops, state.tokens, state.step, state.seconds)
         return {
             "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": content_hash(self.checkpoint.path),
             "alone": alone, "layers": self.config.model.block_layers[number - 1], "seed": self.config.seed,
-            "steps": state.step, "tokens": state.tokens, "flops": state.flops, "flops_forward": state.flops_forward,
-            "flops_backward": state.flops_backward, "seconds": state.seconds,
+            "steps": state.step, **counted, "budget_spent": min(spent, 1.0),
             "parameters": sum(value.numel() for value in self.block(number).values()),
             "trains_shared": trains_shared(self.config, number),
             "memory": split, "peak_memory_bytes": max((row["peak_memory_bytes"] or 0 for row in rows), default=None),
@@ -107,6 +114,16 @@ class Part:
                                     if name.startswith("eval/loss_sigma_")} for row in reversed(rows)
                                    if f"eval/loss_block_{number}" in row), {}),
         }  # fmt: skip
+
+
+def _of_block(rows: list[dict[str, Any]], number: int, names: list[str]) -> dict[str, Any]:
+    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth."""
+    sums = dict.fromkeys(names, 0)
+    for before, row in zip([dict.fromkeys(names, 0), *rows], rows, strict=False):
+        if f"loss_block_{number}" in row:
+            for name in names:
+                sums[name] += row[name] - before[name]
+    return sums
 
 
 def _contradiction(first: Part, other: Part) -> str | None:
@@ -213,6 +230,8 @@ def main(args: JoinArgs) -> int:
         print(json.dumps(account, indent=1))
         return 0
     for number, block in account["blocks"].items():
+        if block["budget_spent"] < 1:
+            print(f"note: {block['run']} was stopped at {block['budget_spent']:.0%} of its budget", file=sys.stderr)
         print(
             f"block {number}: {block['layers']} layers, {block['tokens']:,} tokens, {block['flops']:.4g} FLOPs,"
             f" from {block['run']} ({block['checkpoint']})"

@@ -11,8 +11,10 @@ from recurrent_db.checkpoint import Checkpoint, check_weights, find_checkpoint, 
 from recurrent_db.config import WALKS, Config, validate
 from recurrent_db.errors import UserError
 from recurrent_db.hardware import choose_device
+from recurrent_db.model.blocks import BlocksLM, plain_weights
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective, restore
+from recurrent_db.objectives.blocks import trains_shared
 from recurrent_db.tokenizer import Tokenizer
 
 
@@ -72,3 +74,64 @@ def load(
     if compiled:
         model.compile_decoding()
     return model, tokenizer
+
+
+def _tables(name: str) -> bool:
+    """Whether a parameter of a model in blocks is of the tables that blocks share."""
+    return not name.startswith("blocks.")
+
+
+def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
+    """Fill a new run's model from the run that ``init.from`` names. Returns a line that says what it took.
+
+    A model that starts to be conditioned on noise keeps its own zero-initialised conditioning. Of a model in blocks each
+    takes what the other has of its own, and nothing else is read: the shared tables, and blocks that both hold.
+
+    Raises:
+        UserError: no run there, another tokenizer or shape.
+    """
+    source = Checkpoint(find_checkpoint(Path(config.init.from_)))
+    if source.tokenizer().hash != tokenizer.hash:
+        raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
+    if not isinstance(model, BlocksLM):
+        load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
+        return f"starting from the weights of {source.path}"
+    theirs = source.config().model
+    if not theirs.n_blocks and theirs.n_core != config.model.n_core:
+        raise UserError(
+            f"init.from {config.init.from_} has {theirs.n_core} layers, and {config.model.n_core} are cut into blocks here"
+        )
+    held = tuple(f"blocks.{number}." for number in model.held())
+    keep = (lambda name: _tables(name) or name.startswith(held)) if theirs.n_blocks else None
+    weights = plain_weights(source.weights(averaged=True, keep=keep), config.model)
+    load_weights(model, weights, str(source.path), allow_new=("noise_embedding.", "blocks."))
+    taken = [number for number in model.held() if any(name.startswith(f"blocks.{number}.") for name in weights)]
+    drawn = [number for number in model.held() if number not in taken]
+    return (
+        f"starting from {source.path}: its embedding"
+        + "".join(f", block {number}" for number in taken)
+        + "".join(f"; block {number} as drawn" for number in drawn)
+    )
+
+
+def check_owner(model: LoopedLM, config: Config) -> None:
+    """See that a block which goes on still has its owner's tables, where these can be looked at.
+
+    Raises:
+        UserError: the owner was trained further, or anew.
+    """
+    only = config.blocks.only
+    if (
+        not only
+        or config.blocks.shared != "owned"
+        or trains_shared(config, only)
+        or not Path(config.init.from_).exists()
+    ):
+        return
+    theirs = Checkpoint(find_checkpoint(Path(config.init.from_))).weights(averaged=True, keep=_tables)
+    ours = dict(model.named_parameters())
+    if any(name in ours and not torch.equal(value, ours[name].detach().cpu()) for name, value in theirs.items()):
+        raise UserError(
+            f"cannot resume {config.run.dir}: the embedding of {config.init.from_} is no longer the one that block {only}"
+            f" was trained on; train block {only} anew, in another run directory or with --overwrite"
+        )

@@ -36,6 +36,13 @@ MICRO = [
 ]  # fmt: skip
 """Dotted options for a model of about 20 thousand parameters: a step takes milliseconds."""
 
+BLOCKS = [
+    "--objective.name", "denoise-token",
+    "--model.n_prelude", "0", "--model.n_core", "4", "--model.n_coda", "0", "--model.expected_depth", "1",
+    "--objective.token.conditioning", "two-stream", "--objective.token.grid", "edges",
+]  # fmt: skip
+"""More, for one of four layers in blocks."""
+
 
 def load_script(path: str) -> ModuleType:
     """Import a script of train/, eval/ or benchmarks/ as a module."""
@@ -69,6 +76,11 @@ def change_loss(patch: pytest.MonkeyPatch, script: ModuleType, change: Callable[
 
 def micro_config(*overrides: object) -> Config:
     return load_config(None, [*MICRO, *map(str, overrides)])
+
+
+def blocks_config(*overrides: object, n: int = 4) -> Config:
+    """Four layers in ``n`` blocks."""
+    return micro_config(*BLOCKS, "--model.n_blocks", n, *overrides)
 
 
 def micro_model(config: Config, vocab_size: int = 61, spread: float = 0.3) -> tuple[LoopedLM, Objective]:

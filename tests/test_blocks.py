@@ -1,4 +1,4 @@
-"""Blocks that train alone: who has which noise, the conversion, the language model in blocks, runs of one block."""
+"""Blocks that train alone: who has which noise, the conversion, the language model in blocks."""
 
 from __future__ import annotations
 
@@ -6,55 +6,30 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MICRO, ROOT, batch, load_script, micro_config, micro_model, synthetic_data
+from helpers import BLOCKS, ROOT, batch, blocks_config, micro_config, micro_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import recurrent_db
 from recurrent_db import cli
 from recurrent_db.blocks import Partition, convert, split_layers
-from recurrent_db.checkpoint import Checkpoint, find_checkpoint
 from recurrent_db.config import load_config
 from recurrent_db.denoise.noise import LogNormal, LogUniform, draw_sigma
 from recurrent_db.errors import UserError
 from recurrent_db.flops import Passes, cost_per_token, step_cost, total
-from recurrent_db.generate import Decoder
-from recurrent_db.hf_export import export
-from recurrent_db.join import join
 from recurrent_db.likelihood import draw_log_probabilities, token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import BlockDenoise, BlockWalk, noise_partition
 from recurrent_db.recurrence import NoiseSource, Probe
-from recurrent_db.repl import ReplArgs, Session
-from recurrent_db.repl import main as repl_main
-from recurrent_db.reply import Settings
-from recurrent_db.report import write_report
-from recurrent_db.report.data import read_runs
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.trace import table, trace
 
 LAW = LogNormal(-0.4, 1.0, 0.02, 20.0)
-BLOCKS = [
-    "--objective.name", "denoise-token",
-    "--model.n_prelude", "0", "--model.n_core", "4", "--model.n_coda", "0", "--model.expected_depth", "1",
-    "--objective.token.conditioning", "two-stream", "--objective.token.grid", "edges",
-]  # fmt: skip
-
-
-def blocks_config(*overrides: object, n: int = 4):
-    return micro_config(*BLOCKS, "--model.n_blocks", n, *overrides)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,305 +389,10 @@ def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
         (["--objective.name", "next_token"], "cannot train a model in blocks"),
         (["--objective.token.conditioning", "inject"], "two-stream"),
         (["--model.n_blocks", 0, "--blocks.only", 1], "needs a model in blocks"),
+        (["--objective.token.density", "adaptive", "--objective.token.p_mean", 50], "has no mass"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words: list[object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         blocks_config(*words)
     assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs of one block
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
-
-
-def options(data: Path, n: int, *more: object) -> list[str]:
-    return [
-        *MICRO, *BLOCKS, "--model.n_blocks", str(n), "--data.path", str(data), "--budget.steps", "6", "--eval.points", "1",
-        *map(str, more),
-    ]  # fmt: skip
-
-
-def train(data: Path, run: Path, n: int, *more: object, resume: str = "") -> int:
-    config = load_config(None, [*options(data, n, *more), "--run.dir", str(run)])
-    return load_script("train/pretrain.py").train(config, resume)
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    return Checkpoint(find_checkpoint(run)).weights()
-
-
-@pytest.fixture(scope="module")
-def frozen_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two blocks over a frozen embedding, one after another in this process."""
-    root = tmp_path_factory.mktemp("frozen")
-    runs = [root / "one", root / "two"]
-    for number, run in enumerate(runs, 1):
-        assert train(data, run, 2, "--blocks.only", number, "--blocks.shared", "frozen") == 0
-    return runs
-
-
-# What the processes of `blocks.sh` may not do. The files that one opens are kept, to see that no other's are among them.
-WATCH = """
-import atexit, os, sys
-opened = []
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"):
-        raise SystemExit(f"a block spoke to somebody: {event}")
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.fsdecode(arguments[0]))
-sys.addaudithook(watch)
-def report():
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        opened.append("PROCESS GROUP")
-    with open(os.path.join(os.environ["OPENED"], str(os.getpid())), "w") as file:
-        file.write("\\n".join(opened))
-atexit.register(report)
-"""
-
-
-def test_processes_at_once_share_nothing_and_equal_one_after_another(
-    data: Path, frozen_runs: list[Path], tmp_path: Path
-) -> None:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "opened").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(WATCH)
-    (tmp_path / "c.toml").write_text("")
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "OPENED": str(tmp_path / "opened")}
-    words = [ROOT / "train/launch/blocks.sh", tmp_path / "c.toml", tmp_path / "runs"]
-    result = subprocess.run(
-        [*map(str, words), *options(data, 2, "--blocks.shared", "frozen")],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    for number, alone in enumerate(frozen_runs, 1):
-        theirs = weights(tmp_path / "runs" / f"block-{number}")
-        ours = weights(alone)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    logs = [path.read_text() for path in (tmp_path / "opened").iterdir()]
-    trainers = [log for log in logs if "train/pretrain.py" in log]
-    assert len(trainers) == 2
-    assert not any("PROCESS GROUP" in log for log in trainers)
-    assert all(("/runs/block-1/" in log) != ("/runs/block-2/" in log) for log in trainers)
-    # The joined model holds each block's own bits, and scores and generates.
-    joined = weights(tmp_path / "runs/joined")
-    assert joined.keys() == weights(frozen_runs[0]).keys() | weights(frozen_runs[1]).keys()
-    for alone in frozen_runs:
-        assert all(torch.equal(value, joined[name]) for name, value in weights(alone).items())
-    account = json.loads((tmp_path / "runs/joined/blocks.json").read_text())["blocks"]
-    assert {number: block["alone"] for number, block in account.items()} == {"1": True, "2": True}
-    assert all(block["flops"] > 0 and block["memory"]["parameters_bytes"] > 0 for block in account.values())
-
-
-def test_the_joined_model_is_like_any_other(frozen_runs: list[Path], tmp_path: Path) -> None:
-    join(frozen_runs, tmp_path / "joined")
-    model, tokenizer = recurrent_db.load(tmp_path / "joined", "cpu")
-    assert recurrent_db.generate(model, tokenizer, "ab", k=2, max_new_tokens=4, temperature=0.0)
-    # What generation draws from its cache is what scoring gives without one.
-    ids = torch.tensor([[20, 31, 42, 53, 64]])
-    noise = NoiseSource(Rng(0, EVALUATION_STEP), torch.tensor([0]), model.config.max_seq_len)
-    with torch.no_grad():
-        [(_, whole)] = model.recurrence.hidden(model, ids, model.encode(ids), [2], noise)
-        decoder = Decoder(model, [[20]], 2, 5, Rng(0, EVALUATION_STEP), [0])
-        for position, token in enumerate([31, 42, 53, 64, 0]):
-            step = decoder.logits()[0]
-            torch.testing.assert_close(step, model.logits(whole)[0, position], rtol=1e-3, atol=1e-3)
-            decoder.ids[0].append(token)
-    config = Checkpoint(find_checkpoint(tmp_path / "joined")).config()
-    assert config.blocks.only == 0
-
-
-def test_lm_eval_and_the_repl_take_a_joined_model(
-    frozen_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    join(frozen_runs, tmp_path / "joined")
-    model, tokenizer = recurrent_db.load(tmp_path / "joined", "cpu")
-    harness = pytest.importorskip("recurrent_db.lm_eval_model", reason="lm-eval is not installed")
-    lm = harness.RecurrentDBLM(str(tmp_path / "joined"), k=2, draws=2, device="cpu")
-    context, continuation = [20, 31, 42], [53, 64]
-    [(total, _)] = lm._loglikelihood_tokens([(("", ""), context, continuation)], disable_tqdm=True)
-    ids = torch.tensor([context + continuation])
-    log_p = token_log_probabilities(
-        model, ids[:, :-1], ids[:, 1:], [2], Rng(0, EVALUATION_STEP), torch.tensor([0]), draws=2
-    )
-    assert total < 0
-    assert math.isfinite(total)
-    assert abs(total - log_p[2][0, -2:].sum().item()) < 3  # other noise
-    found = trace(model, context + continuation, 3, 4)
-    assert found.log_p_NKV.shape[:2] == (3, 4)
-    lines = table(found, 0, model, tokenizer)
-    assert any(f"{noise_partition(blocks_config(n=2)).edges[1]:.3g}"[:4] in line for line in lines)
-    session = Session(model, tokenizer, Settings(k=2, max_new_tokens=4))
-    session.answer("ab")
-    session.answer("/compare 1 2")
-    assert capsys.readouterr().out
-
-
-def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]) -> None:
-    model, tokenizer = recurrent_db.load(frozen_runs[0], "cpu")
-    recurrent_db.generate(model, tokenizer, "ab", k=1, max_new_tokens=2)  # the first is a model at sigma_max
-    model, tokenizer = recurrent_db.load(frozen_runs[1], "cpu")
-    with pytest.raises(UserError, match="block 2 of 2 alone"):
-        recurrent_db.generate(model, tokenizer, "ab", k=2, max_new_tokens=2)
-    for run, k in ((frozen_runs[1], 1), (frozen_runs[0], 2)):
-        with pytest.raises(UserError, match=r"block . of 2 alone"):
-            repl_main(ReplArgs(run, k=k, device="cpu"))
-
-
-def test_a_model_in_blocks_is_not_exported(frozen_runs: list[Path], tmp_path: Path) -> None:
-    join(frozen_runs, tmp_path / "joined")
-    with pytest.raises(UserError, match="model in blocks, which the exported format has no code for"):
-        export(tmp_path / "joined", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_one_block_is_stopped_continued_and_replaced(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:
-    frozen = ["--blocks.only", 2, "--blocks.shared", "frozen", "--seed", 0, "--optim.lr", 1e-3]
-    assert train(data, tmp_path / "whole", 2, *frozen, "--run.checkpoint_every", 3) == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "two")
-    shutil.rmtree(find_checkpoint(tmp_path / "two"))  # as if it had been killed after the third step
-    assert find_checkpoint(tmp_path / "two").name == "step-00000003"
-    assert train(data, tmp_path / "two", 2, *frozen, "--run.checkpoint_every", 3, resume="newest") == 0
-    resumed, whole = weights(tmp_path / "two"), weights(tmp_path / "whole")
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    join(frozen_runs, tmp_path / "joined")
-    join([tmp_path / "joined", tmp_path / "whole"], tmp_path / "again")
-    again, before = weights(tmp_path / "again"), weights(tmp_path / "joined")
-    for name, value in again.items():
-        assert torch.equal(value, whole[name] if name.startswith("blocks.2.") else before[name])
-    account = json.loads((tmp_path / "again/blocks.json").read_text())["blocks"]
-    assert [account[number]["run"] for number in "12"] == [str(frozen_runs[0]), str(tmp_path / "whole")]
-    join([frozen_runs[0], tmp_path / "two"], tmp_path / "again", overwrite=True)
-    assert torch.equal(weights(tmp_path / "again")["blocks.2.final_norm.weight"], resumed["blocks.2.final_norm.weight"])
-
-
-def test_the_owner_of_the_embedding_is_trained_first(data: Path, tmp_path: Path) -> None:
-    assert train(data, tmp_path / "one", 2, "--blocks.only", 1) == 0
-    assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "one") == 0
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert torch.equal(one["embedding.weight"], two["embedding.weight"])
-    start = build_model(
-        load_config(None, options(data, 2, "--model.vocab_size", len(one["embedding.weight"]))).model, 0
-    )
-    assert not torch.equal(one["embedding.weight"], start.embedding.weight)
-    # The memory of a block: nothing of the other, and no moments for a table that is not trained.
-    assert not any(name.startswith("blocks.1.") for name in two)
-    moments = Checkpoint(find_checkpoint(tmp_path / "two")).optimizer()
-    assert not any("embedding.weight" in name.split("/")[1].split(".noise_")[0] and name.endswith("/embedding.weight")
-                   for name in moments)  # fmt: skip
-    account = join([tmp_path / "two", tmp_path / "one"], tmp_path / "joined")["blocks"]
-    assert (account["1"]["bytes_read_before_training"], account["1"]["trains_shared"]) == (0, True)
-    assert account["2"]["bytes_read_before_training"] == one["embedding.weight"].numel() * 4
-    # An owner that was trained anew no longer fits.
-    assert train(data, tmp_path / "anew", 2, "--blocks.only", 1, "--seed", 1) == 0
-    with pytest.raises(UserError, match="shared embedding differs"):
-        join([tmp_path / "two", tmp_path / "anew"], tmp_path / "bad")
-    assert not (tmp_path / "bad").exists()
-    with pytest.raises(UserError, match="block 1 owns: give that block"):
-        train(data, tmp_path / "lone", 2, "--blocks.only", 2)
-
-
-def test_a_plain_model_becomes_blocks(data: Path, tmp_path: Path) -> None:
-    plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.token.grid", "edges"]
-    assert train(data, tmp_path / "plain", 2, *plain) == 0
-    before = weights(tmp_path / "plain")
-    assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "plain", "--blocks.shared",
-                 "frozen", "--optim.lr", "1e-12") == 0  # fmt: skip
-    after = weights(tmp_path / "two")
-    for ours, theirs in (("embedding.weight", "embedding.weight"), ("blocks.2.final_norm.weight", "final_norm.weight"),
-                         ("blocks.2.core.blocks.1.attn.qkv.weight", "core.blocks.3.attn.qkv.weight")):  # fmt: skip
-        torch.testing.assert_close(after[ours], before[theirs], rtol=0, atol=1e-8)
-
-
-def test_the_report_shows_blocks(frozen_runs: list[Path], tmp_path: Path) -> None:
-    join(frozen_runs, tmp_path / "joined")
-    write_report([tmp_path / "joined", *frozen_runs], tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    section = page[page.index('id="blocks"') : page.index('id="machine"')]
-    assert section.count("block 1") == section.count("block 2") == 2  # of the joined run, and of its own
-    losses = read_runs([tmp_path / "joined"])[0]
-    account = json.loads((tmp_path / "joined/blocks.json").read_text())["blocks"]
-    assert len(losses.loss_by_sigma) == sum(len(block["loss_by_sigma"]) for block in account.values()) == 9
-    assert f"{account['1']['loss']:.3f}" in section
-    assert "none" in section
-
-
-def test_mistakes_in_joining_are_one_line(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:
-    one, two = frozen_runs
-    assert train(data, tmp_path / "other", 2, "--blocks.only", 2, "--blocks.shared", "frozen", "--seed", 5) == 0
-    for paths, message in (
-        ([one], "no run given holds block 2"),
-        ([one, two, tmp_path / "copy"], "hold block 1"),
-        ([one, tmp_path / "other"], "shared embedding differs"),
-        ([one, tmp_path / "nowhere"], "no run directory"),
-    ):
-        if paths[-1].name == "copy":
-            shutil.copytree(one, tmp_path / "copy")
-        with pytest.raises(UserError, match=message) as caught:
-            join(paths, tmp_path / "out")
-        assert "\n" not in str(caught.value)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match="exists"):
-            join(frozen_runs, tmp_path / "mine", overwrite)
-    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
-    assert cli.run(["blocks", "join", str(one), str(two), str(tmp_path / "out")]) == 0
-    with pytest.raises(UserError, match="one run or more"):
-        cli.run(["blocks", "join", str(one)])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The benchmark
-
-SMALL = (
-    "model.d_model=32 model.n_heads=2 model.d_mlp=48 model.d_condition=16 model.max_seq_len=32 data.sequence_length=32"
-    " data.batch_size=4"
-)
-
-
-def test_a_blocks_memory_is_that_of_its_layers(
-    script_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    result = script_here("benchmarks/blocks.py", "--memory", "--options", SMALL, "--results", tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = {row["name"]: row for row in json.loads((tmp_path / "blocks-memory.json").read_text())["rows"]}
-    assert rows["B = 1, block 1"]["ratio"] == 1
-    for number in (1, 2):
-        assert rows[f"B = 4, block {number}"]["rest_ratio"] <= 0.33
-        assert rows[f"B = 4, block {number}"]["rest_ratio"] < rows[f"B = 2, block {number}"]["rest_ratio"] <= 0.6
-    assert rows["B = 2, block 1"]["tables_bytes"] == 4 * rows["B = 2, block 2"]["tables_bytes"] == 4 * 1024 * 32 * 4
-
-
-@pytest.mark.long
-def test_the_comparison_runs_and_goes_on(
-    script: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
-) -> None:
-    places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--data", data, "--device", "cpu"]
-    sizes = ["--seeds", 0, "--budget-flops", 2e8, "--score-tokens", 512, "--draws", 2]
-    words = ["benchmarks/blocks.py", *places, *sizes, "--options", SMALL + " data.verify=False"]
-    first = script(*words, "--arms", "next_token,blocks-4")
-    assert first.returncode == 0, first.stderr
-    whole = script(*words, "--arms", "next_token,blocks-4,blocks-4-swap,masked-3")
-    assert whole.returncode == 0, whole.stderr
-    assert "start blocks-4-seed0" not in whole.stderr  # it is done
-    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results/blocks").glob("*.json")}
-    assert set(results) == {f"{arm}-seed0" for arm in ("next_token", "blocks-4", "blocks-4-swap", "masked-3")}
-    swapped, before = results["blocks-4-swap-seed0"], results["blocks-4-seed0"]
-    assert swapped["nll_by_k"]["1"] == before["nll_by_k"]["1"]
-    assert swapped["nll_by_k"]["4"] != before["nll_by_k"]["4"]
-    assert len(before["blocks"]) == 4
-    assert results["masked-3-seed0"]["bits_per_character"] > 0
-    wrong = script(*words, "--arms", "next_token", "--draws", 3)
-    assert wrong.returncode == 2
-    assert "another draws" in wrong.stderr

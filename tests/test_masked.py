@@ -134,6 +134,29 @@ def test_draws_are_spread_and_keyed_by_the_sequence() -> None:
     assert [strata(0.9, i, 4) for i in range(4)] == pytest.approx([0.9, 0.15, 0.4, 0.65])
 
 
+def test_scored_sequences_share_the_times_evenly_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out sequences are spread over the split, so their sample indices are far apart and may all be multiples."""
+    model, objective = built(2)
+    seen: dict[int, list[float]] = {1: [], 2: []}
+    losses = objective._losses
+
+    def watched(model: BlocksLM, block: int, micro: Batch, t_B: Tensor, hide_BT: Tensor) -> tuple[Tensor, Tensor]:
+        seen[block] += t_B.tolist()
+        return losses(model, block, micro, t_B, hide_BT)
+
+    monkeypatch.setattr(objective, "_losses", watched)
+    tokens = torch.arange(48).view(8, 6) % VOCAB
+    batches = [
+        Batch(tokens[at:end], tokens[at:end], torch.zeros(end - at, 6), torch.arange(at, end) * 1024)
+        for at, end in ((0, 3), (3, 8))
+    ]
+    found = objective.elbo(model, batches, synthetic_tokenizer(), seed=0)
+    for times in seen.values():
+        gaps = torch.tensor(times, dtype=torch.float64).sort().values.diff()
+        torch.testing.assert_close(gaps, torch.full((7,), 0.5 / 8, dtype=torch.float64))
+    assert math.fsum(found.by_sequence) / 8 == pytest.approx(found.nats)
+
+
 def test_flops_know_that_both_sides_are_seen() -> None:
     config = masked_config(2)
     config.model.vocab_size = VOCAB
@@ -189,6 +212,11 @@ def test_a_run_in_blocks_is_scored_joined_and_refuses_what_it_cannot_do(
     scored = json.loads((tmp_path / "out.json").read_text())
     assert scored["nats"] == pytest.approx(sum(scored["by_block"].values()))
     assert len(scored["samples"]) == 2
+    alone = script_here(
+        "eval/masked.py", runs[0], "--data", data, "--tokens", 512, "--draws", 2, "--json", tmp_path / "1.json"
+    )
+    assert "term of block 1, which alone bounds nothing" in alone.stdout
+    assert set(json.loads((tmp_path / "1.json").read_text())).isdisjoint({"bits_per_character", "nats"})
     model, tokenizer = recurrent_db.load(tmp_path / "joined", "cpu")
     with pytest.raises(UserError, match="left to right"):
         recurrent_db.generate(model, tokenizer, "ab")

@@ -26,7 +26,6 @@ from recurrent_db.checkpoint import (
     clean_leftovers,
     find_checkpoint,
     list_checkpoints,
-    load_weights,
     restore,
     save_checkpoint,
 )
@@ -52,11 +51,11 @@ from recurrent_db.guard import (
 )
 from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
 from recurrent_db.likelihood import score
+from recurrent_db.loading import check_owner, start_from
 from recurrent_db.memory import MemorySplit
 from recurrent_db.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
-from recurrent_db.model.blocks import plain_weights
 from recurrent_db.objectives import Metrics, ScoresItself, build_objective
 from recurrent_db.objectives import restore as restore_objective
 from recurrent_db.objectives.blocks import freeze_shared
@@ -206,20 +205,13 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     if checkpoint is not None:
         notes = check_resumable(config, checkpoint, tokenizer)
     elif config.init.from_:
-        source = Checkpoint(find_checkpoint(Path(config.init.from_)))
-        if source.tokenizer().hash != tokenizer.hash:
-            raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
-        # A model that starts to be conditioned on noise keeps its own zero-initialised conditioning.
-        # Of a model in blocks each takes what the other has of its own: the embedding, and blocks that both hold.
-        new = ("noise_embedding.", *(("blocks.",) if config.model.n_blocks else ()))
-        weights = source.weights(averaged=True)
-        weights = plain_weights(weights, config.model) if config.model.n_blocks else weights
-        load_weights(model, weights, str(source.path), allow_new=new)
+        notes = [start_from(model, config, tokenizer)]
     team.wrap(model, config, bfloat16)
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if checkpoint is not None:
         restore(checkpoint, model, optimizer, ema)
+        check_owner(model, config)
         state, objective_state, ema_updates = checkpoint.training()
         restore_objective(objective, objective_state, checkpoint.path)
         loader.seed = data_seed(config, state.rollbacks)

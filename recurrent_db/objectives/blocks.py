@@ -39,7 +39,7 @@ HELD_OUT_LEVELS = 4
 
 def noise_partition(config: Config) -> Partition:
     """Which block has which noise level. A density that is fitted in training is fitted within each block's range, which
-    does not move: the ranges are cut by the law that it starts from (``token.density`` log-uniform, else log-normal)."""
+    does not move: the ranges are cut by the log-uniform law where ``token.density`` is that, else by the log-normal."""
     denoise = config.objective.token
     ends = denoise.sigma_min, denoise.sigma_max
     law = LogUniform(*ends) if denoise.density == "log-uniform" else LogNormal(denoise.p_mean, denoise.p_std, *ends)

@@ -72,6 +72,8 @@ class Elbo:
     """The term of each block; their sum is the bound."""
     stderr: float
     """Of the sum, over sequences."""
+    by_sequence: list[float]
+    """The sum of each, in nats per token: two models are told apart by the differences."""
     tokens: int
     characters: int
 
@@ -126,11 +128,15 @@ class Masked(Stateless):
         loss, losses_BT = cross_entropy(model, hidden, tokens_BT, weights_BT)
         return loss, losses_BT * weights_BT
 
-    def _draw(self, block: int, batch: Batch, rng: Rng, count: int, draw: int = 0) -> tuple[Tensor, Tensor]:
-        """Times in the block's range, float64 (B,), and what is hidden at them, bool (B, T), on the CPU."""
+    def _draw(
+        self, block: int, batch: Batch, rng: Rng, count: int, draw: int = 0, first: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Times in the block's range, float64 (B,), and what is hidden at them, bool (B, T), on the CPU. ``count`` sequences
+        share the range evenly: in training those of a batch, by their sample index, else by their place, from ``first``."""
         low, high = self.partition.range_of(block)
         shift = rng.scalar(f"time/{block}/{draw}")
-        u_B = torch.tensor([strata(shift, i, count) for i in batch.sample_index_B.tolist()], dtype=torch.float64)
+        places = batch.sample_index_B.tolist() if first is None else range(first, first + len(batch))
+        u_B = torch.tensor([strata(shift, place, count) for place in places], dtype=torch.float64)
         t_B = high - u_B * (high - low)  # above low, so never 0
         u_BT = rng.uniform(batch.sample_index_B, (batch.tokens_BT.shape[1],), f"mask/{block}/{draw}")
         return t_B, u_BT < t_B[:, None]
@@ -164,7 +170,7 @@ class Masked(Stateless):
         rng, batches = Rng(seed, EVALUATION_STEP), list(batches)
         count = sum(map(len, batches))
         sums: dict[int, list[Tensor]] = {block: [] for block in model.held()}
-        tokens = characters = 0
+        tokens = characters = scored = 0
         for batch in batches:
             tokens += batch.tokens_BT.numel()
             characters += sum(len(tokenizer.decode(row)) for row in batch.tokens_BT.tolist())
@@ -172,14 +178,18 @@ class Masked(Stateless):
             for block in model.held():
                 low, high = self.partition.range_of(block)
                 each = [
-                    self._losses(model, block, here, *self._draw(block, batch, rng, count, d))[1] for d in range(draws)
+                    self._losses(model, block, here, *self._draw(block, batch, rng, count, d, first=scored))[1]
+                    for d in range(draws)
                 ]
                 mean_B = torch.stack(each).double().mean((0, 2)).cpu()
                 sums[block].append((high - low) * mean_B)
+            scored += len(batch)
         terms = {block: torch.cat(parts) for block, parts in sums.items()}
         whole_N = torch.stack(list(terms.values())).sum(0)
         stderr = (whole_N.std() / math.sqrt(len(whole_N))).item() if len(whole_N) > 1 else math.nan
-        return Elbo({block: term.mean().item() for block, term in terms.items()}, stderr, tokens, characters)
+        return Elbo(
+            {block: term.mean().item() for block, term in terms.items()}, stderr, whole_N.tolist(), tokens, characters
+        )
 
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         """The bound by block; of a whole model also in nats per token and bits per character."""

@@ -45,7 +45,7 @@ def blocks(page: Page) -> str:
             held = sum(v for v in (number(value) for value in split.values()) if v is not None)
             flops = [number(block.get(key)) for key in ("flops", "flops_forward", "flops_backward")]
             read = number(block.get("bytes_read_before_training"))
-            alone = "none" if block.get("alone") else "trained with others"
+            others = (memory(read) if read else "nothing") if block.get("alone") else "trained with others"
             rows.append(
                 [
                     f"block {text(name)}" + ("<small>and the embedding</small>" if block.get("trains_shared") else ""),
@@ -54,17 +54,18 @@ def blocks(page: Page) -> str:
                     *(scientific(value) if value is not None else DASH for value in flops),
                     memory(held) if held else DASH,
                     memory(number(block.get("peak_memory_bytes"))),
-                    alone + (f"<small>read before: {memory(read)}</small>" if read else ""),
+                    others,
                     fixed(number(block.get("loss"))),
                 ]
             )
     if not rows:
         return ""  # no run is a block that was trained alone, or is joined of such: no section
     head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
-            "Sent to<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
+            "Read from<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
     caption = (
-        "Memory held: parameters, gradients, optimizer, average and activations of that block's process. The loss is that "
-        "of held-out text at noise levels of the block's own range, with the answer noised: less noise leaves less "
+        "Read from others: the tables of the block that owns them, once, before training; blocks that train alone send "
+        "nothing. Memory held: parameters, gradients, optimizer, average and activations of that block's process. The loss "
+        "is that of held-out text at noise levels of the block's own range, with the answer noised: less noise leaves less "
         "of it, and none but the first's at sigma_max is a likelihood. By level it is under “Loss by noise level”."
     )
     return table(head, rows, caption)

@@ -8,7 +8,8 @@
 # its log in RUNS/block-b.log; the whole model is RUNS/joined. Where a block owns the embedding (blocks.shared = owned) it is
 # trained first, and the others read it from there as they start; where it is frozen, all start at once.
 #
-# The same call again continues what was stopped and does not repeat what is done. To train a block anew, remove its folder.
+# The same call again continues what was stopped and does not repeat what is done; while a block is not done, none is joined.
+# A budget among the options is each block's. To train a block anew, remove its folder.
 # BLOCKS_AT_ONCE=1 trains them one after another, to the same bits. PYTHON names the interpreter.
 set -euo pipefail
 
@@ -18,7 +19,7 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 if [ $# -lt 2 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || [ "${1:-}" = -h ] && exit 0 || exit 2
 fi
 config=$1 runs=$2
@@ -71,17 +72,21 @@ stop() {
 }
 trap stop INT TERM
 
-failed=0
+failed=0 stopped=
+logs=()
 block() { # number, more words of the trainer
     local number=$1
     shift
     "$python" "$root/train/pretrain.py" "$config" "$@" --blocks.only "$number" --run.dir "$runs/block-$number" --resume \
         > "$runs/block-$number.log" 2>&1 &
     children+=($!)
+    logs+=("$runs/block-$number.log")
 }
 finish() { # waits for the oldest child
     wait "${children[0]}" || failed=1
-    children=("${children[@]:1}")
+    # A block that a signal stopped has saved itself and ends well, but is not done.
+    if grep -q '^stopped by signal' "${logs[0]}"; then failed=1 stopped="${logs[0]}"; fi
+    children=("${children[@]:1}") logs=("${logs[@]:1}")
 }
 
 given=("$@")
@@ -97,6 +102,10 @@ for number in $(seq "$n_blocks"); do
     block "$number" ${given[@]+"${given[@]}"}
 done
 while [ "${#children[@]}" -gt 0 ]; do finish; done
+if [ -n "$stopped" ]; then
+    echo "$(basename "$stopped" .log) was stopped; the same call continues" >&2
+    exit 130
+fi
 if [ "$failed" = 1 ]; then
     grep -h '^error' "$runs"/block-*.log >&2 || tail -n 3 "$runs"/block-*.log >&2
     exit 2
