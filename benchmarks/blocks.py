@@ -88,7 +88,8 @@ class Args:
     budget_flops: str = "3e13"
     """Training budget of an arm in model FLOPs, over all its blocks."""
     options: str = ""
-    """More configuration keys for every run, e.g. "optim.lr=1e-3 model.d_model=64"; keep --results apart for them."""
+    """More configuration keys for every run, e.g. "optim.lr=1e-3 model.d_model=64"; keep --work and --results apart for
+    them."""
     draws: int = 16
     """Noise draws of the mixture, or times of the masked bound."""
     score_tokens: int = 32_768
@@ -350,6 +351,7 @@ def main(args: Args) -> int:
     work = Comparison(args)
     left = list(work.pending())
     if args.minutes != 0:
+        work.slice.claim({"corpus": work.head["corpus"], "options": args.options})
         left = work.slice.run(lambda: list(work.pending()), work.do, work.seconds, work.finished)
     print("\n".join([HEAD, *(row(found) for found in work.results.values())]))
     if left:

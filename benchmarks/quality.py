@@ -100,7 +100,7 @@ class Args:
     arms: str = ""
     """Arms to run, separated by commas (default: all)."""
     seeds: str = "0,1"
-    """Seeds, separated by commas; the first sweeps the rates, the others take the best."""
+    """Seeds, separated by commas; the smallest sweeps the rates, the others take the best."""
     rates: str = ""
     """Peak learning rates to try, separated by commas (default: the size's own three)."""
     budget_flops: str = ""
@@ -113,8 +113,8 @@ class Args:
     """NLLs in nats per token whose FLOPs to reach are asked, separated by commas (default: the end of the best unrolled
     arm)."""
     options: str = ""
-    """More configuration keys for every run, e.g. "optim.weight_decay=0.3 data.batch_size=16"; keep --results apart for
-    them."""
+    """More configuration keys for every run, e.g. "optim.weight_decay=0.3 data.batch_size=16"; keep --work and --results
+    apart for them."""
     minutes: float | None = None
     """Start no run that cannot be expected to end within so many minutes, and stop by then. 0: merge alone."""
     work: Path | None = None
@@ -508,10 +508,15 @@ def main(args: Args) -> int:
     if args.minutes == 0:
         left = quality.pending()
     else:
+        quality.slice.claim({"corpus": quality.corpus["text_sha256"], "options": quality.options})
         left = quality.slice.run(quality.pending, quality.do, quality.seconds, quality.finished)
     print(quality.merge())
     if args.plot is not None:
-        plot(quality.results.values(), quality.arms, quality.budgets[-1], args.plot)
+        budgets = quality.budgets
+        if args.data_limited:
+            budgets = sorted(result["budget_flops"] for result in quality.results.values())
+        if not budgets or not plot(quality.results.values(), quality.arms, budgets[-1], args.plot):
+            print("no figure: no run of the last budget is complete", file=sys.stderr)
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")
         print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to go on.", file=sys.stderr)

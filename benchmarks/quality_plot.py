@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -36,10 +37,11 @@ def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: 
             axes.plot(x, y, label=None if number else label, **look)  # type: ignore[arg-type]
 
 
-def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Path) -> None:
+def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Path) -> bool:
     """Each arm at its best rate, a line for each seed, to an .svg, .png or .pdf. The dotted line of a walk is the
-    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws."""
-    results = list(results)
+    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws. Runs that failed are left out;
+    False, and no file, where no other is there."""
+    results = [result for result in results if "failed" not in result]
     with drawing():
         figure = Figure(figsize=(11.4, 3.7), layout="constrained", facecolor=PAPER)
         left, right = figure.subplots(1, 2)
@@ -57,6 +59,8 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
             _along(right, seeds, {**look, "markersize": 3.5}, arm)
             ks += [int(k) for seed in seeds for k in seed["nll_by_k"]]
             spent += [point["flops"] for seed in seeds for point in seed["evaluations"]]
+        if not math.isfinite(least):
+            return False
         for axes in (left, right):
             axes.set(ylabel="held-out nats per token", ylim=(least - 0.05, least * ABOVE))
         left.set(xlabel="K, iterations at inference", title=f"by K, after {budget:g} FLOPs", xscale="log")
@@ -67,3 +71,4 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
         Frame([]).log_axis(right.xaxis, min(spent), max(spent), 1.1)
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True

@@ -70,6 +70,20 @@ class Slice:
         self.work.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
 
+    def claim(self, made_with: dict[str, Any]) -> None:
+        """Write down what the runs in the folder are made with, beside what their names say; they go on with nothing else.
+
+        Raises:
+            UserError: runs that are there were made with other things.
+        """
+        place, text = self.work / "made-with.json", json.dumps(made_with, indent=1, sort_keys=True)
+        if not place.exists():
+            write_atomic(place, text)
+        before = json.loads(place.read_text())
+        for key, value in json.loads(text).items():
+            if before.get(key) != value:
+                raise UserError(f"the runs in {self.work} were made with another {key}: choose another --work")
+
     # -----------------------------------------------------------------------------------------------------------------
     # Commands
 

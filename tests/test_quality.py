@@ -115,6 +115,14 @@ def test_a_command_that_fails_is_one_line(tmp_path: Path) -> None:
         run_slice(slices, slices.Slice(tmp_path), [Piece("a")], "-c", "raise SystemExit(print('error: no luck') or 2)")
 
 
+def test_runs_of_other_things_are_not_taken_for_ones_own(tmp_path: Path) -> None:
+    slices = module("slices")
+    slices.Slice(tmp_path).claim({"corpus": {"a": "1"}, "options": ["x"]})
+    slices.Slice(tmp_path).claim({"corpus": {"a": "1"}, "options": ["x"]})
+    with pytest.raises(UserError, match="were made with another corpus: choose another --work"):
+        slices.Slice(tmp_path).claim({"corpus": {"a": "2"}, "options": ["x"]})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality, end to end
 
@@ -178,12 +186,19 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     drawn = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0, "--plot", picture))
     assert drawn.returncode == 0, drawn.stderr
     assert all(label in picture.read_text() for label in ("next_token", "denoise-token, bound", "training FLOPs"))
+    plot, failed = module("quality_plot").plot, {"arm": "next_token", "failed": "not finite", "budget_flops": 1e9}
+    assert not plot([failed], ["next_token"], 1e9, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
     # A result that is not of this comparison is not mixed in.
     for words, message in (
         (["--plot", tmp_path / "x.gif"], "must end in .svg, .png or .pdf"),
         (["--options", OPTIONS + " optim.beta2=0.9"], "another optim.beta2 (0.95, now 0.9)"),
         (["--k", "1,4", "--work", tmp_path / "elsewhere"], "was scored with"),
+        (
+            ["--options", OPTIONS + " optim.beta2=0.9", "--results", tmp_path / "elsewhere"],
+            "made with another options: choose another --work",
+        ),
         (["--arms", "nobody"], "no arm 'nobody'"),
         (["--rates", "high"], "--rates takes numbers"),
         (["--data-limited", 10**9], "the corpus has"),

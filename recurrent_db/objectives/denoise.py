@@ -5,8 +5,8 @@ s_l = f(s_{l-1}, e), makes one more pass with gradient, and takes the cross-entr
 
     loss = -log p(token_{i+1} | read(f(stop(s_l), e)))
 
-The state never sees the answer, so there is nothing to copy, the likelihood at every K is that of one deterministic pass,
-and K iterations at inference are what training showed. Each iteration is trained alone, as in DiffusionBlocks (arXiv
+The state never sees the answer, so there is nothing to copy, and the likelihood at every K is that of one deterministic
+pass. Up to ``depth`` + 1 iterations are what training showed. Each is trained alone, as in DiffusionBlocks (arXiv
 2506.14202); the gradient of one step through the last iteration alone is that of HRM (arXiv 2506.21734).
 
 The first ``flat`` share of the budget trains the first iteration only (l = 0), which is plain next-token training; then
