@@ -35,10 +35,12 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no JSON in UTF-8, nested too deeply, or larger than `MOST_JSON_BYTES`.
     """
+    raw = bytearray()
     with path.open("rb") as file:
-        raw = file.read(MOST_JSON_BYTES + 1)
-    if len(raw) > MOST_JSON_BYTES:
-        raise ValueError(f"larger than {MOST_JSON_BYTES >> 20} MiB")
+        while piece := file.read(1 << 20):  # a read of so many bytes at most would first set as many aside
+            raw += piece
+            if len(raw) > MOST_JSON_BYTES:
+                raise ValueError(f"larger than {MOST_JSON_BYTES >> 20} MiB")
     try:
         return json.loads(raw.decode("utf-8"))
     except RecursionError:

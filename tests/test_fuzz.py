@@ -28,7 +28,7 @@ from recurrent_db.commandline import MOST_LINE, one_line
 from recurrent_db.config import config_from_json, load_config
 from recurrent_db.data import document, open_data, read_documents, sources
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, sealed
+from recurrent_db.files import file_digest, read_json, sealed
 from recurrent_db.hf_import import Weights
 from recurrent_db.metrics import read_metrics, truncate_metrics
 from recurrent_db.objectives import build_objective, restore
@@ -400,6 +400,8 @@ def test_weights_and_configurations_that_do_not_fit(run: Path) -> None:
     refused("more blocks than its weights have tensors|no parameter", load, run, "cpu")
     swap(run, "model.safetensors", good["model.safetensors"])
 
+    with fuzz.bounded(1 << 25):  # a small file takes little, whatever a file may have
+        read_json(folder / "manifest.json")
     # A configuration that claims a large model costs nothing: only shapes are compared.
     for key, value in (("n_core", 1000), ("vocab_size", 1 << 24), ("d_mlp", 1 << 20)):
         config = json.loads(good["config.json"])
