@@ -157,7 +157,7 @@ class DiffusionBlocks(nn.Module):
         levels = self.partition.levels(steps or self.partition.n_blocks)
         z = eps * levels[0]
         for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
-            sigma_B = torch.full((len(z),), sigma, dtype=torch.float64, device=z.device)
+            sigma_B = torch.full((len(z),), sigma, dtype=torch.float64)
             estimate = self.denoise(self.partition.block_of(sigma), z, sigma_B, *args, **kwargs)
             z = following / sigma * z + (1 - following / sigma) * estimate
         return z

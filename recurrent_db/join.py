@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,17 +94,15 @@ class Part:
         }
         taken = tensor_bytes(self.shared().values()) if self.config.init.from_ else 0
         alone = bool(self.config.blocks.only)
-        counted = {
-            name: getattr(state, name) for name in ("tokens", "flops", "flops_forward", "flops_backward", "seconds")
-        }
-        if not alone:  # the run's counters are of all its blocks
-            counted = _of_block(rows, number, list(counted))
-            split = {}
+        names = ("step", "tokens", "flops", "flops_forward", "flops_backward", "seconds")
+        counted = {name: getattr(state, name) for name in names}
+        if not alone:  # the run's counters and memory are of all its blocks
+            counted, split = _of_block(rows, number, names), {}
         spent = budget_progress(self.config.budget, state.flops, state.tokens, state.step, state.seconds)
         return {
             "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": content_hash(self.checkpoint.path),
             "alone": alone, "layers": self.config.model.block_layers[number - 1], "seed": self.config.seed,
-            "steps": state.step, **counted, "budget_spent": min(spent, 1.0),
+            "steps": counted.pop("step"), **counted, "budget_spent": min(spent, 1.0),
             "parameters": sum(value.numel() for value in self.block(number).values()),
             "trains_shared": trains_shared(self.config, number),
             "memory": split, "peak_memory_bytes": max((row["peak_memory_bytes"] or 0 for row in rows), default=None),
@@ -116,8 +115,11 @@ class Part:
         }  # fmt: skip
 
 
-def _of_block(rows: list[dict[str, Any]], number: int, names: list[str]) -> dict[str, Any]:
-    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth."""
+def _of_block(rows: list[dict[str, Any]], number: int, names: Sequence[str]) -> dict[str, Any]:
+    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth. None
+    where the run's metrics are gone."""
+    if not rows:
+        return dict.fromkeys(names)
     sums = dict.fromkeys(names, 0)
     for before, row in zip([dict.fromkeys(names, 0), *rows], rows, strict=False):
         if f"loss_block_{number}" in row:
@@ -221,6 +223,10 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
     return account
 
 
+def _told(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
 def main(args: JoinArgs) -> int:
     if len(args.paths) < 2:
         raise UserError("blocks join needs one run or more, and last the run directory to make")
@@ -230,10 +236,11 @@ def main(args: JoinArgs) -> int:
         print(json.dumps(account, indent=1))
         return 0
     for number, block in account["blocks"].items():
-        if block["budget_spent"] < 1:
+        if block.get("budget_spent", 1) < 1:  # an earlier version's join does not say
             print(f"note: {block['run']} was stopped at {block['budget_spent']:.0%} of its budget", file=sys.stderr)
         print(
-            f"block {number}: {block['layers']} layers, {block['tokens']:,} tokens, {block['flops']:.4g} FLOPs,"
+            f"block {number}: {block['layers']} layers, {_told(block['tokens'], ',')} tokens,"
+            f" {_told(block['flops'], '.4g')} FLOPs,"
             f" from {block['run']} ({block['checkpoint']})"
         )
     print(f"made {out}", file=sys.stderr)

@@ -312,7 +312,12 @@ def test_the_account_of_blocks_that_trained_in_one_process(
         assert sum(block[name] for block in account.values()) == pytest.approx(rows[-1][name])
     each = {number: account[number]["flops"] / steps[number] for number in "12"}
     assert each["2"] > 1.5 * each["1"]
+    assert {number: block["steps"] for number, block in account.items()} == steps
     assert all(block["budget_spent"] == 1 and not block["alone"] for block in account.values())
+    # Where the run's metrics are gone it says so, and does not take the run's counters for the block's.
+    shutil.copytree(tmp_path / "whole", tmp_path / "bare", ignore=shutil.ignore_patterns("metrics.jsonl"))
+    assert cli.run(["blocks", "join", str(tmp_path / "bare"), str(tmp_path / "of-bare")]) == 0
+    assert "unknown tokens, unknown FLOPs" in capsys.readouterr().out
     # A run that was stopped joins as well, and it is said.
     assert (
         train(data, tmp_path / "one", 2, "--blocks.only", 1, "--blocks.shared", "frozen", "--run.checkpoint_every", 3)

@@ -45,7 +45,9 @@ def blocks(page: Page) -> str:
             held = sum(v for v in (number(value) for value in split.values()) if v is not None)
             flops = [number(block.get(key)) for key in ("flops", "flops_forward", "flops_backward")]
             read = number(block.get("bytes_read_before_training"))
-            others = (memory(read) if read else "nothing") if block.get("alone") else "trained with others"
+            others = "trained with others"
+            if block.get("alone"):
+                others = DASH if read is None else memory(read) if read else "nothing"
             rows.append(
                 [
                     f"block {text(name)}" + ("<small>and the embedding</small>" if block.get("trains_shared") else ""),
