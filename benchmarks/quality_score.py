@@ -29,6 +29,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.flops import inference_cost
 from recurrent_db.generate import stream
+from recurrent_db.guard import unigram_entropy
 from recurrent_db.likelihood import token_log_probabilities
 from recurrent_db.loading import load_with_config
 from recurrent_db.model import LoopedLM
@@ -146,7 +147,7 @@ def main(args: Args) -> int:
         "nll_by_sequence": {str(k): [round(value, 4) for value in values] for k, values in by_k.items()},
         "flops_per_token_by_k": {str(k): inference_cost(config_model, length, walk.passes(k)) for k in ks},
         "best_k": best, "nll_best": nll[best], "nll_sigma_max": nll.get(1) if isinstance(walk, DenoiseWalk) else None,
-        "scored_tokens": n * length, "draws": args.draws if walk.stochastic else 1,
+        "unigram_entropy": unigram_entropy(data), "scored_tokens": n * length, "draws": args.draws if walk.stochastic else 1,
         "text": text_metrics(
             model, validation_batches(data, length, args.batch_size, args.prompts * length), text_k, args.new_tokens,
             args.temperature,

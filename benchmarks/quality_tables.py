@@ -21,6 +21,10 @@ FLAT = "next_token"
 Result = dict[str, Any]
 
 
+COLLAPSED = 0.1
+"""Nats per token below the entropy of the held-out tokens' frequencies that a run must be, or it knows nothing else."""
+
+
 def is_flat(arm: str) -> bool:
     return arm == FLAT or arm.startswith(FLAT + "-")
 
@@ -37,6 +41,13 @@ def by_rate(results: Iterable[Result], arm: str, budget: float) -> dict[float, d
 def level(result: Result) -> float:
     """NLL at the best K; infinite for a run that came to nothing."""
     return math.inf if "failed" in result else result["nll_best"]
+
+
+def collapsed(result: Result) -> bool:
+    """Whether a run ended where a model ends that knows the tokens' frequencies and nothing of their order. Results from
+    before the entropy was kept count as sound."""
+    floor = result.get("unigram_entropy")
+    return "failed" not in result and floor is not None and level(result) > floor - COLLAPSED
 
 
 def sweep_of(rates: dict[float, dict[int, Result]]) -> dict[float, Result]:
@@ -227,6 +238,15 @@ def table(
         f"Sweep and seeds: {cost['runs']} runs, {cost['flops']:.2e} FLOPs, {cost['seconds'] / 3600:.2f} hours of training,"
         f" of which {cost['reported_runs']} runs and {cost['reported_flops']:.2e} FLOPs are reported.",
     ]
+    dead = [
+        run for run in results if run["arm"] in entries and run["budget_flops"] == at[run["arm"]] and collapsed(run)
+    ]
+    if dead:
+        names = (f"{r['arm']} seed {r['seed']} at {r['learning_rate']:g} ({level(r):.3f})" for r in dead)
+        lines.append(
+            f"Collapsed, at the entropy of the tokens' frequencies ({dead[0]['unigram_entropy']:.3f}): {', '.join(names)}."
+            " A longer schedule.warmup or a lower rate may train."
+        )
     if len({tuple(rates) for rates in cost["rates"].values()}) > 1:
         tried = "; ".join(f"{arm} {', '.join(rates)}" for arm, rates in cost["rates"].items())
         lines.append(f"NOT the same rates for each arm: {tried}.")

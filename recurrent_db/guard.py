@@ -124,8 +124,8 @@ class LossGuard:
             yield from self._once(
                 "unigram",
                 f"after {state.step} steps the loss, {state.loss_mean:.2f} nats, is not below the entropy of the tokens'"
-                f" frequencies, {self.floor:.2f}: nothing else has been learned; try a lower optim.lr"
-                f" (now {self.config.optim.lr:g})",
+                f" frequencies, {self.floor:.2f}: nothing else has been learned; try a longer schedule.warmup"
+                f" (now {self.config.schedule.warmup:g} of the budget), or a lower optim.lr (now {self.config.optim.lr:g})",
             )
         if growth is not None and not growth <= self.config.guard.state_growth:
             yield from self._once(

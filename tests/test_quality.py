@@ -166,6 +166,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     for arm in merged["arms"].values():
         [seed] = arm["seeds"]
         assert {"nll_by_k", "flops", "tokens", "steps", "learning_rate", "text"} <= seed.keys()
+        assert 1 < seed["unigram_entropy"] < math.log(load_tokenizer(data).vocab_size)
         assert list(seed["nll_by_k"]) == ["1", "2"]
         assert 1e9 <= seed["flops"] < 1.2e9
         assert 0 < seed["text"]["distinct_2"] <= 1 and 0 < seed["text"]["held_out_distinct_2"] <= 1
@@ -331,6 +332,20 @@ def test_a_rate_that_diverged_is_not_taken() -> None:
     assert tables.best_rate([dead], "next_token", 1e9) is None
     entry = tables.arm_entry([fake_result(runs[0], 3.0), dead], "next_token", 1e9)
     assert entry["sweep"] == {"0.001": 3.0, "0.002": None}
+
+
+def test_runs_that_learned_only_frequencies_are_named() -> None:
+    quality, tables = module("quality"), module("quality_tables")
+    results = [
+        {**fake_result(quality.Run("next_token", seed, rate, 1e9), nll), "unigram_entropy": 6.4}
+        for seed, rate, nll in ((0, 1e-3, 4.0), (0, 2e-3, 6.38), (1, 1e-3, 6.36))
+    ]
+    last = tables.table(results, ["next_token"], 1e9).splitlines()[-1]
+    assert last.startswith("Collapsed") and "(6.400)" in last
+    assert "next_token seed 1 at 0.001 (6.360)" in last and "next_token seed 0 at 0.002 (6.380)" in last
+    assert "seed 0 at 0.001" not in last
+    sound = [{**result, "unigram_entropy": 6.6} for result in results]
+    assert "Collapsed" not in tables.table(sound, ["next_token"], 1e9)
 
 
 def test_flops_to_reach_a_level() -> None:
