@@ -73,10 +73,11 @@ ARMS: dict[str, list[str]] = {
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"config": "tiny.toml", "budget": 3e13, "rates": "1.5e-3,3e-3,6e-3", "score_tokens": 32_768, "options": []},
-    # 16,384 tokens a step, so that a short budget has enough steps. Its time on a GPU is not yet measured.
+    # 16,384 tokens a step, so that a short budget has enough steps, and a warm-up that is long enough in them (LOG.md). Its
+    # time on a GPU is not yet measured.
     "gpu": {
         "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
-        "options": ["--data.batch_size", "64"],
+        "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]
