@@ -288,7 +288,7 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
                     "--score-tokens", "1024")  # fmt: skip
     assert result.returncode == 0, result.stderr
     page = (out / "report.html").read_text()
-    for arm in ("denoise-token", "unrolled", "next_token"):
+    for arm in ("denoise", "unrolled", "next_token"):
         assert arm in page
         assert (out / arm / "eval/lm_eval.json").exists()
     flops = [
