@@ -247,8 +247,8 @@ class ScheduleConfig:
     name: Literal["wsd", "cosine", "constant"] = "wsd"
     """Warm-up, stable, decay; or warm-up and half a cosine; or warm-up and constant."""
     warmup: float = 0.03
-    """Share of the budget for the linear warm-up. Blocks norm their sums and die of a short one at a high rate: at 3e-3
-    some 70 steps are enough where 20 are not, so a budget of few hundred steps wants .2."""
+    """Share of the budget for the linear warm-up. Of a short one and a high rate runs die: before 3e-3 some 70 steps were
+    enough where 20 were not (LOG.md), so a budget of few hundred steps wants .2."""
     decay: float = 0.3
     """Share of the budget for wsd's final linear decay."""
     final: float = 0.0
