@@ -94,7 +94,10 @@ class DenoiseConfig:
     """One pass with gradient a step, from a state that the model itself reached (docs/method.md)."""
 
     flat: float = 0.8
-    """Share of the budget, from its beginning, in which all steps train the first iteration."""
+    """Share of the budget, from its beginning, in which no iteration after the first is trained."""
+    shallow: float = 0.5
+    """Share of that, from its beginning, in which the core's blocks do not run (prelude, injection and coda alone); then
+    they start as copies of the blocks around them. 0 runs them from the start, as a run with ``init.from`` does."""
     start: float = 0.2
     """After that, the probability that a step trains the first iteration."""
     depth: int = 2
@@ -636,10 +639,11 @@ def validate(config: Config) -> None:
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
     need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")
     recipe = config.objective.denoise
-    for name in ("flat", "start", "noise"):
+    for name in ("flat", "shallow", "start", "noise"):
         need(
             0 <= getattr(recipe, name) <= 1, f"objective.denoise.{name} must be in [0, 1], got {getattr(recipe, name)}"
         )
+    need(recipe.shallow < 1, "objective.denoise.shallow must be below 1, or the core is never trained")
     need(recipe.noise <= 0.5, f"objective.denoise.noise must be at most 0.5 (rates reach twice it), got {recipe.noise}")
     positive(recipe, "objective.denoise", "depth")
     positive(token, "objective.token", "p_std", "sigma_min", "sigma_max", "target_norm")

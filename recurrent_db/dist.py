@@ -308,7 +308,8 @@ class Team:
             fully_shard(block, mesh=mesh, mp_policy=policy)
             register_fsdp_forward_method(block, "keys_values")
         fully_shard(model.core, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        register_fsdp_forward_method(model.core, "contexts")
+        for name in ("contexts", "inject"):
+            register_fsdp_forward_method(model.core, name)
         self._unit = fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         # Two streams run the core twice, and the second backward needs what the first would have let go of.
         cast(Any, model.core).set_reshard_after_backward(False)

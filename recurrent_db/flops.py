@@ -30,6 +30,8 @@ class Passes:
     """Core iterations that cost their forward alone."""
     core_grad: int = 1
     """Core iterations that are backpropagated."""
+    injections_grad: int = 0
+    """Injections that none of the core's blocks follows, backpropagated."""
     readouts_no_grad: int = 0
     """Coda and head, forward alone."""
     readouts_grad: int = 1
@@ -166,7 +168,8 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * core_layers * 6 * width
         conditioning = first + _part(out, 0, 0, share * conditioned[0], share * conditioned[1])
-    injected = _part(adapter, 0, 0, *conditioned, checkpointing) + _part(adapter, 0, 0, *clean_runs)
+    injected = _part(adapter, 0, 0, *conditioned, checkpointing)
+    injected += _part(adapter, 0, 0, *clean_runs) + _part(adapter, 0, 0, 0, passes.injections_grad)
     head = _part(model.vocab_size * width, 0, 0, *read_runs)
     return {
         "embedding": Cost(),  # a lookup; its backward adds rows up

@@ -93,6 +93,10 @@ class LossGuard:
         self.counts = torch.stack((skipped + skip, (in_a_row + 1) * skip, spikes + (skip & ~broken)))
         return skip
 
+    def forget(self, state: TrainState) -> None:
+        """Begin the running loss anew, where the model is another one from here on."""
+        self.law, state.loss_lowest = torch.zeros_like(self.law), 0.0
+
     def settle(self, state: TrainState) -> None:
         """Bring ``state`` up to date; the host waits for the device."""
         state.skipped, state.skipped_in_a_row, state.spikes = self.counts.tolist()

@@ -141,6 +141,13 @@ class EMA:
         torch._foreach_add_(shadow, change)
 
     @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Begin anew at the weights as they are."""
+        self.updates = 0
+        for name, parameter in model.named_parameters():
+            self.shadow[name].copy_(parameter)
+
+    @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the model's weights and the average; call it again to undo."""
         for name, parameter in model.named_parameters():

@@ -65,7 +65,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("kind", "mode"),
     [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("denoise", "ddp"),
-     ("adaptive", "fsdp")])  # fmt: skip
+     ("denoise", "fsdp"), ("adaptive", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
     more = ["--data.micro_batch_size", 1] if kind == "adaptive" else []

@@ -170,6 +170,9 @@ def test_known_neighbours() -> None:
         ["next_token", "--model.noise_conditioning", "True"],  # built, and never run
         ["unrolled", "--model.noise_conditioning", "True"],
         *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
+        ["denoise"],  # its first step, which runs none of the core's blocks
+        ["denoise", "--objective.denoise.shallow", "0"],
+        ["denoise", "--objective.denoise.flat", "0"],
         ["denoise-paper"],
         *(["denoise-token", "--objective.token.draw", draw] for draw in ("batch", "sequence", "token")),
         ["denoise-token", "--objective.token.conditioning", "two-stream"],
@@ -186,7 +189,7 @@ def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], inje
     length = config.data.sequence_length
     ids = torch.randint(61, (2, length + 1))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
-    for step in range(4 if options[0] == "unrolled" else 1):
+    for step in range(4 if options[0] in ("unrolled", "denoise") else 1):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             objective(model, batch, Rng(0, step), 0.0)[0].backward()
         ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import batch, micro_config, micro_model
 from torch import nn
 
 from recurrent_db.errors import UserError
-from recurrent_db.flops import step_cost
+from recurrent_db.flops import Passes, step_cost
 from recurrent_db.memory import peak_live_bytes
 from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.rng import Rng
@@ -20,10 +21,12 @@ DEEP = ("--objective.name", "denoise", "--objective.denoise.flat", "0", "--objec
 
 def test_the_law_of_the_trained_iteration() -> None:
     objective = Denoise(micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
-                                     "--objective.denoise.start", "0.25", "--objective.denoise.depth", "3"))  # fmt: skip
-    early = {objective.passes(Rng(0, step), 0.499).core_no_grad for step in range(200)}
+                                     "--objective.denoise.shallow", "0.6", "--objective.denoise.start", "0.25",
+                                     "--objective.denoise.depth", "3"))  # fmt: skip
+    for progress, passes in ((0.0, Passes(core_grad=0, injections_grad=1)), (0.299, Passes(core_grad=0, injections_grad=1)),
+                             (0.301, Passes(core_grad=1)), (0.499, Passes(core_grad=1))):  # fmt: skip
+        assert {objective.passes(Rng(0, step), progress) for step in range(200)} == {passes}
     counts = Counter(objective.passes(Rng(0, step), 0.5).core_no_grad for step in range(4000))
-    assert early == {0}
     assert set(counts) == {0, 1, 2, 3}
     for before in counts:  # a quarter each: 1,000 with a standard deviation of 27
         assert abs(counts[before] - 1000) < 5 * 27, counts
@@ -59,6 +62,67 @@ def test_the_gradient_is_that_of_the_last_iteration_alone(depth: int) -> None:
         torch.testing.assert_close(gradient, stopped[name], rtol=1e-9, atol=1e-12)
     assert any(not torch.allclose(found[name], through[name], rtol=1e-3) for name in found)
     assert metrics["depth"] == depth + 1
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_without_an_iteration_the_coda_reads_what_the_blocks_would_be_given(injection: str) -> None:
+    config = micro_config("--objective.name", "denoise", "--model.injection", injection)
+    model, objective = micro_model(config)
+    data = batch()
+    loss, metrics = objective(model, data, Rng(0, 0), 0.0)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    e_BTD = model.encode(data.tokens_BT)
+    state_BTD = model.core.injection(torch.zeros_like(e_BTD), e_BTD)
+    logits_BTV = model.logits(model.decode(state_BTD))
+    expected = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), data.targets_BT.flatten())
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert metrics["depth"] == 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:  # everything has a gradient in a step, for those who wait for all of them
+            assert name.startswith("core.")
+            assert not found[name].any()
+        else:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
+    blocks = [name for name, p in model.named_parameters() if name.startswith("core.blocks.")]
+    assert blocks and all(dict(model.named_parameters())[name].grad is None for name in blocks)
+
+
+def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
+                          "--objective.denoise.shallow", "0.5", "--model.n_core", "4")  # fmt: skip
+    model, objective = micro_model(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not objective.grow(model, 0.249)
+    assert objective.grow(model, 0.25) and not objective.grow(model, 0.3)
+    after = model.state_dict()
+    for name, value in after.items():
+        if not name.startswith("core.blocks."):
+            assert torch.equal(value, before[name]), name
+    (prelude,), (coda,) = model.prelude, model.coda
+    for block, source in zip(model.core.blocks, (prelude, prelude, coda, coda), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(block.parameters(), source.parameters(), strict=True))
+
+    # What has grown stays: a larger budget does not take the blocks away, nor does one who continues copy them again.
+    assert objective.passes(Rng(0, 0), 0.1) == Passes(core_grad=1)
+    other = Denoise(config)
+    assert other.passes(Rng(0, 0), 0.1) == Passes(core_grad=0, injections_grad=1)
+    other.load_state_dict(json.loads(json.dumps(objective.state_dict())))
+    assert other.passes(Rng(0, 0), 0.1) == Passes(core_grad=1) and not other.grow(model, 0.9)
+    for bad in ({"grown": 1}, {"more": True}):
+        with pytest.raises(ValueError, match="grown must be true or false"):
+            other.load_state_dict(bad)
+
+
+def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
+    config = micro_config("--objective.name", "denoise", "--init.from", "somewhere")
+    model, objective = micro_model(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert objective.passes(Rng(0, 0), 0.0) == Passes(core_grad=1)
+    assert not objective.grow(model, 1.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:
@@ -100,11 +164,13 @@ def test_the_mean_step_of_the_defaults_costs_at_most_1_6_single_passes() -> None
     objective = Denoise(config)
     draws = [objective.passes(Rng(0, step), (step + 0.5) / 2000) for step in range(2000)]
     mean = sum(step_cost(config, passes).total for passes in draws) / len(draws)
-    assert 1 < mean / step_cost(config, objective.passes(Rng(0, 0), 0.0)).total < 1.6
+    assert mean / step_cost(config, Passes(core_grad=1)).total < 1.6
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("flat", "1.5", "objective.denoise.flat must be in [0, 1], got 1.5"),
+    ("shallow", "-1", "objective.denoise.shallow must be in [0, 1], got -1.0"),
+    ("shallow", "1", "objective.denoise.shallow must be below 1"),
     ("start", "-0.1", "objective.denoise.start must be in [0, 1], got -0.1"),
     ("depth", "0", "objective.denoise.depth must be above 0, got 0"),
     ("noise", "0.6", "objective.denoise.noise must be at most 0.5"),

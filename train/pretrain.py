@@ -452,6 +452,10 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         if config.budget.seconds:
             settle()
         before, progress = progress, progress_after(0, 0, 0)
+        if objective.grow(model, progress):  # what follows weights and loss begins anew
+            watch.forget(state)
+            if ema is not None:
+                ema.restart(model)
         points = config.eval.points
         evaluating = points and (progress >= 1 or int(progress * points) > int(before * points))
         logging = state.step % config.run.log_every == 0 or progress >= 1

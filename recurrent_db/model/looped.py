@@ -143,6 +143,12 @@ class Core(nn.Module):
                 state_BTD = self.iteration(*arguments)
         return state_BTD
 
+    def inject(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
+        """The injection alone: see `LoopedLM.inject`. The blocks' gradients are zeros, since who shares a model out (DDP,
+        FSDP2) waits for all of them."""
+        unread = cast(Tensor, sum(parameter.sum() for parameter in self.blocks.parameters()))
+        return self.injection(state_BTD, e_BTD) + 0 * unread
+
     def contexts(
         self,
         state_BTD: Tensor,
@@ -264,6 +270,10 @@ class LoopedLM(nn.Module):
         """
         rope, visible = self._frame(e_BTD.shape[1], visible)
         return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
+
+    def inject(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
+        """What an iteration begins with, and nothing of the core's blocks, (B, T, D) to (B, T, D): no iteration at all."""
+        return cast(Tensor, self.core.inject(state_BTD, e_BTD))
 
     def core_contexts(
         self,

@@ -52,6 +52,12 @@ class Objective(Protocol):
         processes; draws must not change before this."""
         ...
 
+    def grow(self, model: LoopedLM, progress: float) -> bool:
+        """Called between steps, before anything is saved, with the share of the budget that is spent: the place to change
+        the weights by a rule and not by a gradient. Whether it did: averages of before then say nothing of after. Of a
+        sharded model the parameters are shards."""
+        ...
+
     def describe(self, model: LoopedLM) -> list[str]:
         """Lines worth reading before training starts."""
         ...
@@ -74,7 +80,14 @@ class ScoresItself(Protocol):
         ...
 
 
-class Stateless:
+class NeverGrows:
+    """Base of objectives that train the whole model from the first step on."""
+
+    def grow(self, model: LoopedLM, progress: float) -> bool:
+        return False
+
+
+class Stateless(NeverGrows):
     """Base of objectives that learn nothing of their own and have nothing to say."""
 
     def after_step(self, taken: Tensor, reduce: Reduce) -> None:
@@ -102,3 +115,9 @@ def cross_entropy(
     hidden_ND = hidden_BTD.flatten(0, 1)
     mean, losses_N = linear_cross_entropy(hidden_ND, model.embedding.weight, *flat, softmax=model.softmax_loss)
     return mean, losses_N.view(targets_BT.shape)
+
+
+def position_rms(state_BTD: Tensor) -> Tensor:
+    """RMS per component of each position's state, averaged over positions: 0-dimensional fp32, detached, and the same
+    however a batch is cut into micro-batches."""
+    return state_BTD.detach().float().square().mean(-1).sqrt().mean()

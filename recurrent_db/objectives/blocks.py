@@ -27,7 +27,7 @@ from recurrent_db.denoise.sampler import EVALUATIONS
 from recurrent_db.flops import Passes
 from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy
+from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
 from recurrent_db.objectives.denoise_token import DenoiseToken, noised
 from recurrent_db.recurrence import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -91,7 +91,7 @@ class BlockWalk(DenoiseWalk):
         )
 
 
-class BlockDenoise:
+class BlockDenoise(NeverGrows):
     """One denoiser a block, each trained for itself."""
 
     def __init__(self, config: Config) -> None:

@@ -9,13 +9,20 @@ The state never sees the answer, so there is nothing to copy, and the likelihood
 pass. Up to ``depth`` + 1 iterations are what training showed. Each is trained alone, as in DiffusionBlocks (arXiv
 2506.14202); the gradient of one step through the last iteration alone is that of HRM (arXiv 2506.21734).
 
-The first ``flat`` share of the budget trains the first iteration only (l = 0), which is plain next-token training; then
-``start`` of the steps do, and in the others l is uniform over 1 to ``depth``. With ``noise``, a share of a sequence's
-context tokens, uniform between 0 and twice ``noise``, is replaced by tokens drawn from the vocabulary: the state is
-then an estimate from a corrupted context, which each pass learns to improve. That pays where a corpus is repeated.
+Depth grows along the budget. In its first ``flat`` share no more than the first iteration is trained (l = 0), which is
+plain next-token training; and of that share, the first ``shallow`` runs none: the coda reads what the core's blocks would
+be given, and prelude and coda learn at a lower price. The core's blocks then start as copies of those, in order (stacking,
+arXiv 2405.15319). A run that starts from another's weights (``init.from``) has its blocks from there, and runs them at
+once. After ``flat``, ``start`` of the steps train the first iteration, and in the others l is uniform over 1 to ``depth``.
+
+With ``noise``, a share of a sequence's context tokens, uniform between 0 and twice ``noise``, is replaced by tokens drawn
+from the vocabulary: the state is then an estimate from a corrupted context, which each pass learns to improve. That pays
+where a corpus is repeated.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +31,23 @@ from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.flops import Passes
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
+from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy, position_rms
 from recurrent_db.recurrence import PlainRecurrence
 from recurrent_db.rng import Rng
 
 
-class Denoise(Stateless):
+class Denoise:
     """Draw how many iterations came before, run them without gradient, train the next one."""
 
     def __init__(self, config: Config) -> None:
         self.config = config.objective.denoise
         self.recurrence = PlainRecurrence(initial="zeros")
+        self.grown = bool(config.init.from_) or not self.config.shallow * self.config.flat
 
-    def _before(self, rng: Rng, progress: float) -> int:
-        """Iterations before the one that a step trains."""
+    def _before(self, rng: Rng, progress: float) -> int | None:
+        """Iterations before the one that a step trains; None where it trains none."""
+        if not self.grown and progress < self.config.shallow * self.config.flat:
+            return None
         if progress < self.config.flat or rng.scalar("start") < self.config.start:
             return 0
         return 1 + int(rng.scalar("depth") * self.config.depth)
@@ -56,12 +66,50 @@ class Denoise(Stateless):
             tokens_BT = self.corrupted(tokens_BT, batch.sample_index_B, model.config.vocab_size, rng)
         visible = model.visible(tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(tokens_BT, visible)
-        with torch.no_grad():
-            state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD, before, visible=visible)
-        state_BTD = model.iterate(state_BTD, e_BTD, visible=visible)
+        state_BTD = torch.zeros_like(e_BTD)
+        if before is None:
+            state_BTD = model.inject(state_BTD, e_BTD)
+        else:
+            with torch.no_grad():
+                state_BTD = model.iterate(state_BTD, e_BTD, before, visible=visible)
+            state_BTD = model.iterate(state_BTD, e_BTD, visible=visible)
         loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
-        state_rms = state_BTD.detach().float().square().mean().sqrt()
-        return loss, {"depth": torch.tensor(1.0 + before), "state_rms": state_rms}
+        depth = 0.0 if before is None else 1.0 + before
+        return loss, {"depth": torch.tensor(depth), "state_rms": position_rms(state_BTD)}
+
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
+        pass
+
+    def grow(self, model: LoopedLM, progress: float) -> bool:
+        """When the core's blocks begin to run, make them copies of the blocks around them, from the first to the last."""
+        if self.grown or progress < self.config.shallow * self.config.flat:
+            return False
+        self.grown = True
+        around, core = [*model.prelude, *model.coda], model.core.blocks
+        with torch.no_grad():
+            for number, block in enumerate(core if around else []):
+                source = around[number * len(around) // len(core)]
+                for parameter, value in zip(block.parameters(), source.parameters(), strict=True):
+                    parameter.copy_(value)
+        return True
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        if self.grown:
+            return []
+        share = self.config.shallow * self.config.flat
+        return [f"the core's blocks run from {share:.0%} of the budget on (objective.denoise.shallow): no score before then"
+                " is that of a trained core"]  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"grown": self.grown}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.keys() - {"grown"} or not isinstance(state.get("grown", True), bool):
+            raise ValueError(f"grown must be true or false, got {state}")
+        self.grown = state.get("grown", True)  # runs of before there was this ran all blocks from the start
 
     def passes(self, rng: Rng, progress: float) -> Passes:
-        return Passes(core_no_grad=self._before(rng, progress), core_grad=1)
+        before = self._before(rng, progress)
+        if before is None:
+            return Passes(core_grad=0, injections_grad=1)
+        return Passes(core_no_grad=before, core_grad=1)

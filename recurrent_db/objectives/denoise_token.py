@@ -24,7 +24,7 @@ from recurrent_db.denoise.noise import AdaptiveFit, build_density, draw_sigma, s
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.flops import Passes
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy
+from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
 from recurrent_db.recurrence import DenoiseWalk, normalised
 from recurrent_db.rng import Rng
 
@@ -47,7 +47,7 @@ def noised(rows_BTD: Tensor, eps_BTD: Tensor, sigma_Bs: Tensor, norm: float) -> 
     return y_BTD, torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
 
 
-class DenoiseToken:
+class DenoiseToken(NeverGrows):
     """The published method, with its choices as options (config.TokenConfig)."""
 
     def __init__(self, config: Config) -> None:

@@ -10,7 +10,7 @@ from recurrent_db.data import Batch
 from recurrent_db.flops import Passes
 from recurrent_db.model.depth import sample_depth
 from recurrent_db.model.looped import STATE_STD, LoopedLM
-from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
+from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy, position_rms
 from recurrent_db.recurrence import PlainRecurrence, truncated_normal
 from recurrent_db.rng import Rng
 
@@ -35,8 +35,7 @@ class Unrolled(Stateless):
             state_BTD = model.iterate(state_BTD, e_BTD, without, visible=visible)
         state_BTD = model.iterate(state_BTD, e_BTD, with_gradient, visible=visible)
         loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
-        state_rms = state_BTD.detach().float().square().mean().sqrt()
-        return loss, {"depth": torch.tensor(float(without + with_gradient)), "state_rms": state_rms}
+        return loss, {"depth": torch.tensor(float(without + with_gradient)), "state_rms": position_rms(state_BTD)}
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         without, with_gradient = self._depth(rng)
