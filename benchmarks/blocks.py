@@ -32,6 +32,7 @@ import torch
 from quality_runs import complete, dotted, floats
 from slices import ROOT, Slice
 
+from recurrent_db.checkpoint import list_checkpoints
 from recurrent_db.commandline import parse_ints, run_command
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, open_data, read_manifest
@@ -131,6 +132,11 @@ class Comparison:
         if args.data is None:
             raise UserError("--data is not given: the folder of a corpus, made by train/prepare_data.py")
         self.args, self.data = args, args.data.resolve()
+        self.judge = args.judge.resolve() if args.judge is not None else None
+        if self.judge is not None and not list_checkpoints(self.judge):
+            raise UserError(
+                f"--judge {args.judge} is not a run directory with a checkpoint (eval/train_judge.py makes one)"
+            )
         names = args.arms.split(",") if args.arms else [name for name, arm in ARMS.items() if not arm.masked]
         for name in names:
             if name not in ARMS:
@@ -174,9 +180,10 @@ class Comparison:
 
     def words(self, arm: Arm, seed: int, directory: Path, budget: float) -> list[str]:
         args = self.args
+        config = args.masked_config if arm.masked else args.config
         blocks = ["--model.n_blocks", arm.blocks] if arm.blocks else []
         return [str(word) for word in (
-            args.masked_config if arm.masked else args.config, "--data.path", self.data, "--run.threads", args.threads,
+            config.resolve(), "--data.path", self.data, "--run.threads", args.threads,
             "--run.device", args.device, "--run.keep", 1, "--run.checkpoint_every", 200, "--eval.points", 1,
             "--eval.tokens", 4096, "--eval.k", 1, *dotted(args.options), *blocks, *arm.words,
             "--seed", seed, "--run.dir", directory, "--budget.flops", f"{budget:.6g}",
@@ -217,9 +224,9 @@ class Comparison:
             ks = {0: "1", 1: "1,2,3,4,6"}.get(arm.blocks, f"1,{arm.blocks}")
             self.slice.call(log, lock, "benchmarks/quality_score.py", final, *common, "--tokens", self.args.score_tokens,
                             "--k", ks, "--threads", self.args.threads)  # fmt: skip
-            if self.args.judge is not None:
+            if self.judge is not None:
                 text = self.work / f"{job.name}.text.json"
-                self.slice.call(log, lock, "eval/generation.py", final, "--judge", self.args.judge, "--data", self.data,
+                self.slice.call(log, lock, "eval/generation.py", final, "--judge", self.judge, "--data", self.data,
                                 "--k", ks, "--decodings", "t=1", "--each", 1, "--resamples", 0, "--json", text,
                                 "--device", self.args.device)  # fmt: skip
                 extra["judged"] = json.loads(text.read_text())["rows"]

@@ -403,6 +403,22 @@ def test_a_blocks_memory_is_that_of_its_layers(
     assert rows["B = 2, block 1"]["tables_bytes"] == 4 * rows["B = 2, block 2"]["tables_bytes"] == 4 * 1024 * 32 * 4
 
 
+def test_the_comparison_asks_for_its_judge_before_it_trains(
+    script_here: Callable[..., subprocess.CompletedProcess[str]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--data", data]
+    told = script_here("benchmarks/blocks.py", *places, "--judge", tmp_path / "nowhere")
+    assert told.returncode == 2
+    assert told.stderr.strip() == (
+        f"error: --judge {tmp_path}/nowhere is not a run directory with a checkpoint (eval/train_judge.py makes one)"
+    )
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.long
 def test_the_comparison_runs_and_goes_on(
     script: Callable[..., subprocess.CompletedProcess[str]], data: Path, tmp_path: Path
