@@ -29,7 +29,7 @@ from slices import ROOT, Failed, Slice
 
 from recurrent_db.checkpoint import list_checkpoints
 from recurrent_db.commandline import parse_ints, run_command
-from recurrent_db.config import Config, DenoiseConfig, config_from_json, load_config
+from recurrent_db.config import Config, config_from_json, load_config
 from recurrent_db.data import load_tokenizer, open_data, read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
@@ -50,14 +50,6 @@ def unrolled(mean_depth: int, truncation: int, injection: str = "linear") -> lis
     ]  # fmt: skip
 
 
-def first_iteration(*words: str) -> list[str]:
-    """The recipe without its last phase: the core's blocks start when they do there, and no later iteration is trained."""
-    recipe = DenoiseConfig()
-    share = f"{recipe.flat * recipe.shallow:g}"
-    name, flat = ["--objective.name", "denoise"], ["--objective.denoise.flat", "1"]
-    return [*name, *flat, "--objective.denoise.shallow", share, *words]
-
-
 ARMS: dict[str, list[str]] = {
     "next_token": ["--objective.name", "next_token"],
     "next_token-add": ["--objective.name", "next_token", "--model.injection", "add"],
@@ -70,9 +62,11 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "denoise": ["--objective.name", "denoise"],
     # The control of the one above: the core's blocks start as late, and no step trains a later iteration.
-    "denoise-first": first_iteration(),
+    "denoise-first": ["--objective.name", "denoise", "--objective.denoise.flat", "1"],
     "denoise-noise": ["--objective.name", "denoise", "--objective.denoise.noise", "0.1"],
-    "denoise-noise-first": first_iteration("--objective.denoise.noise", "0.1"),
+    "denoise-noise-first": [
+        "--objective.name", "denoise", "--objective.denoise.noise", "0.1", "--objective.denoise.flat", "1",
+    ],
     "denoise-token": ["--objective.name", "denoise-token"],
     "denoise-paper": ["--objective.name", "denoise-paper"],
 }  # fmt: skip

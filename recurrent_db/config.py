@@ -95,9 +95,10 @@ class DenoiseConfig:
 
     flat: float = 0.8
     """Share of the budget, from its beginning, in which no iteration after the first is trained."""
-    shallow: float = 0.5
-    """Share of that, from its beginning, in which the core's blocks do not run (prelude, injection and coda alone); then
-    they start as copies of the blocks around them. 0 runs them from the start, as a run with ``init.from`` does."""
+    shallow: float = 4.0
+    """Tokens, for each parameter that the network has without the core's blocks, in which these do not run; then they start
+    as copies of the blocks around them. At most .4 of the budget and no more than ``flat``. 0 runs them from the start, as a
+    run does that starts from another's weights or whose budget is in seconds alone."""
     start: float = 0.2
     """After that, the probability that a step trains the first iteration."""
     depth: int = 2
@@ -639,11 +640,11 @@ def validate(config: Config) -> None:
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
     need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")
     recipe = config.objective.denoise
-    for name in ("flat", "shallow", "start", "noise"):
+    for name in ("flat", "start", "noise"):
         need(
             0 <= getattr(recipe, name) <= 1, f"objective.denoise.{name} must be in [0, 1], got {getattr(recipe, name)}"
         )
-    need(recipe.shallow < 1, "objective.denoise.shallow must be below 1, or the core is never trained")
+    need(recipe.shallow >= 0, f"objective.denoise.shallow must be 0 or more, got {recipe.shallow}")
     need(recipe.noise <= 0.5, f"objective.denoise.noise must be at most 0.5 (rates reach twice it), got {recipe.noise}")
     positive(recipe, "objective.denoise", "depth")
     positive(token, "objective.token", "p_std", "sigma_min", "sigma_max", "target_norm")

@@ -23,6 +23,6 @@ def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
 
 
 def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:
-    """Share of the budget that is spent: that of the limit nearest to its end. 1 and above means stop."""
+    """Share of the budget that is spent: that of the limit nearest to its end; 0 without one. 1 and above means stop."""
     spent = {"flops": flops, "tokens": tokens, "steps": steps, "seconds": seconds}
-    return max(spent[name] / limit for name in spent if (limit := getattr(budget, name)) is not None)
+    return max((spent[name] / limit for name in spent if (limit := getattr(budget, name)) is not None), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,15 +17,15 @@ from recurrent_db.memory import peak_live_bytes
 from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.rng import Rng
 
+SHALLOW, FLAT = Passes(core_grad=0, injections_grad=1), Passes(core_grad=1)
 DEEP = ("--objective.name", "denoise", "--objective.denoise.flat", "0", "--objective.denoise.start", "0")
 
 
 def test_the_law_of_the_trained_iteration() -> None:
     objective = Denoise(micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
-                                     "--objective.denoise.shallow", "0.6", "--objective.denoise.start", "0.25",
-                                     "--objective.denoise.depth", "3"))  # fmt: skip
-    for progress, passes in ((0.0, Passes(core_grad=0, injections_grad=1)), (0.299, Passes(core_grad=0, injections_grad=1)),
-                             (0.301, Passes(core_grad=1)), (0.499, Passes(core_grad=1))):  # fmt: skip
+                                     "--objective.denoise.start", "0.25", "--objective.denoise.depth", "3",
+                                     "--budget.tokens", "1000"))  # fmt: skip
+    for progress, passes in ((0.0, SHALLOW), (0.399, SHALLOW), (0.401, FLAT), (0.499, FLAT)):
         assert {objective.passes(Rng(0, step), progress) for step in range(200)} == {passes}
     counts = Counter(objective.passes(Rng(0, step), 0.5).core_no_grad for step in range(4000))
     assert set(counts) == {0, 1, 2, 3}
@@ -66,7 +67,7 @@ def test_the_gradient_is_that_of_the_last_iteration_alone(depth: int) -> None:
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
 def test_without_an_iteration_the_coda_reads_what_the_blocks_would_be_given(injection: str) -> None:
-    config = micro_config("--objective.name", "denoise", "--model.injection", injection)
+    config = micro_config("--objective.name", "denoise", "--model.injection", injection, "--budget.steps", "10")
     model, objective = micro_model(config)
     data = batch()
     loss, metrics = objective(model, data, Rng(0, 0), 0.0)
@@ -91,8 +92,8 @@ def test_without_an_iteration_the_coda_reads_what_the_blocks_would_be_given(inje
 
 
 def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
-    config = micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
-                          "--objective.denoise.shallow", "0.5", "--model.n_core", "4")  # fmt: skip
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.25", "--model.n_core", "4",
+                          "--budget.steps", "10")  # fmt: skip
     model, objective = micro_model(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert not objective.grow(model, 0.249)
@@ -106,23 +107,47 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
         assert all(torch.equal(a, b) for a, b in zip(block.parameters(), source.parameters(), strict=True))
 
     # What has grown stays: a larger budget does not take the blocks away, nor does one who continues copy them again.
-    assert objective.passes(Rng(0, 0), 0.1) == Passes(core_grad=1)
+    assert objective.passes(Rng(0, 0), 0.1) == FLAT
     other = Denoise(config)
-    assert other.passes(Rng(0, 0), 0.1) == Passes(core_grad=0, injections_grad=1)
+    assert other.passes(Rng(0, 0), 0.1) == SHALLOW
     other.load_state_dict(json.loads(json.dumps(objective.state_dict())))
-    assert other.passes(Rng(0, 0), 0.1) == Passes(core_grad=1) and not other.grow(model, 0.9)
+    assert other.passes(Rng(0, 0), 0.1) == FLAT and not other.grow(model, 0.9)
     for bad in ({"grown": 1}, {"more": True}):
         with pytest.raises(ValueError, match="grown must be true or false"):
             other.load_state_dict(bad)
 
 
 def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
-    config = micro_config("--objective.name", "denoise", "--init.from", "somewhere")
+    config = micro_config("--objective.name", "denoise", "--init.from", "somewhere", "--budget.steps", "10")
     model, objective = micro_model(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert objective.passes(Rng(0, 0), 0.0) == Passes(core_grad=1)
+    assert objective.passes(Rng(0, 0), 0.0) == FLAT
     assert not objective.grow(model, 1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("budget", "share"), [
+    (["--budget.tokens", "1e6"], lambda per_token: 3 * per_token / 6 / 1e6),
+    (["--budget.flops", "1e14"], lambda per_token: 3 * per_token / 6 * per_token / 1e14),
+    (["--budget.steps", "10000"], lambda per_token: 3 * per_token / 6 / (8 * 16) / 10000),
+    (["--budget.steps", "10000", "--budget.tokens", "1e9"], lambda per_token: 3 * per_token / 6 / (8 * 16) / 10000),
+    (["--budget.tokens", "1000"], lambda per_token: 0.4),
+    (["--budget.tokens", "1000", "--objective.denoise.flat", "0.3"], lambda per_token: 0.3),
+    (["--budget.seconds", "10"], lambda per_token: 0.0),
+    (["--budget.tokens", "1000", "--objective.denoise.shallow", "0"], lambda per_token: 0.0),
+])  # fmt: skip
+def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[float], float]) -> None:
+    """Three tokens for each parameter of the rest; of its FLOPs per token a parameter is a sixth."""
+    words = ["--objective.name", "denoise", "--objective.denoise.shallow", "3", "--data.batch_size", "8"]
+    config = micro_config(*words, "--data.sequence_length", "16", *budget)
+    config.model.vocab_size = 61
+    model = config.model
+    block = 4 * model.d_model**2 + 3 * model.d_model * model.d_mlp + 2 * model.d_model * 16  # and its scores
+    weights = 2 * block + 2 * model.d_model**2 + 61 * model.d_model  # adapter and head
+    assert (model.n_prelude, model.n_coda) == (1, 1)
+    if "--objective.denoise.shallow" not in budget:
+        assert 0 <= share(6 * weights) < 1
+    assert Denoise(config).shallow == pytest.approx(share(6 * weights), rel=1e-3)
 
 
 def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:
@@ -169,8 +194,7 @@ def test_the_mean_step_of_the_defaults_costs_at_most_1_6_single_passes() -> None
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("flat", "1.5", "objective.denoise.flat must be in [0, 1], got 1.5"),
-    ("shallow", "-1", "objective.denoise.shallow must be in [0, 1], got -1.0"),
-    ("shallow", "1", "objective.denoise.shallow must be below 1"),
+    ("shallow", "-1", "objective.denoise.shallow must be 0 or more, got -1.0"),
     ("start", "-0.1", "objective.denoise.start must be in [0, 1], got -0.1"),
     ("depth", "0", "objective.denoise.depth must be above 0, got 0"),
     ("noise", "0.6", "objective.denoise.noise must be at most 0.5"),

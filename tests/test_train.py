@@ -254,17 +254,17 @@ def test_kill_9_then_resume_equals_an_uninterrupted_run(data: Path, tmp_path: Pa
 
 def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: Path) -> None:
     """The weights' average, and the loss that the next ones are held against."""
-    recipe = ["--objective.name", "denoise", "--objective.denoise.flat", 1, "--objective.denoise.shallow", 0.5]
-    watched = ["--optim.ema_decay", 0.99, "--guard.spike", 3, "--run.checkpoint_every", 60]
-    train(data, tmp_path / "run", *recipe, *watched, "--budget.steps", 120)
+    recipe = ["--objective.name", "denoise", "--objective.denoise.flat", 1, "--budget.steps", 150]
+    watched = ["--optim.ema_decay", 0.99, "--guard.spike", 3, "--run.checkpoint_every", 60, "--run.keep", 3]
+    train(data, tmp_path / "run", *recipe, *watched)
     written = rows(tmp_path / "run")
-    assert [row["depth"] for row in written] == [0.0] * 60 + [1.0] * 60
+    assert [row["depth"] for row in written] == [0.0] * 60 + [1.0] * 90
     assert written[60]["flops"] - written[59]["flops"] > 1.2 * (written[59]["flops"] - written[58]["flops"])
-    at, end = (Checkpoint(path) for path in list_checkpoints(tmp_path / "run"))
-    assert [c.training()[2] for c in (at, end)] == [0, 60]  # updates of the average
+    at, _, end = (Checkpoint(path) for path in list_checkpoints(tmp_path / "run"))
+    assert [c.training()[2] for c in (at, end)] == [0, 90]  # updates of the average
     average = at.weights(averaged=True)
     assert all(torch.equal(value, average[name]) for name, value in at.weights(averaged=False).items())
-    assert [c.training()[0].loss_count for c in (at, end)] == [0, 60 - (written[-1]["spikes"] - written[59]["spikes"])]
+    assert [c.training()[0].loss_count for c in (at, end)] == [0, 90 - (written[-1]["spikes"] - written[59]["spikes"])]
 
 
 def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:

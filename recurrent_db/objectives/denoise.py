@@ -10,10 +10,11 @@ pass. Up to ``depth`` + 1 iterations are what training showed. Each is trained a
 2506.14202); the gradient of one step through the last iteration alone is that of HRM (arXiv 2506.21734).
 
 Depth grows along the budget. In its first ``flat`` share no more than the first iteration is trained (l = 0), which is
-plain next-token training; and of that share, the first ``shallow`` runs none: the coda reads what the core's blocks would
-be given, and prelude and coda learn at a lower price. The core's blocks then start as copies of those, in order (stacking,
-arXiv 2405.15319). A run that starts from another's weights (``init.from``) has its blocks from there, and runs them at
-once. After ``flat``, ``start`` of the steps train the first iteration, and in the others l is uniform over 1 to ``depth``.
+plain next-token training. At its beginning it runs none: the coda reads what the core's blocks would be given, and prelude
+and coda learn at a lower price. After ``shallow`` tokens for each parameter of that network, and at most `MOST` of the
+budget, the core's blocks start as copies of those, in order (stacking, arXiv 2405.15319). A run that starts from another's
+weights (``init.from``) has its blocks from there, and runs them at once. After ``flat``, ``start`` of the steps train the
+first iteration, and in the others l is uniform over 1 to ``depth``.
 
 With ``noise``, a share of a sequence's context tokens, uniform between 0 and twice ``noise``, is replaced by tokens drawn
 from the vocabulary: the state is then an estimate from a corrupted context, which each pass learns to improve. That pays
@@ -29,11 +30,26 @@ from torch import Tensor
 
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
-from recurrent_db.flops import Passes
+from recurrent_db.flops import Passes, step_cost
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy, position_rms
 from recurrent_db.recurrence import PlainRecurrence
 from recurrent_db.rng import Rng
+from recurrent_db.schedule import budget_progress
+
+SHALLOW = Passes(core_grad=0, injections_grad=1)
+"""A step that trains no iteration."""
+MOST = 0.4
+"""Share of the budget that such steps may take."""
+
+
+def shallow_share(config: Config) -> float:
+    """Share of the budget that ``objective.denoise.shallow`` tokens per parameter are, parameters being a sixth of a
+    step's FLOPs per token; 0 where the budget does not say."""
+    per_token, budget = step_cost(config, SHALLOW).total, config.budget
+    tokens = config.objective.denoise.shallow * per_token / 6
+    steps = tokens / (config.data.batch_size * config.data.sequence_length)
+    return budget_progress(budget, flops=tokens * per_token, tokens=tokens, steps=steps, seconds=0.0)
 
 
 class Denoise:
@@ -42,11 +58,12 @@ class Denoise:
     def __init__(self, config: Config) -> None:
         self.config = config.objective.denoise
         self.recurrence = PlainRecurrence(initial="zeros")
-        self.grown = bool(config.init.from_) or not self.config.shallow * self.config.flat
+        self.shallow = 0.0 if config.init.from_ else min(self.config.flat, MOST, shallow_share(config))
+        self.grown = not self.shallow
 
     def _before(self, rng: Rng, progress: float) -> int | None:
         """Iterations before the one that a step trains; None where it trains none."""
-        if not self.grown and progress < self.config.shallow * self.config.flat:
+        if not self.grown and progress < self.shallow:
             return None
         if progress < self.config.flat or rng.scalar("start") < self.config.start:
             return 0
@@ -82,7 +99,7 @@ class Denoise:
 
     def grow(self, model: LoopedLM, progress: float) -> bool:
         """When the core's blocks begin to run, make them copies of the blocks around them, from the first to the last."""
-        if self.grown or progress < self.config.shallow * self.config.flat:
+        if self.grown or progress < self.shallow:
             return False
         self.grown = True
         around, core = [*model.prelude, *model.coda], model.core.blocks
@@ -96,9 +113,8 @@ class Denoise:
     def describe(self, model: LoopedLM) -> list[str]:
         if self.grown:
             return []
-        share = self.config.shallow * self.config.flat
-        return [f"the core's blocks run from {share:.0%} of the budget on (objective.denoise.shallow): no score before then"
-                " is that of a trained core"]  # fmt: skip
+        when = f"the core's blocks run from {self.shallow:.0%} of the budget on (objective.denoise.shallow)"
+        return [f"{when}: no score before then is that of a trained core"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"grown": self.grown}
@@ -111,5 +127,5 @@ class Denoise:
     def passes(self, rng: Rng, progress: float) -> Passes:
         before = self._before(rng, progress)
         if before is None:
-            return Passes(core_grad=0, injections_grad=1)
+            return SHALLOW
         return Passes(core_no_grad=before, core_grad=1)
