@@ -21,6 +21,7 @@ from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_t
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.blocks import freeze_shared
+from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.optim import update_flops
 from recurrent_db.rng import Rng
 
@@ -91,6 +92,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     config.objective.name = "denoise"
     drawn = drawn_passes(config, DRAWS)
     recipe = sum(step_cost(config, passes).total * times for passes, times in drawn.items()) / DRAWS
+    has_budget = any(limit is not None for limit in vars(config.budget).values())
 
     inference: dict[str, dict[str, float]] = {}
     cache: dict[str, dict[str, dict[str, int]]] = {policy: {} for policy in POLICIES}
@@ -113,7 +115,11 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
             "tokens_per_step": config.data.batch_size * length,
         },
         "parameters": model.parameter_counts(),
-        "recipe": {"per_token": recipe, "ratio_to_next_token": recipe / per_token["next_token"]},
+        "recipe": {
+            "per_token": recipe,
+            "ratio_to_next_token": recipe / per_token["next_token"],
+            "shallow_share": Denoise(config).shallow if has_budget else None,
+        },
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
         "epochs_ratio": epochs_ratio,
         "ratio_of_runs": {
@@ -215,6 +221,11 @@ def flops(args: FlopsArgs) -> int:
     print(
         f"denoise is one conditioned pass, as published (objective denoise-token). The recipe (objective denoise) takes"
         f" {recipe['per_token']:.4g}, the mean of its steps over a run, {recipe['ratio_to_next_token']:.3f} x next_token"
+        + (
+            "\n(no budget in the configuration: its first phase, without the core's blocks, is left out)"
+            if recipe["shallow_share"] is None
+            else f" ({recipe['shallow_share']:.0%} of the budget without the core's blocks)"
+        )
     )
     print("\nthe total by kind")
     kinds = table["by_kind"]

@@ -39,6 +39,9 @@ def test_flops_of_the_recipe_are_the_mean_of_its_steps() -> None:
     recipe = cli.flops_table(config, 3.0, 2)["recipe"]
     assert recipe["per_token"] == pytest.approx(0.4 * none + 0.1 * one + 0.5 * two)
     assert recipe["ratio_to_next_token"] == pytest.approx(recipe["per_token"] / one)
+    assert recipe["shallow_share"] == 0.4
+    config.budget.tokens = None
+    assert cli.flops_table(config, 3.0, 2)["recipe"]["shallow_share"] is None
 
 
 def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
