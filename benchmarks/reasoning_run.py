@@ -110,6 +110,8 @@ def train(
     bar = tqdm(total=100, disable=None, leave=False)
     model.train()
     while progress < 1 and not 0 < steps <= step:
+        for parameter in objective.grow(model, progress):
+            optimizer.state.pop(parameter, None)
         rng = Rng(config.seed, step)
         passes = objective.passes(rng, progress)
         spent = cost_of(passes).total * tokens

@@ -91,7 +91,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
 
     config.objective.name = "denoise"
     drawn = drawn_passes(config, DRAWS)
-    recipe = sum(step_cost(config, passes).total * times for passes, times in drawn.items()) / DRAWS
+    recipe = sum(step_cost(config, passes).total * share for passes, share in drawn.items())
     has_budget = any(limit is not None for limit in vars(config.budget).values())
 
     inference: dict[str, dict[str, float]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from recurrent_db.model.blocks import BlocksLM, plain_weights
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective, restore
 from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.tokenizer import Tokenizer
 
 
@@ -47,6 +49,10 @@ def load_with_config(
     load_weights(model, weights, source)
     objective = build_objective(config)
     restore(objective, checkpoint.training()[1], source)
+    if isinstance(objective, Denoise) and not objective.grown:
+        print(
+            f"warning: {source} was stopped before its core's blocks began to run: they are untrained", file=sys.stderr
+        )
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
@@ -88,11 +94,16 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     takes what the other has of its own, and nothing else is read: the shared tables, and blocks that both hold.
 
     Raises:
-        UserError: no run there, another tokenizer or shape.
+        UserError: no run there, another tokenizer or shape, or one whose core was never trained.
     """
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
     if source.tokenizer().hash != tokenizer.hash:
         raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
+    if source.config().objective.name == "denoise" and source.training()[1].get("grown") is False:
+        raise UserError(
+            f"init.from {config.init.from_} was stopped before its core's blocks began to run (objective.denoise.shallow):"
+            " continue it with --resume first"
+        )
     if not isinstance(model, BlocksLM):
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
         return f"starting from the weights of {source.path}"

@@ -200,7 +200,7 @@ class Planner:
         drawn = drawn_passes(config, DRAWS)
         self.deepest = max(drawn, key=lambda passes: (passes.core_grad, passes.core_no_grad))
         self.tokens = config.data.batch_size * config.data.sequence_length
-        per_token = sum(step_cost(config, passes).total * times for passes, times in drawn.items()) / DRAWS
+        per_token = sum(step_cost(config, passes).total * share for passes, share in drawn.items())
         self.step_flops = per_token * self.tokens
 
     def modes(self, gpus: int) -> list[tuple[Mode, int]]:

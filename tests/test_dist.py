@@ -200,7 +200,7 @@ def count_collectives(result: str, cases: list[tuple[str, int, str, int]]) -> No
         if name == "unrolled":
             objective._depth = lambda rng, k=k: (k // 2, k - k // 2)  # type: ignore[attr-defined]
         if name == "denoise":
-            objective._before = lambda rng, progress, k=k: k - 1  # type: ignore[attr-defined]
+            objective._depth = lambda rng, progress, k=k: k  # type: ignore[attr-defined]
         if wrapping == "blocks":
             from torch.distributed.fsdp import fully_shard
 

@@ -14,6 +14,7 @@ from torch import nn
 from recurrent_db.errors import UserError
 from recurrent_db.flops import Passes, step_cost
 from recurrent_db.memory import peak_live_bytes
+from recurrent_db.objectives import drawn_passes
 from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.rng import Rng
 
@@ -96,8 +97,9 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
                           "--budget.steps", "10")  # fmt: skip
     model, objective = micro_model(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert not objective.grow(model, 0.249)
-    assert objective.grow(model, 0.25) and not objective.grow(model, 0.3)
+    assert objective.grow(model, 0.249) == []
+    assert {id(p) for p in objective.grow(model, 0.25)} == {id(p) for p in model.core.blocks.parameters()}
+    assert objective.grow(model, 0.3) == []
     after = model.state_dict()
     for name, value in after.items():
         if not name.startswith("core.blocks."):
@@ -117,6 +119,33 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
             other.load_state_dict(bad)
 
 
+def test_without_blocks_around_it_the_core_runs_at_once() -> None:
+    config = micro_config(
+        "--objective.name", "denoise", "--model.n_prelude", "0", "--model.n_coda", "0", "--budget.steps", "10"
+    )
+    model, objective = micro_model(config)
+    assert objective.passes(Rng(0, 0), 0.0) == FLAT and objective.grow(model, 0.0) == []
+
+
+def test_of_a_budget_in_flops_cheap_steps_are_the_more() -> None:
+    """A run of that budget, step by step, against the shares that its plan has; in steps they are those of the budget."""
+    config = micro_config("--objective.name", "denoise", "--budget.flops", "1e9")
+    config.model.vocab_size = 61
+    spent, steps, objective = 0.0, Counter[Passes](), Denoise(config)
+    while spent < 1e9:
+        passes = objective.passes(Rng(0, steps.total()), spent / 1e9)
+        steps[passes] += 1
+        spent += step_cost(config, passes).total * config.data.batch_size * config.data.sequence_length
+    planned = drawn_passes(config, 4000)
+    assert planned.keys() == steps.keys()
+    for passes, share in planned.items():
+        assert share == pytest.approx(steps[passes] / steps.total(), abs=0.02)
+    config.budget.flops, config.budget.steps = None, 1000
+    assert drawn_passes(config, 1000)[SHALLOW] == pytest.approx(0.4)
+    assert planned[SHALLOW] > 0.42
+    assert sum(planned.values()) == pytest.approx(1)
+
+
 def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
     config = micro_config("--objective.name", "denoise", "--init.from", "somewhere", "--budget.steps", "10")
     model, objective = micro_model(config)
@@ -127,27 +156,26 @@ def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
 
 
 @pytest.mark.parametrize(("budget", "share"), [
-    (["--budget.tokens", "1e6"], lambda per_token: 3 * per_token / 6 / 1e6),
-    (["--budget.flops", "1e14"], lambda per_token: 3 * per_token / 6 * per_token / 1e14),
-    (["--budget.steps", "10000"], lambda per_token: 3 * per_token / 6 / (8 * 16) / 10000),
-    (["--budget.steps", "10000", "--budget.tokens", "1e9"], lambda per_token: 3 * per_token / 6 / (8 * 16) / 10000),
-    (["--budget.tokens", "1000"], lambda per_token: 0.4),
-    (["--budget.tokens", "1000", "--objective.denoise.flat", "0.3"], lambda per_token: 0.3),
-    (["--budget.seconds", "10"], lambda per_token: 0.0),
-    (["--budget.tokens", "1000", "--objective.denoise.shallow", "0"], lambda per_token: 0.0),
+    (["--budget.tokens", "1e6"], lambda weights, per_token: 3 * weights / 1e6),
+    (["--budget.flops", "1e14"], lambda weights, per_token: 3 * weights * per_token / 1e14),
+    (["--budget.steps", "10000"], lambda weights, per_token: 3 * weights / (8 * 16) / 10000),
+    (["--budget.steps", "10000", "--budget.tokens", "1e9"], lambda weights, per_token: 3 * weights / (8 * 16) / 10000),
+    (["--budget.tokens", "1000"], lambda weights, per_token: 0.4),
+    (["--budget.tokens", "1000", "--objective.denoise.flat", "0.3"], lambda weights, per_token: 0.3),
+    (["--budget.seconds", "10"], lambda weights, per_token: 0.0),
+    (["--budget.tokens", "1000", "--objective.denoise.shallow", "0"], lambda weights, per_token: 0.0),
 ])  # fmt: skip
-def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[float], float]) -> None:
-    """Three tokens for each parameter of the rest; of its FLOPs per token a parameter is a sixth."""
+def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[int, float], float]) -> None:
+    """Three tokens for each weight of the rest's matrices."""
     words = ["--objective.name", "denoise", "--objective.denoise.shallow", "3", "--data.batch_size", "8"]
     config = micro_config(*words, "--data.sequence_length", "16", *budget)
     config.model.vocab_size = 61
     model = config.model
-    block = 4 * model.d_model**2 + 3 * model.d_model * model.d_mlp + 2 * model.d_model * 16  # and its scores
-    weights = 2 * block + 2 * model.d_model**2 + 61 * model.d_model  # adapter and head
+    block, scores = 4 * model.d_model**2 + 3 * model.d_model * model.d_mlp, 4 * model.d_model * 16
     assert (model.n_prelude, model.n_coda) == (1, 1)
-    if "--objective.denoise.shallow" not in budget:
-        assert 0 <= share(6 * weights) < 1
-    assert Denoise(config).shallow == pytest.approx(share(6 * weights), rel=1e-3)
+    weights = 2 * block + 2 * model.d_model**2 + 61 * model.d_model  # adapter and head
+    expected = share(weights, 6 * weights + 3 * 2 * scores)
+    assert Denoise(config).shallow == pytest.approx(expected) and 0 <= expected <= 0.4
 
 
 def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:
@@ -177,7 +205,7 @@ def test_memory_does_not_depend_on_the_iterations_before(monkeypatch: pytest.Mon
     model, objective = micro_model(config)
     data, peaks = batch(), {}
     for before in (1, 2, 16):
-        monkeypatch.setattr(Denoise, "_before", lambda *_, before=before: before)
+        monkeypatch.setattr(Denoise, "_depth", lambda *_, before=before: before + 1)
         model.zero_grad(set_to_none=True)
         peaks[before] = peak_live_bytes(lambda: objective(model, data, Rng(0, 0), 1.0)[0].backward())
     assert peaks[16] == peaks[2] <= 1.01 * peaks[1]

@@ -27,6 +27,7 @@ from recurrent_db.checkpoint import Checkpoint, find_checkpoint, list_checkpoint
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.model import attention
+from recurrent_db.objectives.denoise import Denoise
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -265,6 +266,38 @@ def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: 
     average = at.weights(averaged=True)
     assert all(torch.equal(value, average[name]) for name, value in at.weights(averaged=False).items())
     assert [c.training()[0].loss_count for c in (at, end)] == [0, 90 - (written[-1]["spikes"] - written[59]["spikes"])]
+
+
+def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--objective.name", "denoise", "--run.checkpoint_every", 2, "--run.keep", 9]
+    train(data, tmp_path / "run", *options, "--budget.steps", 8)
+    early = list_checkpoints(tmp_path / "run")[0]
+    assert Checkpoint(early).training()[1] == {"grown": False}
+    capsys.readouterr()
+    recurrent_db.load(early)
+    told = f"warning: {early} was stopped before its core's blocks began to run: they are untrained\n"
+    assert capsys.readouterr().err == told
+    recurrent_db.load(tmp_path / "run")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="was stopped before its core's blocks began to run"):
+        train(data, tmp_path / "next", *options, "--budget.steps", 8, "--init.from", early)
+
+    # Continued with a budget of which more is spent than the core stays out for, its blocks start before the next step.
+    for path in list_checkpoints(tmp_path / "run")[1:]:
+        shutil.rmtree(path)
+    grown, grow = [], Denoise.grow
+
+    def watched(objective: Denoise, model: Any, progress: float) -> Any:
+        result = grow(objective, model, progress)
+        grown.append((progress, len(result) > 0))
+        return result
+
+    monkeypatch.setattr(Denoise, "grow", watched)
+    train(data, tmp_path / "run", *options, "--budget.steps", 4, resume="newest")
+    assert grown[0] == (0.5, True) and not any(did for _, did in grown[1:])
+    assert [row["depth"] for row in rows(tmp_path / "run")][:3] == [0, 0, 1]
 
 
 def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:

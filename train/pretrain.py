@@ -338,9 +338,18 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     if team.mode == "ddp":
         sample = next(loader.micro_batches(0, micro_batch_size, team.rank, team.world)).to(device)
         with autocast:
-            team.rehearse(model, functools.partial(objective, model, sample, Rng(config.seed, 0), 0.0))
+            team.rehearse(model, functools.partial(objective, model, sample, Rng(config.seed, 0), 1.0))
         objective.after_step(torch.zeros((), dtype=torch.bool), team.sum)  # it learns nothing from that
     watch = LossGuard(config, state, device, floor)
+
+    def grow() -> None:
+        """Let the objective set weights; what is known of those before, and of the loss, is then of another model."""
+        if parameters := objective.grow(model, progress):
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+            watch.forget(state)
+            if ema is not None:
+                ema.restart(model)
 
     def go_back(trouble: str, unsound: list[str]) -> None:
         """Continue from the last good checkpoint with another order of the data, or end the run; both with a diagnosis."""
@@ -381,7 +390,9 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         loader.seed = data_seed(config, state.rollbacks)
         batches = prefetch(loader, state.step, micro_batch_size, device, rank=team.rank, world=team.world)
         progress = progress_after(0, 0, 0)
+        grow()
 
+    grow()
     while progress < 1 and not stopping:
         team.beat(f"at step {state.step + 1}")
         clock.start()
@@ -452,10 +463,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         if config.budget.seconds:
             settle()
         before, progress = progress, progress_after(0, 0, 0)
-        if objective.grow(model, progress):  # what follows weights and loss begins anew
-            watch.forget(state)
-            if ema is not None:
-                ema.restart(model)
+        grow()
         points = config.eval.points
         evaluating = points and (progress >= 1 or int(progress * points) > int(before * points))
         logging = state.step % config.run.log_every == 0 or progress >= 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from recurrent_db.config import WALKS, Config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Passes
+from recurrent_db.flops import Passes, step_cost
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise
@@ -35,10 +35,14 @@ def build_objective(config: Config) -> Objective:
     return OBJECTIVES[config.objective.name](config)
 
 
-def drawn_passes(config: Config, draws: int) -> Counter[Passes]:
-    """What so many steps, spread evenly over the budget, would compute: how often each."""
-    objective = build_objective(config)
-    return Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
+def drawn_passes(config: Config, draws: int) -> dict[Passes, float]:
+    """What a run's steps would compute, and the share of each, by so many draws spread evenly over the budget. Of a budget
+    in FLOPs alone a dearer step takes more, so that there are fewer of them."""
+    objective, budget = build_objective(config), config.budget
+    drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
+    by_flops = budget.flops is not None and budget.tokens is None and budget.steps is None
+    steps = {passes: times / (step_cost(config, passes).total if by_flops else 1) for passes, times in drawn.items()}
+    return {passes: count / sum(steps.values()) for passes, count in steps.items()}
 
 
 def restore(objective: Objective, state: dict[str, Any], source: object) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_db.data import Batch
 from recurrent_db.flops import Passes
@@ -52,10 +52,10 @@ class Objective(Protocol):
         processes; draws must not change before this."""
         ...
 
-    def grow(self, model: LoopedLM, progress: float) -> bool:
-        """Called between steps, before anything is saved, with the share of the budget that is spent: the place to change
-        the weights by a rule and not by a gradient. Whether it did: averages of before then say nothing of after. Of a
-        sharded model the parameters are shards."""
+    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
+        """Called before each step with the share of the budget that is spent, and before anything is saved: the place to
+        set weights by a rule and not by a gradient. Returns those that it set, of a sharded model the shards: what was
+        averaged of them before says nothing of them now."""
         ...
 
     def describe(self, model: LoopedLM) -> list[str]:
@@ -83,8 +83,8 @@ class ScoresItself(Protocol):
 class NeverGrows:
     """Base of objectives that train the whole model from the first step on."""
 
-    def grow(self, model: LoopedLM, progress: float) -> bool:
-        return False
+    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
+        return []
 
 
 class Stateless(NeverGrows):

@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
@@ -44,12 +44,17 @@ MOST = 0.4
 
 
 def shallow_share(config: Config) -> float:
-    """Share of the budget that ``objective.denoise.shallow`` tokens per parameter are, parameters being a sixth of a
-    step's FLOPs per token; 0 where the budget does not say."""
-    per_token, budget = step_cost(config, SHALLOW).total, config.budget
-    tokens = config.objective.denoise.shallow * per_token / 6
+    """Share of the budget that ``objective.denoise.shallow`` tokens are for each weight of the matrices that such a step
+    multiplies by; 0 where the budget does not say."""
+    cost, budget = step_cost(config, SHALLOW), config.budget
+    tokens = config.objective.denoise.shallow * cost.matmul / 6
     steps = tokens / (config.data.batch_size * config.data.sequence_length)
-    return budget_progress(budget, flops=tokens * per_token, tokens=tokens, steps=steps, seconds=0.0)
+    return budget_progress(budget, flops=tokens * cost.total, tokens=tokens, steps=steps, seconds=0.0)
+
+
+def passes_of(depth: float) -> Passes:
+    """What a step ran whose metrics have this ``depth``."""
+    return Passes(core_no_grad=round(depth) - 1, core_grad=1) if depth else SHALLOW
 
 
 class Denoise:
@@ -58,16 +63,17 @@ class Denoise:
     def __init__(self, config: Config) -> None:
         self.config = config.objective.denoise
         self.recurrence = PlainRecurrence(initial="zeros")
-        self.shallow = 0.0 if config.init.from_ else min(self.config.flat, MOST, shallow_share(config))
+        alone = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
+        self.shallow = 0.0 if alone else min(self.config.flat, MOST, shallow_share(config))
         self.grown = not self.shallow
 
-    def _before(self, rng: Rng, progress: float) -> int | None:
-        """Iterations before the one that a step trains; None where it trains none."""
+    def _depth(self, rng: Rng, progress: float) -> int:
+        """The iteration that a step trains, from 1; 0 where it trains none."""
         if not self.grown and progress < self.shallow:
-            return None
-        if progress < self.config.flat or rng.scalar("start") < self.config.start:
             return 0
-        return 1 + int(rng.scalar("depth") * self.config.depth)
+        if progress < self.config.flat or rng.scalar("start") < self.config.start:
+            return 1
+        return 2 + int(rng.scalar("depth") * self.config.depth)
 
     def corrupted(self, tokens_BT: Tensor, samples_B: Tensor, vocab_size: int, rng: Rng) -> Tensor:
         """The context with a share of its tokens replaced, int64 (B, T), on the tokens' device."""
@@ -78,37 +84,36 @@ class Denoise:
         return torch.where(hit_BT.to(tokens_BT.device), other_BT.to(tokens_BT.device), tokens_BT)
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
-        before, tokens_BT = self._before(rng, progress), batch.tokens_BT
+        depth, tokens_BT = self._depth(rng, progress), batch.tokens_BT
         if self.config.noise:
             tokens_BT = self.corrupted(tokens_BT, batch.sample_index_B, model.config.vocab_size, rng)
         visible = model.visible(tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(tokens_BT, visible)
         state_BTD = torch.zeros_like(e_BTD)
-        if before is None:
+        if not depth:
             state_BTD = model.inject(state_BTD, e_BTD)
         else:
             with torch.no_grad():
-                state_BTD = model.iterate(state_BTD, e_BTD, before, visible=visible)
+                state_BTD = model.iterate(state_BTD, e_BTD, depth - 1, visible=visible)
             state_BTD = model.iterate(state_BTD, e_BTD, visible=visible)
         loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
-        depth = 0.0 if before is None else 1.0 + before
-        return loss, {"depth": torch.tensor(depth), "state_rms": position_rms(state_BTD)}
+        return loss, {"depth": torch.tensor(float(depth)), "state_rms": position_rms(state_BTD)}
 
     def after_step(self, taken: Tensor, reduce: Reduce) -> None:
         pass
 
-    def grow(self, model: LoopedLM, progress: float) -> bool:
+    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
         """When the core's blocks begin to run, make them copies of the blocks around them, from the first to the last."""
         if self.grown or progress < self.shallow:
-            return False
+            return []
         self.grown = True
         around, core = [*model.prelude, *model.coda], model.core.blocks
         with torch.no_grad():
-            for number, block in enumerate(core if around else []):
+            for number, block in enumerate(core):
                 source = around[number * len(around) // len(core)]
                 for parameter, value in zip(block.parameters(), source.parameters(), strict=True):
                     parameter.copy_(value)
-        return True
+        return list(core.parameters())
 
     def describe(self, model: LoopedLM) -> list[str]:
         if self.grown:
@@ -125,7 +130,4 @@ class Denoise:
         self.grown = state.get("grown", True)  # runs of before there was this ran all blocks from the start
 
     def passes(self, rng: Rng, progress: float) -> Passes:
-        before = self._before(rng, progress)
-        if before is None:
-            return SHALLOW
-        return Passes(core_no_grad=before, core_grad=1)
+        return passes_of(self._depth(rng, progress))

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 
 from recurrent_db.flops import Cost, cost_per_token
 from recurrent_db.objectives import build_objective, drawn_passes
+from recurrent_db.objectives.denoise import Denoise, passes_of
 from recurrent_db.report.data import Run, number
 from recurrent_db.rng import Rng
 
@@ -18,22 +19,26 @@ HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")
 def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
     """Mean FLOPs per training token by part.
 
-    The objective says what each step ran (its draws are a function of seed and step); of longer runs ``most`` evenly
-    spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
+    The objective says what each step ran (its draws are a function of seed and step), of the recipe the rows themselves; of
+    longer runs ``most`` evenly spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
     """
     config, objective = run.config, build_objective(run.config)
-    steps: list[tuple[int, float]] = []
+    steps: list[tuple[int, float, float | None]] = []
     progress = 0.0
     for row in run.rows:
         if (step := number(row.get("step"))) is not None:
-            steps.append((int(step) - 1, progress))
+            steps.append((int(step) - 1, progress, number(row.get("depth"))))
         progress = run.progress_at(row) or progress
     stride = math.ceil(len(steps) / most) or 1
-    counts = Counter(objective.passes(Rng(config.seed, step), at) for step, at in steps[::stride])
-    counts = counts or drawn_passes(config, 256)
+    counts = Counter(
+        passes_of(depth)
+        if isinstance(objective, Denoise) and depth is not None
+        else objective.passes(Rng(config.seed, step), at)
+        for step, at, depth in steps[::stride]
+    )
+    shares = {passes: count / counts.total() for passes, count in counts.items()} or drawn_passes(config, 256)
     mean: dict[str, Cost] = {}
-    for passes, count in counts.items():
-        share = count / counts.total()
+    for passes, share in shares.items():
         parts = cost_per_token(config.model, config.data.sequence_length, passes, config.run.activation_checkpointing)
         for part, cost in parts.items():
             mean[part] = mean.get(part, Cost()) + Cost(*(value * share for value in astuple(cost)))

@@ -199,6 +199,7 @@ def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluati
     for row in rows:
         rate = number(row.get("lr"))
         constant = constant_schedule and rate is not None and math.isclose(rate, config.optim.lr, rel_tol=1e-6)
+        constant = constant and number(row.get("depth")) != 0  # the core's blocks were not trained yet
         if not constant:
             stretch += 1
         nll = _by_k(row, "eval/nll_k")
