@@ -95,7 +95,7 @@ class DenoiseConfig:
 
     flat: float = 0.8
     """Share of the budget, from its beginning, in which no iteration after the first is trained."""
-    shallow: float = 4.0
+    shallow: float = 2.0
     """Tokens, for each weight that the network multiplies by without the core's blocks, in which these do not run; then
     they start as copies of the blocks around them. At most .4 of the budget and no more than ``flat``. 0 runs them from the
     start, as does a run that begins with another's weights or whose budget is in seconds alone."""
