@@ -129,7 +129,7 @@ def test_without_blocks_around_it_the_core_runs_at_once() -> None:
 
 def test_of_a_budget_in_flops_cheap_steps_are_the_more() -> None:
     """A run of that budget, step by step, against the shares that its plan has; in steps they are those of the budget."""
-    config = micro_config("--objective.name", "denoise", "--budget.flops", "1e9")
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.shallow", "100", "--budget.flops", "1e9")
     config.model.vocab_size = 61
     spent, steps, objective = 0.0, Counter[Passes](), Denoise(config)
     while spent < 1e9:
