@@ -241,5 +241,5 @@ def test_the_adaptive_density_learns_after_a_step_and_survives_json() -> None:
 def test_an_objective_refuses_state_that_is_not_its_own(objective: str) -> None:
     train = build_objective(micro_config("--objective.name", objective))
     train.load_state_dict(train.state_dict())
-    with pytest.raises(ValueError, match="keeps no state|grown must be true or false"):
+    with pytest.raises(ValueError, match=r"keeps no state|grown must be true or false"):
         train.load_state_dict({"x": 1})
