@@ -293,7 +293,7 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
         assert (out / arm / "eval/lm_eval.json").exists()
     flops = [
         json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
-        for arm in ("denoise-token", "unrolled", "next_token")
+        for arm in ("denoise", "unrolled", "next_token")
     ]
     assert min(flops) >= 2e10
     again = script("benchmarks/demo.py", "--out", tmp_path)
