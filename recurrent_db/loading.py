@@ -16,8 +16,12 @@ from recurrent_db.model.blocks import BlocksLM, plain_weights
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective, restore
 from recurrent_db.objectives.blocks import trains_shared
-from recurrent_db.objectives.denoise import Denoise
 from recurrent_db.tokenizer import Tokenizer
+
+
+def core_has_begun(checkpoint: Checkpoint) -> bool:
+    """Whether the core's blocks have run in training (`objectives.denoise` starts without them)."""
+    return checkpoint.training()[1].get("grown") is not False
 
 
 def load_with_config(
@@ -49,7 +53,7 @@ def load_with_config(
     load_weights(model, weights, source)
     objective = build_objective(config)
     restore(objective, checkpoint.training()[1], source)
-    if isinstance(objective, Denoise) and not objective.grown:
+    if not core_has_begun(checkpoint):
         print(
             f"warning: {source} was stopped before its core's blocks began to run: they are untrained", file=sys.stderr
         )
@@ -99,7 +103,7 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
     if source.tokenizer().hash != tokenizer.hash:
         raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
-    if source.config().objective.name == "denoise" and source.training()[1].get("grown") is False:
+    if not core_has_begun(source):
         raise UserError(
             f"init.from {config.init.from_} was stopped before its core's blocks began to run (objective.denoise.shallow):"
             " continue it with --resume first"

@@ -267,6 +267,15 @@ def test_an_end_before_the_rate_has_come_down_is_no_annealed_end(tmp_path: Path)
     assert [e.phase for e in evaluations(config, annealed)] == ["other", "end"]
 
 
+def test_scores_of_a_core_that_has_not_begun_are_of_no_phase() -> None:
+    config = load_config(None, ["--budget.steps", "100", "--schedule.warmup", "0", "--schedule.decay", "0.1"])
+    spent = {"tokens": 1.0, "flops": 1.0, "seconds": 1.0, "lr": config.optim.lr, "eval/nll_k1": 3.0}
+    along = [{**spent, "step": n, "depth": float(n > 40)} for n in (20, 40, 60, 80)]
+    found = evaluations(config, along)
+    assert [e.phase for e in found] == ["other", "other", "constant", "constant"]
+    assert found[2].stretch == found[3].stretch
+
+
 def test_phases_come_from_the_schedule_and_the_rate(tmp_path: Path) -> None:
     run = read_run(fake_run(tmp_path / "wsd", steps=100), "wsd")
     assert [e.phase for e in run.evaluations] == ["constant", "constant", "constant", "other", "end"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -34,6 +35,18 @@ def test_flop_split_adds_up_to_what_the_run_logged(three_runs: list[Path], objec
     for kind in ("forward", "backward", "backward_weight", "recomputed", "causal"):
         logged = run.last(f"flops_{kind}")
         assert logged and sum(getattr(c, kind) for c in cost.values()) == pytest.approx(logged / tokens, rel=1e-9)
+
+
+def test_what_the_recipes_steps_cost_is_what_their_rows_say(tmp_path: Path) -> None:
+    """A run of before there was a first phase, or one that went on with another budget, ran other steps than its
+    configuration would draw now."""
+    run = read_run(fake_run(tmp_path / "run", "denoise"), "run")
+    for row, depth in zip(run.rows, itertools.cycle((0.0, 1.0, 3.0)), strict=False):
+        row["depth"] = depth
+    run.rows = run.rows[: len(run.rows) // 3 * 3]
+    each = (Passes(core_grad=0, injections_grad=1), Passes(core_grad=1), Passes(core_no_grad=2, core_grad=1))
+    expected = sum(step_cost(run.config, passes).total for passes in each) / 3
+    assert total(training_cost(run)).total == pytest.approx(expected)
 
 
 def cells(section: str, name: str) -> list[str]:

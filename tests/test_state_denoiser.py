@@ -217,7 +217,7 @@ def test_the_mean_step_of_the_defaults_costs_at_most_1_6_single_passes() -> None
     objective = Denoise(config)
     draws = [objective.passes(Rng(0, step), (step + 0.5) / 2000) for step in range(2000)]
     mean = sum(step_cost(config, passes).total for passes in draws) / len(draws)
-    assert mean / step_cost(config, Passes(core_grad=1)).total < 1.6
+    assert 1 < mean / step_cost(config, FLAT).total < 1.6  # no budget, so no cheaper steps at the beginning
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
