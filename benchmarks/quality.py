@@ -460,7 +460,7 @@ class Quality:
                 "limit": self.args.data_limited,
                 "flat": self.flat_ladder()[0] if best else [],
             }
-            merged |= {"best_budgets": best, "arms": arms}
+            merged |= {"best_budgets": best, "arms": arms, "sweep": tables.sweep_cost(results, best, all_budgets=True)}
         else:
             budgets = sorted({result["budget_flops"] for result in results})
             by_budget = {
@@ -475,7 +475,8 @@ class Quality:
             )
             reached = self.reached(results, names, budgets, main)
             merged = {
-                "budget_flops": main, "arms": by_budget.get(main, {}), "sweep": tables.sweep_cost(results, main),
+                "budget_flops": main, "arms": by_budget.get(main, {}),
+                "sweep": tables.sweep_cost(results, dict.fromkeys(names, main)),
                 "other_budgets": [{"budget_flops": b, "arms": by_budget[b]} for b in budgets if b != main],
                 "reach": [{"nll": nll, "why": why, "arms": found} for nll, why, found in reached],
             }  # fmt: skip

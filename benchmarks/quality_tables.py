@@ -8,7 +8,7 @@ every arm alike where the sweeps are alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -116,19 +116,20 @@ def difference(
     return mean, math.sqrt(sum((x - mean) ** 2 for x in each) / max(1, n - 1) / n)
 
 
-def sweep_cost(results: Iterable[Result], budget: float) -> dict[str, Any]:
-    """What the choice of the rates cost, beside the runs that are reported."""
-    runs = [result for result in results if result["budget_flops"] == budget]
-    arms = {result["arm"] for result in runs}
+def sweep_cost(results: Iterable[Result], at: Mapping[str, float], all_budgets: bool = False) -> dict[str, Any]:
+    """What the choice of the rates cost, beside the runs that are reported, which for each arm are at the budget that
+    ``at`` gives it; with ``all_budgets`` the choice of that budget too."""
+    runs = [r for r in results if r["arm"] in at and (all_budgets or r["budget_flops"] == at[r["arm"]])]
+    arms = sorted({result["arm"] for result in runs})
     reported = [
         result
         for arm in arms
-        for result in by_rate(runs, arm, budget).get(best_rate(runs, arm, budget) or 0.0, {}).values()
+        for result in by_rate(runs, arm, at[arm]).get(best_rate(runs, arm, at[arm]) or 0.0, {}).values()
     ]
     return {
         "runs": len(runs), "flops": sum(run["flops"] for run in runs), "seconds": sum(run["seconds"] for run in runs),
         "reported_runs": len(reported), "reported_flops": sum(run["flops"] for run in reported),
-        "rates": {arm: [f"{rate:g}" for rate in sweep_of(by_rate(runs, arm, budget))] for arm in sorted(arms)},
+        "rates": {arm: [f"{rate:g}" for rate in sweep_of(by_rate(runs, arm, at[arm]))] for arm in arms},
     }  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def table(
             + f" | {fmean(s['text']['distinct_2'] for s in seeds):.2f} ({held_out})"
             + f" | {fmean(s['text']['repetition'] for s in seeds):.3f} |"
         )  # fmt: skip
-    cost = sweep_cost([r for r in results if r["arm"] in entries], budget)
+    cost = sweep_cost(results, {arm: at[arm] for arm in entries}, bool(budgets))
     lines += [
         "",
         f"Held-out nats per token; the lowest in bold. ± is the standard error over {len(first_sequences(results))} held-out"

@@ -21,8 +21,9 @@ from statistics import fmean
 from typing import Any
 
 from quality import ARMS, choose_arms
-from quality_runs import floats, middle_first
+from quality_runs import contradiction, floats, identity, middle_first
 from quality_tables import Result, by_rate, sweep_of
+from reasoning_run import task_config
 from reasoning_tasks import TASKS
 from slices import ROOT, Failed, Slice
 
@@ -106,10 +107,20 @@ class Reasoning:
         self.results: dict[str, Result] = {}
         for path in sorted(self.folder.glob("*.json")):
             result = json.loads(path.read_text())
-            if result["arm"] in ARMS and (result["words"], result["options"]) != (ARMS[result["arm"]], args.options):
-                made = f"{' '.join(result['words'])} {result['options']}".strip()
-                raise UserError(f"{path} was made with {made}: remove it to run it again, or choose another --results")
+            if result["arm"] in ARMS and (key := self.contradiction(result)) is not None:
+                raise UserError(
+                    f"{path} was made with another {key}: remove it to run it again, or choose another --results"
+                )
             self.results[path.stem] = result
+
+    def contradiction(self, result: Result) -> str | None:
+        """What makes a result another comparison's."""
+        if (result["words"], result["options"]) != (ARMS[result["arm"]], self.args.options):
+            return f"arm or options ({' '.join([*result['words'], result['options']]).strip()})"
+        if "identity" not in result:
+            return "version, which did not say its configuration"
+        run = (result["arm"], result["options"], result["seed"], result["learning_rate"], result["budget_flops"])
+        return contradiction(result["identity"], identity(task_config(TASKS[result["task"]], *run)))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Runs

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from quality import ARMS
-from quality_runs import dotted
+from quality_runs import dotted, identity
 from reasoning_tasks import TASKS, Task
 from slices import ROOT
 from tqdm import tqdm
@@ -196,7 +196,8 @@ def main(args: Args) -> int:
     found = accuracy(model, task, ks, args.samples, args.draws, device)
     result = {
         "task": args.task, "arm": args.arm, "seed": args.seed, "learning_rate": args.rate, "budget_flops": args.budget_flops,
-        "words": ARMS[args.arm], "options": args.options, **spent, "seconds_scoring": time.perf_counter() - trained,
+        "words": ARMS[args.arm], "options": args.options, "identity": identity(config), **spent,
+        "seconds_scoring": time.perf_counter() - trained,
         "parameters": model.parameter_counts()["total"],
         "headline": task.headline, **found,
     }  # fmt: skip

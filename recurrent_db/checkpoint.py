@@ -434,7 +434,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allo
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
-    """Fill a model, its optimizer and its average from a checkpoint, sharded or not, whatever wrote it."""
+    """Fill a model, its optimizer and its average from a checkpoint, sharded or not, whatever wrote it. What the optimizer
+    had and the checkpoint has not is dropped: the state of parameters that were not trained yet."""
+    optimizer.state.clear()
     if checkpoint.sharded:
         from recurrent_db import sharded
 

@@ -393,6 +393,7 @@ MOST_INTEGER = (1 << 63) - 1
 MOST: dict[str, dict[str, int]] = {
     "model": {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 1 << 12, "n_prelude": 1024,
               "n_core": 1024, "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16, "expected_depth": 1 << 20},
+    "objective.denoise": {"depth": 1 << 14},
     "objective.unrolled": {"mean_depth": 1 << 14, "depth_sigma": 2, "truncation": 1 << 20},
     "data": {"batch_size": 1 << 24},
     "eval": {"points": 1 << 20, "batch_size": 1 << 20, "draws": 1 << 20},

@@ -24,6 +24,7 @@ from recurrent_db.denoise.noise import PiecewiseLogUniform
 from recurrent_db.errors import UserError
 from recurrent_db.files import new_file_mode
 from recurrent_db.hf_tokenizer import unwrap
+from recurrent_db.loading import warn_of_untrained_core
 from recurrent_db.objectives import build_objective, restore
 from recurrent_db.recurrence import DenoiseWalk, PlainRecurrence
 from recurrent_db.tokenizer import Tokenizer
@@ -167,6 +168,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
         raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
     objective, objective_state = build_objective(config), checkpoint.training()[1]
     restore(objective, objective_state, checkpoint.path)
+    warn_of_untrained_core(checkpoint)
     recurrence = objective.recurrence
     assert isinstance(recurrence, PlainRecurrence | DenoiseWalk)
     values = hf_config(config, recurrence, tokenizer, k, seed)

@@ -24,6 +24,15 @@ def core_has_begun(checkpoint: Checkpoint) -> bool:
     return checkpoint.training()[1].get("grown") is not False
 
 
+def warn_of_untrained_core(checkpoint: Checkpoint) -> None:
+    """A line on standard error where the core's blocks never ran."""
+    if not core_has_begun(checkpoint):
+        print(
+            f"warning: {checkpoint.path} was stopped before its core's blocks began to run: they are untrained",
+            file=sys.stderr,
+        )
+
+
 def load_with_config(
     path: str | Path,
     device: str | torch.device = "auto",
@@ -53,10 +62,7 @@ def load_with_config(
     load_weights(model, weights, source)
     objective = build_objective(config)
     restore(objective, checkpoint.training()[1], source)
-    if not core_has_begun(checkpoint):
-        print(
-            f"warning: {source} was stopped before its core's blocks began to run: they are untrained", file=sys.stderr
-        )
+    warn_of_untrained_core(checkpoint)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path

@@ -265,6 +265,7 @@ def test_file_names_of_a_manifest(name: str, data: Path) -> None:
 
 def test_a_whole_number_of_many_digits_on_the_command_line() -> None:
     refused("max_skipped", load_config, None, ["--optim.max-skipped", "9" * 400])
+    refused("denoise.depth must be at most", load_config, None, ["--objective.denoise.depth", "9" * 20])
 
 
 def test_names_of_sources_in_a_manifest(data: Path) -> None:

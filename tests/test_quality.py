@@ -217,6 +217,17 @@ def test_every_arm_has_a_configuration() -> None:
             assert config.objective.name == words[1]
 
 
+def test_a_result_of_before_an_option_that_changed_the_arm_is_another() -> None:
+    runs = module("quality_runs")
+    now = runs.identity(load_config(None, ["--objective.name", "denoise"]))
+    assert runs.contradiction(now, now) is None
+    before = json.loads(json.dumps(now))
+    del before["objective"]["denoise"]["shallow"], before["model"]["n_blocks"]
+    assert runs.contradiction(before, now) == "objective.denoise.shallow (0.0, now 2.0)"
+    now["objective"]["denoise"]["shallow"] = 0.0
+    assert runs.contradiction(before, now) is None
+
+
 def test_the_first_tokens_of_a_corpus(data: Path, tmp_path: Path) -> None:
     module("quality_runs").limit_corpus(data, tmp_path / "first", 1234)
     [whole], [first] = (
@@ -304,6 +315,9 @@ def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_pa
         ("next_token", ladder[3], 1e-3), ("denoise-token", ladder[3], 1e-3),
     ]  # fmt: skip
     assert "| denoise-token | 0.001* | 2 |" in quality.merge()
+    swept = json.loads((tmp_path / "results/quality-tiny-data4096.json").read_text())["sweep"]
+    assert (swept["runs"], swept["reported_runs"]) == (12, 4)
+    assert swept["flops"] == pytest.approx(2 * sum(ladder[:4]) + 4 * ladder[3])
     risen = planned(data, tmp_path, arms="next_token,denoise-token", rates="1e-3", seeds="0", data_limited=4096)
     curve[ladder[3]] = 2.35
     order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise-token") * 0.1)
@@ -499,7 +513,11 @@ def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     left = call("--tasks", "s5", "--arms", "next_token,denoise-token", "--minutes", 0)
     assert left.returncode == 0
     assert "Left: 2 runs" in left.stderr  # the other arm, and the first arm's second seed
+    aged = json.loads(path.read_text())
+    aged["identity"]["schedule"]["warmup"] = 0.5
+    path.write_text(json.dumps(aged))
     for words, message in (
+        ([], "another schedule.warmup (0.5, now "),
         (["--tasks", "chess"], "no task 'chess'"),
         (["--options", "optim.beta2=0.9"], "was made with"),
     ):

@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurrent_db
-from recurrent_db.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from recurrent_db.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, restore
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
-from recurrent_db.model import attention
+from recurrent_db.hf_export import export
+from recurrent_db.model import attention, build_model
 from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.optim import build_optimizer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -266,6 +268,13 @@ def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: 
     average = at.weights(averaged=True)
     assert all(torch.equal(value, average[name]) for name, value in at.weights(averaged=False).items())
     assert [c.training()[0].loss_count for c in (at, end)] == [0, 90 - (written[-1]["spikes"] - written[59]["spikes"])]
+    # A run that goes back to there takes no moments along.
+    model = build_model(at.config().model, 0)
+    optimizer = build_optimizer(model, at.config().optim)
+    restore(end, model, optimizer, None)
+    assert optimizer.state.keys() == set(model.parameters())
+    restore(at, model, optimizer, None)
+    assert optimizer.state.keys() == set(model.parameters()) - set(model.core.blocks.parameters())
 
 
 def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
@@ -278,6 +287,8 @@ def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
     capsys.readouterr()
     recurrent_db.load(early)
     told = f"warning: {early} was stopped before its core's blocks began to run: they are untrained\n"
+    assert capsys.readouterr().err == told
+    export(early, tmp_path / "exported")
     assert capsys.readouterr().err == told
     recurrent_db.load(tmp_path / "run")
     assert capsys.readouterr().err == ""

@@ -118,7 +118,7 @@ class Denoise:
     def describe(self, model: LoopedLM) -> list[str]:
         if self.grown:
             return []
-        when = f"the core's blocks run from {self.shallow:.0%} of the budget on (objective.denoise.shallow)"
+        when = f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.denoise.shallow)"
         return [f"{when}: no score before then is that of a trained core"]
 
     def state_dict(self) -> dict[str, Any]:
