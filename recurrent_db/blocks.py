@@ -18,6 +18,7 @@ For language models: `model.blocks.BlocksLM`, whose blocks are `Block`s with a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,11 @@ class Partition:
     def n_blocks(self) -> int:
         return len(self.edges) - 1
 
+    def check(self, block: int) -> None:
+        """Raises ValueError where there is no block of that number."""
+        if not 1 <= block <= self.n_blocks:
+            raise ValueError(f"there is no block {block}: they are counted from 1 to {self.n_blocks}")
+
     def block_of(self, sigma: float) -> int:
         """The block of a noise level. Raises ValueError outside of the range."""
         if not self.edges[-1] <= sigma <= self.edges[0]:
@@ -74,7 +80,9 @@ class Partition:
         return 1 + sum(sigma <= edge for edge in self.edges[1:-1])
 
     def range_of(self, block: int) -> tuple[float, float]:
-        """(low, high) that a block is trained on: its own range, widened by (high/low)^gamma on both sides and clipped."""
+        """(low, high) that a block is trained on: its own range, widened by (high/low)^gamma on both sides and clipped.
+        Raises ValueError where there is no such block."""
+        self.check(block)
         low, high = self.edges[block], self.edges[block - 1]
         if not self.gamma:
             return low, high
@@ -95,7 +103,10 @@ def _modulated(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], *arg
     Zeros change nothing (AdaLN-Zero, DiT, arXiv 2212.09748)."""
     shift, scale, gate = (m.view(m.shape[0], *[1] * (x.ndim - 2), m.shape[-1]) for m in modulation)
     seen = x + scale * x + shift
-    return x + (1 + gate) * (layer(seen, *args, **kwargs) - seen)
+    out = layer(seen, *args, **kwargs)
+    if out.shape != x.shape:
+        raise ValueError(f"a residual layer must keep its input's shape: {tuple(x.shape)} became {tuple(out.shape)}")
+    return x + (1 + gate) * (out - seen)
 
 
 class DenoisingBlock(nn.Module):
@@ -126,7 +137,8 @@ class DiffusionBlocks(nn.Module):
         self.partition, self.density, self.precond = partition, density, precond
 
     def block(self, number: int) -> DenoisingBlock:
-        """Block ``number``, from 1. Its parameters are all that training it needs."""
+        """Block ``number``, from 1. Its parameters are all that training it needs. Raises ValueError where there is none."""
+        self.partition.check(number)
         block = self.blocks[number - 1]
         assert isinstance(block, DenoisingBlock)
         return block
@@ -187,8 +199,10 @@ def convert(
         uniform: ranges of equal width in ln sigma instead.
 
     Raises:
-        UserError: the layers cannot be split so.
+        UserError: the layers cannot be split so, or ``sd`` is not above 0.
     """
+    if not 0 < sd < math.inf:
+        raise UserError(f"sd, the data's standard deviation, must be above 0, got {sd}")
     stack = list(network)
     parts, start = [], 0
     for count in split_layers(len(stack), n_blocks, layers):

@@ -21,6 +21,7 @@ from recurrent_db.config import load_config
 from recurrent_db.denoise.noise import LogNormal, LogUniform, draw_sigma
 from recurrent_db.errors import UserError
 from recurrent_db.flops import Passes, cost_per_token, step_cost, total
+from recurrent_db.generate import generate_tokens
 from recurrent_db.likelihood import draw_log_probabilities, token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks import BlocksLM
@@ -119,6 +120,25 @@ def test_a_fresh_conversion_computes_what_the_layers_compute() -> None:
     assert [layer is blocks.block(2).layers[i] for i, layer in enumerate(layers[2:])] == [True] * 3
 
 
+def test_mistakes_in_a_conversion_are_errors() -> None:
+    blocks = convert([nn.Identity() for _ in range(4)], 4, LAW, width=3, sd=0.5)
+    y, u = torch.randn(2, 3), torch.rand(2)
+    for number in (0, -1, 5):  # blocks are counted from 1
+        for use in (
+            lambda n: blocks.loss(n, y, u, y),
+            lambda n: blocks.draw(n, u),
+            blocks.partition.range_of,
+            blocks.block,
+        ):
+            with pytest.raises(ValueError, match=f"no block {number}: they are counted from 1 to 4"):
+                use(number)
+    for sd in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="sd, the data's standard deviation"):
+            convert([nn.Identity()], 1, LAW, width=3, sd=sd)
+    with pytest.raises(ValueError, match=r"must keep its input's shape: \(2, 3\) became \(2, 1\)"):
+        convert([nn.Linear(3, 1)], 1, LAW, width=3, sd=0.5).loss(1, y, u, y)
+
+
 def test_a_block_trains_alone_and_the_walk_of_blocks_finds_the_data() -> None:
     """Two points on a line: each block is trained by itself, the other's weights never move, and the walk ends on both."""
     torch.manual_seed(0)
@@ -172,7 +192,8 @@ def test_one_block_is_the_two_stream_denoiser() -> None:
 
 
 def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seam: every pass of a block, in training (no overlap) and in a walk, is at a level that `block_of` gives it."""
+    """The seam: every pass of a block, in training (no overlap), in scoring and in generation, is at a level that `block_of`
+    gives it."""
     config = blocks_config("--blocks.gamma", "0", "--objective.token.draw", "token")
     model, objective = micro_model(config)
     assert isinstance(model, BlocksLM)
@@ -194,12 +215,15 @@ def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pyt
     trained = len(seen)
     with torch.no_grad():
         token_log_probabilities(model, micro.tokens_BT, micro.targets_BT, [1, 4, 8], Rng(0, -1), micro.sample_index_B)
-    assert len(seen) > trained
+    scored = len(seen)
+    assert scored > trained
+    assert len(list(generate_tokens(model, [1, 2, 3], 8, 2))) == 2
+    assert {number for number, _ in seen[scored:]} == {1, 2, 3, 4}
     for number, sigma in seen:
         at_edge = min(abs(math.log(sigma / edge)) for edge in parts.edges) < 1e-4  # fp32 rounding cannot tell
         inside = min(max(sigma, config.objective.token.sigma_min), config.objective.token.sigma_max)
         assert at_edge or parts.block_of(inside) == number
-    b_step = [number for number, _ in seen[trained:]]
+    b_step = [number for number, _ in seen[trained:scored]]
     assert sorted(set(b_step)) == [1, 2, 3, 4]
 
 

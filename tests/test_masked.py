@@ -190,6 +190,12 @@ def test_each_time_is_guessed_by_its_block(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(masked, "hidden_vectors", certain)
     assert (unmask(model, torch.full((2, 10), VOCAB - 1), 4) == 13).all()
     assert asked == [(1, 1.0), (1, 0.75), (2, 0.5), (2, 0.25)]
+    for n, each in ((3, 1), (3, 2), (4, 3)):  # a third is no binary fraction
+        monkeypatch.setattr(model.config, "n_blocks", n)  # the guess asks for no weights
+        asked.clear()
+        unmask(model, torch.full((2, 10), VOCAB - 1), n * each)
+        assert [block for block, _ in asked] == [block for block in range(1, n + 1) for _ in range(each)]
+        assert [t for _, t in asked] == pytest.approx([1 - i / (n * each) for i in range(n * each)])
 
 
 def test_a_run_in_blocks_is_scored_joined_and_refuses_what_it_cannot_do(

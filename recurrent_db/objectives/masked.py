@@ -16,6 +16,7 @@ Shapes: B sequences, T positions, V rows of the vocabulary, the last of which is
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,8 +211,8 @@ def unmask(model: LoopedLM, tokens_BT: Tensor, steps: int, seed: int = 0) -> Ten
     tokens_BT = tokens_BT.clone()
     visible, rng = both_sides(model, tokens_BT.shape[1], None), Rng(seed, EVALUATION_STEP)
     rows, device = range(len(tokens_BT)), tokens_BT.device
-    for step in range(steps):
-        t, s = 1 - step / steps, 1 - (step + 1) / steps
+    times = [*partition.levels(steps), 0.0]
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
         t_B = torch.full((len(tokens_BT),), t, dtype=torch.float64, device=device)
         hidden = hidden_vectors(model, partition.block_of(t), tokens_BT, t_B, visible)
         logits_BTV = model.logits(hidden).double()
