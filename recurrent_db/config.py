@@ -93,7 +93,7 @@ class UnrolledConfig:
 class DenoiseConfig:
     """One pass with gradient a step, from a state that the model itself reached (docs/method.md)."""
 
-    flat: float = 0.8
+    flat: float = 0.9
     """Share of the budget, from its beginning, in which no iteration after the first is trained."""
     shallow: float = 2.0
     """Tokens, for each weight that the network multiplies by without the core's blocks, in which these do not run; then
