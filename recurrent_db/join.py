@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from recurrent_db.checkpoint import Checkpoint, TrainState, content_hash, find_checkpoint, load_weights, save_checkpoint
 from recurrent_db.config import Config, to_dict, validate
 from recurrent_db.errors import UserError
-from recurrent_db.files import write_atomic
+from recurrent_db.files import locked, write_atomic
 from recurrent_db.memory import tensor_bytes
 from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
@@ -33,7 +34,12 @@ from recurrent_db.objectives.blocks import trains_shared
 from recurrent_db.schedule import budget_progress
 
 ACCOUNT = "blocks.json"
-"""What a joined run says of its blocks: where each is from, and what it cost."""
+"""What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""
+COUNTED = ("tokens", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
+           "flops_update", "seconds")  # fmt: skip
+"""Counters that are sums over a model's blocks."""
+TOLD = ("step", "flops", *COUNTED)
+"""What the account has of each block, as in a row of metrics.jsonl."""
 
 
 @dataclass
@@ -48,7 +54,8 @@ class JoinArgs:
     paths: Annotated[list[Path], tyro.conf.Positional]
     """Run directories (or checkpoints) of the blocks, in any order, and last the run directory to make."""
     overwrite: bool = False
-    """Replace an older joined run of that name, once the new one is complete."""
+    """Replace an older joined run of that name, once the new one is complete. One that has these blocks already stays as it
+    is; one that was evaluated or trained further is moved aside."""
     json: bool = False
     """Print what each block cost as JSON."""
 
@@ -81,60 +88,85 @@ class Part:
         return {name: value for name, value in self.weights.items() if name.startswith(f"blocks.{number}.")}
 
     def account(self, number: int) -> dict[str, Any]:
-        """What a block cost, from its run's own counters and metrics."""
-        state = self.checkpoint.training()[0]
-        run_dir = self.checkpoint.path.parent.parent
-        if (run_dir / ACCOUNT).exists() and not self.config.blocks.only:
-            return dict(json.loads((run_dir / ACCOUNT).read_text(encoding="utf-8"))["blocks"][str(number)])
+        """What a block cost, from its run's own counters and metrics, up to the checkpoint that is taken."""
+        state, before = self.checkpoint.training()[0], self.earlier()
+        run_dir, weights = self.checkpoint.path.parent.parent, content_hash(self.checkpoint.path)
         rows = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
+        rows = [row for row in rows if row["step"] <= state.step]
+        if before and not rows and before.get("joined", {}).get("weights", weights) == weights:
+            return dict(before["blocks"][str(number)])
         split = {
             name.removeprefix("memory/"): max(row.get(name, 0) for row in rows)
             for name in (rows[-1] if rows else {})
             if name.startswith("memory/")
         }
-        taken = tensor_bytes(self.shared().values()) if self.config.init.from_ else 0
         alone = bool(self.config.blocks.only)
-        names = ("step", "tokens", "flops", "flops_forward", "flops_backward", "seconds")
-        counted = {name: getattr(state, name) for name in names}
+        counted = {name: getattr(state, name) for name in TOLD}
         if not alone:  # the run's counters and memory are of all its blocks
-            counted, split = _of_block(rows, number, names), {}
+            split = {}
+            if before:  # a joined run that was trained further, all blocks in one process
+                start, own = before.get("joined", {}), before["blocks"][str(number)]
+                own = {**own, "step": own["steps"]}
+                more = of_block(rows, number, start)
+                counted = {name: _sum(own.get(name), more[name]) for name in TOLD}
+            else:
+                counted = of_block(rows, number)
         spent = budget_progress(self.config.budget, state.flops, state.tokens, state.step, state.seconds)
+        measured = [row for row in rows if f"eval/loss_block_{number}" in row][-1:]
         return {
-            "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": content_hash(self.checkpoint.path),
+            "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": weights,
             "alone": alone, "layers": self.config.model.block_layers[number - 1], "seed": self.config.seed,
             "steps": counted.pop("step"), **counted, "budget_spent": min(spent, 1.0),
             "parameters": sum(value.numel() for value in self.block(number).values()),
             "trains_shared": trains_shared(self.config, number),
             "memory": split, "peak_memory_bytes": max((row["peak_memory_bytes"] or 0 for row in rows), default=None),
-            "bytes_read_before_training": taken,
-            "loss": next((row[f"eval/loss_block_{number}"] for row in reversed(rows)
-                          if f"eval/loss_block_{number}" in row), None),
-            "loss_by_sigma": next(({name.removeprefix("eval/loss_sigma_"): value for name, value in row.items()
-                                    if name.startswith("eval/loss_sigma_")} for row in reversed(rows)
-                                   if f"eval/loss_block_{number}" in row), {}),
+            "bytes_read_before_training": tensor_bytes(self.shared().values()) if self.config.init.from_ else 0,
+            "loss": next((row[f"eval/loss_block_{number}"] for row in measured), None),
+            "loss_by_sigma": {name.removeprefix("eval/loss_sigma_"): value for row in measured
+                              for name, value in row.items() if name.startswith("eval/loss_sigma_")},
         }  # fmt: skip
 
+    def earlier(self) -> dict[str, Any]:
+        """What a joined run's own account says; empty for any other run."""
+        path = self.checkpoint.path.parent.parent / ACCOUNT
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() and len(self.held) > 1 else {}
 
-def _of_block(rows: list[dict[str, Any]], number: int, names: Sequence[str]) -> dict[str, Any]:
-    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth. None
-    where the run's metrics are gone."""
-    if not rows:
-        return dict.fromkeys(names)
-    sums = dict.fromkeys(names, 0)
-    for before, row in zip([dict.fromkeys(names, 0), *rows], rows, strict=False):
+
+def of_block(
+    rows: Sequence[dict[str, Any]], number: int, start: dict[str, Any] | None = None
+) -> dict[str, float | None]:
+    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth, which
+    begin at ``start`` (0 by default). None where the run's metrics or its start are not known."""
+    if not rows or start == {}:
+        return dict.fromkeys(TOLD)
+    sums: dict[str, float | None] = dict.fromkeys(TOLD, 0)
+    for before, row in zip([start or dict.fromkeys(TOLD, 0), *rows], rows, strict=False):
         if f"loss_block_{number}" in row:
-            for name in names:
-                sums[name] += row[name] - before[name]
+            for name in TOLD:
+                sums[name] = _sum(sums[name], row[name] - before[name])
     return sums
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a section of a configuration, dotted."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _contradiction(first: Part, other: Part) -> str | None:
     """What keeps two runs' blocks from being of one model."""
     for section in ("model", "objective"):
         ours, theirs = to_dict(getattr(first.config, section)), to_dict(getattr(other.config, section))
-        for key in ours:
-            if ours[key] != theirs[key]:
-                return f"{section}.{key} is {ours[key]} in {first.path} and {theirs[key]} in {other.path}"
+        for key, value in _flat(ours):
+            if value != (there := dict(_flat(theirs))[key]):
+                return f"{section}.{key} is {value} in {first.path} and {there} in {other.path}"
     if first.config.blocks.partition != other.config.blocks.partition:
         return f"blocks.partition differs between {first.path} and {other.path}"
     if first.config.data.document_mask != other.config.data.document_mask:
@@ -169,17 +201,49 @@ def givers(parts: list[Part]) -> dict[int, Part]:
     return dict(sorted(chosen.items()))
 
 
+def _has_more(out: Path) -> bool:
+    """Whether a joined run holds what `join` did not write: it was evaluated, or trained further."""
+    names = {path.name for path in out.iterdir()} - {".lock"}
+    return names != {"checkpoints", "config.json", ACCOUNT} or len(list((out / "checkpoints").iterdir())) > 1
+
+
+def _replace(out: Path, temporary: Path) -> Path | None:
+    """Put a finished folder in the place of an older joined run. Returns where that went if it held more than a join."""
+    aside = None
+    with locked(out):
+        if _has_more(out):
+            aside = next(path for n in count(1) if not (path := out.with_name(f"{out.name}-before-{n}")).exists())
+        doomed = aside or out.with_name(f".deleting-{out.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        out.rename(doomed)
+        temporary.rename(out)
+    if aside is None:
+        shutil.rmtree(doomed, ignore_errors=True)
+    return aside
+
+
 def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Write the run directory ``out`` with the whole model; returns the account of its blocks.
 
+    An older joined run is replaced with ``overwrite``, once the new one is complete. One that has these very blocks stays
+    as it is; one that holds more than a join, such as evaluations or further training, is moved aside and not deleted.
+
     Raises:
-        UserError: runs that do not fit, a missing block, a folder that is there or cannot be written.
+        UserError: runs that do not fit, a missing block, a folder that is there, in use or cannot be written.
     """
     if out.exists() and not (overwrite and (out / ACCOUNT).exists()):
         why = "and is not a joined run" if overwrite else "; replace it with --overwrite"
         raise UserError(f"{out} exists{'' if why[0] == ';' else ' '}{why}")
     parts = [Part.read(path) for path in paths]
     chosen = givers(parts)
+    account: dict[str, Any] = {"blocks": {str(number): part.account(number) for number, part in chosen.items()}}
+    if out.exists():
+        older = json.loads((out / ACCOUNT).read_text(encoding="utf-8"))
+        if [older["blocks"].get(number, {}).get("weights") for number in account["blocks"]] == [
+            block["weights"] for block in account["blocks"].values()
+        ]:
+            print(f"{out} has these blocks already: left as it is", file=sys.stderr)
+            return dict(older)
     owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), parts[0])
     config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
     config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)
@@ -192,15 +256,15 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
     for part in {id(p): p for p in chosen.values()}.values():
         state = part.checkpoint.training()[0]
         total.step = max(total.step, state.step)
-        for name in ("tokens", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
-                     "flops_causal", "flops_update", "seconds"):  # fmt: skip
-            setattr(total, name, getattr(total, name) + getattr(state, name))
+        for name in COUNTED:
+            given = [account["blocks"][str(number)].get(name) for number, giver in chosen.items() if giver is part]
+            known = getattr(state, name) if None in given else sum(given)  # unknown: at most what the run took in all
+            setattr(total, name, getattr(total, name) + known)
     model = build_model(config.model, None)
     assert isinstance(model, BlocksLM)
     load_weights(model, weights, "the joined runs")
     objective = build_objective(config)
     objective.load_state_dict(states if any(states.values()) else {})
-    account = {"blocks": {str(number): part.account(number) for number, part in chosen.items()}}
     temporary = out.with_name(f".joining-{out.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -208,18 +272,19 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         optimizer = torch.optim.AdamW(model.parameters())
         save_checkpoint(temporary, config, tokenizer, model, optimizer, None, total, objective.state_dict())
         write_atomic(temporary / "config.json", json.dumps(to_dict(config), indent=1))
+        counters = {name: getattr(total, name) for name in TOLD}
+        account["joined"] = {"weights": content_hash(find_checkpoint(temporary)), **counters}
         write_atomic(temporary / ACCOUNT, json.dumps(account, indent=1))
-        if out.exists():
-            doomed = out.with_name(f".deleting-{out.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            out.rename(doomed)
+        if not out.exists():
             temporary.rename(out)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            temporary.rename(out)
+        elif (aside := _replace(out, temporary)) is not None:
+            print(f"the older {out} held more than a join: moved to {aside}", file=sys.stderr)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return account
 
 
@@ -243,5 +308,5 @@ def main(args: JoinArgs) -> int:
             f" {_told(block['flops'], '.4g')} FLOPs,"
             f" from {block['run']} ({block['checkpoint']})"
         )
-    print(f"made {out}", file=sys.stderr)
+    print(f"the joined model: {out}", file=sys.stderr)
     return 0

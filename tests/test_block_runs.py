@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from recurrent_db import cli
 from recurrent_db.checkpoint import Checkpoint, find_checkpoint
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
+from recurrent_db.files import locked
 from recurrent_db.generate import Decoder
 from recurrent_db.hf_export import export
 from recurrent_db.join import join
@@ -34,6 +36,7 @@ from recurrent_db.repl import ReplArgs, Session
 from recurrent_db.repl import main as repl_main
 from recurrent_db.reply import Settings
 from recurrent_db.report import write_report
+from recurrent_db.report.blocks import accounts
 from recurrent_db.report.data import read_runs
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.trace import table, trace
@@ -54,6 +57,10 @@ def options(data: Path, n: int, *more: object) -> list[str]:
 def train(data: Path, run: Path, n: int, *more: object, resume: str = "") -> int:
     config = load_config(None, [*options(data, n, *more), "--run.dir", str(run)])
     return load_script("train/pretrain.py").train(config, resume)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -151,12 +158,42 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, 
     for _ in range(2):  # the second has nothing to do but to join
         again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert again.returncode == 0, again.stderr
-    assert "nothing to do: at step 250" in (tmp_path / "runs/block-2.log").read_text()
+    log = (tmp_path / "runs/block-2.log").read_text()
+    assert "starting from" in log  # what the first call said is still there
+    assert "nothing to do: at step 250" in log
+    assert "stopped by signal" in (tmp_path / "runs/block-1.log").read_text()  # and stops no later call
+    # An owner that would train further would leave the others behind: nothing starts.
+    longer = [*command[:3], *options(data, 2, *more, "--budget.steps", 260)]
+    told = subprocess.run(longer, env=environment, capture_output=True, text=True, timeout=60)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1)
+    assert f"{tmp_path}/runs/block-1 would train further, and {tmp_path}/runs/block-2 was trained" in told.stderr
+    assert find_checkpoint(tmp_path / "runs/block-1").name == "step-00000250"
     assert train(data, tmp_path / "one", 2, "--blocks.only", 1, *more) == 0
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "one", *more) == 0
     joined, alone = weights(tmp_path / "runs/joined"), weights(tmp_path / "one") | weights(tmp_path / "two")
     assert joined.keys() == alone.keys()
     assert all(torch.equal(value, joined[name]) for name, value in alone.items())
+
+
+def test_mistakes_in_a_launch_are_one_line_before_anything_trains(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("")
+    (tmp_path / "taken/joined").mkdir(parents=True)
+    for folder, words, at_once, message in (
+        ("runs", [], "0", "BLOCKS_AT_ONCE must be a whole number above 0, got 0"),
+        ("runs", [], "two", "BLOCKS_AT_ONCE must be a whole number above 0, got two"),
+        ("taken", [], "1", "taken/joined exists and is not a joined run"),
+        ("runs", ["--init.from", tmp_path / "plain"], "1", "init.from and blocks.shared = owned"),
+        ("runs", ["--blocks.shared", "all"], "1", "needs all blocks in one process"),
+        ("runs", ["--model.n_blocks", 0, "--objective.name", "next_token"], "1", "has no blocks"),
+    ):
+        environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "BLOCKS_AT_ONCE": at_once}
+        told = subprocess.run(
+            [str(ROOT / "train/launch/blocks.sh"), str(tmp_path / "c.toml"), str(tmp_path / folder),
+             *options(data, 2, *words)], env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
+        assert message in told.stderr
+        assert not (tmp_path / "runs").exists()
 
 
 def test_the_joined_model_is_like_any_other(frozen_runs: list[Path], tmp_path: Path) -> None:
@@ -242,7 +279,61 @@ def test_one_block_is_stopped_continued_and_replaced(data: Path, frozen_runs: li
     assert torch.equal(weights(tmp_path / "again")["blocks.2.final_norm.weight"], resumed["blocks.2.final_norm.weight"])
 
 
-def test_the_owner_of_the_embedding_is_trained_first(data: Path, tmp_path: Path) -> None:
+def test_a_join_again_loses_nothing(
+    data: Path, frozen_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same blocks: the folder stays. Others: what was evaluated or trained further in it is moved aside."""
+    one, out = frozen_runs[0], tmp_path / "joined"
+    joined = join(frozen_runs, out)
+    (out / "eval").mkdir()
+    (out / "eval/depth_curve.json").write_text("mine")
+    before = sorted(out.rglob("*"))
+    assert join(frozen_runs, out, overwrite=True) == joined
+    assert sorted(out.rglob("*")) == before
+    assert "left as it is" in capsys.readouterr().err
+    assert train(data, tmp_path / "new", 2, "--blocks.only", 2, "--blocks.shared", "frozen", "--optim.lr", 1e-3) == 0
+    capsys.readouterr()
+    join([one, tmp_path / "new"], out, overwrite=True)
+    assert f"held more than a join: moved to {out}-before-1" in capsys.readouterr().err
+    assert (tmp_path / "joined-before-1/eval/depth_curve.json").read_text() == "mine"
+    assert not (out / "eval").exists()
+
+    # Trained further: what it cost is counted on, and it is no longer what was joined.
+    assert train(data, out, 2, "--blocks.shared", "frozen", "--budget.steps", 14, resume="newest") == 0
+    further = join([out], tmp_path / "further")["blocks"]
+    was, end = json.loads((out / "blocks.json").read_text()), Checkpoint(find_checkpoint(out)).training()[0]
+    for name in ("tokens", "flops", "flops_causal", "seconds"):
+        more = sum(further[n][name] - was["blocks"][n][name] for n in "12")
+        assert more == pytest.approx(getattr(end, name) - was["joined"][name])
+        assert more > 0
+    assert all(further[n]["weights"] != was["blocks"][n]["weights"] for n in "12")
+    assert further["1"]["steps"] + further["2"]["steps"] == 6 + 6 + 8
+    with locked(out), pytest.raises(UserError, match="is in use by"):
+        join(frozen_runs, out, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    join(frozen_runs, out, overwrite=True)
+    assert len(rows(tmp_path / "joined-before-2")) == 8
+    # The joined run's counters are those of the blocks that are in it.
+    join([tmp_path / "joined-before-1", tmp_path / "new"], tmp_path / "swapped")
+    state = Checkpoint(find_checkpoint(tmp_path / "swapped")).training()[0]
+    account = json.loads((tmp_path / "swapped/blocks.json").read_text())["blocks"]
+    for name in ("tokens", "flops", "flops_backward_weight", "seconds"):
+        assert getattr(state, name) == pytest.approx(sum(block[name] for block in account.values()))
+
+
+def test_the_account_is_of_the_checkpoint_that_was_taken(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:
+    words = ["--blocks.only", 2, "--blocks.shared", "frozen", "--eval.points", 2, "--run.checkpoint_every", 3]
+    assert train(data, tmp_path / "two", 2, *words, "--optim.lr", 1e-2) == 0
+    measured = [row["eval/loss_block_2"] for row in rows(tmp_path / "two") if "eval/loss_block_2" in row]
+    assert len(measured) == 2 and measured[0] != measured[1]
+    for name, loss in (("step-00000003", measured[0]), ("step-00000006", measured[1])):
+        account = join([frozen_runs[0], tmp_path / "two/checkpoints" / name], tmp_path / name)["blocks"]["2"]
+        assert account["loss"] == loss
+
+
+def test_the_owner_of_the_embedding_is_trained_first(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(data, tmp_path / "one", 2, "--blocks.only", 1) == 0
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "one") == 0
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -259,6 +350,12 @@ def test_the_owner_of_the_embedding_is_trained_first(data: Path, tmp_path: Path)
     account = join([tmp_path / "two", tmp_path / "one"], tmp_path / "joined")["blocks"]
     assert (account["1"]["bytes_read_before_training"], account["1"]["trains_shared"]) == (0, True)
     assert account["2"]["bytes_read_before_training"] == one["embedding.weight"].numel() * 4
+    # One that was stopped is used, and what follows from it is said.
+    assert train(data, tmp_path / "half", 2, "--blocks.only", 1, "--run.checkpoint_every", 3) == 0
+    shutil.rmtree(find_checkpoint(tmp_path / "half"))
+    capsys.readouterr()
+    assert train(data, tmp_path / "after", 2, "--blocks.only", 2, "--init.from", tmp_path / "half") == 0
+    assert "; its owner was stopped at 50% and must not train on\n" in capsys.readouterr().err
     # An owner that was trained anew no longer fits.
     assert train(data, tmp_path / "anew", 2, "--blocks.only", 1, "--seed", 1) == 0
     with pytest.raises(UserError, match="shared embedding differs"):
@@ -353,6 +450,19 @@ def test_the_report_shows_blocks(frozen_runs: list[Path], tmp_path: Path) -> Non
     assert len(losses.loss_by_sigma) == sum(len(block["loss_by_sigma"]) for block in account.values()) == 9
     assert f"{account['1']['loss']:.3f}" in section
     assert "nothing" in section
+
+
+def test_the_report_shows_blocks_of_one_process(data: Path, tmp_path: Path) -> None:
+    assert train(data, tmp_path / "whole", 2, "--blocks.shared", "all", "--model.block_layers", 1, 3) == 0
+    [run] = read_runs([tmp_path / "whole"])
+    joined = join([tmp_path / "whole"], tmp_path / "joined")["blocks"]
+    for number, block in accounts(run).items():
+        for name in ("layers", "tokens", "flops", "flops_forward", "flops_backward"):
+            assert block[name] == pytest.approx(joined[number][name])
+    write_report([tmp_path / "whole"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    section = page[page.index('id="blocks"') : page.index('id="machine"')]
+    assert section.count("trained with others") == 2
 
 
 def test_mistakes_in_joining_are_one_line(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:

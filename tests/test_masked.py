@@ -23,6 +23,7 @@ from recurrent_db.join import join
 from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import masked
 from recurrent_db.objectives.masked import Masked, both_sides, hidden_vectors, strata, time_partition, unmask
+from recurrent_db.report import write_report
 from recurrent_db.rng import Rng
 from recurrent_db.tokenizer import train as train_tokenizer
 
@@ -241,6 +242,10 @@ def test_a_run_in_blocks_is_scored_joined_and_refuses_what_it_cannot_do(
         last = json.loads((tmp_path / f"whole-{n}" / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["eval/bits_per_character"] > 0
         assert last["eval/elbo"] < 1.2 * math.log(300)
+    write_report([tmp_path / "whole-2"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"≤ {last['eval/elbo']:.3f}<small>" in page
+    assert f"≤ {last['eval/bits_per_character']:.3f}<small>per character" in page
 
 
 def test_a_tokenizer_of_characters(texts: list[str]) -> None:

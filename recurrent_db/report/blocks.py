@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from recurrent_db.objectives.blocks import trains_shared
@@ -15,12 +16,20 @@ if TYPE_CHECKING:
 
 
 def accounts(run: Run) -> dict[str, dict[str, Any]]:
-    """What each block of a run cost, by its number: a joined run's file, or a run of one block by its own metrics."""
+    """What each block of a run cost, by its number: of a joined run its file says it, of another its own metrics."""
     if run.blocks:
         return run.blocks
     only = run.config.blocks.only
-    if not only or not run.rows:
+    if not run.config.model.n_blocks or not run.rows:
         return {}
+    if not only:  # a step trains one block, in one process with the others
+        return {
+            str(block): {
+                "layers": layers, "trains_shared": trains_shared(run.config, block),
+                "loss": run.last(f"eval/loss_block_{block}"), **_grown(run.rows, block),
+            }
+            for block, layers in enumerate(run.config.model.block_layers, 1)
+        }  # fmt: skip
     split = memory_by_holder(run) or {}
     return {
         str(only): {
@@ -31,6 +40,15 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
             "peak_memory_bytes": run.most("peak_memory_bytes"), "loss": run.last(f"eval/loss_block_{only}"),
         }
     }  # fmt: skip
+
+
+def _grown(rows: list[dict[str, Any]], block: int) -> dict[str, float]:
+    """What the steps that trained a block took: growth of the counters where they are numbers."""
+    counters = ("tokens", "flops", "flops_forward", "flops_backward")
+    read = [(f"loss_block_{block}" in row, [number(row.get(name)) or 0.0 for name in counters]) for row in rows]
+    pairs = itertools.pairwise([(False, [0.0] * len(counters)), *read])
+    grown = [[b - a for a, b in zip(before, after, strict=True)] for (_, before), (own, after) in pairs if own]
+    return dict(zip(counters, map(sum, zip(*grown, strict=True)), strict=False))
 
 
 def blocks(page: Page) -> str:
@@ -61,13 +79,14 @@ def blocks(page: Page) -> str:
                 ]
             )
     if not rows:
-        return ""  # no run is a block that was trained alone, or is joined of such: no section
+        return ""  # no run is of blocks: no section
     head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
             "Read from<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
     caption = (
         "Read from others: the tables of the block that owns them, once, before training; blocks that train alone send "
         "nothing. Memory held: parameters, gradients, optimizer, average and activations of that block's process. The loss "
         "is that of held-out text at noise levels of the block's own range, with the answer noised: less noise leaves less "
-        "of it, and none but the first's at sigma_max is a likelihood. By level it is under “Loss by noise level”."
+        "of it, and none but the first's at sigma_max is a likelihood. By level it is under “Loss by noise level”. Of "
+        "masked diffusion it is the block's term of the bound on the NLL, and the blocks' terms add up to that."
     )
     return table(head, rows, caption)

@@ -67,6 +67,10 @@ class Page:
                 nll = f"<strong>{nll}</strong>"
             if point and point.stderr is not None:
                 nll += f"<small>± {point.stderr:.3f}</small>"
+            bits = fixed(point.bits_per_byte if point else None)
+            if point is None and (bound := run.last("eval/elbo")) is not None:
+                nll = f"≤ {fixed(bound)}<small>± {fixed(run.last('eval/elbo_stderr'))}</small>"
+                bits = f"≤ {fixed(run.last('eval/bits_per_character'))}<small>per character</small>"
             flops, skipped = run.last("flops"), run.last("skipped")
             steps = count(run.last("step")) + (f"<small>{skipped:,.0f} skipped</small>" if skipped else "")
             status = "" if run.complete else f"<small>{self._status(run)}</small>"
@@ -80,7 +84,7 @@ class Page:
                     scientific(flops) if flops is not None else DASH,
                     nll,
                     str(point.k) if point else DASH,
-                    fixed(point.bits_per_byte if point else None),
+                    bits,
                     duration(run.last("seconds")),
                     memory(run.most("peak_memory_bytes")),
                 ]
@@ -100,6 +104,8 @@ class Page:
             "worth its cost only where it beats that control at equal FLOPs.</p>"
         )
         caption = "NLL is the lowest over the K that were scored, ± its standard error over sequences. "
+        if any(run.last("eval/elbo") is not None for run in self.runs):
+            caption += "≤: masked diffusion's bound. "
         caption += "“cond.”: further parameters for the noise conditioning."
         if metered:
             caption += " Energy is that of the whole GPU while training, and per token trained."

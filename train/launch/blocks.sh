@@ -9,6 +9,7 @@
 # trained first, and the others read it from there as they start; where it is frozen, all start at once.
 #
 # The same call again continues what was stopped and does not repeat what is done; while a block is not done, none is joined.
+# A joined model that has these blocks stays as it is; one that was evaluated or trained further is moved aside for another.
 # A budget among the options is each block's. To train a block anew, remove its folder.
 # BLOCKS_AT_ONCE=1 trains them one after another, to the same bits. PYTHON names the interpreter.
 set -euo pipefail
@@ -19,29 +20,51 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 if [ $# -lt 2 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-    sed -n '2,14s/^# \{0,1\}//p' "$0"
+    sed -n '2,15s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || [ "${1:-}" = -h ] && exit 0 || exit 2
 fi
 config=$1 runs=$2
 shift 2
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python}
+if ! [[ ${BLOCKS_AT_ONCE:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: BLOCKS_AT_ONCE must be a whole number above 0, got $BLOCKS_AT_ONCE" >&2
+    exit 2
+fi
+if [ -e "$runs/joined" ] && ! [ -e "$runs/joined/blocks.json" ]; then
+    echo "error: $runs/joined exists and is not a joined run: move it away" >&2
+    exit 2
+fi
 
-read -r n_blocks shared owner < <("$python" - "$config" "$@" <<'PYTHON'
+read -r n_blocks shared owner < <("$python" - "$config" "$runs" "$@" <<'PYTHON'
 import sys
 from pathlib import Path
 
+from recurrent_db.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from recurrent_db.commandline import guard
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
+from recurrent_db.schedule import budget_progress
 
 
 def say() -> None:
-    config = load_config(Path(sys.argv[1]), sys.argv[2:])
+    config, runs = load_config(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2])
     if not config.model.n_blocks:
         raise UserError(f"{sys.argv[1]} has no blocks (model.n_blocks is 0)")
     if config.blocks.shared == "all":
         raise UserError("blocks.shared = all needs all blocks in one process: take owned or frozen")
+    owner, others = runs / f"block-{config.blocks.owner}", []
+    if config.blocks.shared == "owned":
+        if config.init.from_:
+            raise UserError("init.from and blocks.shared = owned: the others start from their owner; take frozen")
+        others = [path for path in sorted(runs.glob("block-*/")) if path != owner and list_checkpoints(path)]
+    if others and list_checkpoints(owner):
+        state, limits = Checkpoint(find_checkpoint(owner)).training()[0], config.budget
+        if budget_progress(limits, state.flops, state.tokens, state.step, state.seconds) < 1:
+            raise UserError(
+                f"{owner} would train further, and {others[0]} was trained on its table as it is: take another folder,"
+                " or remove the other blocks first"
+            )
     print(config.model.n_blocks, config.blocks.shared, config.blocks.owner)
 
 
@@ -72,21 +95,25 @@ stop() {
 }
 trap stop INT TERM
 
-failed=0 stopped=
-logs=()
+failed=0 stopped= broken=()
+logs=() starts=()
 block() { # number, more words of the trainer
-    local number=$1
+    local number=$1 log="$runs/block-$1.log"
     shift
+    touch "$log"
+    starts+=($(($(wc -c < "$log") + 1)))
     "$python" "$root/train/pretrain.py" "$config" "$@" --blocks.only "$number" --run.dir "$runs/block-$number" --resume \
-        > "$runs/block-$number.log" 2>&1 &
+        >> "$log" 2>&1 &
     children+=($!)
-    logs+=("$runs/block-$number.log")
+    logs+=("$log")
 }
 finish() { # waits for the oldest child
-    wait "${children[0]}" || failed=1
+    local said
+    wait "${children[0]}" || failed=1 broken+=("${logs[0]}:${starts[0]}")
+    said=$(tail -c "+${starts[0]}" "${logs[0]}") # of this call
     # A block that a signal stopped has saved itself and ends well, but is not done.
-    if grep -q '^stopped by signal' "${logs[0]}"; then failed=1 stopped="${logs[0]}"; fi
-    children=("${children[@]:1}") logs=("${logs[@]:1}")
+    if grep -q '^stopped by signal' <<< "$said"; then failed=1 stopped="${logs[0]}"; fi
+    children=("${children[@]:1}") logs=("${logs[@]:1}") starts=("${starts[@]:1}")
 }
 
 given=("$@")
@@ -107,7 +134,10 @@ if [ -n "$stopped" ]; then
     exit 130
 fi
 if [ "$failed" = 1 ]; then
-    grep -h '^error' "$runs"/block-*.log >&2 || tail -n 3 "$runs"/block-*.log >&2
+    for entry in "${broken[@]}"; do
+        said=$(tail -c "+${entry##*:}" "${entry%:*}")
+        grep '^error' <<< "$said" >&2 || tail -n 3 <<< "$said" >&2
+    done
     exit 2
 fi
 blocks=()
