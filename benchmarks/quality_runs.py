@@ -56,13 +56,13 @@ def identity(config: Config) -> dict[str, Any]:
     return kept
 
 
-CAME = {"objective.denoise.shallow": 0.0}
+CAME_LATER = {"objective.denoise.shallow": 0.0}
 """Options whose default is not what runs of before them did, and what they did."""
 
 
 def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
     """The first key that differs. Other options that came since then are no contradiction: their defaults change nothing."""
-    before = {key: CAME[prefix + key] for key in now if prefix + key in CAME} | before
+    before = {key: CAME_LATER[prefix + key] for key in now if prefix + key in CAME_LATER} | before
     for key in before.keys() & now.keys():
         if isinstance(before[key], dict) and isinstance(now[key], dict):
             if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:

@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recurrent_db.config import MOST_INTEGER, Config, config_from_json, to_dict
+from recurrent_db.config import MOST_INTEGER, BudgetConfig, Config, config_from_json, to_dict
 from recurrent_db.dist import sharded_like
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, file_digest, is_altered, new_file_mode, read_json, sealed
 from recurrent_db.flops import Cost
 from recurrent_db.optim import EMA
+from recurrent_db.schedule import budget_progress
 from recurrent_db.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -75,6 +76,10 @@ class TrainState:
     @property
     def flops(self) -> float:
         return self.flops_forward + self.flops_backward
+
+    def spent(self, budget: BudgetConfig) -> float:
+        """Share of a budget that these counters are; 1 and above where it is spent."""
+        return budget_progress(budget, self.flops, self.tokens, self.step, self.seconds)
 
     def count(self, cost: Cost, update: float, tokens: int) -> None:
         """Add a step: its cost per token, and FLOPs of its update."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,14 +24,13 @@ from torch import Tensor
 from recurrent_db.checkpoint import Checkpoint, TrainState, content_hash, find_checkpoint, load_weights, save_checkpoint
 from recurrent_db.config import Config, to_dict, validate
 from recurrent_db.errors import UserError
-from recurrent_db.files import locked, write_atomic
+from recurrent_db.files import locked, read_json, write_atomic
 from recurrent_db.memory import tensor_bytes
-from recurrent_db.metrics import read_metrics
+from recurrent_db.metrics import counted_where, read_metrics
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import trains_shared
-from recurrent_db.schedule import budget_progress
 
 ACCOUNT = "blocks.json"
 """What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""
@@ -89,66 +88,62 @@ class Part:
 
     def account(self, number: int) -> dict[str, Any]:
         """What a block cost, from its run's own counters and metrics, up to the checkpoint that is taken."""
-        state, before = self.checkpoint.training()[0], self.earlier()
-        run_dir, weights = self.checkpoint.path.parent.parent, content_hash(self.checkpoint.path)
-        rows = read_metrics(run_dir / "metrics.jsonl") if (run_dir / "metrics.jsonl").exists() else []
-        rows = [row for row in rows if row["step"] <= state.step]
-        if before and not rows and before.get("joined", {}).get("weights", weights) == weights:
+        state, weights = self.checkpoint.training()[0], content_hash(self.checkpoint.path)
+        before = {} if self.config.blocks.only else read_account(self.run_dir)
+        if before and before["joined"].get("weights", weights) == weights:
             return dict(before["blocks"][str(number)])
+        metrics, column = self.run_dir / "metrics.jsonl", f"eval/loss_block_{number}"
+        rows = [row for row in (read_metrics(metrics) if metrics.exists() else []) if row["step"] <= state.step]
         split = {
             name.removeprefix("memory/"): max(row.get(name, 0) for row in rows)
             for name in (rows[-1] if rows else {})
             if name.startswith("memory/")
         }
-        alone = bool(self.config.blocks.only)
-        counted = {name: getattr(state, name) for name in TOLD}
-        if not alone:  # the run's counters and memory are of all its blocks
-            split = {}
-            if before:  # a joined run that was trained further, all blocks in one process
-                start, own = before.get("joined", {}), before["blocks"][str(number)]
-                own = {**own, "step": own["steps"]}
-                more = of_block(rows, number, start)
-                counted = {name: _sum(own.get(name), more[name]) for name in TOLD}
-            else:
-                counted = of_block(rows, number)
-        spent = budget_progress(self.config.budget, state.flops, state.tokens, state.step, state.seconds)
-        measured = [row for row in rows if f"eval/loss_block_{number}" in row][-1:]
+        counted: dict[str, Any] = {name: getattr(state, name) for name in TOLD}
+        if not self.config.blocks.only:  # the run's counters and memory are of all its blocks
+            counted, split = counted_where(rows, f"loss_block_{number}", TOLD, before.get("joined")), {}
+        if before:  # a joined run that was trained further: what its blocks took before comes on top
+            own = before["blocks"][str(number)] | {"step": before["blocks"][str(number)]["steps"]}
+            counted = {name: None if None in (own[name], more) else own[name] + more for name, more in counted.items()}
+        measured: dict[str, Any] = next((row for row in reversed(rows) if column in row), {})
         return {
             "run": str(self.path), "checkpoint": self.checkpoint.path.name, "weights": weights,
-            "alone": alone, "layers": self.config.model.block_layers[number - 1], "seed": self.config.seed,
-            "steps": counted.pop("step"), **counted, "budget_spent": min(spent, 1.0),
+            "alone": bool(self.config.blocks.only), "layers": self.config.model.block_layers[number - 1],
+            "seed": self.config.seed, "steps": counted.pop("step"), **counted,
+            "budget_spent": min(state.spent(self.config.budget), 1.0),
             "parameters": sum(value.numel() for value in self.block(number).values()),
             "trains_shared": trains_shared(self.config, number),
             "memory": split, "peak_memory_bytes": max((row["peak_memory_bytes"] or 0 for row in rows), default=None),
             "bytes_read_before_training": tensor_bytes(self.shared().values()) if self.config.init.from_ else 0,
-            "loss": next((row[f"eval/loss_block_{number}"] for row in measured), None),
-            "loss_by_sigma": {name.removeprefix("eval/loss_sigma_"): value for row in measured
-                              for name, value in row.items() if name.startswith("eval/loss_sigma_")},
+            "loss": measured.get(column),
+            "loss_by_sigma": {name.removeprefix("eval/loss_sigma_"): value for name, value in measured.items()
+                              if name.startswith("eval/loss_sigma_")},
         }  # fmt: skip
 
-    def earlier(self) -> dict[str, Any]:
-        """What a joined run's own account says; empty for any other run."""
-        path = self.checkpoint.path.parent.parent / ACCOUNT
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() and len(self.held) > 1 else {}
+    @property
+    def run_dir(self) -> Path:
+        return self.checkpoint.path.parent.parent
 
 
-def of_block(
-    rows: Sequence[dict[str, Any]], number: int, start: dict[str, Any] | None = None
-) -> dict[str, float | None]:
-    """What the steps that trained a block took, of a run in which each step draws one: sums of the counters' growth, which
-    begin at ``start`` (0 by default). None where the run's metrics or its start are not known."""
-    if not rows or start == {}:
-        return dict.fromkeys(TOLD)
-    sums: dict[str, float | None] = dict.fromkeys(TOLD, 0)
-    for before, row in zip([start or dict.fromkeys(TOLD, 0), *rows], rows, strict=False):
-        if f"loss_block_{number}" in row:
-            for name in TOLD:
-                sums[name] = _sum(sums[name], row[name] - before[name])
-    return sums
+def read_account(run_dir: Path) -> dict[str, Any]:
+    """What a joined run's file says of it; empty for any other run. One of before ``joined`` was written has none there.
 
-
-def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one + other
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / ACCOUNT
+    if not path.exists():
+        return {}
+    try:
+        account = {"joined": {}, **read_json(path)}
+        told = {"steps", *TOLD} - {"step"} if account["joined"] else {"weights"}
+        if account["joined"].keys() in (set(), {"weights", *TOLD}) and all(
+            block.keys() >= told for block in account["blocks"].values()
+        ):
+            return account
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is damaged: join the blocks anew, under another name")
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,12 +233,11 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
     chosen = givers(parts)
     account: dict[str, Any] = {"blocks": {str(number): part.account(number) for number, part in chosen.items()}}
     if out.exists():
-        older = json.loads((out / ACCOUNT).read_text(encoding="utf-8"))
-        if [older["blocks"].get(number, {}).get("weights") for number in account["blocks"]] == [
-            block["weights"] for block in account["blocks"].values()
-        ]:
+        older, wanted = read_account(out), {number: block["weights"] for number, block in account["blocks"].items()}
+        same = wanted == {number: block.get("weights") for number, block in older["blocks"].items()}
+        if same and content_hash(find_checkpoint(out)) == older["joined"].get("weights"):
             print(f"{out} has these blocks already: left as it is", file=sys.stderr)
-            return dict(older)
+            return older
     owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), parts[0])
     config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
     config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)

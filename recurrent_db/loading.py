@@ -16,7 +16,6 @@ from recurrent_db.model.blocks import BlocksLM, plain_weights
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective, restore
 from recurrent_db.objectives.blocks import trains_shared
-from recurrent_db.schedule import budget_progress
 from recurrent_db.tokenizer import Tokenizer
 
 
@@ -129,8 +128,7 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     load_weights(model, weights, str(source.path), allow_new=("noise_embedding.", "blocks."))
     taken = [number for number in model.held() if any(name.startswith(f"blocks.{number}.") for name in weights)]
     drawn = [number for number in model.held() if number not in taken]
-    state, limits = source.training()[0], source.config().budget
-    spent = budget_progress(limits, state.flops, state.tokens, state.step, state.seconds)
+    spent = source.training()[0].spent(source.config().budget)
     moves = config.blocks.only and config.blocks.shared == "owned" and not trains_shared(config, config.blocks.only)
     return (
         f"starting from {source.path}: its embedding"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             break
     return rows
+
+
+def counted_where(
+    rows: Sequence[dict[str, Any]], column: str, names: Iterable[str], start: dict[str, Any] | None = None
+) -> dict[str, float | None]:
+    """What the steps whose rows have ``column`` took: the growth of cumulative counters, summed. They begin at ``start``, by
+    default at 0. None for a counter of which a row, or ``start``, has no number, and where there are no rows."""
+    sums: dict[str, float | None] = {}
+    for name in names:
+        given = [0 if start is None else start.get(name), *(row.get(name) for row in rows)]
+        ends = [end for end in given if isinstance(end, int | float)]
+        steps = zip(itertools.pairwise(ends), rows, strict=False)
+        known = rows and len(ends) == len(given)
+        sums[name] = sum(after - before for (before, after), row in steps if column in row) if known else None
+    return sums
 
 
 class WandbLog:

@@ -311,8 +311,24 @@ def test_a_join_again_loses_nothing(
     with locked(out), pytest.raises(UserError, match="is in use by"):
         join(frozen_runs, out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
-    join(frozen_runs, out, overwrite=True)
+    join([one, tmp_path / "new"], out, overwrite=True)  # the same blocks, which are no longer what is there
     assert len(rows(tmp_path / "joined-before-2")) == 8
+    assert not (out / "metrics.jsonl").exists()
+    # Of a join of before its own counters were written, nothing is known but what it says of each block.
+    aged = json.loads((out / "blocks.json").read_text())
+    del aged["joined"]
+    (out / "blocks.json").write_text(json.dumps(aged))
+    assert join([out], tmp_path / "aged")["blocks"] == aged["blocks"]
+    for bad in (
+        "{",
+        "[]",
+        '{"blocks": [1]}',
+        '{"blocks": {"1": {}}, "joined": {}}',
+        '{"joined": {"weights": 1}, "blocks": {}}',
+    ):
+        (out / "blocks.json").write_text(bad)
+        with pytest.raises(UserError, match=r"blocks\.json is damaged"):
+            join([out], tmp_path / "bad")
     # The joined run's counters are those of the blocks that are in it.
     join([tmp_path / "joined-before-1", tmp_path / "new"], tmp_path / "swapped")
     state = Checkpoint(find_checkpoint(tmp_path / "swapped")).training()[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
+from recurrent_db.metrics import counted_where
 from recurrent_db.objectives.blocks import trains_shared
 from recurrent_db.report.cost import memory_by_holder
 from recurrent_db.report.data import Run, number
@@ -26,7 +26,8 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
         return {
             str(block): {
                 "layers": layers, "trains_shared": trains_shared(run.config, block),
-                "loss": run.last(f"eval/loss_block_{block}"), **_grown(run.rows, block),
+                "loss": run.last(f"eval/loss_block_{block}"),
+                **counted_where(run.rows, f"loss_block_{block}", ("tokens", "flops", "flops_forward", "flops_backward")),
             }
             for block, layers in enumerate(run.config.model.block_layers, 1)
         }  # fmt: skip
@@ -40,15 +41,6 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
             "peak_memory_bytes": run.most("peak_memory_bytes"), "loss": run.last(f"eval/loss_block_{only}"),
         }
     }  # fmt: skip
-
-
-def _grown(rows: list[dict[str, Any]], block: int) -> dict[str, float]:
-    """What the steps that trained a block took: growth of the counters where they are numbers."""
-    counters = ("tokens", "flops", "flops_forward", "flops_backward")
-    read = [(f"loss_block_{block}" in row, [number(row.get(name)) or 0.0 for name in counters]) for row in rows]
-    pairs = itertools.pairwise([(False, [0.0] * len(counters)), *read])
-    grown = [[b - a for a, b in zip(before, after, strict=True)] for (_, before), (own, after) in pairs if own]
-    return dict(zip(counters, map(sum, zip(*grown, strict=True)), strict=False))
 
 
 def blocks(page: Page) -> str:

@@ -44,7 +44,6 @@ from recurrent_db.checkpoint import Checkpoint, find_checkpoint, list_checkpoint
 from recurrent_db.commandline import guard
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
-from recurrent_db.schedule import budget_progress
 
 
 def say() -> None:
@@ -59,8 +58,7 @@ def say() -> None:
             raise UserError("init.from and blocks.shared = owned: the others start from their owner; take frozen")
         others = [path for path in sorted(runs.glob("block-*/")) if path != owner and list_checkpoints(path)]
     if others and list_checkpoints(owner):
-        state, limits = Checkpoint(find_checkpoint(owner)).training()[0], config.budget
-        if budget_progress(limits, state.flops, state.tokens, state.step, state.seconds) < 1:
+        if Checkpoint(find_checkpoint(owner)).training()[0].spent(config.budget) < 1:
             raise UserError(
                 f"{owner} would train further, and {others[0]} was trained on its table as it is: take another folder,"
                 " or remove the other blocks first"
