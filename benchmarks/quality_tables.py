@@ -248,6 +248,10 @@ def table(
             f"Collapsed, at the entropy of the tokens' frequencies ({dead[0]['unigram_entropy']:.3f}): {', '.join(names)}."
             " A longer schedule.warmup or a lower rate may train."
         )
+    for arm in at:
+        if arm not in entries and (rates := by_rate(results, arm, at[arm])):
+            tried = ", ".join(f"{rate:g}" for rate in rates)
+            lines.append(f"No row for {arm}: its loss was not finite at every rate that was tried ({tried}).")
     if len({tuple(rates) for rates in cost["rates"].values()}) > 1:
         tried = "; ".join(f"{arm} {', '.join(rates)}" for arm, rates in cost["rates"].items())
         lines.append(f"NOT the same rates for each arm: {tried}.")

@@ -278,6 +278,19 @@ def test_the_owner_of_the_embedding_is_trained_first(
     with pytest.raises(UserError, match="shared embedding differs"):
         join([tmp_path / "two", tmp_path / "anew"], tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
+    # Unless it left the table as the other has it.
+    kept = ["--blocks.shared", "frozen", "--init.from", tmp_path / "two"]
+    assert train(data, tmp_path / "kept", 2, "--blocks.only", 1, *kept, "--seed", 1) == 0
+    account = join([tmp_path / "joined", tmp_path / "kept"], tmp_path / "replaced")["blocks"]
+    assert account["1"]["run"] == str(tmp_path / "kept")
+    joined, before, name = (
+        weights(tmp_path / "replaced"),
+        weights(tmp_path / "joined"),
+        "blocks.1.core.blocks.0.attn.qkv.weight",
+    )
+    assert torch.equal(joined[name], weights(tmp_path / "kept")[name])
+    assert not torch.equal(joined[name], before[name])
+    assert all(torch.equal(joined[other], before[other]) for other in joined if not other.startswith("blocks.1."))
     with pytest.raises(UserError, match="block 1 owns: give that block"):
         train(data, tmp_path / "lone", 2, "--blocks.only", 2)
     # Nor does one that went on: what it left behind is found out before the other trains further.

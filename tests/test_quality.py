@@ -346,6 +346,10 @@ def test_a_rate_that_diverged_is_not_taken() -> None:
     assert tables.best_rate([dead], "next_token", 1e9) is None
     entry = tables.arm_entry([fake_result(runs[0], 3.0), dead], "next_token", 1e9)
     assert entry["sweep"] == {"0.001": 3.0, "0.002": None}
+    alone = {**dead, "arm": "denoise"}  # an arm that came to nothing is not passed over in silence
+    table = tables.table([fake_result(runs[0], 3.0), alone], ["next_token", "denoise"], 1e9)
+    assert "No row for denoise: its loss was not finite at every rate that was tried (0.002)." in table
+    assert "No row" not in tables.table([fake_result(runs[0], 3.0), dead], ["next_token", "denoise"], 1e9)
 
 
 def test_runs_that_learned_only_frequencies_are_named() -> None:
