@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,30 +67,36 @@ atexit.register(report)
 """
 
 
-def test_processes_at_once_share_nothing_and_equal_one_after_another(
-    data: Path, frozen_runs: list[Path], tmp_path: Path
-) -> None:
-    (tmp_path / "site").mkdir()
-    (tmp_path / "opened").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(WATCH)
-    (tmp_path / "c.toml").write_text("")
-    path = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "OPENED": str(tmp_path / "opened")}
-    words = [ROOT / "train/launch/blocks.sh", tmp_path / "c.toml", tmp_path / "runs"]
+def launch_watched(data: Path, root: Path, n: int, shared: str, *more: str) -> list[str]:
+    """Run `blocks.sh` into ``root``/runs; the files that each of its trainers opened, a trainer a text."""
+    for folder in ("site", "opened"):
+        (root / folder).mkdir(parents=True)
+    (root / "site" / "sitecustomize.py").write_text(WATCH)
+    (root / "c.toml").write_text("")
+    path = os.pathsep.join([str(root / "site"), str(ROOT)])
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "OPENED": str(root / "opened")}
+    words = [ROOT / "train/launch/blocks.sh", root / "c.toml", root / "runs"]
     result = subprocess.run(
-        [*map(str, words), *options(data, 2, "--blocks.shared", "frozen")],
+        [*map(str, words), *options(data, n, "--blocks.shared", shared, *more)],
         env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    logs = [path.read_text() for path in (root / "opened").iterdir()]
+    trainers = [log for log in logs if "train/pretrain.py" in log]
+    assert len(trainers) == n
+    assert not any("PROCESS GROUP" in log for log in trainers)
+    return trainers
+
+
+def test_processes_at_once_share_nothing_and_equal_one_after_another(
+    data: Path, frozen_runs: list[Path], tmp_path: Path
+) -> None:
+    trainers = launch_watched(data, tmp_path, 2, "frozen")
     for number, alone in enumerate(frozen_runs, 1):
         theirs = weights(tmp_path / "runs" / f"block-{number}")
         ours = weights(alone)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    logs = [path.read_text() for path in (tmp_path / "opened").iterdir()]
-    trainers = [log for log in logs if "train/pretrain.py" in log]
-    assert len(trainers) == 2
-    assert not any("PROCESS GROUP" in log for log in trainers)
     assert all(("/runs/block-1/" in log) != ("/runs/block-2/" in log) for log in trainers)
     # The joined model holds each block's own bits, and scores and generates.
     joined = weights(tmp_path / "runs/joined")
@@ -99,6 +106,23 @@ def test_processes_at_once_share_nothing_and_equal_one_after_another(
     account = json.loads((tmp_path / "runs/joined/blocks.json").read_text())["blocks"]
     assert {number: block["alone"] for number, block in account.items()} == {"1": True, "2": True}
     assert all(block["flops"] > 0 and block["memory"]["parameters_bytes"] > 0 for block in account.values())
+
+
+def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(data: Path, tmp_path: Path) -> None:
+    trainers = launch_watched(data, tmp_path / "at once", 3, "owned", "--model.n_core", "3")
+    seen = sorted(sorted(set(re.findall(r"/runs/(block-\d)/", log))) for log in trainers)
+    assert seen == [["block-1"], ["block-1", "block-2"], ["block-1", "block-3"]]
+    for log in trainers:  # of the owner the others take its weights, which were complete before they began
+        if re.search(r"/runs/block-[23]/", log):
+            assert re.search(r"/runs/block-1/checkpoints/step-00000006/", log)
+            assert not re.search(r"/runs/block-1/metrics.jsonl", log)
+    owned = ["--blocks.shared", "owned", "--model.n_core", 3]
+    for number in (1, 2, 3):  # in turn, in this process
+        given = ["--init.from", tmp_path / "1"] if number > 1 else []
+        assert train(data, tmp_path / str(number), 3, *owned, "--blocks.only", number, *given) == 0
+        ours, theirs = weights(tmp_path / str(number)), weights(tmp_path / f"at once/runs/block-{number}")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the launcher's processes in /proc")
