@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from block_runs import train_frozen
 from fake_runs import OBJECTIVES, fake_run
+from helpers import synthetic_data
 
 from recurrent_db.data import corpus, prepare
 from recurrent_db.report import write_report
@@ -52,6 +54,18 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokeniz
         (folder / "text" / f"{number:03d}.py").write_bytes(text.encode())
     prepare([str(folder / "text")], tokenizer, folder / "shards", workers=1)
     return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data directory of the synthetic language of `helpers`, a new one for each file of tests."""
+    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
+
+
+@pytest.fixture(scope="module")
+def frozen_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of two blocks that were trained apart over a frozen embedding."""
+    return train_frozen(data, tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_runs import options, train, train_frozen, weights
-from helpers import ROOT, blocks_config, synthetic_data
+from block_runs import options, train, weights
+from helpers import ROOT, blocks_config
 
 import recurrent_db
 from recurrent_db.checkpoint import Checkpoint, find_checkpoint
@@ -35,17 +35,6 @@ from recurrent_db.repl import main as repl_main
 from recurrent_db.reply import Settings
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.trace import table, trace
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
-
-
-@pytest.fixture(scope="module")
-def frozen_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return train_frozen(data, tmp_path_factory.mktemp("frozen"))
-
 
 # What the processes of `blocks.sh` may not do. The files that one opens are kept, to see that no other's are among them.
 WATCH = """

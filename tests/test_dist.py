@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist_runs import assert_equal, curve, everything, largest_difference, rows, train, words
-from helpers import batch, load_script, micro_config, synthetic_data
+from helpers import batch, load_script, micro_config
 
 import recurrent_db
 from recurrent_db.checkpoint import Checkpoint, TrainState, fault, find_checkpoint, save_checkpoint
@@ -38,11 +38,6 @@ KINDS = {
                  "--objective.token.targets", "separate"],
     "l2": ["--objective.name", "denoise-token", "--objective.token.loss", "l2"],
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

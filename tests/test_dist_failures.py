@@ -16,15 +16,9 @@ from typing import Any
 import many
 import pytest
 from dist_runs import assert_equal, everything, rows, train, words
-from helpers import ROOT, load_script, synthetic_data
+from helpers import ROOT, load_script
 
 from recurrent_db.checkpoint import fault, find_checkpoint, list_checkpoints
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
-
 
 SHORT = ["--run.checkpoint_every", 5, "--run.log_every", 1, "--optim.ema_decay", 0.9, "--eval.points", 0]
 

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from block_runs import rows, train, train_frozen
-from helpers import synthetic_data
+from block_runs import rows, train
 
 from recurrent_db import cli
 from recurrent_db.checkpoint import Checkpoint, find_checkpoint
@@ -18,16 +17,6 @@ from recurrent_db.join import join
 from recurrent_db.report import write_report
 from recurrent_db.report.blocks import accounts
 from recurrent_db.report.data import read_runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
-
-
-@pytest.fixture(scope="module")
-def frozen_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return train_frozen(data, tmp_path_factory.mktemp("frozen"))
 
 
 def test_a_join_again_loses_nothing(

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import MICRO, ROOT, load_script, micro_config, synthetic_data
+from helpers import MICRO, ROOT, load_script, micro_config
 
 from recurrent_db import metrics
 from recurrent_db.checkpoint import TrainState, list_checkpoints
@@ -26,11 +26,6 @@ from recurrent_db.flops import Cost
 from recurrent_db.metrics import MetricLog, StepClock, read_metrics
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
 
 
 def words(data: Path, run: Path, *more: object) -> list[str]:

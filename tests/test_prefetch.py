@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, load_script, synthetic_data
+from helpers import MICRO, ROOT, load_script
 
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, Loader, TokenData, open_data, prefetch
@@ -27,11 +27,6 @@ from recurrent_db.optim import build_optimizer
 from recurrent_db.rng import Rng
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
 
 
 @pytest.fixture

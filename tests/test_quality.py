@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, load_script, micro_config, micro_model, synthetic_data
+from helpers import MICRO, ROOT, load_script, micro_config, micro_model
 
 from recurrent_db.config import load_config
 from recurrent_db.data import load_tokenizer, open_data
@@ -125,11 +125,6 @@ def test_runs_of_other_things_are_not_taken_for_ones_own(tmp_path: Path) -> None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quality, end to end
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("markov") / "data")
 
 
 def quality_words(data: Path, folder: Path, *more: object) -> list[object]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, change_loss, load_script, synthetic_data
+from helpers import MICRO, ROOT, change_loss, load_script
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,11 +29,6 @@ from recurrent_db.rng import Rng
 
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
          "memory/activations_bytes"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
 
 
 @pytest.fixture

@@ -50,11 +50,6 @@ TIMES = {
 where that step's sequences hold one document each."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic_data(tmp_path_factory.mktemp("synthetic") / "data")
-
-
 def words(data: Path, run: Path, *more: object) -> list[str]:
     return [*MICRO, "--data.path", str(data), "--run.dir", str(run), *map(str, more)]
 
