@@ -262,7 +262,7 @@ def use_data(folder: Path, rng: random.Random) -> None:
     train_split = open_data(folder, "train", verify=verify)
     for source in train_split.sources.values():
         for array in source.arrays:
-            base = getattr(array, "filename", None)
+            base = getattr(array, "path", None)
             assert base is None or Path(base).resolve().is_relative_to(folder.resolve()), f"opened {base}"
     loader = Loader(train_split, 8, 2, seed=rng.randrange(3))
     batch = loader.batch(rng.randrange(5))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recurrent_db.data import TokenData, document, permute
+from recurrent_db.data.shards import PIECE
 from recurrent_db.errors import UserError
 from recurrent_db.generate import ROWS_AT_ONCE, complete
 from recurrent_db.model.looped import LoopedLM
@@ -48,7 +49,7 @@ def choose_prompts(
     window = prompt_tokens + continuation_tokens
     places: list[tuple[str, int, NDArray[np.int64]]] = []
     for name, source in data.sources.items():
-        lengths = np.concatenate([np.diff(offsets) for offsets in source.offsets] or [np.empty(0, dtype=np.int64)])
+        lengths = np.concatenate([np.diff(offsets[:]) for offsets in source.offsets] or [np.empty(0, dtype=np.int64)])
         # A document's last token is its separator; a window needs a prompt and one token more before it.
         windows = np.maximum(0, (lengths - 1 - (prompt_tokens + 1)) // window + 1)
         places.append((name, len(lengths), windows))
@@ -141,8 +142,9 @@ def frequencies(data: TokenData) -> NDArray[np.float64]:
     """Share of each token in a split, (V,)."""
     counts = np.zeros(data.vocab_size)
     for source in data.sources.values():
-        for array in source.arrays:
-            counts += np.bincount(array, minlength=data.vocab_size)
+        for start in range(0, source.tokens, PIECE):
+            piece = source.read(start, min(PIECE, source.tokens - start))
+            counts += np.bincount(piece, minlength=data.vocab_size)
     return counts / counts.sum()
 
 

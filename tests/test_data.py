@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -272,6 +273,46 @@ def test_many_shards_read_as_one(tmp_path: Path, tokenizer: Tokenizer, texts: li
         many.read(one.tokens - 5, 6)
     for number in range(one.documents):
         np.testing.assert_array_equal(document(one, number), document(many, number))
+
+
+def test_an_array_in_a_file_slices_as_one_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, values = tmp_path / "ids", np.arange(1000, dtype=np.dtype("<u4")) ** 2
+    path.write_bytes(b"head" + values.tobytes())
+    array = shards.FileArray(path, values.dtype, len(values), 4)
+    pieces = [slice(None), slice(3, 9), slice(-7, None), slice(990, 2000), slice(5, 5), slice(9, 3)]
+    pread = os.pread
+    for at_once in (1 << 30, 7):  # a read may give less than it was asked for
+        monkeypatch.setattr(os, "pread", lambda file, size, at, most=at_once: pread(file, min(size, most), at))
+        for piece in pieces:
+            got = array[piece]
+            np.testing.assert_array_equal(got, values[piece])
+            assert got.dtype == values.dtype
+            got[:] = 0  # a copy: the next round reads the file's
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="step 2"):
+        array[::2]
+    os.truncate(path, 4 + 4 * 500)
+    np.testing.assert_array_equal(array[:500], values[:500])
+    with pytest.raises(UserError, match="ids: truncated while in use: 2004 bytes of 4004 are left"):
+        array[499:501]
+
+
+def test_a_window_reads_nothing_else(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, pread, sizes = open_data(data_dir, "train").sources["default"], os.pread, []
+    monkeypatch.setattr(os, "pread", lambda file, size, at: sizes.append(size) or pread(file, size, at))
+    assert len(source.read(100, 10)) == 10
+    assert sum(sizes) == 20
+    assert len(document(source, 1)) == (sum(sizes) - 20 - 16) // 2  # its two offsets, and its tokens
+
+
+def test_an_array_in_a_file_closes_it(tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes(bytes(8))
+    arrays = [shards.FileArray(tmp_path / "ids", np.dtype("<u2"), 4) for _ in range(5)]
+    descriptor = arrays[0]._descriptor
+    os.fstat(descriptor)
+    arrays.clear()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_dtype_follows_the_vocabulary() -> None:

@@ -159,7 +159,7 @@ def test_a_run_is_the_same_with_the_thread(data: Path, tmp_path: Path, monkeypat
 def test_a_shard_cut_short_during_the_run_is_one_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thread: bool
 ) -> None:
-    """Reading past the end of a mapped file would kill the process with SIGBUS."""
+    """Also where a thread is just reading it: past the end of a memory map, it would kill the process with SIGBUS."""
     broken = tmp_path / "data"
     shutil.copytree(data, broken)
     ahead = prefetch(Loader(open_data(broken, "train", verify=True), 32, 4), 0, 4, CPU, thread)

@@ -4,7 +4,7 @@
 2. ``sources``: any source (``stdlib``, files, folders, ``hf:NAME``) as a stream of documents in bounded memory,
    undecodable bytes replaced and counted, split into "train" and "validation".
 3. ``prepare``: tokenise the documents on every core, each followed by the end-of-sequence token.
-4. ``shards``: write the tokens as memory-mapped uint16 or uint32 files with document boundaries, checksums and the
+4. ``shards``: write the tokens as uint16 or uint32 files with document boundaries, checksums and the
    tokenizer in one directory, which appears complete or not at all; open it again, checked.
 5. ``loader``: cut each source into packed sequences of T tokens, order them by a keyed permutation, mix the sources in
    exact shares, and give rank r of any number of processes its part of step s as a `Batch`.

@@ -18,10 +18,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import mmap
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 DEFAULT_SHARD_TOKENS = 64_000_000
+PIECE = 1 << 22
+"""Ids that are read at once where all of a shard is."""
 
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SPLITS = ("train", "validation")
@@ -236,22 +238,54 @@ def check_source_name(name: str) -> None:
 # Reading
 
 
-def _check_length(array: np.ndarray) -> None:
-    """Raise UserError where a mapped file was cut short: to read past its end would kill the process without a word."""
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.base.size() < array.nbytes:
-        raise UserError(
-            f"{array.filename}: truncated while in use: {array.base.size()} bytes of {array.nbytes} are left"
-        )
+class FileArray:
+    """A one-dimensional array in a file; a slice of it (of step 1) is read into a NumPy array of its own.
+
+    It need not fit in memory, and unlike a memory map, which kills the process (SIGBUS) when it is read past the end of a
+    file that was cut short in the meantime, it ends in an error then. A file that was removed is read on.
+
+    Args:
+        path: the file, which stays open as long as the array lives.
+        count: elements.
+        start: byte of the file at which they begin.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], count: int, start: int = 0) -> None:
+        self.path, self.dtype, self.start, self._count = path, dtype, start, count
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, piece: slice) -> np.ndarray:
+        """Raises UserError: the file has become shorter than it was, or cannot be read."""
+        begin, end, step = piece.indices(self._count)
+        if step != 1:
+            raise ValueError(f"step {step}: only whole pieces of a file are read")
+        values = np.empty(max(0, end - begin), self.dtype)
+        left, place = values.view(np.uint8).data, self.start + begin * self.dtype.itemsize
+        try:
+            while left:
+                read = os.pread(self._descriptor, len(left), place)
+                if not read:
+                    size, whole = os.fstat(self._descriptor).st_size, self.start + self._count * self.dtype.itemsize
+                    raise UserError(f"{self.path}: truncated while in use: {size} bytes of {whole} are left")
+                left[: len(read)] = read
+                left, place = left[len(read) :], place + len(read)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        return values
 
 
 @dataclass
 class TokenSource:
-    """The concatenated shards of one source: a read-only array of ``tokens`` ids that need not fit in memory."""
+    """The concatenated shards of one source: an array of ``tokens`` ids that need not fit in memory."""
 
     name: str
-    arrays: list[np.ndarray]
-    """Token ids by shard, uint16 or uint32, 1-dimensional."""
-    offsets: list[np.ndarray]
+    arrays: Sequence[np.ndarray | FileArray]
+    """Token ids by shard, uint16 or uint32, 1-dimensional; to be sliced."""
+    offsets: Sequence[np.ndarray | FileArray]
     """Document boundaries by shard, int64 (documents + 1,)."""
     bytes: int
     """UTF-8 bytes of the text."""
@@ -266,15 +300,15 @@ class TokenSource:
 
         Raises:
             IndexError: outside the source.
-            UserError: a shard has become shorter than it was when it was opened.
+            UserError: a shard has become shorter than it was when it was opened, or cannot be read.
         """
         if start < 0 or count < 0 or start + count > self.tokens:
             raise IndexError(f"tokens {start} to {start + count} of source {self.name!r}, which has {self.tokens}")
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while count > 0:
-            _check_length(self.arrays[shard])
-            part = self.arrays[shard][start - int(self.starts[shard]) :][:count]
+            begin = start - int(self.starts[shard])
+            part = self.arrays[shard][begin : begin + count]
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         if not parts:
@@ -400,9 +434,9 @@ _NPY_HEADER = re.compile(
 )
 
 
-def _open_offsets(path: Path) -> np.ndarray | None:
-    """A file of offsets as `_SourceWriter` makes it, memory-mapped, int64 and not empty; None for any other. NumPy's own
-    reader takes much more: archives, headers that are parsed as Python, sizes that no file has."""
+def _open_offsets(path: Path) -> FileArray | None:
+    """A file of offsets as `_SourceWriter` makes it, int64 and not empty; None for any other. NumPy's own reader takes much
+    more: archives, headers that are parsed as Python, sizes that no file has."""
     with path.open("rb") as file:
         match = _NPY_HEADER.match(file.read(256))
     if match is None or int.from_bytes(match[1], "little") != len(match[2]):
@@ -410,12 +444,12 @@ def _open_offsets(path: Path) -> np.ndarray | None:
     count = int(match[3])
     if not count or path.stat().st_size != match.end() + 8 * count:
         return None
-    return np.memmap(path, dtype="<i8", mode="r", offset=match.end(), shape=(count,))
+    return FileArray(path, np.dtype("<i8"), count, match.end())
 
 
 def _open_shard(
     directory: Path, shard: dict[str, Any], dtype: np.dtype[Any], vocab_size: int, verify: bool
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[FileArray, FileArray]:
     path, offsets_path = _inside(directory, shard["file"]), _inside(directory, shard["offsets_file"])
     expected = shard["tokens"] * dtype.itemsize
     try:
@@ -426,17 +460,20 @@ def _open_shard(
         if verify:
             _check_sum(path, shard["sha256"])
             _check_sum(offsets_path, shard["offsets_sha256"])
-        tokens = np.memmap(path, dtype=dtype, mode="r") if expected else np.empty(0, dtype=dtype)
+        tokens = FileArray(path, dtype, shard["tokens"])
         offsets = _open_offsets(offsets_path)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
     if offsets is None:
         raise UserError(f"{offsets_path}: damaged: not an array of offsets; prepare the data again")
-    fits = len(offsets) == shard["documents"] + 1 and offsets[0] == 0 and offsets[-1] == shard["tokens"]
-    if not fits or (verify and bool((np.diff(offsets) < 0).any())):
+    ends = [*offsets[:1].tolist(), *offsets[-1:].tolist()]
+    fits = len(offsets) == shard["documents"] + 1 and ends == [0, shard["tokens"]]
+    if not fits or (verify and bool((np.diff(offsets[:]) < 0).any())):
         raise UserError(f"{offsets_path}: damaged: it does not fit its shard; prepare the data again")
-    if verify and len(tokens) and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{path}: damaged: token id {int(tokens.max())} outside the vocabulary of {vocab_size}")
+    for start in range(0, len(tokens) if verify else 0, PIECE):
+        largest = int(tokens[start : start + PIECE].max())
+        if largest >= vocab_size:
+            raise UserError(f"{path}: damaged: token id {largest} outside the vocabulary of {vocab_size}")
     return tokens, offsets
 
 
@@ -446,7 +483,7 @@ def open_data(
     expect_tokenizer_hash: str | None = None,
     verify: bool = False,
 ) -> TokenData:
-    """Memory-map one split ("train" or "validation") of a data directory.
+    """Open one split ("train" or "validation") of a data directory; its tokens are read when they are asked for.
 
     Args:
         expect_tokenizer_hash: refuse data made with another tokenizer than the one of this `Tokenizer.hash`.
@@ -494,7 +531,7 @@ def document(source: TokenSource, number: int) -> np.ndarray:
     before = 0
     for shard, until in enumerate(counts):
         if before <= number < until:
-            begin, end = source.offsets[shard][number - before : number - before + 2]
-            return source.arrays[shard][int(begin) : int(end)]
+            begin, end = source.offsets[shard][number - before : number - before + 2].tolist()
+            return source.arrays[shard][begin:end]
         before = until
     raise IndexError(f"document {number} of source {source.name!r}, which has {source.documents}")
