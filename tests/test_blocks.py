@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +106,15 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         return x + self.out(torch.tanh(self.into(x + shift)))
+
+
+def test_the_documents_conversion_trains_its_block_alone() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/blocks.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    trained = [any(p.grad is not None for p in block.parameters()) for block in names["blocks"].blocks]
+    assert trained == [False, True, False, False]
+    assert names["samples"].shape == (16, 64)
 
 
 def test_a_fresh_conversion_computes_what_the_layers_compute() -> None:
