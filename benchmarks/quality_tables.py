@@ -44,8 +44,8 @@ def level(result: Result) -> float:
 
 
 def collapsed(result: Result) -> bool:
-    """Whether a run ended where a model ends that knows the tokens' frequencies and nothing of their order. Results from
-    before the entropy was kept count as sound."""
+    """Whether a run ended where a model ends that knows the tokens' frequencies and nothing of their order, or above.
+    Results from before the entropy was kept count as sound."""
     floor = result.get("unigram_entropy")
     return "failed" not in result and floor is not None and level(result) > floor - COLLAPSED
 
@@ -239,15 +239,17 @@ def table(
         f"Sweep and seeds: {cost['runs']} runs, {cost['flops']:.2e} FLOPs, {cost['seconds'] / 3600:.2f} hours of training,"
         f" of which {cost['reported_runs']} runs and {cost['reported_flops']:.2e} FLOPs are reported.",
     ]
-    dead = [
+    runs = [
         run for run in results if run["arm"] in entries and run["budget_flops"] == at[run["arm"]] and collapsed(run)
     ]
-    if dead:
-        names = (f"{r['arm']} seed {r['seed']} at {r['learning_rate']:g} ({level(r):.3f})" for r in dead)
-        lines.append(
-            f"Collapsed, at the entropy of the tokens' frequencies ({dead[0]['unigram_entropy']:.3f}): {', '.join(names)}."
-            " A longer schedule.warmup or a lower rate may train."
-        )
+    for worse, what, advice in (
+        (False, "Collapsed, at", " A longer schedule.warmup or a lower rate may train."),
+        (True, "Worse than", ""),
+    ):
+        if dead := [run for run in runs if (level(run) > run["unigram_entropy"] + COLLAPSED) == worse]:
+            names = ", ".join(f"{r['arm']} seed {r['seed']} at {r['learning_rate']:g} ({level(r):.3f})" for r in dead)
+            floor = dead[0]["unigram_entropy"]
+            lines.append(f"{what} the entropy of the tokens' frequencies ({floor:.3f}): {names}.{advice}")
     for arm in at:
         if arm not in entries and (rates := by_rate(results, arm, at[arm])):
             tried = ", ".join(f"{rate:g}" for rate in rates)

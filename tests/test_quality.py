@@ -357,6 +357,11 @@ def test_runs_that_learned_only_frequencies_are_named() -> None:
     assert last.startswith("Collapsed") and "(6.400)" in last
     assert "next_token seed 1 at 0.001 (6.360)" in last and "next_token seed 0 at 0.002 (6.380)" in last
     assert "seed 0 at 0.001" not in last
+    results.append({**fake_result(quality.Run("next_token", 1, 2e-3, 1e9), 9.5), "unigram_entropy": 6.4})
+    *_, collapsed, worse = tables.table(results, ["next_token"], 1e9).splitlines()
+    assert collapsed == last
+    assert worse == "Worse than the entropy of the tokens' frequencies (6.400): next_token seed 1 at 0.002 (9.500)."
+    results.pop()
     sound = [{**result, "unigram_entropy": 6.6} for result in results]
     assert "Collapsed" not in tables.table(sound, ["next_token"], 1e9)
 
