@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
+# As many processes as cores, at most four, each with one thread; the tests of a file share what they set up, so they stay together.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist loadfile
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long
