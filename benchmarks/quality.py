@@ -52,7 +52,6 @@ def unrolled(mean_depth: int, truncation: int, injection: str = "linear") -> lis
 
 ARMS: dict[str, list[str]] = {
     "next_token": ["--objective.name", "next_token"],
-    "next_token-add": ["--objective.name", "next_token", "--model.injection", "add"],
     "unrolled-32-8": unrolled(32, 8),
     "unrolled-8-4": unrolled(8, 4),
     "unrolled-8-4-add": unrolled(8, 4, "add"),
@@ -60,6 +59,7 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2": unrolled(4, 2),
     "unrolled-4-2-add": unrolled(4, 2, "add"),
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
+    "unrolled-2-2-diagonal": unrolled(2, 2, "diagonal"),
     "denoise": ["--objective.name", "denoise"],
     # The control of the one above: the core's blocks start as late, and no step trains a later iteration.
     "denoise-first": ["--objective.name", "denoise", "--objective.denoise.flat", "1"],
@@ -73,12 +73,17 @@ ARMS: dict[str, list[str]] = {
 """What is compared: name -> dotted options over the size's configuration."""
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"config": "tiny.toml", "budget": 3e13, "rates": "1.5e-3,3e-3,6e-3", "score_tokens": 32_768, "options": []},
-    # 16,384 tokens a step, so that a short budget has enough steps, and a warm-up that is long enough in them (LOG.md). Its
-    # time on a GPU is not yet measured.
+    "tiny": {
+        "config": "tiny.toml", "budget": 7e12, "rates": "3e-3,6e-3,1.2e-2", "score_tokens": 16_384, "options": [],
+        "arms": ",".join(ARMS),
+    },
+    # 16,384 tokens a step, so that a short budget has enough steps, and a warm-up that is long enough in them (LOG.md).
+    # Four arms, three rates and a second seed are 16 runs and 6.4e16 FLOPs: within 25 minutes where training has 60
+    # TFLOP/s and starting and scoring a run take 25 seconds. That is not yet measured.
     "gpu": {
         "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
         "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
+        "arms": "next_token,unrolled-4-2-diagonal,denoise,denoise-first",
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]
@@ -100,7 +105,7 @@ class Args:
     size: Literal["tiny", "gpu"] = "tiny"
     """Shape: train/configs/tiny.toml for a CPU, pythia-70m-looped.toml for a GPU."""
     arms: str = ""
-    """Arms to run, separated by commas (default: all)."""
+    """Arms to run, separated by commas (default: the size's own, which for tiny are all)."""
     seeds: str = "0,1"
     """Seeds, separated by commas; the smallest sweeps the rates, the others take the best."""
     rates: str = ""
@@ -158,7 +163,7 @@ class Run:
 
 def choose_arms(text: str) -> list[str]:
     """Names of arms, in the table's order."""
-    names = text.split(",") if text else list(ARMS)
+    names = text.split(",")
     for name in names:
         if name not in ARMS:
             raise UserError(f"no arm {name!r}; there are: {', '.join(ARMS)}")
@@ -170,7 +175,7 @@ class Quality:
 
     def __init__(self, args: Args) -> None:
         self.args, size = args, SIZES[args.size]
-        self.arms = choose_arms(args.arms)
+        self.arms = choose_arms(args.arms or size["arms"])
         self.seeds = parse_ints(args.seeds, "--seeds", 0)
         self.rates = floats(args.rates or size["rates"], "--rates")
         self.budgets = floats(args.budget_flops or str(size["budget"]), "--budget-flops")

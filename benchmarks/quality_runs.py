@@ -42,17 +42,19 @@ def middle_first(rates: Sequence[float]) -> list[float]:
     return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
 
 
+OWN_OPTIONS = {"unrolled": "unrolled", "denoise": "denoise", "denoise-token": "token", "denoise-paper": "token"}
+"""The part of ``objective`` that an objective reads; those that are not here read none."""
+
+
 def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that makes a result what it is."""
     whole = to_dict(config)
     kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
     name = whole["objective"]["name"]
-    kept["objective"] = {
-        key: value
-        for key, value in whole["objective"].items()
-        if key == "name" or name.replace("-", "_").startswith(key)
-    }
+    kept["objective"] = {"name": name}
+    if name in OWN_OPTIONS:
+        kept["objective"][OWN_OPTIONS[name]] = whole["objective"][OWN_OPTIONS[name]]
     return kept
 
 

@@ -88,7 +88,7 @@ class Reasoning:
     """The comparison that one call works on."""
 
     def __init__(self, args: Args) -> None:
-        self.args, self.arms, self.tasks = args, choose_arms(args.arms), args.tasks.split(",")
+        self.args, self.arms, self.tasks = args, choose_arms(args.arms or ",".join(ARMS)), args.tasks.split(",")
         for task in self.tasks:
             if task not in TASKS:
                 raise UserError(f"no task {task!r}; there are: {', '.join(TASKS)}")

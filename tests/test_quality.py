@@ -223,6 +223,27 @@ def test_a_result_of_before_an_option_that_changed_the_arm_is_another() -> None:
     assert runs.contradiction(before, now) is None
 
 
+@pytest.mark.parametrize(
+    ("arm", "option", "other"),
+    [
+        ("denoise", "denoise.flat", "token.atom"),
+        ("denoise-token", "token.atom", "denoise.flat"),
+        ("denoise-token", "token.density", "unrolled.truncation"),
+        ("unrolled", "unrolled.truncation", "denoise.flat"),
+    ],
+)
+def test_a_result_is_told_apart_by_what_its_objective_reads(arm: str, option: str, other: str) -> None:
+    runs, values = module("quality_runs"), {"token.density": "adaptive", "unrolled.truncation": "7"}
+
+    def with_option(key: str) -> Any:
+        words = ["--objective.name", arm, f"--objective.{key}", values.get(key, "0.3")]
+        return runs.identity(load_config(None, words))
+
+    now = runs.identity(load_config(None, ["--objective.name", arm]))
+    assert f"objective.{option} (" in runs.contradiction(with_option(option), now)
+    assert runs.contradiction(with_option(other), now) is None
+
+
 def test_the_first_tokens_of_a_corpus(data: Path, tmp_path: Path) -> None:
     module("quality_runs").limit_corpus(data, tmp_path / "first", 1234)
     [whole], [first] = (
