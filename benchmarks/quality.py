@@ -54,7 +54,6 @@ ARMS: dict[str, list[str]] = {
     "next_token": ["--objective.name", "next_token"],
     "unrolled-32-8": unrolled(32, 8),
     "unrolled-8-4": unrolled(8, 4),
-    "unrolled-8-4-add": unrolled(8, 4, "add"),
     "unrolled-8-4-diagonal": unrolled(8, 4, "diagonal"),
     "unrolled-4-2": unrolled(4, 2),
     "unrolled-4-2-add": unrolled(4, 2, "add"),
