@@ -186,7 +186,7 @@ def browse(html: str, folder: Path) -> tuple[str, bool, bool]:
         f"--user-data-dir={folder / 'profile'}", f"--log-net-log={folder / 'net.json'}", "--enable-logging=stderr",
         "--virtual-time-budget=1000", "--dump-dom", (folder / "page.html").as_uri(),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     # Requests of a page that was opened from a file have the opaque origin; the browser's own have none.
     requests = re.findall(r'"initiator":\s*"(.*?)"', (folder / "net.json").read_text(errors="replace"))
     return result.stdout, ":CONSOLE" in result.stderr, "null" in requests

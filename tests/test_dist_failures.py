@@ -20,11 +20,13 @@ from helpers import ROOT, load_script
 
 from recurrent_db.checkpoint import fault, find_checkpoint, list_checkpoints
 
+# Seconds: the start of two processes on a busy machine must fit, in which neither has a turn to tell of.
+PATIENCE = 12
 SHORT = ["--run.checkpoint_every", 5, "--run.log_every", 1, "--optim.ema_decay", 0.9, "--eval.points", 0]
 
 
 def wait_for_rows(run: Path, more_than: int, job: many.Job | None = None) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 300
     while not (run / "metrics.jsonl").exists() or len(rows_so_far(run)) <= more_than:
         if job is not None and any(p.exitcode for p in job.processes):
             raise AssertionError([job.text(rank) for rank in range(len(job.processes))])
@@ -49,11 +51,11 @@ def test_kill_9_of_one_of_two_processes(data: Path, tmp_path: Path, mode: str, b
         wait_for_rows(run, 6, job)
         time.sleep(rng.random() / 20)
     else:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while not list((run / "checkpoints").glob(".writing-step-0000001*")) and time.monotonic() < end:
             assert all(process.exitcode is None for process in job.processes), job.text(0)
     os.kill(job.processes[rng.randrange(2)].pid, signal.SIGKILL)
-    assert sorted(job.wait(timeout=20)) == [-9, 1]
+    assert sorted(job.wait(timeout=60)) == [-9, 1]
     assert any("lost contact with another process" in job.text(rank) for rank in range(2))
     assert find_checkpoint(run, fall_back=False).name in ("step-00000005", "step-00000010")
     many.run(tmp_path / "logs", 2, many.train, words(data, run, *options), restarts=1)
@@ -119,7 +121,7 @@ def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: 
             if len(there) == 2:
                 os.kill(there[rng.randrange(2)], signal.SIGKILL)
                 done += 1
-                gone = time.monotonic() + 60
+                gone = time.monotonic() + 300
                 while launcher.poll() is None and time.monotonic() < gone and set(workers(launcher)) & set(there):
                     time.sleep(0.01)
                 halves += bool(half_written(run) - known)
@@ -134,7 +136,7 @@ def survive(data: Path, folder: Path, mode: str, kills: int, steps: int, *more: 
 
 def wait_for_step(run: Path, step: int, launcher: subprocess.Popen[bytes]) -> None:
     """Until the processes that run now have made a step, and the run has come to ``step``."""
-    end, file = time.monotonic() + 90, run / "metrics.jsonl"
+    end, file = time.monotonic() + 300, run / "metrics.jsonl"
     first = file.stat().st_mtime_ns if file.exists() else 0
     while launcher.poll() is None and time.monotonic() < end:
         ready = file.exists() and file.stat().st_mtime_ns > first and len(workers(launcher)) == 2
@@ -178,20 +180,20 @@ def test_a_node_that_is_lost_comes_back(data: Path, tmp_path: Path, mode: str) -
 
     try:
         start()
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while time.monotonic() < end:  # until the first keeps the store
             with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
                 break
             time.sleep(0.05)
         start()
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while not list_checkpoints(run) and time.monotonic() < end:
             assert all(node.poll() is None for node in nodes)
             time.sleep(0.01)
         [worker] = workers(nodes[1])
         for process in (nodes[1].pid, worker):
             os.kill(process, signal.SIGKILL)
-        nodes[1].wait(timeout=10)
+        nodes[1].wait(timeout=60)
         start()
         ended = [nodes[number].wait(timeout=180) for number in (0, 2)]
     finally:
@@ -220,10 +222,8 @@ def test_sigterm_to_one_process_ends_all_of_them_well(data: Path, tmp_path: Path
     run = tmp_path / "run"
     job = many.Job(tmp_path / "logs", 2, many.train, words(data, run, *options, "--budget.steps", 10_000))
     wait_for_rows(run, 3, job)
-    started = time.monotonic()
     os.kill(job.processes[1].pid, signal.SIGTERM)
-    assert job.wait(timeout=10) == [0, 0], [job.text(rank) for rank in range(2)]
-    assert time.monotonic() - started < 10
+    assert job.wait(timeout=60) == [0, 0], [job.text(rank) for rank in range(2)]
     assert "stopped by signal 15 at step" in job.text(0)
     assert job.text(1) == ""
     [saved] = list_checkpoints(run)
@@ -232,16 +232,16 @@ def test_sigterm_to_one_process_ends_all_of_them_well(data: Path, tmp_path: Path
 
 
 def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path) -> None:
-    run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", 2]
+    run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", PATIENCE]
     job = many.Job(tmp_path / "logs", 2, many.train, words(data, run, *options, "--budget.steps", 10_000))
     wait_for_rows(run, 3, job)
-    time.sleep(1.5)  # until it has told the others what it is at
+    time.sleep(PATIENCE / 2)  # it tells the others every quarter of that time what it is at
     os.kill(job.processes[1].pid, signal.SIGSTOP)
-    job.processes[0].join(20)
+    job.processes[0].join(120)
     assert job.processes[0].exitcode == 1
     message = [line for line in job.text(0).splitlines() if line.startswith("error: ")]
     assert len(message) == 1
-    assert "no progress for 2 seconds" in message[0]
+    assert f"no progress for {PATIENCE} seconds" in message[0]
     assert "no answer from process 1 on " in message[0]
     assert "last heard of while at step" in message[0]
     job.wait(timeout=0)
@@ -262,9 +262,9 @@ def stuck(words: list[str]) -> None:
 
 
 def test_a_process_that_the_others_wait_for_is_named(data: Path, tmp_path: Path) -> None:
-    run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", 2]
+    run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", PATIENCE]
     job = many.Job(tmp_path / "logs", 2, stuck, words(data, run, *options, "--budget.steps", 20))
-    assert job.wait(timeout=40) == [1, 1], [job.text(rank) for rank in range(2)]
+    assert job.wait(timeout=120) == [1, 1], [job.text(rank) for rank in range(2)]
     told = "".join(job.text(rank) for rank in range(2))
-    assert told.count("error: no progress for 2 seconds") == 1
+    assert told.count(f"error: no progress for {PATIENCE} seconds") == 1
     assert "all wait for process 0 on " in told

@@ -123,7 +123,7 @@ def slurm_job(tmp_path: Path, **more: str) -> tuple[subprocess.Popen[str], Path]
 
 
 def wait_for(log: Path, word: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (log.exists() and word in log.read_text()):
         assert time.monotonic() < end, f"no {word!r} in {log}"
         time.sleep(0.05)
@@ -135,7 +135,7 @@ def test_slurm_saves_and_requeues(tmp_path: Path, number: signal.Signals, saved_
     job, log = slurm_job(tmp_path, SAVED_STATUS=saved_status)
     wait_for(log, "started")
     os.kill(job.pid, number)  # to the batch script alone, as --signal=B: does
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=300)
     assert log.read_text().splitlines() == ["started", "saved", "requeue 41"]
     assert job.returncode == 0, errors
     assert ("left with status 1" in errors) == (saved_status == "1")
@@ -144,6 +144,6 @@ def test_slurm_saves_and_requeues(tmp_path: Path, number: signal.Signals, saved_
 @pytest.mark.parametrize("status", ["0", "3"])
 def test_slurm_does_not_requeue_what_ended_by_itself(tmp_path: Path, status: str) -> None:
     job, log = slurm_job(tmp_path, QUICK="yes", SAVED_STATUS=status)
-    job.communicate(timeout=60)
+    job.communicate(timeout=300)
     assert job.returncode == int(status)
     assert log.read_text().splitlines() == ["started"]

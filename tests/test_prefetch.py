@@ -72,7 +72,7 @@ def test_two_steps_are_prepared_and_no_more(loader: Loader) -> None:
     ahead = prefetch(recorder, 0, 4, CPU, True)
     for step in range(3):
         list(next(ahead))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 300
         while len(recorder.asked) < step + 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.01)
@@ -133,7 +133,7 @@ next(ahead)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300
     )
     interrupted = "SIGINT" in end
     assert (result.returncode != 0) == interrupted

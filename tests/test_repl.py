@@ -744,7 +744,7 @@ def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
     socket = ["tmux", "-S", str(tmp_path / "socket"), "-f", str(tmp_path / "tmux.conf")]
 
     def tmux(*words: str) -> str:
-        return subprocess.run([*socket, *words], capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run([*socket, *words], capture_output=True, text=True, check=True, timeout=300).stdout
 
     def keys(*words: str) -> None:
         tmux("send-keys", "-t", "repl", *words)
@@ -772,13 +772,13 @@ def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
         keys("/compare 1 4 16", "Enter")
         wait(r"\nk = 1 +\| k = 4 +\| k = 16 *\n")
         keys("C-d")
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not status.exists():
             assert time.monotonic() < until, "it did not end"
             time.sleep(0.1)
         assert status.read_text() == "0\n"
     finally:
-        subprocess.run([*socket, "kill-server"], capture_output=True, timeout=60)
+        subprocess.run([*socket, "kill-server"], capture_output=True, timeout=300)
 
 
 def test_plain_lines_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

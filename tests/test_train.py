@@ -235,7 +235,7 @@ def test_kill_9_then_resume_equals_an_uninterrupted_run(data: Path, tmp_path: Pa
     process, kills = start(data, run, *options), 0
     while kills < 2:
         before = list_checkpoints(run)[-1:] if run.exists() else []
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while process.poll() is None and list_checkpoints(run)[-1:] == before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(moments.random() * 0.05)
@@ -313,7 +313,7 @@ def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
     while not (tmp_path / "run/metrics.jsonl").exists() or not rows(tmp_path / "run"):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 0
+    assert process.wait(timeout=60) == 0
     assert len(list_checkpoints(tmp_path / "run")) == 1
     assert len(rows(tmp_path / "run")) < 150
     train(data, tmp_path / "run", *options, resume="newest")
