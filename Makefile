@@ -25,9 +25,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
-# As many processes as cores, at most four, each with one thread; the tests of a file share what they set up, so they stay together.
+# As many processes as cores, at most four, each with one thread; what one has not begun another takes, so that none idles at the end.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long
