@@ -104,7 +104,7 @@ class DenoiseConfig:
     depth: int = 2
     """Iterations without gradient before the trained one: in the other steps uniform over 1 to this."""
     noise: float = 0.0
-    """Mean share of a sequence's context tokens that are replaced by random ones; helps where the corpus is repeated
+    """Mean share of a sequence's context tokens that are replaced by random ones; helps where a small corpus is repeated
     (about 0.1), and costs where it is not."""
 
 
