@@ -21,7 +21,7 @@ from helpers import ROOT, load_script
 from recurrent_db.checkpoint import fault, find_checkpoint, list_checkpoints
 
 # Seconds: the start of two processes on a busy machine must fit, in which neither has a turn to tell of.
-PATIENCE = 12
+PATIENCE = 20
 SHORT = ["--run.checkpoint_every", 5, "--run.log_every", 1, "--optim.ema_decay", 0.9, "--eval.points", 0]
 
 
