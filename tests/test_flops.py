@@ -240,9 +240,9 @@ def test_update_is_counted_apart() -> None:
 
 def test_the_largest_preset_is_counted_in_five_seconds() -> None:
     config = load_config(CONFIGS / "huginn-3.5b.toml")
-    start = time.process_time()
+    start = time.perf_counter()
     table = flops_table(config, 3.0, 2)
-    assert time.process_time() - start < 5
+    assert time.perf_counter() - start < 5
     assert table["parameters"]["total"] > 3.5e9
 
 

@@ -313,7 +313,7 @@ def test_sigterm_saves_and_ends_well(data: Path, tmp_path: Path) -> None:
     while not (tmp_path / "run/metrics.jsonl").exists() or not rows(tmp_path / "run"):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=10) == 0
     assert len(list_checkpoints(tmp_path / "run")) == 1
     assert len(rows(tmp_path / "run")) < 150
     train(data, tmp_path / "run", *options, resume="newest")
