@@ -235,6 +235,7 @@ def test_sigterm_to_one_process_ends_all_of_them_well(data: Path, tmp_path: Path
 
 def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["--objective.name", "next_token", *SHORT, "--parallel.timeout", PATIENCE]
+    options += ["--run.checkpoint_every", 10_000]  # or it may be heard of while it writes one, between two steps
     job = many.Job(tmp_path / "logs", 2, many.train, words(data, run, *options, "--budget.steps", 10_000))
     wait_for_rows(run, 3, job)
     time.sleep(PATIENCE / 2)  # it tells the others every quarter of that time what it is at
