@@ -521,8 +521,8 @@ def main(args: Args) -> int:
     if args.plot is not None:
         budgets = quality.budgets
         if args.data_limited:
-            budgets = sorted(result["budget_flops"] for result in quality.results.values())
-        if not budgets or not plot(quality.results.values(), quality.arms, budgets[-1], args.plot):
+            budgets = sorted({result["budget_flops"] for result in quality.results.values()})
+        if not budgets or not plot(quality.results.values(), quality.arms, budgets, args.plot):
             print("no figure: no run of the last budget is complete", file=sys.stderr)
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")

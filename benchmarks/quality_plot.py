@@ -1,4 +1,5 @@
-"""The figure of `benchmarks/quality.py`: held-out likelihood by K, and along the training, of every arm at one budget."""
+"""The figure of `benchmarks/quality.py`: held-out likelihood by K, and along the training, of every arm at one budget; and,
+where there are several budgets, at the end of the runs of each."""
 
 from __future__ import annotations
 
@@ -37,15 +38,32 @@ def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: 
             axes.plot(x, y, label=None if number else label, **look)  # type: ignore[arg-type]
 
 
-def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Path) -> bool:
+def ends(axes: Axes, budgets: Sequence[dict[int, Result]], look: dict[str, object]) -> list[tuple[float, float]]:
+    """Where complete runs of several budgets end at their best K: a line for each seed of ``budgets``, which are results by
+    seed. Their points, (FLOPs, nats)."""
+    points = []
+    for seed in sorted({seed for runs in budgets for seed in runs}):
+        line = sorted((runs[seed]["flops"], _best(runs[seed])) for runs in budgets if seed in runs)
+        axes.plot(*zip(*line, strict=True), **look)  # type: ignore[arg-type]
+        points += line
+    return points
+
+
+def _best(run: Result) -> float:
+    """The NLL at the best K, by the mixture or, where it was made, by the bound on a walk."""
+    return min(*run["nll_by_k"].values(), *(run.get("bound_by_k") or {}).values(), math.inf)
+
+
+def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float], path: Path) -> bool:
     """Each arm at its best rate, a line for each seed, to an .svg, .png or .pdf. The dotted line of a walk is the
-    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws. Runs that failed are left out;
-    False, and no file, where no other is there."""
-    results = [result for result in results if "failed" not in result]
+    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws. By K and along the training the
+    runs are those of the last budget. Runs that failed are left out; False, and no file, where no other of it is there."""
+    results, budget = [result for result in results if "failed" not in result], budgets[-1]
     with drawing():
-        figure = Figure(figsize=(11.4, 3.7), layout="constrained", facecolor=PAPER)
-        left, right = figure.subplots(1, 2)
-        least, ks, spent = float("inf"), [1], [budget]
+        several = len(budgets) > 1
+        figure = Figure(figsize=(15.4 if several else 11.4, 3.7), layout="constrained", facecolor=PAPER)
+        left, right, *more = figure.subplots(1, 3 if several else 2)
+        least, ks, spent, points = float("inf"), [1], [budget], []
         for number, arm in enumerate(arms):
             rate = best_rate(results, arm, budget)
             if rate is None:
@@ -57,6 +75,9 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
             if all(seed.get("bound_by_k") for seed in seeds):
                 _by_k(left, seeds, "bound_by_k", {**look, "linestyle": ":"}, f"{arm}, bound")
             _along(right, seeds, {**look, "markersize": 3.5}, arm)
+            for axes in more:
+                runs = [by_rate(results, arm, at)[rate] for at in budgets if (rate := best_rate(results, arm, at))]
+                points += ends(axes, runs, look)
             ks += [int(k) for seed in seeds for k in seed["nll_by_k"]]
             spent += [point["flops"] for seed in seeds for point in seed["evaluations"]]
         if not math.isfinite(least):
@@ -69,6 +90,11 @@ def plot(results: Iterable[Result], arms: Sequence[str], budget: float, path: Pa
         left.xaxis.set_major_formatter(FuncFormatter(linear_tick))
         right.set(xlabel="training FLOPs", title="along the training, at the best K")
         Frame([]).log_axis(right.xaxis, min(spent), max(spent), 1.1)
+        for axes in more:
+            lowest = min(nll for _, nll in points)
+            axes.set(xlabel="training FLOPs", title="complete runs, at the best K", ylabel="held-out nats per token")
+            axes.set(ylim=(lowest - 0.05, lowest * ABOVE))
+            Frame([]).log_axis(axes.xaxis, min(flops for flops, _ in points), max(flops for flops, _ in points), 1.1)
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)
     return True

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import MICRO, ROOT, load_script, micro_config, micro_model
+from matplotlib.figure import Figure
 
 from recurrent_db.config import load_config
 from recurrent_db.data import load_tokenizer, open_data
@@ -183,8 +184,21 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     assert drawn.returncode == 0, drawn.stderr
     assert all(label in picture.read_text() for label in ("next_token", "denoise-token, bound", "training FLOPs"))
     plot, failed = module("quality_plot").plot, {"arm": "next_token", "failed": "not finite", "budget_flops": 1e9}
-    assert not plot([failed], ["next_token"], 1e9, tmp_path / "none.svg")
+    assert not plot([failed], ["next_token"], [1e9], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
+
+    # Several budgets: where the runs of each end, too.
+    done = [json.loads(path.read_text()) for path in (tmp_path / "results/quality-tiny").iterdir()]
+    twice = [{**run, "budget_flops": 2e9, "flops": 2 * run["flops"]} for run in done if run["seed"] == 0]
+    assert "complete runs" not in picture.read_text()
+    assert plot([*done, *twice], ["next_token", "denoise-token"], [2e9, 1e9], picture)
+    assert all(label in picture.read_text() for label in ("complete runs, at the best K", "after 1e+09 FLOPs"))
+    flat = [run for run in [*done, *twice] if run["arm"] == "next_token"]
+    axes = Figure().subplots()
+    by_seed = [{run["seed"]: run for run in flat if run["budget_flops"] == budget} for budget in (1e9, 2e9)]
+    expected = [(run["flops"], min(run["nll_by_k"].values())) for run in flat]
+    assert sorted(module("quality_plot").ends(axes, by_seed, {})) == sorted(expected)
+    assert [len(line.get_xdata()) for line in axes.lines] == [2, 1]
 
     # A result that is not of this comparison is not mixed in.
     for words, message in (
