@@ -523,7 +523,7 @@ def main(args: Args) -> int:
         if args.data_limited:
             budgets = sorted({result["budget_flops"] for result in quality.results.values()})
         if not budgets or not plot(quality.results.values(), quality.arms, budgets, args.plot):
-            print("no figure: no run of the last budget is complete", file=sys.stderr)
+            print("no figure: no run is complete", file=sys.stderr)
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")
         print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to go on.", file=sys.stderr)

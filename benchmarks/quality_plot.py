@@ -29,13 +29,16 @@ def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object]
     return values
 
 
-def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: str) -> None:
-    """Best K at each evaluation, against FLOPs."""
+def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: str) -> list[float]:
+    """Best K at each evaluation, against FLOPs; their values."""
+    values = []
     for number, seed in enumerate(seeds):
         points = [(point["flops"], min(point["nll"].values())) for point in seed["evaluations"]]
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, label=None if number else label, **look)  # type: ignore[arg-type]
+            values += y
+    return values
 
 
 def ends(axes: Axes, budgets: Sequence[dict[int, Result]], look: dict[str, object]) -> list[tuple[float, float]]:
@@ -57,8 +60,10 @@ def _best(run: Result) -> float:
 def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float], path: Path) -> bool:
     """Each arm at its best rate, a line for each seed, to an .svg, .png or .pdf. The dotted line of a walk is the
     bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws. By K and along the training the
-    runs are those of the last budget. Runs that failed are left out; False, and no file, where no other of it is there."""
-    results, budget = [result for result in results if "failed" not in result], budgets[-1]
+    runs are those of the budget that has the most arms, of several the largest. Runs that failed are left out; False, and
+    no file, where there are no others."""
+    results = [result for result in results if "failed" not in result]
+    budget = max(budgets, key=lambda at: (sum(best_rate(results, arm, at) is not None for arm in arms), at))
     with drawing():
         several = len(budgets) > 1
         figure = Figure(figsize=(15.4 if several else 11.4, 3.7), layout="constrained", facecolor=PAPER)
@@ -74,7 +79,7 @@ def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float
             least = min(least, *_by_k(left, seeds, "nll_by_k", look, arm))
             if all(seed.get("bound_by_k") for seed in seeds):
                 _by_k(left, seeds, "bound_by_k", {**look, "linestyle": ":"}, f"{arm}, bound")
-            _along(right, seeds, {**look, "markersize": 3.5}, arm)
+            least = min(least, *_along(right, seeds, {**look, "markersize": 3.5}, arm), math.inf)
             for axes in more:
                 runs = [by_rate(results, arm, at)[rate] for at in budgets if (rate := best_rate(results, arm, at))]
                 points += ends(axes, runs, look)
@@ -93,7 +98,7 @@ def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float
         for axes in more:
             lowest = min(nll for _, nll in points)
             axes.set(xlabel="training FLOPs", title="complete runs, at the best K", ylabel="held-out nats per token")
-            axes.set(ylim=(lowest - 0.05, lowest * ABOVE))
+            axes.set(ylim=(lowest - 0.05, least * ABOVE))
             Frame([]).log_axis(axes.xaxis, min(flops for flops, _ in points), max(flops for flops, _ in points), 1.1)
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
         figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)
