@@ -98,7 +98,8 @@ class DenoiseConfig:
     shallow: float = 2.0
     """Tokens, for each weight that the network multiplies by without the core's blocks, in which these do not run; then
     they start as copies of the blocks around them. At most .4 of the budget and no more than ``flat``. 0 runs them from the
-    start, as does a run that begins with another's weights or whose budget is in seconds alone."""
+    start, as does a run for which that would be less than .15 of the budget, one that begins with another's weights and one
+    whose budget is in seconds alone."""
     start: float = 0.2
     """After that, the probability that a step trains the first iteration."""
     depth: int = 2

@@ -12,9 +12,10 @@ pass. Up to ``depth`` + 1 iterations are what training showed. Each is trained a
 Depth grows along the budget. In its first ``flat`` share no more than the first iteration is trained (l = 0), which is
 plain next-token training. At its beginning it runs none: the coda reads what the core's blocks would be given, and prelude
 and coda learn at a lower price. After ``shallow`` tokens for each parameter of that network, and at most `MOST` of the
-budget, the core's blocks start as copies of those, in order (stacking, arXiv 2405.15319). A run that starts from another's
-weights (``init.from``) has its blocks from there, and runs them at once. After ``flat``, ``start`` of the steps train the
-first iteration, and in the others l is uniform over 1 to ``depth``.
+budget, the core's blocks start as copies of those, in order (stacking, arXiv 2405.15319). A long run, where that would be
+less than `LEAST` of the budget, runs them at once, and so does one that has its blocks from another's weights
+(``init.from``). After ``flat``, ``start`` of the steps train the first iteration, and in the others l is uniform over 1 to
+``depth``.
 
 With ``noise``, a share of a sequence's context tokens, uniform between 0 and twice ``noise``, is replaced by tokens drawn
 from the vocabulary: the state is then an estimate from a corrupted context, which each pass learns to improve. That pays
@@ -39,8 +40,9 @@ from recurrent_db.schedule import budget_progress
 
 SHALLOW = Passes(core_grad=0, injections_grad=1)
 """A step that trains no iteration."""
-MOST = 0.4
-"""Share of the budget that such steps may take."""
+MOST, LEAST = 0.4, 0.15
+"""Shares of the budget: such steps take no more than the first, and where they would take less than the second there are
+none, as a run so long for its model learns no more by them (docs/method.md)."""
 
 
 def shallow_share(config: Config) -> float:
@@ -64,7 +66,8 @@ class Denoise:
         self.config = config.objective.denoise
         self.recurrence = PlainRecurrence(initial="zeros")
         alone = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
-        self.shallow = 0.0 if alone else min(self.config.flat, MOST, shallow_share(config))
+        self.asked = 0.0 if alone else min(self.config.flat, MOST, shallow_share(config))
+        self.shallow = self.asked if self.asked >= LEAST else 0.0
         self.grown = not self.shallow
 
     def _depth(self, rng: Rng, progress: float) -> int:
@@ -117,7 +120,10 @@ class Denoise:
 
     def describe(self, model: LoopedLM) -> list[str]:
         if self.grown:
-            return []
+            left_out = f"the core's blocks run from the start: {100 * self.asked:.3g}% of the budget without them"
+            return (
+                [f"{left_out} (objective.denoise.shallow) would be too little to pay"] if 0 < self.asked < LEAST else []
+            )
         when = f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.denoise.shallow)"
         return [f"{when}: no score before then is that of a trained core"]
 
