@@ -140,7 +140,8 @@ class Args:
     score_tokens: int = 0
     """Held-out tokens to score at the end of a run; 0 takes the size's own."""
     plot: Path | None = None
-    """File for a figure of the arms at the last budget: .svg, .png or .pdf."""
+    """File for a figure of the arms at the budget that has the most of them, and of where the runs of several budgets end:
+    .svg, .png or .pdf."""
 
 
 @dataclass(frozen=True)

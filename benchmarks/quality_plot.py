@@ -70,19 +70,19 @@ def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float
         left, right, *more = figure.subplots(1, 3 if several else 2)
         least, ks, spent, points = float("inf"), [1], [budget], []
         for number, arm in enumerate(arms):
+            look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5,
+                    "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.5}  # fmt: skip
+            for axes in more:
+                at_best = [by_rate(results, arm, at)[rate] for at in budgets if (rate := best_rate(results, arm, at))]
+                points += ends(axes, at_best, look)
             rate = best_rate(results, arm, budget)
             if rate is None:
                 continue
             seeds = list(by_rate(results, arm, budget)[rate].values())
-            look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5,
-                    "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.5}  # fmt: skip
             least = min(least, *_by_k(left, seeds, "nll_by_k", look, arm))
             if all(seed.get("bound_by_k") for seed in seeds):
                 _by_k(left, seeds, "bound_by_k", {**look, "linestyle": ":"}, f"{arm}, bound")
             least = min(least, *_along(right, seeds, {**look, "markersize": 3.5}, arm), math.inf)
-            for axes in more:
-                runs = [by_rate(results, arm, at)[rate] for at in budgets if (rate := best_rate(results, arm, at))]
-                points += ends(axes, runs, look)
             ks += [int(k) for seed in seeds for k in seed["nll_by_k"]]
             spent += [point["flops"] for seed in seeds for point in seed["evaluations"]]
         if not math.isfinite(least):

@@ -13,6 +13,7 @@ from recurrent_db.config import Config, to_dict
 from recurrent_db.data import DataWriter, document, load_tokenizer, open_data
 from recurrent_db.errors import UserError
 from recurrent_db.metrics import read_metrics
+from recurrent_db.objectives.denoise import LEAST, Denoise
 
 
 def floats(text: str, option: str) -> list[float]:
@@ -55,11 +56,13 @@ def identity(config: Config) -> dict[str, Any]:
     kept["objective"] = {"name": name}
     if name in OWN_OPTIONS:
         kept["objective"][OWN_OPTIONS[name]] = whole["objective"][OWN_OPTIONS[name]]
+    if name == "denoise" and 0 < Denoise(config).asked < LEAST:
+        kept["objective"]["left_out_below"] = LEAST
     return kept
 
 
-CAME_LATER = {"objective.denoise.shallow": 0.0}
-"""Options whose default is not what runs of before them did, and what they did."""
+CAME_LATER = {"objective.denoise.shallow": 0.0, "objective.left_out_below": 0.0}
+"""What runs of before these keys did, where their defaults do something else. (The second: a first phase of any length.)"""
 
 
 def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:

@@ -119,6 +119,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
             "per_token": recipe,
             "ratio_to_next_token": recipe / per_token["next_token"],
             "shallow_share": Denoise(config).shallow if has_budget else None,
+            "shallow_asked": Denoise(config).asked if has_budget else None,
         },
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
         "epochs_ratio": epochs_ratio,
@@ -225,6 +226,8 @@ def flops(args: FlopsArgs) -> int:
             "\n(no budget in the configuration: its first phase, without the core's blocks, is left out)"
             if recipe["shallow_share"] is None
             else f" ({recipe['shallow_share']:.0%} of the budget without the core's blocks)"
+            if recipe["shallow_share"] or not recipe["shallow_asked"]
+            else f"\n({recipe['shallow_asked']:.1%} of the budget without the core's blocks is left out as too little)"
         )
     )
     print("\nthe total by kind")

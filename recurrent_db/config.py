@@ -101,7 +101,7 @@ class DenoiseConfig:
     start, as does a run for which that would be less than .15 of the budget, one that begins with another's weights and one
     whose budget is in seconds alone."""
     start: float = 0.2
-    """After that, the probability that a step trains the first iteration."""
+    """After ``flat``, the probability that a step trains the first iteration."""
     depth: int = 2
     """Iterations without gradient before the trained one: in the other steps uniform over 1 to this."""
     noise: float = 0.0

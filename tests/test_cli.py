@@ -42,6 +42,9 @@ def test_flops_of_the_recipe_are_the_mean_of_its_steps() -> None:
     assert recipe["shallow_share"] == 0.4
     config.budget.tokens = None
     assert cli.flops_table(config, 3.0, 2)["recipe"]["shallow_share"] is None
+    config.budget.tokens = 10**9
+    long = cli.flops_table(config, 3.0, 2)["recipe"]
+    assert long["shallow_share"] == 0 < long["shallow_asked"] < 0.15
 
 
 def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:

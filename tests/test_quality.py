@@ -200,6 +200,12 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     expected = [(run["flops"], min(run["nll_by_k"].values())) for run in flat]
     assert sorted(module("quality_plot").ends(axes, by_seed, {})) == sorted(expected)
     assert [len(line.get_xdata()) for line in axes.lines] == [2, 1]
+    walk = {"flops": 1.0, "nll_by_k": {"1": 9.0}, "bound_by_k": {"1": 8.0, "8": 5.0}}
+    assert module("quality_plot").ends(axes, [{0: walk}], {}) == [(1.0, 5.0)]
+    # An arm without a run at the budget of the other panels is in that one; of budgets of as many arms the larger is theirs.
+    walks = [run for run in done if run["arm"] == "denoise-token"]
+    assert plot([*walks, *twice], ["denoise-token", "next_token"], [1e9, 2e9], picture)
+    assert "after 2e+09 FLOPs" in picture.read_text()
 
     # A result that is not of this comparison is not mixed in.
     for words, message in (
@@ -236,6 +242,15 @@ def test_a_result_of_before_an_option_that_changed_the_arm_is_another() -> None:
     assert runs.contradiction(before, now) == "objective.denoise.shallow (0.0, now 2.0)"
     now["objective"]["denoise"]["shallow"] = 0.0
     assert runs.contradiction(before, now) is None
+
+    # A run so long that it has no first phase; one of before had it.
+    words = ["--objective.name", "denoise", "--model.vocab_size", "2048", "--budget.tokens"]
+    short, long = (runs.identity(load_config(None, [*words, tokens])) for tokens in ("1000", "1e12"))
+    assert "left_out_below" not in short["objective"]
+    before = json.loads(json.dumps(long))
+    del before["objective"]["left_out_below"]
+    assert runs.contradiction(before, long) == "objective.left_out_below (0.0, now 0.15)"
+    assert runs.contradiction(long, long) is None
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,17 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
     assert longer.passes(Rng(0, 0), 0.0) == FLAT and longer.grow(model, 1.0) == []
     assert "run from the start: 14.9% of the budget without them" in longer.describe(model)[0]
     assert run(1000, "--objective.denoise.shallow", "0").describe(model) == []
+    short = run(
+        1000, "--objective.denoise.flat", "0.1"
+    )  # as long as the flat part, which is shorter than any first phase
+    assert short.shallow == 0.1 and not short.grown
+
+    # Of a run that goes on it says what it does now.
+    longer.load_state_dict({"grown": True})
+    assert longer.describe(model) == []
+    longer.load_state_dict({"grown": False})
+    assert longer.describe(model)[0].startswith("the core's blocks start now, as copies of those around them: 14.9% of")
+    assert longer.grow(model, 0.05) and longer.describe(model) == []
 
 
 def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:

@@ -42,7 +42,7 @@ SHALLOW = Passes(core_grad=0, injections_grad=1)
 """A step that trains no iteration."""
 MOST, LEAST = 0.4, 0.15
 """Shares of the budget: such steps take no more than the first, and where they would take less than the second there are
-none, as a run so long for its model learns no more by them (docs/method.md)."""
+none: runs of which they took .07 ended no lower by them (docs/method.md)."""
 
 
 def shallow_share(config: Config) -> float:
@@ -66,9 +66,10 @@ class Denoise:
         self.config = config.objective.denoise
         self.recurrence = PlainRecurrence(initial="zeros")
         alone = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
-        self.asked = 0.0 if alone else min(self.config.flat, MOST, shallow_share(config))
-        self.shallow = self.asked if self.asked >= LEAST else 0.0
+        self.asked = 0.0 if alone else min(MOST, shallow_share(config))
+        self.shallow = min(self.config.flat, self.asked) if self.asked >= LEAST else 0.0
         self.grown = not self.shallow
+        self.resumed = False
 
     def _depth(self, rng: Rng, progress: float) -> int:
         """The iteration that a step trains, from 1; 0 where it trains none."""
@@ -119,13 +120,17 @@ class Denoise:
         return list(core.parameters())
 
     def describe(self, model: LoopedLM) -> list[str]:
-        if self.grown:
-            left_out = f"the core's blocks run from the start: {100 * self.asked:.3g}% of the budget without them"
-            return (
-                [f"{left_out} (objective.denoise.shallow) would be too little to pay"] if 0 < self.asked < LEAST else []
-            )
-        when = f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.denoise.shallow)"
-        return [f"{when}: no score before then is that of a trained core"]
+        if self.shallow and not self.grown:
+            when = f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.denoise.shallow)"
+            return [f"{when}: no score before then is that of a trained core"]
+        left_out = (
+            f"{100 * self.asked:.3g}% of the budget without them (objective.denoise.shallow) is left out as too little"
+        )
+        if not self.grown:  # stopped before they ran, and resumed with another budget or of another version
+            return [f"the core's blocks start now, as copies of those around them: {left_out}"]
+        return (
+            [f"the core's blocks run from the start: {left_out}"] if 0 < self.asked < LEAST and not self.resumed else []
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"grown": self.grown}
@@ -133,6 +138,7 @@ class Denoise:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.keys() - {"grown"} or not isinstance(state.get("grown", True), bool):
             raise ValueError(f"grown must be true or false, got {state}")
+        self.resumed = True
         self.grown = state.get("grown", True)  # runs of before there was this ran all blocks from the start
 
     def passes(self, rng: Rng, progress: float) -> Passes:
