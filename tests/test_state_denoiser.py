@@ -194,9 +194,8 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
     assert longer.passes(Rng(0, 0), 0.0) == FLAT and longer.grow(model, 1.0) == []
     assert "run from the start: 14.9% of the budget without them" in longer.describe(model)[0]
     assert run(1000, "--objective.denoise.shallow", "0").describe(model) == []
-    short = run(
-        1000, "--objective.denoise.flat", "0.1"
-    )  # as long as the flat part, which is shorter than any first phase
+    # A short run with a flat part that is shorter than any first phase: as long as that.
+    short = run(1000, "--objective.denoise.flat", "0.1")
     assert short.shallow == 0.1 and not short.grown
 
     # Of a run that goes on it says what it does now.
