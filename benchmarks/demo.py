@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 import recurrent_db
-from recurrent_db.commandline import run_command
+from recurrent_db.arguments import run_command
 from recurrent_db.data import load_tokenizer, open_data
+from recurrent_db.data.ngram import bigram_nll, unigram_nll
 from recurrent_db.files import write_atomic
-from recurrent_db.ngram import bigram_nll, unigram_nll
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("denoise", "unrolled", "next_token")

@@ -86,20 +86,20 @@ has() { # has PYTHON-IMPORT: whether it works
     "$python" -c "$1" >/dev/null 2>&1
 }
 
-speed=("$python" benchmarks/speed.py --device cuda)
+speed=("$python" benchmarks/speed/training.py --device cuda)
 some="next_token,denoise-token-two-stream" # what differs between back ends: one stream, two streams
-memory=("$python" benchmarks/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
-documents=("$python" benchmarks/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
-float8=("$python" benchmarks/float8.py --device cuda)
+memory=("$python" benchmarks/speed/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
+documents=("$python" benchmarks/speed/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
+float8=("$python" benchmarks/speed/float8.py --device cuda)
 if lacks transformers || [ -n "$dry" ]; then
     speed+=(--no-reference)
 fi
 if [ -n "$dry" ]; then
     export TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     speed+=(--device cpu --quick --repetitions 1 --warmup 1 --seconds 0.01 --objectives next_token)
-    memory=("$python" benchmarks/memory.py --batch-size 1 --repetitions 1)
-    documents=("$python" benchmarks/documents.py --batch-size 1 --pairs 2)
-    float8=("$python" benchmarks/float8.py --config train/configs/tiny.toml --tokens 64 --repetitions 1 --calls 1)
+    memory=("$python" benchmarks/speed/memory.py --batch-size 1 --repetitions 1)
+    documents=("$python" benchmarks/speed/documents.py --batch-size 1 --pairs 2)
+    float8=("$python" benchmarks/speed/float8.py --config train/configs/tiny.toml --tokens 64 --repetitions 1 --calls 1)
 fi
 
 for name in "${steps[@]}"; do

@@ -21,14 +21,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
+from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_output, write_atomic
-from recurrent_db.likelihood import score
-from recurrent_db.loading import load_with_config
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence import DenoiseWalk, NoiseSource, Probe
+from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.store.loading import load_with_config
 
 STATE_SEQUENCES = 8
 """Held-out sequences whose states are measured."""

@@ -28,9 +28,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.accounting.flops import inference_cost
+from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.config import Config
-from recurrent_db.continuations import (
+from recurrent_db.data import document, load_tokenizer, open_data
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.evaluation.continuations import (
     Decoding,
     Prompt,
     choose_prompts,
@@ -39,15 +43,8 @@ from recurrent_db.continuations import (
     independent_texts,
     walked,
 )
-from recurrent_db.data import document, load_tokenizer, open_data
-from recurrent_db.errors import UserError
-from recurrent_db.files import check_output, write_atomic
-from recurrent_db.flops import inference_cost
-from recurrent_db.judge import COMPARED_DOCUMENTS, Judge, Reading, check_apart, mark
-from recurrent_db.loading import load_with_config
-from recurrent_db.model import LoopedLM, build_model
-from recurrent_db.recurrence import DenoiseWalk
-from recurrent_db.text_metrics import (
+from recurrent_db.evaluation.judge import COMPARED_DOCUMENTS, Judge, Reading, check_apart, mark
+from recurrent_db.evaluation.text_metrics import (
     COLUMNS,
     DISTINCT_MARGIN,
     Measures,
@@ -58,7 +55,10 @@ from recurrent_db.text_metrics import (
     measure,
     rank,
 )
-from recurrent_db.tokenizer import Tokenizer
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.recurrence.walk import DenoiseWalk
+from recurrent_db.store.loading import load_with_config
 
 FEATURES = {
     "mauve": "the judge's hidden state (after the final norm) of the last token of prompt and continuation",

@@ -51,7 +51,7 @@ from typing import Any, NoReturn, TypeVar
 
 from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, task_name
 
-from recurrent_db.commandline import guard
+from recurrent_db.arguments import guard
 from recurrent_db.errors import UserError
 
 T = TypeVar("T")
@@ -289,7 +289,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     import lm_eval.models  # noqa: F401  the harness's own models keep their names
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    import recurrent_db.lm_eval_model  # noqa: F401  registers recurrent_db
+    import recurrent_db.evaluation.lm_eval_model  # noqa: F401  registers recurrent_db
 
     def configure() -> Any:
         complete(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})

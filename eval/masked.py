@@ -16,13 +16,13 @@ from typing import Annotated
 import torch
 import tyro
 
-from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import open_data, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
-from recurrent_db.loading import load_with_config
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.masked import Masked, unmask
+from recurrent_db.store.loading import load_with_config
 
 
 @dataclass

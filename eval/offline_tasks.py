@@ -23,7 +23,7 @@ from typing import Any
 
 from recurrent_db.data.shards import MANIFEST
 from recurrent_db.errors import UserError
-from recurrent_db.heldout_task import write_heldout_task
+from recurrent_db.evaluation.heldout_task import write_heldout_task
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 PARADIGMS = 67

@@ -30,18 +30,18 @@ from numpy.typing import NDArray
 from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder
 from sweep_tables import BASELINES, Row, Table, compare, group_table, plot, text
 
-from recurrent_db.accuracy import Accuracy, Floats, credit
-from recurrent_db.commandline import parse_ints, run_command
+from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import open_data
+from recurrent_db.data.ngram import unigram_log_p
 from recurrent_db.data.shards import MANIFEST
 from recurrent_db.errors import UserError
+from recurrent_db.evaluation.accuracy import Accuracy, Floats, credit
 from recurrent_db.files import check_output, write_atomic
-from recurrent_db.ngram import unigram_log_p
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-    from recurrent_db.lm_eval_model import RecurrentDBLM
+    from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
 
 
 @dataclass
@@ -239,7 +239,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f'the lm-eval harness is not installed ({error}): pip install "recurrent-db[eval]"') from None
-    from recurrent_db.lm_eval_model import RecurrentDBLM
+    from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
 
     configs = offline_tasks(names, args.data)
 

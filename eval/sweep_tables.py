@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from recurrent_db.accuracy import Accuracy, Difference, Floats
+from recurrent_db.evaluation.accuracy import Accuracy, Difference, Floats
 from recurrent_db.report.figure import Frame, drawing
 from recurrent_db.report.svg import MUTED, PAPER, SERIES
 

@@ -14,10 +14,10 @@ import runpy
 import sys
 from pathlib import Path
 
-from recurrent_db.commandline import guard
+from recurrent_db.arguments import guard
 from recurrent_db.data import read_manifest
 from recurrent_db.errors import UserError
-from recurrent_db.judge import check_apart, record, write_record
+from recurrent_db.evaluation.judge import check_apart, record, write_record
 
 PRETRAIN = Path(__file__).parents[1] / "train/pretrain.py"
 

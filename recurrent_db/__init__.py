@@ -7,8 +7,8 @@
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
-from recurrent_db.generate import generate, generate_texts
-from recurrent_db.loading import load
+from recurrent_db.generation.generate import generate, generate_texts
+from recurrent_db.store.loading import load
 
 __all__ = ["Config", "UserError", "generate", "generate_texts", "load", "load_config"]
 __version__ = "0.1.0"

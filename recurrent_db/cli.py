@@ -13,21 +13,34 @@ from typing import Annotated, Any
 
 import tyro
 
-from recurrent_db import hf_export, hf_import, join, plan, repl, report
-from recurrent_db.commandline import guard, parse
+from recurrent_db import report
+from recurrent_db.accounting import plan
+from recurrent_db.accounting.flops import (
+    Cost,
+    Passes,
+    cache_numbers_per_token,
+    cost_per_token,
+    inference_cost,
+    step_cost,
+    total,
+)
+from recurrent_db.arguments import guard, parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Cost, Passes, cache_numbers_per_token, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.huggingface import export as hf_export
+from recurrent_db.huggingface import import_folder as hf_import
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.objectives.denoise import Denoise
-from recurrent_db.optim import update_flops
+from recurrent_db.optim.optimizer import update_flops
+from recurrent_db.repl import session as repl
 from recurrent_db.rng import Rng
+from recurrent_db.store import join_blocks as join
 
 KS = (1, 2, 4, 8, 16, 32)
 POLICIES = ("full", "modulo-4", "last")
-"""Of the key-value cache; see `recurrent_db.cache`."""
+"""Of the key-value cache; see `recurrent_db.generation.cache`."""
 
 
 @dataclass

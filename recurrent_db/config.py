@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
-from recurrent_db.commandline import parse
+from recurrent_db.arguments import parse
 from recurrent_db.errors import UserError
 
 T = TypeVar("T")

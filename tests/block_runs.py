@@ -9,8 +9,8 @@ from typing import Any
 from helpers import BLOCKS, MICRO, load_script
 from torch import Tensor
 
-from recurrent_db.checkpoint import Checkpoint, find_checkpoint
 from recurrent_db.config import load_config
+from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
 
 
 def options(data: Path, n: int, *more: object) -> list[str]:

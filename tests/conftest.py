@@ -15,8 +15,8 @@ from fake_runs import OBJECTIVES, fake_run
 from helpers import synthetic_data
 
 from recurrent_db.data import corpus, prepare
+from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.report import write_report
-from recurrent_db.tokenizer import Tokenizer, train
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_BYTES = 300_000

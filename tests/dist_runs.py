@@ -10,7 +10,7 @@ import many
 import torch
 from helpers import MICRO, load_script
 
-from recurrent_db.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
 
 
 def words(data: Path, run: Path, *more: object) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from recurrent_db.accounting.flops import Cost, step_cost
 from recurrent_db.config import Config, resolve, to_dict
-from recurrent_db.flops import Cost, step_cost
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
-from recurrent_db.schedule import budget_progress, learning_rate_scale
 
 OBJECTIVES = ("denoise-token", "unrolled", "next_token")
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recurrent_db.checkpoint import TrainState, save_checkpoint
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch, DataWriter
+from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.rng import Rng
-from recurrent_db.tokenizer import Tokenizer, train
+from recurrent_db.store.checkpoint import TrainState, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("next_token", "unrolled", "denoise", "denoise-token")
@@ -46,7 +46,7 @@ BLOCKS = [
 
 def load_script(path: str) -> ModuleType:
     """Import a script of train/, eval/ or benchmarks/ as a module."""
-    name = "script_" + Path(path).stem
+    name = "script_" + re.sub(r"\W", "_", path.removesuffix(".py"))
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None
     assert spec.loader is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 from helpers import ROOT, load_script
 
-PRELOADED = ["many", "recurrent_db.sharded", "recurrent_db.objectives", "torch.distributed.fsdp", "torch._dynamo"]
+PRELOADED = ["many", "recurrent_db.store.sharded", "recurrent_db.objectives", "torch.distributed.fsdp", "torch._dynamo"]
 
 
 def _main(module: str, name: str, arguments: tuple[Any, ...], environment: dict[str, str], log: Path) -> None:
@@ -32,8 +32,8 @@ def _main(module: str, name: str, arguments: tuple[Any, ...], environment: dict[
 
 def train(words: list[str]) -> None:
     """What `python train/pretrain.py WORDS` does."""
-    from recurrent_db.commandline import guard
-    from recurrent_db.dist import report_lost
+    from recurrent_db.arguments import guard
+    from recurrent_db.distributed.team import report_lost
 
     script = load_script("train/pretrain.py")
     guard(lambda: report_lost(lambda: script.train(*script.arguments(words))))

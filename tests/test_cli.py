@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_db import cli, commandline
+from recurrent_db import arguments as commandline
+from recurrent_db import cli
+from recurrent_db.accounting.flops import Passes, step_cost
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Passes, step_cost
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 

@@ -13,10 +13,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from recurrent_db.commandline import run_command
+from recurrent_db.arguments import run_command
 from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents
+from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.errors import UserError
-from recurrent_db.tokenizer import Tokenizer, train
 
 
 @dataclass

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recurrent_db.commandline import run_command
+from recurrent_db.arguments import run_command
 from recurrent_db.data.prepare import prepare
 from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS
 from recurrent_db.data.sources import ReadOptions

@@ -20,7 +20,33 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recurrent_db.checkpoint import (
+from recurrent_db.accounting.flops import step_cost
+from recurrent_db.accounting.hardware import (
+    EnergyMeter,
+    UpdateClock,
+    choose_device,
+    environment,
+    peak_flops,
+    peak_memory_bytes,
+)
+from recurrent_db.accounting.memory_split import MemorySplit
+from recurrent_db.arguments import guard
+from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
+from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.distributed.team import Team, job_identity, report_lost, restarted
+from recurrent_db.errors import UserError
+from recurrent_db.evaluation.likelihood import score
+from recurrent_db.files import check_links, locked, write_atomic
+from recurrent_db.model import build_model
+from recurrent_db.model.attention import Need, choose
+from recurrent_db.objectives import Metrics, ScoresItself, build_objective
+from recurrent_db.objectives import restore as restore_objective
+from recurrent_db.objectives.blocks import freeze_shared
+from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.rng import Rng
+from recurrent_db.store.checkpoint import (
     Checkpoint,
     TrainState,
     clean_leftovers,
@@ -29,14 +55,9 @@ from recurrent_db.checkpoint import (
     restore,
     save_checkpoint,
 )
-from recurrent_db.commandline import guard
-from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
-from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
-from recurrent_db.dist import Team, job_identity, report_lost, restarted
-from recurrent_db.errors import UserError
-from recurrent_db.files import check_links, locked, write_atomic
-from recurrent_db.flops import step_cost
-from recurrent_db.guard import (
+from recurrent_db.store.loading import check_owner, start_from
+from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
+from recurrent_db.training.guard import (
     LossGuard,
     continued,
     data_seed,
@@ -49,20 +70,6 @@ from recurrent_db.guard import (
     unigram_entropy,
     write_diagnosis,
 )
-from recurrent_db.hardware import EnergyMeter, UpdateClock, choose_device, environment, peak_flops, peak_memory_bytes
-from recurrent_db.likelihood import score
-from recurrent_db.loading import check_owner, start_from
-from recurrent_db.memory import MemorySplit
-from recurrent_db.metrics import MetricLog, NoLog, StepClock
-from recurrent_db.model import build_model
-from recurrent_db.model.attention import Need, choose
-from recurrent_db.objectives import Metrics, ScoresItself, build_objective
-from recurrent_db.objectives import restore as restore_objective
-from recurrent_db.objectives.blocks import freeze_shared
-from recurrent_db.optim import EMA, build_optimizer, step_unless, update_flops
-from recurrent_db.rng import Rng
-from recurrent_db.schedule import budget_progress, learning_rate_scale
-from recurrent_db.tokenizer import Tokenizer
 
 
 def after_restart(config: Config, resume: str, overwrite: bool) -> tuple[str, bool]:

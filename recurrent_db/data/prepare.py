@@ -13,8 +13,8 @@ from tqdm import tqdm
 from recurrent_db.data.corpus import Document, hash_share
 from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS, DataWriter, check_source_name
 from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents, split_documents
+from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates
 from recurrent_db.errors import UserError
-from recurrent_db.tokenizer import Tokenizer, replace_surrogates
 
 # Text handed to the tokenizer's threads at once: enough to keep them busy, little enough to stay in memory.
 _BYTES_PER_WORKER = 1 << 20

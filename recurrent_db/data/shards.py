@@ -30,9 +30,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import file_digest, is_altered, is_inside, read_json, sealed
-from recurrent_db.tokenizer import Tokenizer
 
 FORMAT = "recurrent_db.tokens"
 FORMAT_VERSION = 1

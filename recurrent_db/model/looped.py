@@ -43,7 +43,7 @@ from recurrent_db.model.layers import (
 from recurrent_db.rng import key
 
 if TYPE_CHECKING:
-    from recurrent_db.recurrence import Recurrence
+    from recurrent_db.recurrence.walk import Recurrence
 
 Modulation = list[tuple[Tensor, ...]]
 
@@ -422,7 +422,7 @@ def build_model(
     Weights are drawn on the CPU, so that every device starts from the same ones. Of a model in blocks ``only_block`` (from
     1) makes that block and the embedding alone, with the values that they have in the whole.
     """
-    from recurrent_db.model.blocks import BlocksLM  # which is made of this module's parts
+    from recurrent_db.model.blocks_lm import BlocksLM  # which is made of this module's parts
 
     with torch.device("meta"):
         model = BlocksLM(config, only_block) if config.n_blocks else LoopedLM(config)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from recurrent_db.accounting.flops import Passes, step_cost
 from recurrent_db.config import WALKS, Config
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Passes, step_cost
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise

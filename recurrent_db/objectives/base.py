@@ -17,13 +17,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.data import Batch
-from recurrent_db.flops import Passes
+from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence import Recurrence
+from recurrent_db.recurrence.walk import Recurrence
 from recurrent_db.rng import Rng
-from recurrent_db.tokenizer import Tokenizer
 
 Metrics = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]

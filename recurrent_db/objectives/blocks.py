@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_db.blocks import Partition
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
+from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.noise import LogNormal, LogUniform
+from recurrent_db.denoise.partition import Partition
 from recurrent_db.denoise.sampler import EVALUATIONS
-from recurrent_db.flops import Passes
-from recurrent_db.model.blocks import BlocksLM
+from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
 from recurrent_db.objectives.denoise_token import DenoiseToken, noised
-from recurrent_db.recurrence import DenoiseWalk
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.tokenizer import Tokenizer
 
 HELD_OUT_LEVELS = 4
 """Noise levels of a block's range that a run of that block alone is scored at."""

@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.accounting.flops import Passes, step_cost
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
-from recurrent_db.flops import Passes, step_cost
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy, position_rms
-from recurrent_db.recurrence import PlainRecurrence
+from recurrent_db.optim.schedule import budget_progress
+from recurrent_db.recurrence.walk import PlainRecurrence
 from recurrent_db.rng import Rng
-from recurrent_db.schedule import budget_progress
 
 SHALLOW = Passes(core_grad=0, injections_grad=1)
 """A step that trains no iteration."""

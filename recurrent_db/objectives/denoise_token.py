@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.denoise.noise import AdaptiveFit, build_density, draw_sigma, share_below, sigma_star
 from recurrent_db.denoise.precond import Precond
-from recurrent_db.flops import Passes
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
-from recurrent_db.recurrence import DenoiseWalk, normalised
+from recurrent_db.recurrence.walk import DenoiseWalk, normalised
 from recurrent_db.rng import Rng
 
 WARN_SHARE = 0.75

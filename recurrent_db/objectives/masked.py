@@ -25,20 +25,20 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from recurrent_db.blocks import Partition
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
+from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.noise import Uniform
+from recurrent_db.denoise.partition import Partition
 from recurrent_db.errors import UserError
-from recurrent_db.flops import Passes
 from recurrent_db.model.attention import Rule, Visible
-from recurrent_db.model.blocks import BlocksLM
+from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
 from recurrent_db.objectives.blocks import drawn_block, trains_shared
-from recurrent_db.recurrence import NoiseSource, Probe
+from recurrent_db.recurrence.walk import NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.tokenizer import Tokenizer
 
 
 def time_partition(n_blocks: int) -> Partition:

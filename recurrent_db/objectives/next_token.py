@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
-from recurrent_db.flops import Passes
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
-from recurrent_db.recurrence import PlainRecurrence
+from recurrent_db.recurrence.walk import PlainRecurrence
 from recurrent_db.rng import Rng
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
-from recurrent_db.flops import Passes
 from recurrent_db.model.depth import sample_depth
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy, position_rms
-from recurrent_db.recurrence import PlainRecurrence, truncated_normal
+from recurrent_db.recurrence.walk import PlainRecurrence, truncated_normal
 from recurrent_db.rng import Rng
 
 

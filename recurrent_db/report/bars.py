@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from recurrent_db.flops import Cost
+from recurrent_db.accounting.flops import Cost
 from recurrent_db.report.cost import HOLDERS
 from recurrent_db.report.data import Run
 from recurrent_db.report.figure import SIZE, Frame, Panel, memory_unit, short, tick

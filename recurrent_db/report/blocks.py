@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from recurrent_db.metrics import counted_where
 from recurrent_db.objectives.blocks import trains_shared
 from recurrent_db.report.cost import memory_by_holder
 from recurrent_db.report.data import Run, number
 from recurrent_db.report.figure import scientific
 from recurrent_db.report.html import DASH, count, fixed, memory, table, text
+from recurrent_db.store.metrics import counted_where
 
 if TYPE_CHECKING:
     from recurrent_db.report.page import Page

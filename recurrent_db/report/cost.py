@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import astuple, dataclass
 
-from recurrent_db.flops import Cost, cost_per_token
+from recurrent_db.accounting.flops import Cost, cost_per_token
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.denoise import Denoise, passes_of
 from recurrent_db.report.data import Run, number

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, read_json
-from recurrent_db.flops import inference_cost
-from recurrent_db.metrics import read_metrics
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.schedule import budget_progress, learning_rate_scale
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.store.metrics import read_metrics
 
 Phase = Literal["constant", "end", "other"]
 Array = NDArray[np.float64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recurrent_db.flops import Cost, total
+from recurrent_db.accounting.flops import Cost, total
 from recurrent_db.report.bars import (
     FLOP_HATCHES,
     HOLDER_HATCHES,

@@ -1,0 +1,105 @@
+"""What one run of `quality/compare.py` is: its options as words, what makes it comparable, whether it is complete, and
+the part of a corpus that it may see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recurrent_db.config import Config, to_dict
+from recurrent_db.data import DataWriter, document, load_tokenizer, open_data
+from recurrent_db.errors import UserError
+from recurrent_db.objectives.denoise import LEAST, Denoise
+from recurrent_db.store.checkpoint import list_checkpoints
+from recurrent_db.store.metrics import read_metrics
+
+
+def floats(text: str, option: str) -> list[float]:
+    """Numbers above 0, separated by commas, rising and without repeats."""
+    try:
+        values = sorted({float(word) for word in text.split(",")})
+    except ValueError:
+        raise UserError(f"{option} takes numbers separated by commas, got {text!r}") from None
+    if not all(0 < value < math.inf for value in values):
+        raise UserError(f"{option} must be above 0, got {text}")
+    return values
+
+
+def dotted(text: str) -> list[str]:
+    """ "a.b=1 c=2" as command-line words."""
+    words = []
+    for pair in text.split():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--options takes KEY=VALUE pairs separated by spaces, got {pair!r}")
+        words += ["--" + key, value]
+    return words
+
+
+def middle_first(rates: Sequence[float]) -> list[float]:
+    """The middle one first: a first table is there early."""
+    return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
+
+
+OWN_OPTIONS = {"unrolled": "unrolled", "denoise": "denoise", "denoise-token": "token", "denoise-paper": "token"}
+"""The part of ``objective`` that an objective reads; those that are not here read none."""
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a configuration that makes a result what it is."""
+    whole = to_dict(config)
+    kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
+    kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
+    name = whole["objective"]["name"]
+    kept["objective"] = {"name": name}
+    if name in OWN_OPTIONS:
+        kept["objective"][OWN_OPTIONS[name]] = whole["objective"][OWN_OPTIONS[name]]
+    if name == "denoise" and 0 < Denoise(config).asked < LEAST:
+        kept["objective"]["left_out_below"] = LEAST
+    return kept
+
+
+CAME_LATER = {"objective.denoise.shallow": 0.0, "objective.left_out_below": 0.0}
+"""What runs of before these keys did, where their defaults do something else. (The second: a first phase of any length.)"""
+
+
+def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+    """The first key that differs. Other options that came since then are no contradiction: their defaults change nothing."""
+    before = {key: CAME_LATER[prefix + key] for key in now if prefix + key in CAME_LATER} | before
+    for key in before.keys() & now.keys():
+        if isinstance(before[key], dict) and isinstance(now[key], dict):
+            if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:
+                return found
+        elif before[key] != now[key]:
+            return f"{prefix}{key} ({before[key]}, now {now[key]})"
+    return None
+
+
+def complete(directory: Path, budget: float) -> bool:
+    """Whether a run has spent its budget and saved its end."""
+    if not (directory / "metrics.jsonl").exists() or not list_checkpoints(directory):
+        return False
+    rows = read_metrics(directory / "metrics.jsonl")
+    return (
+        bool(rows)
+        and rows[-1]["flops"] >= budget
+        and list_checkpoints(directory)[-1].name == f"step-{rows[-1]['step']:08d}"
+    )
+
+
+def limit_corpus(data: Path, out: Path, tokens: int) -> None:
+    """A data directory of the first ``tokens`` training tokens of ``data`` (its sources one after the other), which has no
+    validation split. One that is there already is kept."""
+    if out.exists():
+        return
+    tokenizer, left = load_tokenizer(data), tokens
+    with DataWriter(out, tokenizer) as writer:
+        for name, source in open_data(data, "train").sources.items():
+            for number in range(source.documents):
+                if left < 2:
+                    break
+                ids = document(source, number)[:-1].tolist()[: left - 1]  # the writer adds the separator
+                left -= writer.add("train", name, f"{name}-{number}", tokenizer.decode_bytes(ids), ids)
+        writer.commit({"first_tokens_of": str(data)})

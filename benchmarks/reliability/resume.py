@@ -1,0 +1,410 @@
+"""Kill -9 at random moments, resume, compare: what a run leaves must be what an undisturbed one leaves, bit for bit.
+
+python benchmarks/reliability/resume.py --moments 100 --json OUT
+
+Moments fall into six places in turn:
+
+- step: within an optimizer step, at a random time after the n-th began;
+- saving: at one of the file operations (create, fsync, chmod, rename) that write a checkpoint;
+- pruning: at one of those that remove old checkpoints;
+- data: at one of those of `prepare`; tokenizer: at one of those that train and save a tokenizer;
+- lm-eval: at one of the writes of a results cache, half of which is on disk then.
+
+The process kills itself, just before the operation, so that a moment can be had again from the seed. The work is started
+anew as a user would, up to its end. Compared are a run's weights, averages, optimizer state, counters and metrics (times
+aside), a data directory's files, a tokenizer's file, and lm-eval's results. Processes are forked from one that has imported
+everything.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks share code
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.reliability.endurance import SHAPE
+from benchmarks.reliability.reliability import finish
+from recurrent_db.arguments import run_command
+from recurrent_db.data import corpus, prepare
+from recurrent_db.data import tokenizer as tokenizers
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.store.checkpoint import find_checkpoint, list_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PLACES = ("step", "saving", "pruning", "data", "tokenizer", "lm-eval")
+OBJECTIVES = ("next_token", "unrolled", "denoise")
+STEPS = 24
+TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
+         "memory/activations_bytes", "energy_joules"}  # fmt: skip
+"""Columns that differ between equal runs (activations are measured at a process's first step)."""
+
+
+@dataclass
+class Args:
+    """Kill -9 at random moments, resume, compare with an undisturbed run."""
+
+    moments: int = 100
+    """Moments to try."""
+    seed: int = 0
+    """Of the moments."""
+    workers: int = 2
+    """Moments at once."""
+    json: Path | None = None
+    """File to write the counts to."""
+    table: bool = False
+    """Also write the row of docs/reliability.md."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dying
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_file_operation(n: int, matches: Callable[[str, str], bool], counter: Path | None = None) -> None:
+    """Kill this process just before the ``n``-th file operation (from 1) of which ``matches(event, path)`` says so. With
+    ``counter`` nothing is killed, and every such operation appends a byte to that file."""
+    lock, seen = threading.Lock(), [0]
+    log = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if counter else None
+
+    def note(event: str, path: str) -> None:
+        if not matches(event, path):
+            return
+        with lock:
+            seen[0] += 1
+            if log is not None:
+                os.write(log, b".")
+            elif seen[0] == n:
+                _die()
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod")
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (changes or writes) and args and isinstance(args[0], str | bytes | os.PathLike):
+            note(event, os.fsdecode(args[0]))
+
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        note("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    os.fsync = counted  # type: ignore[assignment]
+    sys.addaudithook(hook)
+
+
+def die_in_step(script: Any, n: int, delay: float) -> None:
+    """Kill this process ``delay`` seconds after the ``n``-th forward and backward pass of its life began."""
+    seen, build = [0], script.Rng
+
+    def counted(*arguments: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == n:
+            threading.Timer(delay, _die).start()
+        return build(*arguments)
+
+    script.Rng = counted
+
+
+def die_in_write(n: int, name: str, counter: Path | None) -> None:
+    """Kill this process in its ``n``-th os.write to a file of that name, half of it written."""
+    seen, write = [0], os.write
+
+    def torn(descriptor: int, data: bytes) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
+            seen[0] += 1
+            if counter is not None:
+                with counter.open("a") as file:
+                    file.write(".")
+            elif seen[0] == n:
+                write(descriptor, data[: len(data) // 2])
+                _die()
+        return write(descriptor, data)
+
+    os.write = torn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work: each function runs in a process of its own, in ``folder``, and goes on with what is there
+
+
+def _script(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("script_" + Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Moment:
+    """Where and when to die; ``n`` = 0 never."""
+
+    place: str
+    objective: str = "next_token"
+    n: int = 0
+    delay: float = 0.0
+
+    def arm(self, script: Any, counter: Path | None) -> None:
+        if self.place == "step":
+            if self.n:
+                die_in_step(script, self.n, self.delay)
+        elif self.place == "lm-eval":
+            die_in_write(self.n, "answers.jsonl", counter)
+        else:
+            part = {"saving": ".writing-", "pruning": ".deleting-", "data": "shards", "tokenizer": "made.model"}[
+                self.place
+            ]
+            old = self.place == "pruning"  # the first operation on an old one is to rename it
+            last = f"step-{STEPS:08d}"
+
+            def matches(event: str, path: str) -> bool:
+                pruned = old and event == "os.rename" and ".writing-" not in path and "step-" in path
+                return (part in path or pruned) and not (old and last in path)
+
+            die_at_file_operation(self.n, matches, counter)
+
+
+def _train(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
+    script = _script("train/pretrain.py")
+    moment.arm(script, None if moment.n else folder / "count")
+    words = [*SHAPE, "--data.path", str(common / "data"), "--run.dir", str(folder / "run"), "--budget.steps", str(STEPS),
+             "--run.checkpoint_every", "4", "--run.log_every", "3", "--eval.points", "3", "--run.peak_flops", "1e10",
+             "--objective.name", moment.objective]  # fmt: skip
+    return int(script.train(*script.arguments([*words, *(["--resume"] if resume else [])])))
+
+
+def _prepare(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
+    moment.arm(None, None if moment.n else folder / "count")
+    if not (folder / "shards").exists():  # there completely or not at all
+        source, tokenizer = str(common / "text"), common / "data" / "tokenizer.model"
+        prepare([source], tokenizer, folder / "shards", workers=1, shard_tokens=4000)
+    return 0
+
+
+def _tokenizer(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
+    moment.arm(None, None if moment.n else folder / "count")
+    if not (folder / "made.model").exists():
+        script, texts = _script("tokenizers/train_tokenizer.py"), common / "text"
+        script.main(script.Args([str(texts)], 400, folder / "made.model"))
+    return 0
+
+
+def _lm_eval(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
+    from lm_eval.api.instance import Instance
+
+    from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
+
+    moment.arm(None, None if moment.n else folder / "count")
+    text = sorted((common / "text").iterdir())[0].read_text().split()
+    pairs = [(" ".join(text[i : i + 5]), " " + text[i + 5]) for i in range(24)]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    lm = RecurrentDBLM(str(common / "run"), k=2, batch_size=2, device="cpu", cache=str(folder / "answers.jsonl"))
+    results = lm.loglikelihood(asked, disable_tqdm=True)
+    write_atomic(folder / "results.json", json.dumps(results))
+    return 0
+
+
+WORK = {
+    "step": _train,
+    "saving": _train,
+    "pruning": _train,
+    "data": _prepare,
+    "tokenizer": _tokenizer,
+    "lm-eval": _lm_eval,
+}
+
+
+def _child(folder: Path, moment: Moment, common: Path, resume: bool) -> None:
+    torch.set_num_threads(1)
+    output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        code = WORK[moment.place](folder, moment, common, resume)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+class Server:
+    """Starts processes that have imported everything."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        os.environ["PYTHONPATH"] = str(ROOT)
+        self.context.set_forkserver_preload(
+            ["resume", "recurrent_db.objectives", "recurrent_db.evaluation.lm_eval_model"]
+        )
+        self.lock = threading.Lock()
+
+    def run(self, folder: Path, moment: Moment, common: Path, resume: bool) -> int:
+        """The exit status; minus the signal's number of a killed one."""
+        from benchmarks.reliability import resume as this  # by its name as a module, which the server knows
+
+        plain = this.Moment(moment.place, moment.objective, moment.n, moment.delay)
+        process = self.context.Process(target=this._child, args=(folder, plain, common, resume))
+        with self.lock:
+            process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise RuntimeError("hangs")
+        return process.exitcode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def outcome(folder: Path, place: str) -> dict[str, Any]:
+    """What the work has left, times aside."""
+    if place in ("data", "tokenizer"):
+        root = folder / ("shards" if place == "data" else "made.model")
+        return {p.name: _digest(p) for p in ([root] if root.is_file() else sorted(root.iterdir()))}
+    if place == "lm-eval":
+        return {"results": json.loads((folder / "results.json").read_text())}
+    run = folder / "run"
+    checkpoint = find_checkpoint(run, fall_back=False)
+    found: dict[str, Any] = {p.name: _digest(p) for p in sorted(checkpoint.glob("*.safetensors"))}
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["counters"] = {k: v for k, v in state["counters"].items() if k not in ("seconds", "energy_joules")}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found |= {"state": state, "metrics": [{k: v for k, v in row.items() if k not in TIMES} for row in rows]}
+    found["checkpoints"] = [p.name for p in list_checkpoints(run)]
+    found["leftovers"] = [p.name for p in (run / "checkpoints").glob(".*")]
+    return found
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    return next((f"{name} differs" for name in a.keys() | b.keys() if a.get(name) != b.get(name)), None)
+
+
+def set_up(common: Path) -> None:
+    """Text of the standard library, a tokenizer, shards and a checkpoint, for all moments."""
+    (common / "text").mkdir(parents=True)
+    texts = [document.text for document in list(corpus.stdlib_documents())[::40] if 0 < len(document.text) < 20_000][
+        :12
+    ]
+    for number, text in enumerate(texts):
+        (common / "text" / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.from_bytes(tokenizers.train(texts, 400))
+    prepare([str(common / "text")], tokenizer, common / "data", workers=1)
+
+
+def run(args: Args, folder: Path, numbers: Sequence[int] = ()) -> dict[str, Any]:
+    """Try the moments, or those of these numbers. Returns the counts and what failed."""
+    started, server, common = time.time(), Server(), folder / "common"
+    set_up(common)
+    whole: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
+    numbers = numbers or range(args.moments)
+    wanted = sorted({_kind(number) for number in numbers})
+    if any(place == "lm-eval" for place, _ in wanted):
+        reference = folder / "whole-common"
+        reference.mkdir()
+        if server.run(reference, Moment("step"), common, False):
+            raise UserError(f"the undisturbed run failed: {(reference / 'log').read_text()[-300:]}")
+        shutil.copytree(reference / "run", common / "run")
+
+    def undisturbed(kind: tuple[str, str]) -> None:
+        place, objective = kind
+        where = folder / f"whole-{place}-{objective}"
+        where.mkdir()
+        if server.run(where, Moment(place, objective), common, False):
+            raise UserError(f"the undisturbed run failed: {(where / 'log').read_text()[-300:]}")
+        count = len((where / "count").read_bytes()) if (where / "count").exists() else STEPS
+        whole[kind] = outcome(where, place), count
+
+    failures: list[dict[str, Any]] = []
+    tried = dict.fromkeys(PLACES, 0)
+    survived = dict.fromkeys(PLACES, 0)
+
+    def one(number: int) -> None:
+        place, objective = kind = _kind(number)
+        rng = random.Random(f"{args.seed}/{number}")
+        expected, count = whole[kind]
+        moment = Moment(place, objective, rng.randint(1, count), rng.random() * 0.02)
+        where = folder / f"moment-{number:04d}"
+        where.mkdir()
+        problem = None
+        try:
+            code = server.run(where, moment, common, False)
+            if code != -signal.SIGKILL:
+                problem = f"was not killed but ended with {code}"
+            elif code := server.run(where, Moment(place, objective), common, True):
+                problem = f"resuming ended with {code}: {(where / 'log').read_text()[-300:]}"
+            else:
+                problem = _difference(expected, outcome(where, place))
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        tried[place] += 1
+        survived[place] += problem is None
+        if problem is not None:
+            failures.append({"moment": number, "place": place, "objective": objective, "n": moment.n, "why": problem})
+        else:
+            shutil.rmtree(where)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(undisturbed, wanted))
+        list(pool.map(one, numbers))
+    return {
+        "tried": sum(tried.values()),
+        "survived": sum(survived.values()),
+        "failures": failures,
+        "by_place": {place: {"tried": tried[place], "survived": survived[place]} for place in PLACES},
+        "seed": args.seed,
+        "command": "python " + " ".join(sys.argv),
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def _kind(number: int) -> tuple[str, str]:
+    place = PLACES[number % len(PLACES)]
+    return place, OBJECTIVES[number // len(PLACES) % 3] if WORK[place] is _train else OBJECTIVES[0]
+
+
+def main(args: Args) -> int:
+    if args.moments < 1 or args.workers < 1:
+        raise UserError("--moments and --workers must be 1 or more")
+    if args.json:
+        check_output(args.json)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(args, Path(folder))
+    rows = {f"kill -9: {place}": (f"{c['survived']} / {c['tried']} survived", result["command"])
+            for place, c in result["by_place"].items()}  # fmt: skip
+    return finish(result, args.json, rows if args.table else None)
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

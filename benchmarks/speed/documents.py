@@ -1,0 +1,120 @@
+"""What keeping packed documents apart costs: training steps with and without the document mask, in turns.
+
+python benchmarks/speed/documents.py [--config train/configs/tiny.toml] [--length 60] [--device auto] [--json OUT]
+
+A row is an objective: the median over pairs of (step with the mask) / (step without it), and their quartiles, forward and
+backward on random tokens. On the CPU the process's own time counts, so that other work on the machine counts less.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recurrent_db.accounting.hardware import choose_device, environment
+from recurrent_db.arguments import run_command
+from recurrent_db.config import load_config
+from recurrent_db.data import Batch
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.model import build_model
+from recurrent_db.model.attention import Need, choose
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
+
+ROWS = {
+    "next_token": ["--objective.name", "next_token"],
+    "denoise-token": ["--objective.name", "denoise-token"],
+    "denoise-token, two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
+    "unrolled": ["--objective.name", "unrolled"],
+}
+
+
+@dataclass
+class Args:
+    """Measure what the document mask costs a training step."""
+
+    config: Path = Path(__file__).parents[2] / "train/configs/tiny.toml"
+    """TOML configuration whose shape is measured."""
+    vocab_size: int = 2048
+    """Vocabulary where the config takes the tokenizer's."""
+    batch_size: int = 0
+    """Sequences in a step; 0 takes the config's micro-batch."""
+    length: float = 60.0
+    """Mean length of a document, in tokens (geometric)."""
+    pairs: int = 30
+    """Timed pairs of steps for each row."""
+    attention: str = "auto"
+    """Back end: sdpa, flex, flash or auto."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto; on CUDA the forward pass is bfloat16 autocast, as in training."""
+    seed: int = 0
+    """Seed of weights, tokens and documents."""
+    json: Path | None = None
+    """File to write the rows to."""
+
+
+def packed_batch(args: Args, vocab_size: int, n: int, length: int, device: torch.device) -> Batch:
+    """Random tokens; each position starts a new document with probability 1 / ``args.length``."""
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(vocab_size, (n, length + 1), generator=generator)
+    docs = (torch.rand(n, length, generator=generator) < 1 / args.length).int().cumsum(1, dtype=torch.int32)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), docs, torch.arange(n)).to(device)
+
+
+def make_step(args: Args, name: str, device: torch.device) -> Callable[[bool], float]:
+    """A step of one objective, with or without the mask; it returns its seconds."""
+    config = load_config(args.config, ROWS[name])
+    config.model.vocab_size = config.model.vocab_size or args.vocab_size
+    n = args.batch_size or config.data.micro_batch_size or config.data.batch_size
+    model, objective = build_model(config.model, args.seed, device), build_objective(config)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    need = Need(device, dtype, config.model.d_model // config.model.n_heads, True, "two-stream" in name)
+    model.attention, _ = choose(args.attention, need)
+    batch = packed_batch(args, config.model.vocab_size, n, config.data.sequence_length, device)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def step(masked: bool) -> float:
+        model.document_mask = masked
+        start = clock()
+        with torch.autocast(device.type, dtype) if device.type == "cuda" else contextlib.nullcontext():
+            loss = objective(model, batch, Rng(args.seed, 0), 0.0)[0]
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    return step
+
+
+def main(args: Args) -> int:
+    if args.length < 1 or args.pairs < 2 or args.batch_size < 0:
+        raise UserError("--length must be at least 1, --pairs at least 2, --batch-size 0 or more")
+    if args.json is not None:
+        check_output(args.json)
+    device = choose_device(args.device)
+    rows = {}
+    for name in ROWS:
+        step = make_step(args, name, device)
+        for _ in range(3):
+            step(True), step(False)
+        ratios = [step(True) / step(False) for _ in range(args.pairs)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows[name] = {"ratio": middle, "lower_quartile": low, "upper_quartile": high}
+        print(f"{name:<22} {middle:.3f} (quartiles {low:.3f} to {high:.3f})")
+    if args.json is not None:
+        result = {"rows": rows, "seed": args.seed, "length": args.length, "environment": environment(device)}
+        write_atomic(args.json, json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

@@ -1,0 +1,495 @@
+"""Speed of a training step by objective, beside a plain Llama of the same widths in the same run.
+
+python benchmarks/speed/training.py [--quick] [--compile none|compiled|both] [--threads N] [--json OUT] [--markdown PAGE]
+
+The reference is Hugging Face's LlamaForCausalLM with as many layers as the looped model has at K = 1, its vocabulary and
+tied embeddings, on the same tokens, with the same optimizer, clipping and dtype: both eager or both compiled, timed in
+turns. Rates are model FLOPs per second (`flops.step_cost`; PyTorch's counter for the reference). docs/performance.md says
+what each column means; `--markdown docs/performance.md` writes the tables
+there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks share code
+
+import contextlib
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from benchmarks.speed.tables import rewrite, tables
+from recurrent_db.accounting.flops import Passes, cost_per_token, step_cost
+from recurrent_db.accounting.hardware import attainable_flops, choose_device, environment, table_peak_flops
+from recurrent_db.accounting.llama_reference import build_reference, reference_flops
+from recurrent_db.accounting.memory_split import peak_live_bytes
+from recurrent_db.accounting.profiling import TimeSplit, time_split
+from recurrent_db.arguments import run_command
+from recurrent_db.config import Config, load_config
+from recurrent_db.data import Batch
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.attention import Need, choose
+from recurrent_db.objectives import Objective, build_objective
+from recurrent_db.optim.optimizer import build_optimizer
+from recurrent_db.rng import Rng
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "train/configs"
+OBJECTIVES = {
+    "next_token": ["--objective.name", "next_token"],
+    "denoise-token": ["--objective.name", "denoise-token"],
+    "denoise-token-two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
+    "unrolled": ["--objective.name", "unrolled"],
+}
+BATCH_SIZES = {"cpu": {"tiny": 8, "pythia-70m-looped": 2}, "cuda": {"pythia-70m-looped": 16, "looped-1b": 8}}
+"""Sequences in a step by device and preset; the presets of a device are the default there."""
+GPU_LENGTH = 1024
+"""Tokens in a sequence on a GPU, whatever the preset's."""
+CORE_DEPTH = 8
+"""Backpropagated iterations that one iteration's time is compared with."""
+
+
+@dataclass
+class Args:
+    """Measure training steps: tokens and FLOPs per second, memory, time by part, beside a plain Llama."""
+
+    presets: str = ""
+    """Configs of train/configs, separated by commas; empty: tiny and pythia-70m-looped on a CPU, pythia-70m-looped and
+    looped-1b on a GPU."""
+    objectives: str = ",".join(OBJECTIVES)
+    """Rows: next_token, denoise-token, denoise-token-two-stream, unrolled, separated by commas."""
+    backends: str = "sdpa"
+    """Attention back ends, separated by commas."""
+    compile: Literal["none", "compiled", "both"] = "none"
+    """Eager, torch.compile for both models, or one after the other."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of both models; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
+    threads: int = 0
+    """CPU threads; 0 keeps PyTorch's choice."""
+    batch_size: int = 0
+    """Sequences in a step; 0 takes the preset's for the device. Halved for both models where memory does not hold it."""
+    length: int = 0
+    """Tokens in a sequence; 0 takes the preset's, or 1,024 on a GPU."""
+    warmup: int = 0
+    """Steps of each model before any is timed; 0 takes 3, or 2 with --quick."""
+    repetitions: int = 0
+    """Timed repetitions of each model, in turns; 0 takes 7, or 5 with --quick."""
+    seconds: float = 0.0
+    """Least seconds of a repetition, for which short steps are repeated; 0 takes 0.3, or 0.1 with --quick."""
+    seed: int = 0
+    """Seed of weights, tokens and noise."""
+    quick: bool = False
+    """The preset tiny, with few and short repetitions, and but one of each after 25 seconds, on a machine with other work:
+    under 50 seconds on two cores when eager."""
+    no_reference: bool = False
+    """Leave the Llama out; the package transformers is then not needed."""
+    json: Path | None = None
+    """File to write everything to, anew after every row."""
+    markdown: Path | None = None
+    """File in which the tables between the marks are replaced."""
+    load: list[Path] = field(default_factory=list)
+    """Measure nothing: take the rows of these --json files."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the arms of one comparison share."""
+
+    args: Args
+    preset: str
+    backend: str
+    compiled: bool
+    device: torch.device
+    dtype: torch.dtype
+    until: float = math.inf
+    """When (`time.perf_counter`) to stop repeating."""
+
+    def config(self, objective: str) -> Config:
+        asked = self.args.length or (GPU_LENGTH if self.device.type == "cuda" else 0)
+        length = ["--data.sequence_length", str(asked), "--model.max_seq_len", str(asked)]
+        words = [*OBJECTIVES[objective], *(length if asked else [])]
+        config = load_config(CONFIGS / f"{self.preset}.toml", words)
+        config.model.vocab_size = config.model.vocab_size or 2048
+        return config
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        bfloat16 = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+    @property
+    def batch_size(self) -> int:
+        return self.args.batch_size or BATCH_SIZES.get(self.device.type, {}).get(self.preset, 8)
+
+    def __str__(self) -> str:
+        return f"{self.preset}, {self.backend}, {'compiled' if self.compiled else 'eager'}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two models
+
+
+def use_backend(model: LoopedLM, name: str, setting: Setting, two_stream: bool) -> None:
+    """Make ``model`` compute attention by the back end called ``name``. Raises `UserError` where it cannot."""
+    head_size = model.config.d_model // model.config.n_heads
+    dtype = setting.dtype if setting.device.type == "cuda" else torch.float32
+    need = Need(setting.device, dtype, head_size, documents=True, two_stream=two_stream)
+    model.attention, line = choose(name, need)
+    print(line, file=sys.stderr)
+
+
+def synthetic_batch(config: Config, n: int, seed: int, device: torch.device) -> Batch:
+    """Uniformly random tokens: speed does not depend on them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.model.vocab_size, (n, config.data.sequence_length + 1), generator=generator)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]), torch.arange(n))
+    return batch.to(device)
+
+
+def training_step(setting: Setting, model: nn.Module, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], None]:
+    """The step of the trainer for either model: forward, backward, clipping, AdamW."""
+    optim = setting.config("next_token").optim
+    optimizer = build_optimizer(model, optim)
+    model.train()
+
+    def step(batch: Batch) -> None:
+        with record_function("forward"), setting.autocast():
+            value = loss(batch)
+        with record_function("backward"):
+            value.backward()
+        with record_function("update"):
+            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def steady_rng(objective: Objective, config: Config, seed: int) -> Rng:
+    """Draws of a step that is as deep as the preset's mean, so that all timed steps do the same work."""
+    for step in itertools.count():
+        passes = objective.passes(Rng(seed, step), 0.0)
+        mean = config.objective.unrolled.mean_depth
+        if config.objective.name != "unrolled" or passes.core_no_grad + passes.core_grad == mean:
+            return Rng(seed, step)
+    raise AssertionError
+
+
+@dataclass
+class Arm:
+    """A model in training."""
+
+    step: Callable[[Batch], None]
+    flops_per_token: float
+    first: list[float] = field(default_factory=list)
+    """Seconds of the first steps that it ever made."""
+    passes: Passes | None = None
+
+
+def our_arm(setting: Setting, name: str) -> Arm:
+    config = setting.config(name)
+    model, objective = build_model(config.model, setting.args.seed, setting.device), build_objective(config)
+    model.recurrence = objective.recurrence
+    use_backend(model, setting.backend, setting, config.objective.token.conditioning == "two-stream")
+    compile_ours(model, setting)
+    rng = steady_rng(objective, config, setting.args.seed)
+    passes = objective.passes(rng, 0.0)
+    step = training_step(setting, model, lambda batch: objective(model, batch, rng, 0.0)[0])
+    return Arm(step, step_cost(config, passes).total, passes=passes)
+
+
+def compile_ours(model: LoopedLM, setting: Setting) -> None:
+    if setting.compiled:
+        model.compile_parts()
+
+
+def reference_arm(setting: Setting) -> Arm:
+    config = setting.config("next_token")
+    torch.manual_seed(setting.args.seed)
+    model = build_reference(config).to(setting.device)
+    one = synthetic_batch(config, 1, setting.args.seed, setting.device)
+    flops = reference_flops(model, one.tokens_BT)
+    called: Any = torch.compile(model) if setting.compiled else model
+    step = training_step(setting, model, lambda b: called(input_ids=b.tokens_BT, labels=b.tokens_BT).loss)
+    return Arm(step, flops)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def seconds_of(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def in_turns(setting: Setting, actions: Sequence[Callable[[], object]], least: list[float]) -> list[list[float]]:
+    """Seconds per call of each action in each repetition: A, B, A, B. ``least``: what a call takes at about the least."""
+    calls = [max(1, math.ceil(setting.args.seconds / seconds)) for seconds in least]
+    times: list[list[float]] = [[] for _ in actions]
+    for done in range(setting.args.repetitions):
+        if done and time.perf_counter() > setting.until:
+            break
+        for action, count, kept in zip(actions, calls, times, strict=True):
+            kept.append(seconds_of(action, setting.device, count))
+    return times
+
+
+def slow_steps(first: list[float], median: float) -> tuple[int, float]:
+    """How many of the first steps come before the first that takes at most twice the median, and their seconds."""
+    slow = list(itertools.takewhile(lambda seconds: seconds > 2 * median, first))
+    return len(slow), sum(slow)
+
+
+def measure(
+    setting: Setting, name: str, reference: Arm | None, best: dict[Any, Any], batch_size: int
+) -> dict[str, Any]:
+    """The row of one objective."""
+    args, device, config = setting.args, setting.device, setting.config(name)
+    batch = synthetic_batch(config, batch_size, args.seed, device)
+    ours = our_arm(setting, name)
+    assert ours.passes is not None
+    arms = {"": ours, **({"reference_": reference} if reference is not None else {})}
+    warm = []
+    for arm in arms.values():
+        first = [seconds_of(partial(arm.step, batch), device) for _ in range(args.warmup)]
+        arm.first = arm.first or first
+        warm.append(min(first))
+    times = in_turns(setting, [partial(arm.step, batch) for arm in arms.values()], warm)
+    tokens = batch.tokens_BT.numel()
+    peak = (
+        table_peak_flops(torch.cuda.get_device_name(device))
+        if device.type == "cuda"
+        else attainable_flops(config.model, ours.passes, tokens, setting.dtype, best)
+    )
+    row: dict[str, Any] = {
+        "objective": name, "preset": setting.preset, "backend": setting.backend, "compiled": setting.compiled,
+        "device": str(device), "dtype": str(setting.dtype).removeprefix("torch."), "batch_size": batch_size,
+        "length": config.data.sequence_length, "core_iterations": ours.passes.core_no_grad + ours.passes.core_grad,
+        "core_iterations_with_gradient": ours.passes.core_grad, "peak_flops_per_s": peak,
+        "reference_flops_per_s": None, "ratio": None,
+    }  # fmt: skip
+    for (prefix, arm), seconds in zip(arms.items(), times, strict=True):
+        median, split = statistics.median(seconds), time_split(partial(arm.step, batch), device)
+        steps, compiling = slow_steps(arm.first, median)
+        row |= {
+            f"{prefix}seconds": seconds, f"{prefix}seconds_per_step": median,
+            f"{prefix}tokens_per_s": tokens / median, f"{prefix}flops_per_token": arm.flops_per_token,
+            f"{prefix}flops_per_s": arm.flops_per_token * tokens / median,
+            f"{prefix}share_of_peak": arm.flops_per_token * tokens / median / peak if peak else None,
+            f"{prefix}peak_memory_bytes": peak_live_bytes(partial(arm.step, batch), device),
+            f"{prefix}slow_first_steps": steps, f"{prefix}slow_first_seconds": compiling, **split_keys(prefix, split),
+        }  # fmt: skip
+    if reference is not None:
+        work = ours.flops_per_token / reference.flops_per_token
+        pairs = [work * theirs / own for own, theirs in zip(*times, strict=True)]
+        row |= {"ratio": row["flops_per_s"] / row["reference_flops_per_s"], "ratio_least": min(pairs),
+                "ratio_most": max(pairs)}  # fmt: skip
+    return row
+
+
+def split_keys(prefix: str, split: TimeSplit) -> dict[str, Any]:
+    return {f"{prefix}time_by_group": split.by_group, f"{prefix}time_by_phase": split.by_phase,
+            f"{prefix}outside_matmul_and_attention": split.outside}  # fmt: skip
+
+
+def measure_core(setting: Setting, batch_size: int) -> dict[str, Any]:
+    """Seconds per FLOP of the core alone, forward and backward: one iteration against `CORE_DEPTH`."""
+    config = setting.config("next_token")
+    model = build_model(config.model, setting.args.seed, setting.device)
+    use_backend(model, setting.backend, setting, False)
+    compile_ours(model, setting)
+    shape = batch_size, config.data.sequence_length, config.model.d_model
+    dtype = setting.dtype if setting.device.type == "cuda" else torch.float32
+    state, e, gradient = (torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(3))
+    state.requires_grad_()
+    e.requires_grad_()
+
+    def run(depth: int) -> None:
+        with setting.autocast():
+            out = model.iterate(state, e, depth)
+        out.backward(gradient.to(out.dtype))
+        model.zero_grad(set_to_none=True)
+        state.grad = e.grad = None
+
+    flops = {}
+    for depth in (1, CORE_DEPTH):
+        parts = cost_per_token(config.model, config.data.sequence_length, Passes(core_grad=depth))
+        flops[depth] = (parts["core"].total + parts["adapter"].total) * batch_size * config.data.sequence_length
+    actions = [partial(run, depth) for depth in flops]
+    warm = [min(seconds_of(action, setting.device) for _ in range(setting.args.warmup)) for action in actions]
+    times = in_turns(setting, actions, warm)
+    one, deep = (statistics.median(t) / f for t, f in zip(times, flops.values(), strict=True))
+    pairs = [b / a * flops[1] / flops[CORE_DEPTH] for a, b in zip(*times, strict=True)]
+    return {
+        "preset": setting.preset, "backend": setting.backend, "compiled": setting.compiled, "batch_size": batch_size,
+        "device": str(setting.device), "iterations": CORE_DEPTH, "seconds_per_flop_one": one,
+        "seconds_per_flop_deep": deep, "ratio": deep / one, "ratio_least": min(pairs), "ratio_most": max(pairs),
+    }  # fmt: skip
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fitting(batch_size: int, action: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """``action`` with the largest of ``batch_size``, half of it, a quarter... that memory holds."""
+    while True:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return action(batch_size)
+        if batch_size == 1:
+            raise UserError("not even one sequence fits into the device's memory: choose smaller --presets")
+        batch_size //= 2
+        free()
+        note(f"out of memory: {batch_size} sequences")
+
+
+def note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The comparisons
+
+
+def cpu_name() -> str:
+    """The processor's name and the vector instructions that PyTorch uses on it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1].strip() if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def settings(args: Args) -> list[Setting]:
+    """The comparisons to make, checked. Raises `UserError`."""
+    device = choose_device(args.device)
+    bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    presets = args.presets or ("tiny" if args.quick else ",".join(BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"])))
+    known = {"presets": sorted(p.stem for p in CONFIGS.glob("*.toml")), "objectives": list(OBJECTIVES)}
+    for option, words in (("presets", presets), ("objectives", args.objectives)):
+        for word in words.split(","):
+            if word not in known[option]:
+                raise UserError(f"--{option}: there is no {word!r}; there are {', '.join(known[option])}")
+    modes = {"none": [False], "compiled": [True], "both": [False, True]}[args.compile]
+    every = itertools.product(presets.split(","), args.backends.split(","), modes)
+    until = time.perf_counter() + 25 if args.quick else math.inf
+    return [Setting(args, preset, backend, mode, device, dtype, until) for preset, backend, mode in every]
+
+
+def run(args: Args, result: dict[str, Any]) -> None:
+    """Measure, adding to ``result``."""
+    every = settings(args)
+    if not args.no_reference:
+        build_reference(load_config(CONFIGS / "tiny.toml", ["--model.vocab_size", "16"]))
+        import transformers
+
+        result["machine"]["packages"]["transformers"] = transformers.__version__
+    for setting in every:
+        best: dict[Any, Any] = {}
+        reference = None if args.no_reference else reference_arm(setting)
+        for name in args.objectives.split(","):
+            row = fitting(setting.batch_size, partial(measure, setting, name, reference, best))
+            result["rows"].append(row)
+            note(f"{setting}: {name} {row['tokens_per_s']:,.0f} tokens/s" + (
+                f", {row['ratio']:.2f} times the reference's FLOPs per second" if row["ratio"] else ""))  # fmt: skip
+            save(args, result)
+            free()
+        reference = None
+        free()
+        result["core"].append(fitting(setting.batch_size, partial(measure_core, setting)))
+        save(args, result)
+        if setting.compiled:
+            torch._dynamo.reset()
+
+
+def save(args: Args, result: dict[str, Any]) -> None:
+    if args.json is not None:
+        write_atomic(args.json, json.dumps(result, indent=1))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A file that --json wrote. Raises `UserError` for another."""
+    try:
+        result = json.loads(path.read_text())
+        if {"rows", "core", "machine", "seed", "command"} <= result.keys():
+            return result
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(f"--load: {path} is not a file that --json of this script wrote")
+
+
+def main(args: Args) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on standard error
+    for option, full, quick in (("warmup", 3, 2), ("repetitions", 7, 5), ("seconds", 0.3, 0.1)):
+        given = getattr(args, option)
+        if given < 0:
+            raise UserError(f"--{option} must be 0 or more, got {given}")
+        setattr(args, option, given or (quick if args.quick else full))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for path in (args.json, args.markdown):
+        if path is not None:
+            check_output(path)
+    if args.markdown is not None and not args.markdown.exists():
+        raise UserError(f"--markdown: {args.markdown} is not there")
+    result: dict[str, Any] = {"rows": [], "core": []}
+    if args.load:
+        loaded = [read_result(path) for path in args.load]
+        for each in loaded:
+            result["rows"] += each["rows"]
+            result["core"] += each["core"]
+        result |= {"seed": loaded[0]["seed"], "machine": loaded[0]["machine"],
+                   "command": [command for each in loaded for command in each["command"]]}  # fmt: skip
+    else:
+        machine = environment(choose_device(args.device))
+        machine["packages"]["transformers"] = "not used"
+        machine["device_name"] = machine["device_name"] if "cuda" in machine["device"] else cpu_name()
+        command = shlex.join(["python", "benchmarks/speed/training.py", *sys.argv[1:]])
+        result |= {"seed": args.seed, "machine": machine, "command": [command]}
+        with tempfile.TemporaryDirectory() as cache:  # so that the first step really compiles
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            # Every row compiles the same functions for a model of its own; past the usual 8 they would run eager.
+            torch._dynamo.config.recompile_limit = 256
+            torch._dynamo.config.accumulated_recompile_limit = 4096
+            run(args, result)
+    print(tables(result))
+    save(args, result)
+    if args.markdown is not None and result["rows"]:
+        kind = result["rows"][0]["device"].partition(":")[0]
+        write_atomic(args.markdown, rewrite(args.markdown.read_text(), kind, tables(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(Args, main)

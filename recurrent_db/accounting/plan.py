@@ -1,0 +1,443 @@
+"""`recurrent-db plan`: memory, communication and time of a training run before one pays for it.
+
+Memory is `footprint`'s walk through a step, the deepest that the run's first draws hold. FLOPs are `flops`', the mean over
+the same draws. Time is FLOPs over the GPUs' peak at a stated utilisation, plus communication over a share of the links' line
+rate as if nothing overlapped: a run that hides its communication is faster. Every assumption is printed with the figures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from recurrent_db.accounting.flops import cache_numbers_per_token, step_cost
+from recurrent_db.accounting.hardware import GPUS, Gpu, table_peak_flops
+from recurrent_db.accounting.step_memory import PARTS, Mode, Sizes, Step
+from recurrent_db.config import Config, load_config
+from recurrent_db.errors import UserError
+from recurrent_db.objectives import build_objective, drawn_passes
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+DRAWS = 1000
+"""Steps whose draws of depth are looked at."""
+USABLE = 0.94
+"""Share of a GPU's memory that tensors may fill: the rest is the CUDA context, NCCL's own buffers, and gaps."""
+BUCKET = 25 * 2**20
+"""Bytes of gradients that DDP sends at once (PyTorch's default)."""
+HOP = 20e-6
+"""Seconds that a collective takes besides its bytes, for each doubling of the number of GPUs."""
+
+
+@dataclass
+class PlanArgs:
+    """Memory per GPU by part, communication and time of a training run, before it is started.
+
+    Dotted options override the file, as they do for the trainer: --data.micro-batch-size 2, --budget.tokens 1e11.
+    """
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """TOML configuration."""
+    gpus: int
+    """GPUs, over all nodes."""
+    gpu: str
+    """Their name: H100, H200, B200, A100, ..."""
+    mfu: float = 0.4
+    """Share of the bf16 peak that a step's model FLOPs reach while nothing waits for the network."""
+    gpus_per_node: int = 8
+    """GPUs that the faster links join."""
+    intra_node: float | None = None
+    """GB/s of a GPU's links within a node, one way; none takes the table's."""
+    inter_node: float | None = None
+    """GB/s of a GPU's share of its node's network, one way; none takes the table's."""
+    link_utilisation: float = 0.8
+    """Share of a link's line rate that collectives reach."""
+    vocab_size: int = 2048
+    """Vocabulary where the config takes the tokenizer's."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """Dotted options; filled from the command line."""
+
+
+def split_dotted(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The command's own options, and those of the configuration: with a dot in the name, or ``--seed``, values included."""
+    own: list[str] = []
+    dotted: list[str] = []
+    into = own
+    for word in words:
+        if word.startswith("--"):
+            into = dotted if "." in word.split("=")[0] or word.split("=")[0] == "--seed" else own
+        into.append(word)
+    return own, tuple(dotted)
+
+
+def find_gpu(name: str) -> tuple[str, Gpu, float]:
+    """The table's name for a GPU, what is known of it, and its peak. Raises `UserError` with a suggestion."""
+    known = {key.lower(): key for key in GPUS}
+    key = known.get(name.lower().removeprefix("nvidia ").strip())
+    if key is None:
+        near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.4)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
+        raise UserError(f"--gpu {name!r} is not in the table{hint}; known: {', '.join(GPUS)}")
+    peak = table_peak_flops(key)
+    assert peak is not None
+    return key, GPUS[key], peak
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What a step sends of one kind."""
+
+    kind: str
+    count: int
+    bytes: float
+    """Of the tensors, over a step."""
+    wire_bytes: float
+    """That each GPU sends (and receives)."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """How fast GPUs reach each other. Bytes per second of one GPU, one way."""
+
+    intra: float
+    inter: float
+    per_node: int
+    utilisation: float
+
+    def rate(self, group: int, one_per_node: bool = False) -> float:
+        """Of a ring over ``group`` GPUs: within a node its links; over nodes all of a node's network cards together, which
+        its ring's channels share, unless the group has one GPU of each node alone."""
+        if one_per_node:
+            return self.inter * self.utilisation
+        across = self.intra if group <= self.per_node else min(self.intra, self.inter * self.per_node)
+        return across * self.utilisation
+
+    def collective(self, kind: str, count: int, size: float, group: int, one_per_node: bool = False) -> Collective:
+        times = 2 if kind == "all-reduce" else 1
+        wire = times * size * (group - 1) / group
+        seconds = wire / self.rate(group, one_per_node) + count * HOP * math.ceil(math.log2(group))
+        return Collective(kind, count, size, wire, seconds)
+
+
+def collectives(
+    sizes: Sizes, mode: Mode, world: int, shards: int, micro_batches: int, size: int, network: Network
+) -> list[Collective]:
+    """What a step sends. The core is gathered once for all its iterations and all micro-batches; a block of prelude or coda
+    for the first forward and for each backward; gradients, fp32, are sent once."""
+    if world == 1:
+        return []
+    if mode == "ddp":
+        size_all = 4.0 * sizes.total
+        return [network.collective("all-reduce", math.ceil(size_all / BUCKET), size_all, world)]
+    if mode not in ("fsdp", "hsdp"):
+        return []
+    gathers = sizes.ends * (1 + micro_batches)
+    gathered = size * (gathers * sizes.block + sizes.core) + 4.0 * sizes.rest
+    units = sizes.ends + 2
+    found = [
+        network.collective("all-gather", gathers + 2, gathered, shards),
+        network.collective("reduce-scatter", units, 4.0 * sizes.total, shards),
+    ]
+    if mode == "hsdp":
+        part = 4.0 * sizes.total / shards
+        found.append(network.collective("all-reduce", units, part, world // shards, one_per_node=True))
+    return found
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One mode on one number of GPUs."""
+
+    mode: Mode
+    gpus: int
+    shards: int
+    sequences: int
+    """Of a micro-batch."""
+    micro_batches: int
+    memory: dict[str, int]
+    """Bytes per GPU by part at the peak."""
+    peak_bytes: int
+    fits: bool
+    collectives: list[Collective]
+    compute_seconds: float
+    communication_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, nothing overlapping."""
+        return self.compute_seconds + self.communication_seconds
+
+    @property
+    def communication_share(self) -> float:
+        return self.communication_seconds / self.seconds
+
+
+class Planner:
+    """A configuration on one kind of GPU, asked for different numbers of them."""
+
+    def __init__(self, config: Config, args: PlanArgs) -> None:
+        if config.model.n_blocks:
+            raise UserError(
+                "a plan is for looped models; a model in blocks trains each block alone: recurrent-db flops CONFIG lists"
+                " what each takes"
+            )
+        self.config = config
+        self.name, self.gpu, self.peak = find_gpu(args.gpu)
+        self.mfu = args.mfu
+        intra = self.gpu.intra if args.intra_node is None else 1e9 * args.intra_node
+        inter = self.gpu.inter if args.inter_node is None else 1e9 * args.inter_node
+        self.network = Network(intra, inter, args.gpus_per_node, args.link_utilisation)
+        self.sizes = Sizes.of(config)
+        self.half = config.run.dtype != "float32"
+        drawn = drawn_passes(config, DRAWS)
+        self.deepest = max(drawn, key=lambda passes: (passes.core_grad, passes.core_no_grad))
+        self.tokens = config.data.batch_size * config.data.sequence_length
+        per_token = sum(step_cost(config, passes).total * share for passes, share in drawn.items())
+        self.step_flops = per_token * self.tokens
+
+    def modes(self, gpus: int) -> list[tuple[Mode, int]]:
+        """Ways to share the model that the configuration allows, and how many GPUs hold one copy of it."""
+        parallel = self.config.parallel
+        group = parallel.shard_size or self.network.per_node
+        hybrid: list[tuple[Mode, int]] = [("hsdp", group)] if 1 < group < gpus and gpus % group == 0 else []
+        if gpus == 1:
+            return [("none", 1)]
+        if parallel.mode == "fsdp":
+            return hybrid if parallel.shard_size and hybrid else [("fsdp", gpus), *hybrid]
+        if parallel.mode == "ddp" or self.config.optim.name == "muon":
+            return [("ddp", 1)]
+        return [("ddp", 1), ("fsdp", gpus), *hybrid]
+
+    def estimate(self, gpus: int, mode: Mode, shards: int) -> Estimate:
+        share = self.config.data.batch_size // gpus
+        sequences = min(self.config.data.micro_batch_size or share, share)
+        micro_batches = math.ceil(share / sequences)
+        step = Step(self.config, sequences, micro_batches, self.deepest, mode, shards, self.half, cuda=True)
+        line = step.walk()
+        sent = collectives(self.sizes, mode, gpus, shards, micro_batches, step.size, self.network)
+        return Estimate(
+            mode, gpus, shards, sequences, micro_batches,
+            {part: line.peak.get(part, 0) for part in PARTS}, line.largest, line.largest <= USABLE * self.gpu.memory,
+            sent, self.step_flops / (gpus * self.peak * self.mfu), sum(c.seconds for c in sent),
+        )  # fmt: skip
+
+    def divides(self, gpus: int) -> bool:
+        return self.config.data.batch_size % gpus == 0
+
+    def estimates(self, gpus: int) -> list[Estimate]:
+        return [self.estimate(gpus, mode, shards) for mode, shards in self.modes(gpus)]
+
+    def best(self, gpus: int) -> Estimate:
+        """Of the modes that fit the fastest; where none fits, the smallest."""
+        found = self.estimates(gpus)
+        fitting = [e for e in found if e.fits]
+        return min(fitting, key=lambda e: e.seconds) if fitting else min(found, key=lambda e: e.peak_bytes)
+
+    def remedies(self, gpus: int) -> list[str]:
+        """What makes a model fit that does not; each was tried."""
+        run, data, found = self.config.run, self.config.data, []
+        before = run.activation_checkpointing, data.micro_batch_size
+        sequences = self.best(gpus).sequences
+        checkpointing, halves = [False, *([True] if not before[0] else [])], [sequences]
+        while halves[-1] > 1:
+            halves.append(halves[-1] // 2)
+        for again in checkpointing:
+            for half in halves:
+                run.activation_checkpointing, data.micro_batch_size = before[0] or again, half
+                if self.best(gpus).fits:
+                    words = ["--run.activation-checkpointing"] if again else []
+                    words += [f"--data.micro-batch-size {half}"] if half < sequences else []
+                    found.append(f"{' '.join(words)} (with {self.best(gpus).mode})")
+                    break
+        run.activation_checkpointing, data.micro_batch_size = before
+        more = next((n for n in COUNTS if n > gpus and self.divides(n) and self.best(n).fits), None)
+        if more is not None:
+            found.append(f"{more} GPUs (with {self.best(more).mode})")
+        return found
+
+    def steps(self) -> float | None:
+        """Optimizer steps of the budget; the limit that is reached first."""
+        budget = self.config.budget
+        limits = [(budget.steps, 1.0), (budget.tokens, self.tokens), (budget.flops, self.step_flops)]
+        counts = [limit / each for limit, each in limits if limit is not None]
+        return min(counts) if counts else None
+
+    def cache_bytes(self) -> dict[int, int]:
+        """Bytes of a key-value cache in bfloat16 for one sequence of the longest context, by K."""
+        recurrence = build_objective(self.config).recurrence
+        numbers = {k: cache_numbers_per_token(self.config.model, recurrence.passes(k)) for k in self.config.eval.k}
+        return {k: 2 * count * self.config.model.max_seq_len for k, count in numbers.items()}
+
+
+def _row(planner: Planner, e: Estimate) -> dict[str, Any]:
+    steps = planner.steps()
+    return {
+        **{k: v for k, v in asdict(e).items() if k != "collectives"},
+        "collectives": [asdict(c) for c in e.collectives],
+        "step_seconds": e.seconds,
+        "communication_share": e.communication_share,
+        "tokens_per_s": planner.tokens / e.seconds,
+        "budget_seconds": None if steps is None else steps * e.seconds,
+    }
+
+
+def table(planner: Planner, gpus: int) -> dict[str, Any]:
+    """Everything that the command prints, as plain values."""
+    fits = planner.best(gpus).fits
+    return {
+        "gpu": planner.name,
+        "gpus": gpus,
+        "objective": planner.config.objective.name,
+        "parameters": asdict(planner.sizes) | {"total": planner.sizes.total},
+        "memory_per_gpu_bytes": planner.gpu.memory,
+        "usable_share": USABLE,
+        "peak_flops": planner.peak,
+        "mfu": planner.mfu,
+        "network": asdict(planner.network),
+        "tokens_per_step": planner.tokens,
+        "flops_per_step": planner.step_flops,
+        "core_iterations_backpropagated": planner.deepest.core_grad,
+        "modes": [_row(planner, e) for e in planner.estimates(gpus)],
+        "best": planner.best(gpus).mode,
+        "fits": fits,
+        "remedies": [] if fits else planner.remedies(gpus),
+        "by_gpus": [_row(planner, planner.best(n)) for n in COUNTS if planner.divides(n)],
+        "cache_bytes": planner.cache_bytes(),
+    }
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def lines(planner: Planner, gpus: int, source: str) -> list[str]:
+    """The printed plan."""
+    config, found, best = planner.config, planner.estimates(gpus), planner.best(gpus)
+    network, steps = planner.network, planner.steps()
+    gb = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
+    out = [
+        f"{source}: {config.objective.name} on {gpus} x {planner.name}, {planner.sizes.total:,} parameters",
+        f"a step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
+        f" {planner.step_flops:.4g} model FLOPs; per GPU {best.micro_batches} micro-batches of {best.sequences}",
+        "",
+        "GB per GPU at the peak      " + "".join(f"{e.mode:>10}" for e in found),
+        *(
+            f"  {part:<26}" + "".join(f"{gb(e.memory[part]):>10}" for e in found)
+            for part in PARTS
+            if any(e.memory[part] for e in found)
+        ),
+        "  all                       " + "".join(f"{gb(e.peak_bytes):>10}" for e in found),
+        f"  fits in {gb(USABLE * planner.gpu.memory)}            "
+        + "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
+        "",
+    ]  # fmt: skip
+    if not best.fits:
+        remedies = planner.remedies(gpus)
+        out += [
+            f"does not fit on {gpus} x {planner.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
+            + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller"
+            " micro-batches nor more GPUs help"),
+            "",
+        ]  # fmt: skip
+    out.append(f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}")
+    for e in found:
+        out += [
+            f"{e.mode:<14}{c.kind:<16}{c.count:>7}{c.bytes / 1e9:>10.2f}{c.wire_bytes / 1e9:>16.2f}{c.seconds:>10.4f}"
+            for c in e.collectives
+        ] or [f"{e.mode:<14}nothing"]
+    out += ["", f"{'time':<14}{'compute s':>12}{'network s':>12}{'its share':>11}{'tokens/s':>14}{'budget':>16}"]
+    for e in found:
+        whole = "none set" if steps is None else duration(steps * e.seconds)
+        out.append(
+            f"{e.mode:<14}{e.compute_seconds:>12.3f}{e.communication_seconds:>12.4f}{e.communication_share:>11.1%}"
+            f"{planner.tokens / e.seconds:>14,.0f}{whole:>16}"
+        )
+    out += [
+        "",
+        "from 1 to 1,024 GPUs, the fastest mode that fits",
+        f"{'GPUs':>6} {'mode':<6}{'fits':>5}{'GB per GPU':>12}{'micro':>9}{'network':>9}{'tokens/s':>14}{'budget':>16}",
+    ]
+    for n in COUNTS:
+        if not planner.divides(n):
+            out.append(f"{n:>6} data.batch_size = {config.data.batch_size} does not divide among them")
+            continue
+        e = planner.best(n)
+        whole = "none set" if steps is None else duration(steps * e.seconds)
+        out.append(
+            f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{gb(e.peak_bytes):>12}{e.micro_batches:>5} x {e.sequences:<2}"
+            f"{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{whole:>16}"
+        )
+    cache = ", ".join(f"K={k}: {size / 1e9:.3g} GB" for k, size in planner.cache_bytes().items())
+    deepest = planner.deepest
+    out += [
+        "",
+        f"inference: a bfloat16 key-value cache of {config.model.max_seq_len:,} tokens, for each sequence: {cache}",
+        "",
+        "assumed:",
+        f"- memory: {planner.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
+        f" deepest of {DRAWS} drawn steps"
+        f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
+        f"{' bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
+        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its"
+        " iterations and held until"
+        " the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in fp32, and"
+        " held whole until then where there is more than one micro-batch",
+        f"- compute: {planner.mfu:.0%} of {planner.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
+        f" the mean of the drawn depths",
+        f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node},"
+        f" {network.inter / 1e9:g} GB/s between them,"
+        f" {network.utilisation:.0%} of it reached, {HOP * 1e6:.0f} us for each doubling of GPUs in each"
+        f" collective; nothing overlaps",
+        "- evaluation, checkpoints and the update's own time are not counted",
+    ]
+    return out
+
+
+def make_planner(args: PlanArgs) -> Planner:
+    """Check the command line and read the configuration. Raises `UserError`."""
+    if args.gpus < 1:
+        raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
+    for option, value in (
+        ("--mfu", args.mfu), ("--link-utilisation", args.link_utilisation), ("--intra-node", args.intra_node),
+        ("--inter-node", args.inter_node), ("--gpus-per-node", args.gpus_per_node), ("--vocab-size", args.vocab_size),
+    ):  # fmt: skip
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{option} must be above 0, got {value}")
+    if max(args.mfu, args.link_utilisation) > 1:
+        raise UserError("--mfu and --link-utilisation are shares: at most 1")
+    find_gpu(args.gpu)
+    config = load_config(args.config, list(args.overrides))
+    config.model.vocab_size = config.model.vocab_size or args.vocab_size
+    planner = Planner(config, args)
+    parallel = config.parallel  # what the trainer would refuse
+    if parallel.mode == "none" and args.gpus > 1:
+        raise UserError(f"parallel.mode = none is one process, and there are {args.gpus} GPUs: take ddp or fsdp")
+    if parallel.shard_size and parallel.mode != "fsdp":
+        raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {parallel.mode}")
+    if parallel.shard_size and args.gpus % parallel.shard_size:
+        raise UserError(f"parallel.shard_size = {parallel.shard_size} does not divide {args.gpus} GPUs")
+    if parallel.mode == "fsdp" and config.optim.name == "muon":
+        raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
+    if not planner.divides(args.gpus):
+        raise UserError(f"data.batch_size = {config.data.batch_size} does not divide among {args.gpus} GPUs")
+    return planner
+
+
+def main(args: PlanArgs) -> int:
+    planner = make_planner(args)
+    if args.json:
+        print(json.dumps(table(planner, args.gpus), indent=1))
+    else:
+        print("\n".join(lines(planner, args.gpus, str(args.config))))
+    return 0

@@ -1,0 +1,503 @@
+"""Several processes that train one model, on PyTorch's own engine: torch.distributed, DDP, FSDP2.
+
+`Team` is all that the trainer knows of it; a team of one does nothing. What makes several processes the same run as one:
+
+- each reads its own part of every batch, and noise is drawn by a sample's place in the run, so nothing that is drawn
+  depends on who draws it;
+- a micro-batch's loss weighs as many sequences as it has of the whole batch, and gradients, losses and metrics are summed
+  over processes, as is what an objective learns on the way;
+- gradients are clipped by their norm over all processes, so that whether a step is skipped is the same everywhere;
+- when to stop, and every fact about the disk, is decided in one place and told to all.
+
+`ddp`: every process holds the model, gradients are averaged while the backward runs. `fsdp`: parameters, gradients and
+optimizer state are sharded (FSDP2, DTensor). Its units are the blocks of prelude and coda, one each; the core, all its
+blocks and its adapter, as one, which is gathered once for all K iterations and kept until their backward; and the rest:
+embedding, final norm, noise embedding.
+
+A process that stops answering ends the run with an error that names it: see `Watch`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from recurrent_db.config import WALKS, Config, ParallelConfig
+from recurrent_db.distributed.work_sharing import Processes
+from recurrent_db.errors import UserError
+from recurrent_db.model.looped import LoopedLM
+
+if TYPE_CHECKING:
+    from recurrent_db.data.tokenizer import Tokenizer
+    from recurrent_db.store.sharded import ShardedSaver
+
+T = TypeVar("T")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, laid out as ``like`` is: its own part of it where ``like`` is sharded."""
+    if not hasattr(like, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = whole.to(like.device)
+    mesh, placements = cast(Any, like).device_mesh, like.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # nothing is sent
+
+
+class _Unit(nn.Module):
+    """The model under a forward that runs any function of it: where DDP and FSDP hook in. What the function is given stays
+    hidden from them, so that they neither move nor cast it."""
+
+    def __init__(self, model: LoopedLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+def _meeting_place(first: bool, timeout: timedelta) -> Any:
+    """The store in which the processes find each other: torchrun's own, or the first process's.
+
+    torchrun may keep one store over its restarts, where those who are started anew would read the addresses of the dead: so
+    each start has its own part of it. The first process's store is new each time and needs no parts; they would do harm
+    there, since each node counts its own restarts, and one that came back after it was lost counts from 0 again.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+    store = dist.TCPStore(
+        *address, is_master=first and not kept, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    return dist.PrefixStore(f"recurrent_db/start-{start}", store)
+
+
+class Team:
+    """This process among those that train one model. ``rank`` counts from 0, ``device`` is its own."""
+
+    def __init__(self, mode: str, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        self.mode, self.device, self.rank, self.world = mode, device, rank, world
+        self.control: Any = None
+        """A gloo group for what the host must know: small CPU tensors, and never a wait for the device."""
+        self.saving: Any = None
+        """Another one, which checkpoints use from their own thread."""
+        self.watch: Watch | None = None
+        self.shard_size = world
+        self._unit: Any = None
+        self._doing = "starting"
+        self._asked: tuple[Any, Tensor] | None = None
+
+    # -- joining and leaving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def join(cls, config: ParallelConfig, device: torch.device) -> Team:
+        """The processes that torchrun started, ready to talk.
+
+        Raises:
+            UserError: the others cannot be reached, or the settings contradict their number.
+        """
+        world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        mode = config.mode
+        if mode == "auto":
+            mode = "ddp" if world > 1 else "none"
+        if mode == "none":
+            if world > 1:
+                raise UserError(f"parallel.mode = none is one process, and there are {world}: take ddp or fsdp")
+            return cls("none", device)
+        shard_size = config.shard_size or world
+        if mode != "fsdp" and config.shard_size:
+            raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {mode}")
+        if world % shard_size:
+            raise UserError(f"parallel.shard_size = {shard_size} does not divide {world} processes")
+        if device.type == "cuda":
+            place = int(os.environ.get("LOCAL_RANK", "0"))
+            if place >= torch.cuda.device_count():
+                raise UserError(f"process {rank} would need GPU {place}; this machine has {torch.cuda.device_count()}")
+            device = torch.device("cuda", place if device.index is None or world > 1 else device.index)
+            torch.cuda.set_device(device)
+        # The watch speaks first: it knows who is missing.
+        timeout = timedelta(seconds=config.timeout + 60)
+        options: dict[str, Any] = {"rank": rank, "world_size": world, "timeout": timeout}
+        if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise UserError("several processes are started by torchrun, which tells them where to meet")
+        try:
+            options["store"] = _meeting_place(rank == 0, timeout) if world > 1 else dist.HashStore()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"cannot reach the other processes: {error}") from None
+        # Left open until the interpreter is gone, gloo's threads now and then end the process with an abort.
+        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
+        team = cls(mode, device, rank, world)
+        team.shard_size = shard_size
+        team.control, team.saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        if world > 1:
+            team.watch = Watch(rank, world, config.timeout)
+        return team
+
+    def __str__(self) -> str:
+        shards = f" in shards of {self.shard_size}" if self.shard_size < self.world else ""
+        many = f"{self.world} processes, {self.mode}{shards}, each on " if self.world > 1 else ""
+        return many + (self.device.type if self.world > 1 else str(self.device))
+
+    def leave(self) -> None:
+        """The end of a run that went well: wait for the others."""
+        if self.mode == "none":
+            return
+        if self._asked is not None:
+            self._asked[0].wait()
+        self.beat("leaving")
+        dist.barrier(group=self.control)
+        if self.watch is not None:
+            self.watch.stop()
+        dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def processes(self) -> Processes:
+        """The same processes, to share out a list of work among."""
+        return Processes(self.rank, self.world, self.control)
+
+    def share(self, batch_size: int) -> int:
+        """Sequences of a batch that fall to each process. Raises `UserError` where they do not divide."""
+        if batch_size % self.world:
+            raise UserError(f"data.batch_size = {batch_size} does not divide among {self.world} processes")
+        return batch_size // self.world
+
+    # -- agreeing ------------------------------------------------------------------------------------------------------
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """What ``action`` gives on the first process, on all of them; its `UserError` too."""
+        if self.world == 1:
+            return action()
+        answer: list[Any] = [None, ""]
+        if self.first:
+            try:
+                answer[0] = action()
+            except UserError as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, group=self.control)
+        if answer[1]:
+            raise UserError(answer[1])
+        return cast(T, answer[0])
+
+    def all(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on every process."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, dist.ReduceOp.MIN, group=self.control)
+        return bool(flags)
+
+    def largest(self, number: int) -> int:
+        """The largest ``number`` that any process gave at the last call, the same on all: asked at every step, and answered
+        at the next one, so that nobody waits for it."""
+        if self.world == 1:
+            return number
+        answer = 0
+        if self._asked is not None:
+            self._asked[0].wait()
+            answer = int(self._asked[1])
+        asked = torch.tensor([number])
+        self._asked = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.control, async_op=True), asked
+        return answer
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of a tensor on the CPU or the device; the host waits for none on the device."""
+        if self.world > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def sum_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`sum` of small tensors, in one message; they come back as fp32 on the device."""
+        if self.world == 1:
+            return tensors
+        flat = torch.cat(
+            [t.detach().to(self.device, torch.float32, non_blocking=True).view(-1) for t in tensors.values()]
+        )
+        parts = self.sum(flat).split([t.numel() for t in tensors.values()])
+        return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+
+    def beat(self, what: str) -> None:
+        """Say what this process does now: the watch knows it alive, and what it was at when it was last heard of."""
+        self._doing = what
+        if self.watch is not None:
+            self.watch.beat(what)
+
+    def _beat_within(self, part: str) -> None:
+        if self.watch is not None:
+            self.watch.beat(f"{self._doing}, {part}")
+
+    def beating(self, work: Iterable[T]) -> Iterator[T]:
+        """The items of long work, each of which is progress."""
+        for number, item in enumerate(work, 1):
+            yield item
+            self.beat(f"past item {number} of what it is evaluating")
+
+    def saver(self, run_dir: Path, config: Config, tokenizer: Tokenizer) -> ShardedSaver | None:
+        """What writes checkpoints of several processes; None for one that holds everything."""
+        if self.mode == "none":
+            return None
+        from recurrent_db.store.sharded import ShardedSaver
+
+        return ShardedSaver(self, run_dir, config, tokenizer)
+
+    # -- the model -----------------------------------------------------------------------------------------------------
+
+    def wrap(self, model: LoopedLM, config: Config, bfloat16: bool) -> None:
+        """Make ``model``, the same on every process, the team's. FSDP turns its parameters into shards, in place."""
+        if self.mode == "none":
+            return
+        if config.model.n_blocks:
+            raise UserError(
+                f"parallel.mode = {self.mode}: a model in blocks trains each block in a process of its own,"
+                " which share nothing (train/launch/blocks.sh)"
+            )
+        if config.objective.name not in WALKS:
+            # Made for another objective: nobody would ever give them a gradient, and gradients are waited for.
+            for unread in (model.noise_embedding, model.target_embedding):
+                if unread is not None:
+                    unread.requires_grad_(False)
+        unit = _Unit(model)
+        if self.mode == "ddp":
+            # The graph is the same at every step: how often the core is run does not change who gets a gradient.
+            self._unit = nn.parallel.DistributedDataParallel(unit, static_graph=True, gradient_as_bucket_view=True)
+            return
+        if config.optim.name == "muon":
+            raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module"
+        )  # of keys and values as views; nothing is in place
+        hybrid = self.shard_size < self.world
+        shape = (self.world // self.shard_size, self.shard_size) if hybrid else (self.world,)
+        names = ("replicate", "shard") if hybrid else ("shard",)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        # Blocks are gathered in the dtype of their products and gradients summed in fp32. The rest stays fp32: noise levels,
+        # norms and the head's table are rounded where they always are.
+        half = torch.bfloat16 if bfloat16 else None
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in (*model.prelude, *model.coda):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+            register_fsdp_forward_method(block, "keys_values")
+        fully_shard(model.core, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        for name in ("contexts", "inject"):
+            register_fsdp_forward_method(model.core, name)
+        self._unit = fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        # Two streams run the core twice, and the second backward needs what the first would have let go of.
+        cast(Any, model.core).set_reshard_after_backward(False)
+
+    def forward(self, function: Callable[[], T]) -> T:
+        """Run ``function``, which calls the model's parts, as one forward pass."""
+        self._beat_within("in the forward pass")
+        return cast(T, function() if self._unit is None else self._unit(function))
+
+    def rehearse(self, model: LoopedLM, forward: Callable[[], tuple[Tensor, Any]]) -> None:
+        """Run one pass whose gradients are thrown away, always the same one. In its first pass DDP finds out in which order
+        gradients come and how to pack them; were that a step's, a resumed run would add its first step's numbers in
+        another order than a run that went through."""
+        self.beat("rehearsing a pass")
+        self.forward(forward)[0].backward()
+        model.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def micro_batch(self, model: LoopedLM, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: gradients are exchanged in the step's ``last`` one alone."""
+        if self.mode == "ddp" and not last:
+            with self._unit.no_sync():
+                yield
+            return
+        if self.mode == "fsdp":
+            self._unit.set_requires_gradient_sync(last)
+            self._unit.set_is_last_backward(last)
+            # What the next micro-batch needs again is kept.
+            self._unit.set_reshard_after_backward(last)
+            core = cast(Any, model.core)
+            core.set_reshard_after_backward(False)
+            yield
+            if last:
+                core.reshard()
+            return
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of this process's part of a loss that is the sum of its parts; the engine averages gradients."""
+        self._beat_within("in the backward pass")
+        (loss * self.world if self.world > 1 else loss).backward()
+
+    def clip(self, model: LoopedLM, max_norm: float) -> Tensor:
+        """Scale gradients down to a global norm of ``max_norm``; the norm that they had, 0-dimensional, the same on all."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
+
+    @contextlib.contextmanager
+    def whole(self, model: LoopedLM) -> Iterator[LoopedLM]:
+        """The model with all its parameters on every process, to call as often as each likes: nothing is exchanged."""
+        if self.mode != "fsdp":
+            yield model
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        units = [module for module in self._unit.modules() if isinstance(module, FSDPModule)]
+        self._unit.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
+        try:
+            yield model
+        finally:
+            for unit in units:
+                unit.reshard()
+            for block in (*model.prelude, *model.coda):
+                cast(Any, block).set_reshard_after_forward(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can go wrong
+
+
+class Watch:
+    """A thread that turns a hang into an error that names the process that the others wait for.
+
+    Every process says at each turn what it does (`beat`); the watch leaves that in the processes' common store. When its own
+    process has made no turn for ``timeout`` seconds it looks at what the others left there: one that leaves nothing
+    any more is stopped or cut off, one that is turns behind is what the others wait for. Then it ends the process, and so
+    torchrun the job, or restarts it.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float) -> None:
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.turns, self.what, self.at = 0, "starting", time.monotonic()
+        self.period = min(5.0, timeout / 4)
+        self._ticks = 0
+        self._done = threading.Event()
+        self.store = dist.PrefixStore("watch", _meeting_place(False, timedelta(seconds=60)))
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def beat(self, what: str) -> None:
+        self.turns, self.what, self.at = self.turns + 1, what, time.monotonic()
+
+    def stop(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        self._ticks += 1
+        line = f"{self._ticks}\t{self.turns}\t{socket.gethostname()}\t{self.what}"
+        self.store.set(str(self.rank), line)
+
+    def _others(self) -> dict[int, list[str]]:
+        there = [rank for rank in range(self.world) if self.store.check([str(rank)])]
+        return {rank: self.store.get(str(rank)).decode().split("\t", 3) for rank in there}
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: so is the job
+            self._tell()
+            while not self._done.wait(self.period):
+                self._tell()
+                if time.monotonic() - self.at > self.timeout:
+                    self._give_up()
+
+    def _give_up(self) -> None:
+        before = self._others()
+        for _ in range(4):  # time for all to tell where they are
+            time.sleep(self.period / 2)
+            self._tell()
+        now = self._others()
+        silent = [rank for rank in range(self.world) if rank not in now or now[rank][0] == before.get(rank, [""])[0]]
+        fewest = min(int(turns) for _, turns, _, _ in now.values())
+        behind = silent or [rank for rank, (_, turns, _, _) in now.items() if int(turns) == fewest]
+        if self.rank == min((rank for rank in now if rank not in silent), default=self.rank):
+            who = "; ".join(
+                f"process {rank} on {now[rank][2]}, last heard of while {now[rank][3]}"
+                if rank in now
+                else f"process {rank}"
+                for rank in behind[:8]
+            )
+            why = (
+                "no answer from"
+                if silent
+                else "all wait for"
+                if len(behind) < self.world
+                else "all are at the same point:"
+            )
+            print(f"error: no progress for {self.timeout:g} seconds (parallel.timeout); {why} {who}", file=sys.stderr)
+            sys.stderr.flush()
+        else:
+            time.sleep(self.period)  # the line first, then the end of the job
+        os._exit(1)
+
+
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Connect", "NCCL", "Socket")
+
+
+def report_lost(action: Callable[[], T]) -> T:
+    """Run ``action``; where it fails because another process is gone, say so in one line and end with status 1. A process of
+    several that fails ends at once, so that the others need not wait for it."""
+    try:
+        return action()
+    except (UserError, SystemExit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        text = " ".join(str(error).split())
+        if isinstance(error, RuntimeError) and any(word in text for word in _LOST):
+            print(
+                f"error (process {dist.get_rank()}): lost contact with another process: {text[:200]}", file=sys.stderr
+            )
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Restarts
+
+
+def job_identity() -> dict[str, str] | None:
+    """What stays the same when torchrun restarts its processes: its --rdzv-id where it was given one, else the launcher's
+    process. None without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None:
+        return None
+    if run != "none":
+        return {"run": run}
+    parent = os.getppid()
+    with contextlib.suppress(OSError, IndexError):
+        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return {"host": socket.gethostname(), "launcher": f"{parent}/{started}"}
+    return {"host": socket.gethostname(), "launcher": str(parent)}
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process anew after a failure (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

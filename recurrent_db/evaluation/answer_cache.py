@@ -1,0 +1,99 @@
+"""Answers of an evaluation kept in a file, so that one that was killed goes on where it was.
+
+The file is JSON lines, only ever appended to: first a line that says what it is, then one line for each answer, with the
+hash of whose answer it is (the checkpoint's content, K, and all else that changes a number) and of what was asked. Files
+of several models may be one. Nothing in it is executed; a line cut short by a kill, or altered, counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from recurrent_db.errors import UserError
+
+HEADER = {"format": "recurrent_db.evaluation.answer_cache", "version": 1}
+
+
+def fingerprint(value: Any) -> str:
+    """128-bit hash (BLAKE2b) of a JSON value, hexadecimal; the order of a dictionary's keys does not matter."""
+    return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Answers:
+    """A file of answers, as one model sees it. Answers are JSON values.
+
+    Several processes may append to one file at once: each call of `add` is one write.
+
+    Args:
+        path: the file; made, with its folder, where it is not there.
+        owner: whose answers: everything that changes one. JSON.
+
+    Raises:
+        UserError: the file cannot be read or written, or it is something else.
+    """
+
+    def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
+        self.path, self.owner = path, fingerprint(dict(owner))
+        self.known: dict[str, Any] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b") as file:
+                file.seek(0)
+                content = file.read()
+                header = (json.dumps(HEADER) + "\n").encode()
+                if len(content) < len(header) and header.startswith(content):  # new, or killed in its first write
+                    file.truncate(0)
+                    content = b""
+            if not content:
+                self._append(header.decode())
+        except OSError as error:
+            raise UserError(f"cannot keep answers in {path}: {error.strerror or error}") from None
+        lines = content.split(b"\n")
+        if content and _parse(lines[0]) != HEADER:
+            raise UserError(f"cannot keep answers in {path}: it holds something else")
+        # What follows the last line's end was cut short; the next line must not be glued to it.
+        self._broken = bool(lines[-1])
+        for line in lines[1:]:
+            entry = _parse(line)
+            if (
+                isinstance(entry, dict)
+                and entry.keys() == {"owner", "asked", "answer"}
+                and entry["owner"] == self.owner
+                and isinstance(entry["asked"], str)
+            ):
+                self.known[entry["asked"]] = entry["answer"]
+
+    def get(self, asked: Any) -> Any | None:
+        """The answer to a request (JSON), None where there is none."""
+        return self.known.get(fingerprint(asked))
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers by their requests' fingerprints."""
+        self.known.update(answers)
+        lines = (
+            json.dumps({"owner": self.owner, "asked": asked, "answer": answer}) + "\n"
+            for asked, answer in answers.items()
+        )
+        self._append(("\n" if self._broken else "") + "".join(lines))
+        self._broken = False
+
+    def _append(self, text: str) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        try:
+            data = text.encode()
+            if os.write(descriptor, data) < len(data):
+                raise UserError(f"cannot keep answers in {self.path}: the disk is full")
+        finally:
+            os.close(descriptor)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,157 @@
+"""Prompts out of held-out text, and continuations of them: real, of a model at some K and decoding, of baselines.
+
+A held-out document is cut into windows of P + N tokens; the first P are a prompt, what follows is its real continuation:
+N tokens, or fewer where the document ends. A model's text ends by the same rule, after N tokens or where it ends the
+document itself. Which windows are taken is a keyed permutation, a function of the seed and the split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurrent_db.data import TokenData, document, permute
+from recurrent_db.data.shards import PIECE
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
+from recurrent_db.generation.sampling import Sampling
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.recurrence.walk import DenoiseWalk, Recurrence
+from recurrent_db.rng import key
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt and how its document goes on, in the data's tokens."""
+
+    ids: list[int]
+    real_ids: list[int]
+    source: str
+    number: int
+    """Of the document within its source."""
+
+
+def choose_prompts(
+    data: TokenData, count: int, prompt_tokens: int, continuation_tokens: int, seed: int = 0
+) -> list[Prompt]:
+    """``count`` windows of a split, none of which overlap; each has at least one token after its prompt.
+
+    Raises:
+        UserError: the split has fewer windows.
+    """
+    window = prompt_tokens + continuation_tokens
+    places: list[tuple[str, int, NDArray[np.int64]]] = []
+    for name, source in data.sources.items():
+        lengths = np.concatenate([np.diff(offsets[:]) for offsets in source.offsets] or [np.empty(0, dtype=np.int64)])
+        # A document's last token is its separator; a window needs a prompt and one token more before it.
+        windows = np.maximum(0, (lengths - 1 - (prompt_tokens + 1)) // window + 1)
+        places.append((name, len(lengths), windows))
+    before = np.cumsum([0, *(number for _, _, windows in places for number in windows)])
+    if before[-1] < count:
+        raise UserError(
+            f"{data.where}: it has {before[-1]} windows of {prompt_tokens} + {continuation_tokens} tokens, and {count} are"
+            f" needed (half of them to compare real text with real text): ask for fewer --prompts or shorter ones"
+        )
+    names = [(name, number) for name, documents, _ in places for number in range(documents)]
+    prompts = []
+    for index in permute(np.arange(count), int(before[-1]), key("prompts", seed)).tolist():
+        place = int(np.searchsorted(before, index, side="right")) - 1
+        name, number = names[place]
+        ids = document(data.sources[name], number)[:-1].tolist()
+        start = (index - int(before[place])) * window
+        middle = start + prompt_tokens
+        prompts.append(Prompt(ids[start:middle], ids[middle : start + window], name, number))
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn from a model's distribution."""
+
+    name: str
+    temperature: float
+    top_p: float
+
+    @classmethod
+    def parse(cls, word: str) -> Decoding:
+        """``greedy``, ``t=0.8`` (temperature), ``p=0.95`` (top-p), or both: ``t=0.8:p=0.95``. Raises `UserError`."""
+        if word == "greedy":
+            return cls(word, 0.0, 1.0)
+        values = {"t": 1.0, "p": 1.0}
+        for part in word.split(":"):
+            match = re.fullmatch(r"([tp])=([0-9.]+)", part)
+            try:
+                if match is None:
+                    raise ValueError
+                values[match[1]] = float(match[2])
+            except ValueError:
+                raise UserError(f"a decoding is greedy, t=0.8, p=0.95 or t=0.8:p=0.95, not {word!r}") from None
+        if values["t"] <= 0 or not 0 < values["p"] <= 1:
+            raise UserError(f"decoding {word}: t must be above 0, p above 0 and at most 1")
+        return cls(word, values["t"], values["p"])
+
+
+def walked(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
+    """A denoiser's walk with another ``bridge`` or ``sampler`` (config.TokenConfig); other recurrences have no choice."""
+    if not isinstance(recurrence, DenoiseWalk):
+        return recurrence
+    chosen: dict[str, Any] = dict(choices)
+    return dataclasses.replace(recurrence, config=dataclasses.replace(recurrence.config, **chosen))
+
+
+def continue_prompts(
+    model: LoopedLM,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    tokens: int,
+    each: int,
+    k: int,
+    decoding: Decoding,
+    seed: int = 0,
+    rows: int = ROWS_AT_ONCE,
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[list[list[int]]]:
+    """Continuations by draw and prompt: ``each`` sets of one text a prompt, as ids without the separator.
+
+    ``rows`` texts are made at once. Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts
+    from no noise has one draw.
+    """
+    if decoding.temperature == 0 and not model.recurrence.stochastic:
+        each = 1
+    sampling = Sampling(decoding.temperature, top_p=decoding.top_p)
+    sets = []
+    for draw in range(each):
+        requests = [number * each + draw for number in range(len(prompts))]
+        texts = complete(model, tokenizer, prompts, k, tokens, sampling, seed, requests, (), rows, progress)
+        sets.append([text.ids for text in texts])
+    return sets
+
+
+def frequencies(data: TokenData) -> NDArray[np.float64]:
+    """Share of each token in a split, (V,)."""
+    counts = np.zeros(data.vocab_size)
+    for source in data.sources.values():
+        for start in range(0, source.tokens, PIECE):
+            piece = source.read(start, min(PIECE, source.tokens - start))
+            counts += np.bincount(piece, minlength=data.vocab_size)
+    return counts / counts.sum()
+
+
+def independent_texts(
+    shares_V: NDArray[np.float64], eos_id: int, count: int, tokens: int, seed: int = 0
+) -> list[list[int]]:
+    """Texts of independent tokens with these shares; the separator ends a text and is not part of it."""
+    rng = np.random.default_rng(key("independent", seed))
+    drawn = rng.choice(len(shares_V), size=(count, tokens), p=shares_V).tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in drawn]

@@ -1,0 +1,255 @@
+"""Measures of generated text that likelihood misses: variety, repetition, MAUVE, and their intervals.
+
+All are functions of texts as token ids (or of their features) and of nothing else. Which tokens is the caller's choice;
+texts of several models are comparable where all of them are cut by one tokenizer.
+
+- `distinct`: distinct n-grams over all n-grams of a set of texts (Li et al., arXiv 1510.03055). It falls with the size of
+  the set, so only sets of as many texts of the same length compare.
+- `repetition`: the share of a text's 4-grams that occurred before in the same text, seq-rep-4 of Welleck et al. (arXiv
+  1908.04319).
+- `mauve_score`: the area under the divergence curve of two sets of texts (Pillutla et al., arXiv 2102.01454), from
+  given features. Its value depends on the features and on the number of texts, so it compares with nobody else's.
+- `interval`: 95 percent by resampling halves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recurrent_db.rng import key
+
+if TYPE_CHECKING:
+    from recurrent_db.evaluation.judge import Reading
+
+DISTINCT = (1, 2, 4)
+"""Orders n of distinct-n."""
+
+DISTINCT_MARGIN = 0.03
+"""A row is ranked where its distinct-2 is this near to that of real text: below are repetitions, above is noise."""
+
+
+def ngrams(texts: Sequence[Sequence[int]], n: int) -> list[NDArray[np.int64]]:
+    """Each text's n-grams in order, as numbers that are equal where the n-grams are."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [
+        np.array(
+            [
+                numbers.setdefault(tuple(text[start : start + n]), len(numbers))
+                for start in range(max(0, len(text) - n + 1))
+            ],
+            dtype=np.int64,
+        )
+        for text in texts
+    ]
+
+
+def distinct_share(numbered: Sequence[NDArray[np.int64]]) -> float:
+    """Distinct numbers over all numbers, over all arrays together; NaN where there is none."""
+    together = np.concatenate(numbered) if numbered else np.empty(0)
+    return len(np.unique(together)) / len(together) if len(together) else float("nan")
+
+
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams of ``texts``; no n-gram spans two texts. NaN where there is none."""
+    return distinct_share(ngrams(texts, n))
+
+
+def repetition(text: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that occurred in it before: 1 - distinct / all. 0 for a text shorter than n."""
+    [numbered] = ngrams([text], n)
+    return 1 - distinct_share([numbered]) if len(numbered) else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# MAUVE
+
+
+def has_mauve() -> bool:
+    """Whether mauve-text can be imported."""
+    return _compute_mauve() is not None
+
+
+def _compute_mauve() -> Callable[..., Any] | None:
+    try:
+        from mauve import compute_mauve
+    except ImportError:
+        return None
+    return compute_mauve
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what faiss prints to standard error from C++ each time that clusters are small."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def mauve_score(p_ND: NDArray[Any], q_ND: NDArray[Any], buckets: int | None = None, restarts: int = 5) -> float:
+    """MAUVE of two sets of features, in (0, 1]; 1 where they fall alike. The library's own settings and seed.
+
+    Args:
+        p_ND, q_ND: one row a text; the sets may differ in size.
+        buckets: clusters; a tenth of the smaller set by default, at least 2.
+        restarts: of k-means, the best of which is taken.
+
+    Raises:
+        ImportError: mauve-text is not installed.
+    """
+    compute = _compute_mauve()
+    if compute is None:
+        raise ImportError("mauve-text is not installed")
+    with _quiet():
+        result = compute(
+            p_features=p_ND, q_features=q_ND, num_buckets=buckets or "auto", kmeans_num_redo=restarts, verbose=False
+        )
+    return float(result.mauve)
+
+
+def mauve_buckets(texts: int) -> int:
+    """The number of clusters that the library takes for sets of so many texts."""
+    return max(2, round(texts / 10))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def half_samples(count: int, resamples: int, seed: int = 0) -> list[NDArray[np.int64]]:
+    """Random halves of range(count), each drawn without replacement.
+
+    The mean over half of a sample, drawn without replacement, strays from the mean over all of it as much as that strays
+    from the truth: sigma^2 / (n/2) (1 - 1/2) = sigma^2 / n. So halves do what bootstrap samples do, and hold nothing
+    twice: a text drawn twice would be repetition to `distinct`, and a difference between two sets to MAUVE.
+    """
+    rng = np.random.default_rng(key("halves", seed))
+    return [np.sort(rng.permutation(count)[: count // 2]) for _ in range(resamples)]
+
+
+def interval(value: float, halves: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of ``value`` from its values on `half_samples`: their quantiles, moved so that their mean is
+    ``value``, since measures that depend on the size of the set are others on half of it. NaN without halves."""
+    finite = np.array([half for half in halves if np.isfinite(half)])
+    if not len(finite):
+        return float("nan"), float("nan")
+    tails = (1 - level) / 2
+    low, high = np.quantile(finite - finite.mean(), [tails, 1 - tails])
+    return value + float(low), value + float(high)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The measures of some sets of texts by name, and their 95 percent intervals; a name is absent where it has no value."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequence[NDArray[np.int64]]) -> Measures:
+    """Measure J sets of N texts, text i of each set being a continuation of prompt i.
+
+    Perplexity and bits per byte pool all sets; repetition is the mean over texts; distinct-n and MAUVE, which depend on the
+    size of a set, are means over the sets, so that rows with several continuations of a prompt compare with real text,
+    which has one.
+
+    Args:
+        readings: the judge's, one for each set.
+        reference: the judge's reading of real continuations; without it there is no MAUVE. ``mauve`` is that of the last
+            token's features, as its authors have it, ``mauve_mean`` that of their mean over the continuation.
+        halves: `half_samples` of the N prompts.
+    """
+    nats_JN, tokens_JN, bytes_JN = (
+        np.stack([getattr(reading, name) for reading in readings]) for name in ("nats", "tokens", "bytes")
+    )
+    repeated_JN = np.array([[repetition(ids) for ids in reading.ids] for reading in readings])
+    numbered = {n: [ngrams(reading.ids, n) for reading in readings] for n in DISTINCT}
+    buckets = mauve_buckets(nats_JN.shape[1])
+
+    def values(chosen: NDArray[np.int64], restarts: int) -> dict[str, float]:
+        nats, tokens = nats_JN[:, chosen].sum(), tokens_JN[:, chosen].sum()
+        found = {"nats_per_token": nats / tokens if tokens else np.nan}
+        n_bytes = bytes_JN[:, chosen].sum()
+        found["bits_per_byte"] = nats / np.log(2) / n_bytes if n_bytes else np.nan
+        for n, sets in numbered.items():
+            found[f"distinct_{n}"] = np.mean([distinct_share([texts[i] for i in chosen]) for texts in sets])
+        found["repetition"] = repeated_JN[:, chosen].mean()
+        if reference is not None:
+            for name, kind in (("mauve", "features"), ("mauve_mean", "mean_features")):
+                real_ND = getattr(reference, kind)[chosen]
+                made = [getattr(reading, kind)[chosen] for reading in readings]
+                found[name] = np.mean([mauve_score(real_ND, made_ND, buckets, restarts) for made_ND in made])
+        return {name: float(value) for name, value in found.items()}
+
+    whole = values(np.arange(nats_JN.shape[1]), restarts=5)
+    parts = [values(half, restarts=1) for half in halves]
+    spans = {name: interval(value, [part[name] for part in parts]) for name, value in whole.items()}
+    for name in whole.keys() - {"nats_per_token", "bits_per_byte"}:
+        spans[name] = tuple(np.clip(spans[name], 0, 1).tolist())
+    # Exponentiated here and not before: in nats the distribution is less skewed.
+    whole["generative_ppl"], spans["generative_ppl"] = (
+        np.exp(whole.pop("nats_per_token")),
+        tuple(np.exp(spans.pop("nats_per_token")).tolist()),
+    )
+    known = [name for name, value in whole.items() if np.isfinite(value)]
+    return Measures(
+        {name: float(whole[name]) for name in known},
+        {name: spans[name] for name in known if np.isfinite(spans[name]).all()},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows of a table: a dict with each measure (or None) under its name, and its interval under "intervals"
+
+COLUMNS = {
+    "mauve": ("MAUVE", 3), "mauve_mean": ("MAUVE-mean", 3), "generative_ppl": ("gen-PPL", 1),
+    "bits_per_byte": ("bits/byte", 3), "distinct_1": ("dist-1", 3), "distinct_2": ("dist-2", 3), "distinct_4": ("dist-4", 3),
+    "repetition": ("rep-4", 3),
+}  # fmt: skip
+"""Measures in the order of a table, with heading and digits."""
+
+
+def rank(real: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Add ``ranked`` and ``rank`` to rows: from 1 by generative perplexity, the lowest first, for those whose distinct-2
+    is within `DISTINCT_MARGIN` of real text's; the others, and ``real`` itself, have none. Equals share a rank."""
+
+    def near(row: dict[str, Any]) -> bool:
+        known = None not in (row["distinct_2"], real["distinct_2"], row["generative_ppl"])
+        return known and abs(row["distinct_2"] - real["distinct_2"]) <= DISTINCT_MARGIN + 1e-12
+
+    perplexities = [row["generative_ppl"] for row in rows if near(row)]
+    for row in (real, *rows):
+        row["ranked"] = row is not real and near(row)
+        row["rank"] = 1 + sum(other < row["generative_ppl"] for other in perplexities) if row["ranked"] else None
+
+
+def heading() -> str:
+    """Headings of the measures."""
+    return "".join(f"{title:>16}" for title, _ in COLUMNS.values())
+
+
+def cells(row: dict[str, Any]) -> str:
+    """A row's measures under `heading`, each with half of its interval's width."""
+    line = ""
+    for name, (_, digits) in COLUMNS.items():
+        value = "-" if row[name] is None else f"{row[name]:.{digits}f}"
+        low, high = row["intervals"].get(name, (0.0, 0.0))
+        line += f"{value + (f' ±{(high - low) / 2:.{digits}f}' if high > low else ''):>16}"
+    return line

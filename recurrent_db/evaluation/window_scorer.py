@@ -1,0 +1,298 @@
+"""Log-likelihoods of many windows of tokens: in batches, and what windows begin with in common only once.
+
+1. `plan` sorts the windows and puts into one row those that begin alike, where that saves more than the longer row costs
+   (`forest`): the choices of a question, sentences with one beginning, questions after the same examples.
+2. The rows are shared out among the processes, and what is known already is left out.
+3. Rows of like length are run together, and read out at the positions that are asked for and no others.
+
+Neither order, batches, padding, rows nor processes change a number by more than its rounding: a window's noise is a
+function of its own key and of positions.
+
+Shapes: M noise draws, B rows, T positions, D width, N positions that are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from recurrent_db.accounting.flops import inference_cost
+from recurrent_db.distributed.work_sharing import Processes
+from recurrent_db.errors import UserError
+from recurrent_db.evaluation.answer_cache import Answers, fingerprint
+from recurrent_db.evaluation.likelihood import read_positions
+from recurrent_db.evaluation.prefix_tree import PlacedNoise, Row, common_length, lay_out
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.recurrence.walk import DenoiseWalk
+from recurrent_db.rng import Rng
+
+logger = logging.getLogger("lm_eval.recurrent_db")
+
+# Automatic batches: tokens (a CPU is fastest while they stay in its caches), and vocabulary-wide values (one fp32 copy
+# of 256 MiB on a CPU, 1 GiB on a GPU) at once.
+_TOKENS = {"cpu": 1 << 10, "cuda": 1 << 15}
+_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
+
+_LONGEST_ROW = 1 << 12
+"""Tokens of a row of several windows, at most: its mask has the square of that."""
+
+Result = tuple[float, bool]
+"""Sum of log p in nats, and whether every target is the most likely token."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one forward pass scores: the tokens after the last ``len(targets)`` of ``inputs``."""
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    request: int
+    """Key of the noise."""
+
+
+@dataclass
+class Group:
+    """Windows in sorted order that are one row: of one request, where there is noise."""
+
+    windows: list[Window]
+    row: Row
+
+    @classmethod
+    def of(cls, windows: list[Window], known: bool) -> Group:
+        return cls(windows, Row.of([window.inputs for window in windows], known))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What `plan` weighs, in FLOPs of a block: a token, and a pair of positions that attention multiplies."""
+
+    token: float
+    pair: float
+    longest: int
+    """Tokens of a row, at most (unless one window alone is longer)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to share
+
+
+def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True, known: bool = False) -> list[Group]:
+    """Windows in groups, those with the longest rows first.
+
+    Args:
+        costs: None puts each window into a row of its own.
+        noisy: whether the noise matters, so that only windows of one request have a beginning in common.
+        known: whether positions hold their successors (`forest.common_length`).
+    """
+    groups: list[Group] = []
+    by_request: dict[int, list[Window]] = {}
+    for window in windows:
+        by_request.setdefault(window.request if noisy else 0, []).append(window)
+    for alike in by_request.values():
+        alike.sort(key=lambda window: (window.inputs, window.targets))
+        before: tuple[int, ...] = ()
+        for window in alike:
+            common, before = common_length(before, window.inputs, known), window.inputs
+            if costs is not None and common:
+                last, own = len(groups[-1].row.tokens), len(window.inputs)
+                joint = last + own - common
+                saved = common * costs.token - (joint**2 - last**2 - own**2) * costs.pair
+                if saved > 0 and joint <= costs.longest:
+                    groups[-1].windows.append(window)
+                    groups[-1].row.add(window.inputs, common)
+                    continue
+            groups.append(Group.of([window], known))
+    groups.sort(key=lambda group: (-len(group.row.tokens), group.row.tokens, group.windows[0].request))
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@dataclass
+class Scorer:
+    """Scores windows under one model. Only ``k`` may be changed between calls."""
+
+    model: LoopedLM
+    k: int
+    draws: int
+    rng: Rng
+    pad: int
+    """A token to fill rows with; which one does not matter."""
+    batch_size: int | None = None
+    """Rows at once; None: as many as `_TOKENS` and the other bounds let in."""
+    max_batch_size: int | None = None
+    reuse: bool = True
+    processes: Processes = field(default_factory=Processes)
+    answers: Answers | None = None
+    """Where results are kept, and found again. It must be this model's and this ``k``'s."""
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    flops: float = 0.0
+    """Forward FLOPs of what was asked for so far, in all processes, known or not: rows without padding, attention over all
+    pairs, as `flops` counts."""
+    seconds: float = 0.0
+    """What it took."""
+    _held: int | None = None
+    """Tokens at once that memory was found to hold, where more were too many."""
+
+    @torch.no_grad()
+    def score(self, windows: Sequence[Window], show: bool = False) -> dict[Window, Result]:
+        """Every distinct window's result; no targets score (0, True). All processes must ask for the same.
+
+        Raises:
+            UserError: a single window is more than the GPU's memory holds.
+        """
+        started = time.perf_counter()
+        unique = list(dict.fromkeys(windows))
+        scored: dict[Window, Result] = {window: (0.0, True) for window in unique if not window.targets}
+        groups = plan([w for w in unique if w.targets], self._costs(), self.model.recurrence.stochastic, self._known)
+        mine: dict[Window, Result] = {}
+        self.flops += sum(map(self._cost, groups))
+        todo = []
+        share = self.processes.share(groups)
+        for group in share:
+            found = {window: result for window in group.windows if (result := self._find(window)) is not None}
+            mine.update(found)
+            left = [window for window in group.windows if window not in found]
+            if left:
+                todo.append(group if not found else Group.of(left, self._known))
+        total = sum(len(group.windows) for group in todo)
+        hide = None if show and self.processes.rank == 0 else True
+        with tqdm(total=total, desc="scoring", unit="request", leave=False, disable=hide) as bar:
+            for batch in self._batches(todo):
+                for results in self._attempt(batch):
+                    mine.update(results)
+                    self._keep(results)
+                    bar.update(len(results))
+        merged = self.processes.merge([[mine[window] for window in group.windows] for group in share])
+        for group, each in zip(groups, merged, strict=True):
+            scored.update(
+                (window, (log_p, greedy)) for window, (log_p, greedy) in zip(group.windows, each, strict=True)
+            )
+        self.seconds += time.perf_counter() - started
+        return scored
+
+    def _cost(self, group: Group) -> float:
+        """Forward FLOPs of a group."""
+        config, recurrence, length = self.model.config, self.model.recurrence, len(group.row.tokens)
+        flops = length * inference_cost(config, length, recurrence.passes(self.k))
+        # The last read-out's head runs where it is asked for alone.
+        unread = length - sum(len(window.targets) for window in group.windows)
+        flops -= unread * 2 * config.vocab_size * config.d_model
+        return flops * (self.draws if recurrence.stochastic else 1)
+
+    @property
+    def _known(self) -> bool:
+        walk = self.model.recurrence
+        return isinstance(walk, DenoiseWalk) and walk.config.neighbours == "known"
+
+    def _costs(self) -> Costs | None:
+        if not self.reuse:
+            return None
+        config = self.model.config
+        token = 8 * config.d_model**2 + 6 * config.d_model * config.d_mlp
+        return Costs(token, 4 * config.d_model, min(self._tokens, _LONGEST_ROW))
+
+    # -- kept answers ---------------------------------------------------------------------------------------------------
+
+    def _find(self, window: Window) -> Result | None:
+        match self.answers.get(_asked(window)) if self.answers else None:
+            case [float(total), bool(greedy)]:
+                return total, greedy
+        return None
+
+    def _keep(self, results: dict[Window, Result]) -> None:
+        if self.answers is not None:
+            self.answers.add({fingerprint(_asked(window)): list(result) for window, result in results.items()})
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens at once, where nothing else is asked for."""
+        kind = "cuda" if self.model.embedding.weight.device.type == "cuda" else "cpu"
+        return max(1, min(_TOKENS[kind], _LOGITS[kind] // self.model.config.vocab_size))
+
+    def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Groups whose rows are run at once: of like length, the longest first, and with branches or without."""
+        groups = sorted(groups, key=lambda group: (group.row.branches, -len(group.row.tokens)))
+        for _, alike in itertools.groupby(groups, lambda group: group.row.branches):
+            rest = list(alike)
+            while rest:
+                size = self.batch_size or self._tokens // len(rest[0].row.tokens)
+                size = min(size, self.max_batch_size or size)
+                size = size if self._held is None else min(size, self._held // len(rest[0].row.tokens))
+                size = max(1, size)
+                yield rest[:size]
+                rest = rest[size:]
+
+    def _attempt(self, batch: list[Group]) -> Iterator[dict[Window, Result]]:
+        """The batch's results, in halves where the GPU's memory does not hold it."""
+        try:
+            results = self._run(batch)
+        except torch.OutOfMemoryError:
+            results = None
+        if results is not None:
+            yield results
+            return
+        count = sum(len(group.windows) for group in batch)
+        if count == 1:
+            raise UserError(
+                f"the GPU's memory does not hold one sequence of {len(batch[0].row.tokens)} tokens: a smaller max_length, "
+                "fewer draws, or dtype=bfloat16 may fit"
+            )
+        if self._held is None:
+            logger.warning("out of GPU memory with %d sequences at once; going on with fewer", count)
+        tokens = len(batch) * max(len(group.row.tokens) for group in batch) // 2
+        self._held = tokens if self._held is None else min(self._held, tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            middle = count // 2
+            parts = batch[0].windows[:middle], batch[0].windows[middle:]
+            halves = [[Group.of(part, self._known)] for part in parts]
+        else:
+            middle = len(batch) // 2
+            halves = [batch[:middle], batch[middle:]]
+        for half in halves:
+            yield from self._attempt(half)
+
+    def _run(self, batch: list[Group]) -> dict[Window, Result]:
+        """Results of the windows of a few rows: one forward pass for each draw."""
+        model, recurrence = self.model, self.model.recurrence
+        windows = [window for group in batch for window in group.windows]
+        at = [
+            (number, position)
+            for number, group in enumerate(batch)
+            for window, path in zip(group.windows, group.row.paths, strict=True)
+            for position in path[-len(window.targets) :]
+        ]
+        requests = torch.tensor([group.windows[0].request for group in batch])
+        with self.autocast():
+            tokens_BT, places_BT, visible = lay_out(model, [group.row for group in batch], self.pad)
+            rows_N, positions_N = torch.tensor(at, device=tokens_BT.device).T
+            e_BTD = model.encode(tokens_BT, visible)
+            chosen = []
+            for draw in range(self.draws if recurrence.stochastic else 1):
+                noise = PlacedNoise(self.rng, requests, model.config.max_seq_len, draw, places_BT=places_BT)
+                [(_, hidden_BTD)] = recurrence.hidden(model, tokens_BT, e_BTD, [self.k], noise, visible=visible)
+                chosen.append(hidden_BTD[rows_N, positions_N])
+            targets_N = torch.tensor([target for window in windows for target in window.targets]).to(rows_N)
+            log_p_N, greedy_N = read_positions(model, torch.stack(chosen), targets_N)
+        counts = [len(window.targets) for window in windows]
+        sums = [part.sum().item() for part in log_p_N.double().cpu().split(counts)]
+        flags = [bool(part.all()) for part in greedy_N.cpu().split(counts)]
+        return dict(zip(windows, zip(sums, flags, strict=True), strict=True))
+
+
+def _asked(window: Window) -> list[Any]:
+    return ["score", window.inputs, window.targets, window.request]

@@ -1,0 +1,165 @@
+"""Keys and values of positions already seen, so that each token is run once: what generation and shared prefixes rest on.
+
+    cache = Cache(model, rows=1, capacity=256)
+    noise = NoiseSource(rng, requests, page, offset=cache.offset)      # before the cache grows
+    visible = cache.grow(tokens_BT.shape[1])                           # one pass over tokens that follow what is there
+    e_BTD = model.encode(tokens_BT, visible)
+    [(k, hidden_BTD)] = model.recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, visible=visible)
+
+A slot holds what one layer made in one of its visits during a pass. Prelude layers are visited once; a layer of the core
+in each iteration or noise level, by the stream that positions see there (the states' own; of two-stream conditioning the
+clean one, once; the known neighbours'); a layer of the coda in each read-out. A position thus meets, in its n-th visit to
+a layer, what earlier positions left in theirs, which is what recomputing everything would show it. The passes over one
+cache must therefore make the same visits: ask for the same K and draws each time, and run `Recurrence.hidden` to its end.
+
+That is the policy `full`, whose size grows with K. `modulo-S` has S slots a layer: visit n reads and writes slot n mod S, so
+of a position in an earlier pass it sees what that left in its last visit that is n modulo S; positions of its own pass it
+sees in the visit that they are in. `last` is modulo-1: the last iteration's. (Huginn's cache sharing, arXiv 2502.05171,
+section 6.2.) These are for one K and one draw, and what they give depends on how the tokens are cut into passes.
+
+Slots are allocated for the whole capacity when they are first filled. For inference alone: no gradient passes through.
+
+Shapes: B rows, T positions of a pass, S positions so far, H heads, E head size, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_db.accounting.flops import visits_kept
+from recurrent_db.accounting.memory_split import tensor_bytes
+from recurrent_db.model.attention import Rule, Visible
+from recurrent_db.model.layers import KeysValues
+from recurrent_db.model.looped import LoopedLM
+
+SlotName = tuple[str, int]
+"""A layer's name in the model, and the number of its visit in a pass (modulo S)."""
+
+
+class Cache:
+    """Slots for ``rows`` sequences of up to ``capacity`` positions.
+
+    All rows have the same length. Shorter ones are padded on the left by ``padding`` positions each, of any tokens: no
+    other position sees them, and rotary positions and noise (`offset`) count from the first that is not padding.
+    """
+
+    def __init__(
+        self, model: LoopedLM, rows: int, capacity: int, padding: Sequence[int] | None = None, policy: str = "full"
+    ) -> None:
+        self.model, self.rows, self.capacity, self.policy = model, rows, capacity, policy
+        self.kept = visits_kept(policy)
+        self.padding = tuple(padding) if padding is not None and any(padding) else None
+        if self.padding is not None and len(self.padding) != rows:
+            raise ValueError(f"{rows} rows, but padding for {len(self.padding)}")
+        self.length = 0
+        """Positions so far, padding included."""
+        self.slots: dict[SlotName, KeysValues] = {}
+        self.e_BSD: Tensor | None = None
+        """The prelude's output, kept where a stream needs that of the last position again."""
+        self.names = {module: name for name, module in model.named_modules()}
+
+    @property
+    def offset(self) -> int | tuple[int, ...]:
+        """Position of the next token, of all rows or of each: what keys its noise (`NoiseSource.offset`)."""
+        return self.length if self.padding is None else tuple(self.length - padding for padding in self.padding)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all slots, filled or not."""
+        kept = [tensor for slot in self.slots.values() for tensor in slot]
+        return tensor_bytes(kept if self.e_BSD is None else [*kept, self.e_BSD])
+
+    def grow(self, count: int) -> Visible:
+        """Room for ``count`` more tokens of each row: who sees whom in the pass over them, which reads and fills the
+        slots. Ask under the autocast that the pass runs under, and once for each pass."""
+        first, self.length = self.length, self.length + count
+        if self.length > self.capacity:
+            self.length = first
+            raise ValueError(f"{count} positions after {first} are more than the cache's {self.capacity}")
+        return self._visible(_Pass(self, first, self.length, Counter()))
+
+    def _visible(self, past: _Pass) -> Visible:
+        docs_BS = None
+        if self.padding is not None:  # padding is another document
+            docs_BS = (torch.arange(past.stop) >= torch.tensor(self.padding)[:, None]).int()
+        return self.model.served(Rule(past.stop - past.first, past.stop, docs_BS), past)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot cut {self.length} positions to {length}")
+        self.length = length
+
+    def take(self, rows: Sequence[int], capacity: int | None = None) -> Cache:
+        """A new cache whose rows are copies of these, in this order, without the padding that all of them have; a row may
+        be taken any number of times."""
+        padding = [0] * len(rows) if self.padding is None else [self.padding[row] for row in rows]
+        shared = min(padding, default=0)
+        capacity = self.capacity if capacity is None else capacity
+        other = Cache(self.model, len(rows), capacity, [pad - shared for pad in padding], self.policy)
+        other.length = self.length - shared
+        if other.length > capacity:
+            raise ValueError(f"{other.length} positions do not fit into a capacity of {capacity}")
+
+        def copied(kept: Tensor, axis: int) -> Tensor:
+            shape = [len(rows), *kept.shape[1:]]
+            shape[axis] = capacity
+            copy = kept.new_empty(shape)
+            filled = kept.narrow(axis, shared, other.length)
+            copy.narrow(axis, 0, other.length).copy_(filled[torch.as_tensor(rows, device=kept.device)])
+            return copy
+
+        other.slots = {name: (copied(k, 2), copied(v, 2)) for name, (k, v) in self.slots.items()}
+        other.e_BSD = None if self.e_BSD is None else copied(self.e_BSD, 1)
+        return other
+
+    def slot(self, name: SlotName, like_BHTE: Tensor) -> KeysValues:
+        """Keys and values by name, (B, H, capacity, E) each, made where there are none."""
+        if name not in self.slots:
+            shape = (self.rows, like_BHTE.shape[1], self.capacity, like_BHTE.shape[3])
+            self.slots[name] = like_BHTE.new_empty(shape), like_BHTE.new_empty(shape)
+        return self.slots[name]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A pass over positions ``first`` to ``stop`` of a cache; `model.attention.Past`."""
+
+    cache: Cache
+    first: int
+    stop: int
+    visits: Counter[nn.Module]
+    """How often each layer has been visited in this pass."""
+    again: int = 0
+
+    def __post_init__(self) -> None:
+        cos_SF, sin_SF = self.cache.model.rope(self.stop)
+        here: slice | Tensor = slice(self.first, self.stop)
+        if self.cache.padding is not None:  # the padding's own positions do not matter
+            padding_B1 = torch.tensor(self.cache.padding, device=cos_SF.device)[:, None]
+            here = (torch.arange(self.first, self.stop, device=cos_SF.device) - padding_B1).clamp(min=0)
+        self.rope = cos_SF[here], sin_SF[here]
+
+    def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> KeysValues:
+        if k_BHTE.requires_grad:
+            raise ValueError("a cache serves inference alone: call it under torch.no_grad()")
+        visit, kept = self.visits[layer], self.cache.kept
+        self.visits[layer] += 1
+        k_BHSE, v_BHSE = self.cache.slot((self.cache.names[layer], visit % kept if kept else visit), k_BHTE)
+        k_BHSE[:, :, self.first : self.stop] = k_BHTE
+        v_BHSE[:, :, self.first : self.stop] = v_BHTE
+        return k_BHSE[:, :, : self.stop], v_BHSE[:, :, : self.stop]
+
+    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
+        cache = self.cache
+        if cache.e_BSD is None:
+            cache.e_BSD = e_BTD.new_empty(cache.rows, cache.capacity, e_BTD.shape[2])
+        cache.e_BSD[:, self.first : self.stop] = e_BTD
+        if self.first == 0:
+            return visible, e_BTD
+        return cache._visible(replace(self, first=self.first - 1, again=1)), cache.e_BSD[:, self.first - 1 : self.stop]

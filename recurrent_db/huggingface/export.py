@@ -1,0 +1,203 @@
+"""``recurrent-db export``: a run as a folder that Hugging Face transformers loads.
+
+The folder holds the weights (safetensors), the configuration, the tokenizer, and the two files of `exported` that
+run them, so it needs nothing of this package. ``config.json`` also carries the run's own configuration, so that
+`import_folder` brings the folder back. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from safetensors.torch import save_file
+
+from recurrent_db.config import Config, to_dict
+from recurrent_db.data.byte_level_tokenizer import unwrap
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.denoise.noise import PiecewiseLogUniform
+from recurrent_db.errors import UserError
+from recurrent_db.files import new_file_mode
+from recurrent_db.objectives import build_objective, restore
+from recurrent_db.recurrence.walk import DenoiseWalk, PlainRecurrence
+from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.loading import warn_of_untrained_core
+
+MODEL_TYPE = "recurrent_db"
+CODE = ("modeling_recurrent_db.py", "tokenization_recurrent_db.py")
+"""Files of `huggingface.exported`; the second goes with sentencepiece models, others have classes in the library."""
+
+
+@dataclass
+class ExportArgs:
+    """Write a run as a folder for Hugging Face transformers: weights, configuration, tokenizer and modelling code.
+
+    `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads it, and so does `AutoTokenizer` with the same
+    option. Where the run kept an average of its weights, that is what is written, as everywhere else.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint."""
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it must not exist or be empty."""
+    to: Literal["hf"] = "hf"
+    """Format; there is one."""
+    k: int = 0
+    """Core iterations where a caller does not say (`num_recurrence`); 0 takes 1 for next_token and denoise, the mean
+    training depth for unrolled."""
+    seed: int = 0
+    """Seed of the random initial states of unrolled and denoise."""
+
+
+def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
+    """What the exported model needs of a denoiser. Raises `UserError` for what it has no code for."""
+    config, density = walk.config, walk.density
+    for name, supported in (("conditioning", ("inject",)), ("neighbours", ("own",)), ("sampler", ("euler",)),
+                            ("bridge", ("soft", "hard", "state")),
+                            ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
+        if getattr(config, name) not in supported:
+            raise UserError(
+                f"objective.token.{name} = {getattr(config, name)} cannot be exported: the exported model has"
+                f" {' and '.join(supported)} alone"
+            )
+    masses = list(density.masses) if isinstance(density, PiecewiseLogUniform) else None
+    law = {"adaptive": "adaptive" if masses else "log-uniform"}.get(config.density, config.density)
+    return {
+        "sd": walk.precond.sd, "mute_norm": walk.precond.mute_norm, "target_norm": config.target_norm,
+        "bridge": config.bridge, "grid": config.grid, "density": law, "sigma_min": config.sigma_min,
+        "sigma_max": config.sigma_max, "p_mean": config.p_mean, "p_std": config.p_std, "masses": masses,
+    }  # fmt: skip
+
+
+SHAPE = {
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_mlp", "num_attention_heads": "n_heads",
+    "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
+    "injection": "injection", "rope_base": "rope_base", "norm_eps": "norm_eps",
+}  # fmt: skip
+"""Keys of config.json and of config.ModelConfig."""
+
+
+def hf_config(
+    config: Config, recurrence: PlainRecurrence | DenoiseWalk, tokenizer: Tokenizer, k: int, seed: int
+) -> dict[str, Any]:
+    """``config.json`` of the exported folder, but for ``run``.
+
+    Raises:
+        UserError: for a denoiser that walks in a way which the exported model has no code for.
+    """
+    model = config.model
+    objective = config.objective
+    default_k = {"unrolled": objective.unrolled.mean_depth, "denoise": 1 + objective.denoise.depth}.get(
+        objective.name, 1
+    )
+    name = CODE[0].removesuffix(".py")
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["RecurrentDBForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{name}.RecurrentDBConfig",
+            "AutoModelForCausalLM": f"{name}.RecurrentDBForCausalLM",
+        },
+        "dtype": "float32",
+        **{theirs: getattr(model, ours) for theirs, ours in SHAPE.items()},
+        "noise_features": model.d_condition if model.noise_conditioning else 0,
+        "separate_targets": bool(model.separate_targets),
+        "num_recurrence": k or default_k,
+        "initial_state": "noise" if isinstance(recurrence, DenoiseWalk) else recurrence.initial,
+        "seed": seed,
+        "denoise": _denoise_keys(recurrence) if isinstance(recurrence, DenoiseWalk) else None,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "use_cache": True,
+    }
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Name and content of the tokenizer's files."""
+    files: dict[str, bytes] = {}
+    settings: dict[str, Any]
+    if tokenizer.is_json:
+        spec = unwrap(tokenizer.model_bytes)["tokenizer"]
+        by_id = {index: token for token, index in spec["model"]["vocab"].items()}
+        by_id |= {token["id"]: token["content"] for token in spec["added_tokens"]}
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
+            **{f"{name}_token": by_id[getattr(tokenizer, f"{name}_id")] for name in ("bos", "eos", "pad")},
+        }  # fmt: skip
+        files["tokenizer.json"] = json.dumps(spec).encode()
+    else:  # the class knows its settings
+        auto = [f"{CODE[1].removesuffix('.py')}.RecurrentDBTokenizer", None]
+        settings = {"tokenizer_class": "RecurrentDBTokenizer", "auto_map": {"AutoTokenizer": auto}}
+        files["tokenizer.model"] = tokenizer.model_bytes
+        files[CODE[1]] = (resources.files("recurrent_db.huggingface.exported") / CODE[1]).read_bytes()
+    files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
+    return files
+
+
+def _without_paths(config: Config) -> dict[str, Any]:
+    """The run's configuration without places on the machine that it was trained on."""
+    values = to_dict(config)
+    values["data"]["path"] = values["data"]["val_path"] = values["run"]["dir"] = values["init"]["from"] = ""
+    return values
+
+
+def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
+    """Write the newest good checkpoint of ``run`` to ``folder``, whole or not at all. Arguments as in `ExportArgs`.
+
+    Returns:
+        The checkpoint that was taken.
+
+    Raises:
+        UserError: no such run, a folder that is not empty or cannot be written, an objective that cannot be exported.
+    """
+    if k < 0:
+        raise UserError(f"--k must be 0 (the objective's own) or more, got {k}")
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise UserError(f"{folder} exists and is not an empty folder: export writes to a new one")
+    checkpoint = Checkpoint(find_checkpoint(run))
+    config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
+    if config.model.n_blocks:
+        raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
+    objective, objective_state = build_objective(config), checkpoint.training()[1]
+    restore(objective, objective_state, checkpoint.path)
+    warn_of_untrained_core(checkpoint)
+    recurrence = objective.recurrence
+    assert isinstance(recurrence, PlainRecurrence | DenoiseWalk)
+    values = hf_config(config, recurrence, tokenizer, k, seed)
+    values["run"] = {"config": _without_paths(config), "objective": objective_state}
+    generation = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    files = {
+        "config.json": json.dumps(values, indent=1).encode(),
+        "generation_config.json": json.dumps(generation, indent=1).encode(),
+        CODE[0]: (resources.files("recurrent_db.huggingface.exported") / CODE[0]).read_bytes(),
+        **_tokenizer_files(tokenizer),
+    }
+    temporary = folder.with_name(f".writing-{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        weights = {name: value.contiguous() for name, value in checkpoint.weights(averaged=True).items()}
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(new_file_mode())  # safetensors makes private files
+        temporary.replace(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return checkpoint.path
+
+
+def main(args: ExportArgs) -> int:
+    checkpoint = export(args.run, args.folder, args.k, args.seed)
+    print(f"wrote {args.folder} from {checkpoint}", file=sys.stderr)
+    return 0

@@ -1,0 +1,360 @@
+"""``recurrent-db import``: a folder of Hugging Face transformers as a run, to score, to generate and to train on from.
+
+Two formats, told apart by ``model_type`` in ``config.json``:
+
+- ``recurrent_db``: what `hf_export` writes, or what transformers saved after changing it;
+- ``huginn_raven``: Huginn (arXiv 2502.05171), as tomg-group-umd/huginn-0125. Its model is this project's: the same fused
+  projections (queries, keys, values; gate half first), q/k bias before interleaved RoPE, sandwich norms, adapter on
+  [state, e], one final norm used twice, embeddings times sqrt(D), a state of standard deviation sqrt(2/5).
+  Only names and a shape differ.
+
+The folder is untrusted: none of its code is run or looked at, weights are read from safetensors alone, and every shape is
+compared with the configuration's before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, to_dict, validate
+from recurrent_db.data.byte_level_tokenizer import wrap
+from recurrent_db.data.tokenizer import Tokenizer, check_lossless
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE
+from recurrent_db.model.layers import rope_table
+from recurrent_db.model.looped import LoopedLM, build_model
+from recurrent_db.objectives import build_objective, restore
+from recurrent_db.optim.optimizer import build_optimizer
+from recurrent_db.store.checkpoint import TrainState, save_checkpoint
+
+MOST_DIMENSIONS = 8
+"""Of a tensor that is read."""
+
+_MOST_BYTES = 1 << 28
+"""Largest JSON file or tokenizer that is read."""
+
+
+@dataclass
+class ImportArgs:
+    """Make a run of a folder of Hugging Face transformers: one that export wrote, or a Huginn checkpoint.
+
+    Weights are read from safetensors alone and nothing in the folder is executed. The run can be scored, sampled, and
+    trained on (`train/pretrain.py CONFIG.toml --init.from RUN`, on data prepared with its tokenizer).
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder with config.json, *.safetensors and the tokenizer."""
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory to make; it must not exist or be empty."""
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path} is larger than {_MOST_BYTES >> 20} MiB")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `UserError` for anything else."""
+    try:
+        _check_size(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# Keys of a huginn_raven configuration that say how it computes, and the only values that this model computes.
+_HUGINN_FIXED: dict[str, Any] = {
+    "architecture_class_name": "RecurrentGPT", "block_class_name": "SandwichBlock", "norm_class_name": "RMSNorm_llama",
+    "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "injection_type": "linear", "state_init": "like-init",
+    "bias": False, "tie_embeddings": True, "test_time_noise": 0,
+}  # fmt: skip
+_HUGINN_SHAPE = {
+    "d_model": "n_embd", "n_heads": "n_heads", "d_mlp": "intermediate_size", "n_prelude": "n_layers_in_prelude",
+    "n_core": "n_layers_in_recurrent_block", "n_coda": "n_layers_in_coda", "max_seq_len": "block_size",
+}  # fmt: skip
+
+
+def _number(values: dict[str, Any], key: str, kind: type, source: str, default: Any = None) -> Any:
+    value = values.get(key, default)
+    if kind is float and isinstance(value, int):
+        value = float(value) if abs(value) < 1 << 53 else math.inf
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{source}: {key} must be a number, not {str(value)[:80]!r}")
+    return value
+
+
+def huginn_config(values: dict[str, Any], source: str) -> Config:
+    """The configuration of a run like a Huginn checkpoint's. Raises `UserError`, naming ``source``, for one that this
+    model does not compute."""
+    for key, expected in _HUGINN_FIXED.items():
+        if values.get(key, expected) != expected:
+            raise UserError(f"{source}: {key} = {str(values[key])[:80]!r} is not what Huginn has ({expected!r})")
+    config = Config()
+    model, unrolled = config.model, config.objective.unrolled
+    for ours, theirs in _HUGINN_SHAPE.items():
+        setattr(model, ours, _number(values, theirs, int, source))
+    rows = "padded_vocab_size" if "padded_vocab_size" in values else "vocab_size"
+    model.vocab_size = _number(values, rows, int, source)
+    model.rope_base = _number(values, "rope_base", float, source, 50_000.0)
+    model.norm_eps = _number(values, "norm_eps", float, source, 1e-6)
+    if values.get("num_key_value_heads", model.n_heads) != model.n_heads:
+        raise UserError(f"{source}: num_key_value_heads differs from n_heads: this model has no grouped queries")
+    config.objective.name = "unrolled"
+    unrolled.mean_depth = model.expected_depth = _number(values, "mean_recurrence", int, source, 32)
+    unrolled.truncation = _number(values, "mean_backprop_depth", int, source, 8)
+    config.data.sequence_length = model.max_seq_len
+    resolve(config)
+    validate(config)
+    for key, expected in (("embed_scale", math.sqrt(model.d_model)), ("std", math.sqrt(2 / (5 * model.d_model)))):
+        scales = values.get("init_values", {})
+        given = scales.get(key, expected) if isinstance(scales, dict) else None
+        if not isinstance(given, int | float) or not math.isclose(given, expected, rel_tol=1e-3):
+            raise UserError(f"{source}: init_values.{key} is not Huginn's for this width ({expected:.6g})")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _huginn_name(name: str) -> str:
+    """What Huginn calls one of our parameters."""
+    fixed = {
+        "embedding.weight": "transformer.wte.weight",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "core.injection.adapter.weight": "transformer.adapter.weight",
+    }
+    return fixed.get(name) or "transformer." + name.replace("core.blocks.", "core_block.").replace(".qkv.", ".Wqkv.")
+
+
+class Weights:
+    """The tensors of a folder's safetensors files, found by their headers and read one by one.
+
+    Raises:
+        UserError: no safetensors, an index that names other files or tensors than there are, a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        listed: dict[str, Any] | None = None
+        files = ["model.safetensors"]
+        if index.exists():
+            listed = _read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise UserError(f"{index} has no weight_map")
+            for file in listed.values():
+                if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
+                    raise UserError(f"{index} names a file {str(file)[:80]!r}, which is no plain *.safetensors name")
+            files = sorted(set(listed.values()))
+        elif not (folder / files[0]).exists():
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+            note = "; pickled weights are not read" if pickled else ""
+            raise UserError(f"{folder} holds no model.safetensors and no index of such files{note}")
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            for name, shape, dtype in self._header(folder / file):
+                if name in self.files:
+                    raise UserError(f"{folder}: {name} is in {self.files[name].name} and in {file}")
+                if len(shape) > MOST_DIMENSIONS:
+                    raise UserError(f"{folder / file}: {name} has {len(shape)} dimensions")
+                if dtype not in ("F32", "BF16", "F16"):
+                    raise UserError(f"{folder / file}: {name} is of type {dtype}; F32, BF16 or F16 is needed")
+                self.files[name], self.shapes[name] = folder / file, shape
+        if listed is not None and listed != {name: path.name for name, path in self.files.items()}:
+            odd = min(name for name in listed.keys() | self.files.keys()
+                      if name not in self.files or listed.get(name) != self.files[name].name)  # fmt: skip
+            raise UserError(f"{index} and the files disagree on where {odd} is")
+
+    @staticmethod
+    def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    part = file.get_slice(name)
+                    yield name, tuple(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{path}: not safetensors, or damaged ({str(error)[:120]})") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored. Raises `UserError` for numbers that are not finite."""
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.files[name]}: damaged ({str(error)[:120]})") from None
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self.folder}: {name} holds numbers that are not finite")
+        return tensor
+
+
+def _check_extras(weights: Weights, config: ModelConfig) -> None:
+    """What a Huginn file holds beside the parameters: a copy of the tied embedding, and rotary tables (position, pair,
+    [cos, sin]). They must say what this model computes. Raises `UserError`."""
+    if "lm_head.weight" in weights.files:
+        shape = (config.vocab_size, config.d_model)
+        wte = weights.read("transformer.wte.weight")
+        if weights.shapes["lm_head.weight"] != shape or not torch.equal(weights.read("lm_head.weight"), wte):
+            raise UserError(f"{weights.folder}: lm_head.weight is not the embedding's table, to which Huginn ties it")
+    if "freqs_cis" in weights.files:
+        length, head_size = config.max_seq_len, config.d_model // config.n_heads
+        if weights.shapes["freqs_cis"] != (1, length, 1, head_size // 2, 2):
+            raise UserError(f"{weights.folder}: freqs_cis has shape {weights.shapes['freqs_cis']}, not Huginn's")
+        table = torch.stack(rope_table(length, head_size, config.rope_base, torch.device("cpu")), dim=-1)
+        # Theirs are made from fp32 angles, and may be stored in half precision.
+        if not torch.allclose(weights.read("freqs_cis").float()[0, :, 0], table, rtol=0, atol=1e-2):
+            raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {config.rope_base}")
+
+
+@torch.no_grad()
+def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: bool = True) -> LoopedLM:
+    """A model with the folder's weights, fp32. A Huginn without ``qk_bias`` gets one of zeros.
+
+    Raises:
+        UserError: for a tensor that is missing, unknown, or of another shape, naming the first.
+    """
+    with torch.device("meta"):
+        wanted = dict(LoopedLM(config).named_parameters())
+    names = {name: _huginn_name(name) if huginn else name for name in wanted}
+    zeros = {name for name in names if huginn and not qk_bias and name.endswith("qk_bias")}
+    extras = {"lm_head.weight", "freqs_cis"} if huginn else set()
+    what = f"{weights.folder}, by its config.json,"
+    for name, theirs in names.items():
+        shape = tuple(wanted[name].shape)
+        if huginn and name.endswith("qk_bias"):
+            shape = (shape[0], 1, *shape[1:])
+        if name not in zeros and theirs not in weights.shapes:
+            raise UserError(f"{what} lacks the weight {theirs}")
+        if name not in zeros and weights.shapes[theirs] != shape:
+            raise UserError(f"{what} has {theirs} in shape {weights.shapes[theirs]} instead of {shape}")
+    for name in sorted(weights.shapes.keys() - {names[name] for name in names.keys() - zeros} - extras):
+        raise UserError(f"{what} has a weight too many: {name[:120]}")
+    if huginn:
+        _check_extras(weights, config)
+    model = build_model(config, seed=None)
+    for name, parameter in tqdm(list(model.named_parameters()), "weights", leave=False, disable=None):
+        if name in zeros:
+            parameter.zero_()
+        else:
+            parameter.copy_(weights.read(names[name]).view(parameter.shape))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder: ``tokenizer.model``, or else ``tokenizer.json``, whose special tokens are those of
+    ``tokenizer_config.json`` or of ``config.json`` (``values``). Raises `UserError` where there is none that can be used."""
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.exists():
+        _check_size(model)
+        return Tokenizer(model)
+    if not fast.exists():
+        raise UserError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json")
+    spec = _read_json(fast)
+    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+
+    def find(name: str) -> int | None:
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            added = spec.get("added_tokens")
+            for entry in added if isinstance(added, list) else []:
+                if isinstance(entry, dict) and entry.get("content") == token and isinstance(entry.get("id"), int):
+                    return int(entry["id"])
+            vocabulary = spec["model"].get("vocab") if isinstance(spec.get("model"), dict) else None
+            index = vocabulary.get(token) if isinstance(vocabulary, dict) else None
+            if isinstance(index, int):
+                return index
+        index = values.get(f"{name}_token_id")
+        return index if isinstance(index, int) else None
+
+    eos = find("eos")
+    if eos is None:
+        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names the token that ends a text")
+    return Tokenizer.from_bytes(wrap(spec, eos, find("bos"), find("pad")), str(fast))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def import_folder(folder: Path, run: Path) -> LoopedLM:
+    """Make the run directory ``run`` of ``folder``: a configuration and one checkpoint, of step 0.
+
+    Returns:
+        The model, with its recurrence.
+
+    Raises:
+        UserError: for anything in the folder that does not fit, and a run directory that is not empty.
+    """
+    if run.is_symlink() or (run.exists() and (not run.is_dir() or any(run.iterdir()))):
+        raise UserError(f"{run} exists and is not an empty folder: import makes a new run")
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    source = str(folder / "config.json")
+    values = _read_json(folder / "config.json")
+    kind, state = values.get("model_type"), {}
+    if kind == "huginn_raven":
+        config = huginn_config(values, source)
+    elif kind == MODEL_TYPE:
+        kept = values.get("run")
+        if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
+            raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
+        config, state = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {})
+        for theirs, ours in SHAPE.items():  # a folder that transformers wrote again lacks some
+            if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
+                said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
+                raise UserError(f"{said}, and run.config.model.{ours} {getattr(config.model, ours)!r}")
+    else:
+        raise UserError(f"{source}: model_type is {str(kind)[:80]!r}, which is neither {MODEL_TYPE} nor huginn_raven")
+    tokenizer = read_tokenizer(folder, values)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{source}: {config.model.vocab_size} rows of embedding for {tokenizer.vocab_size} tokens")
+    objective = build_objective(config)
+    restore(objective, state, source)
+    model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
+    model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
+    config.run.dir = str(run)
+    run.mkdir(parents=True, exist_ok=True)
+    optimizer = build_optimizer(model, config.optim)
+    save_checkpoint(run, config, tokenizer, model, optimizer, None, TrainState(), objective.state_dict())
+    write_atomic(run / "config.json", json.dumps(to_dict(config), indent=1))
+    if tokenizer.is_json:
+        try:
+            check_lossless(tokenizer)
+        except RuntimeError as error:
+            print(f"warning: {error}: bits per byte of such texts count other bytes than theirs", file=sys.stderr)
+    return model
+
+
+def main(args: ImportArgs) -> int:
+    model = import_folder(args.folder, args.run)
+    print(f"made {args.run}: {model.parameter_counts()['total']:,} parameters", file=sys.stderr)
+    return 0

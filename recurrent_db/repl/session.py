@@ -1,0 +1,381 @@
+"""`recurrent-db repl RUN`: type a prompt, watch the text come, change K or the seed, see what the iterations did.
+
+The texts are those of `recurrent_db.generate` with the same values. A line that begins with a slash and a word is a command;
+every other line is a prompt. Texts and tables go to standard output, remarks to standard error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.files import check_output, write_atomic
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.repl.console import (
+    BOLD,
+    DIM,
+    Interrupts,
+    Lines,
+    Utf8Writer,
+    complain,
+    is_terminal,
+    open_lines,
+    paint,
+    remark,
+    side_by_side,
+)
+from recurrent_db.repl.reply import ABOUT, Reply, Settings, bytes_shown, check_memory, make_reply, shown
+from recurrent_db.repl.trace import label, table, trace
+from recurrent_db.store.loading import load_with_config
+
+__all__ = ["ReplArgs", "main"]
+
+
+@dataclass
+class ReplArgs:
+    """Talk to a checkpoint: prompts in, text out as it comes. /help lists the commands.
+
+    The values below are where the session starts; commands change them.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory or checkpoint folder."""
+    k: int = 0
+    """Core iterations for each token; of a denoiser, noise levels of the walk. 0: 1 for a next_token run, 8 for others."""
+    temperature: float = 1.0
+    """0 is greedy, 1 the model's own distribution."""
+    top_k: int = 0
+    """Draw among this many most likely tokens; 0 means all."""
+    top_p: float = 1.0
+    """Draw among the fewest most likely tokens whose probability reaches this; 1 means all."""
+    min_p: float = 0.0
+    """Draw among tokens at least this times as likely as the most likely one; 0 means all."""
+    seed: int = 0
+    """The same prompt with the same seed gives the same text."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely; 1 is none."""
+    max_new_tokens: int = 64
+    """The most tokens to add to a prompt."""
+    sampler: str = "sequential"
+    """sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]; /sampler explains them."""
+    cache: str = "full"
+    """full, last or modulo-S (recurrent_db/generation/cache.py)."""
+    adaptive: str = "off"
+    """kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no more."""
+    warm_start: str = "off"
+    """On: a token's iterations begin at the state of the one before it."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N or auto (CUDA where there is one)."""
+    compile: bool = False
+    """Compile what each token runs (torch.compile): the first text waits for it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@dataclass(frozen=True)
+class Value:
+    """A setting as a command changes it."""
+
+    name: str
+    kind: type
+    about: str
+
+
+VALUES = {
+    "k": Value("k", int, "core iterations for each token; of a denoiser, noise levels of the walk"),
+    "temp": Value("temperature", float, "0 is greedy, 1 the model's own distribution"),
+    "top_p": Value("top_p", float, "draw among the fewest tokens that reach this probability; 1 is all"),
+    "top_k": Value("top_k", int, "draw among so many most likely tokens; 0 is all"),
+    "min_p": Value("min_p", float, "draw among tokens this times as likely as the likeliest; 0 is all"),
+    "penalty": Value("repetition_penalty", float, "above 1 makes tokens that are there less likely; 1 is none"),
+    "max": Value("max_new_tokens", int, "the most new tokens"),
+    "seed": Value("seed", int, "the same seed gives the same text"),
+    "cache": Value("cache", str, "full; or last or modulo-S: less memory, another distribution"),
+    "sampler": Value("sampler", str, "how tokens are made; alone it lists what there is"),
+    "adaptive": Value(
+        "adaptive", str, "stop iterating when kl, entropy or latent (kl:1e-3) has settled, K at most; or off"
+    ),
+    "warm": Value("warm_start", str, "on: a token's iterations begin where those of the one before ended"),
+}
+ACTIONS = {
+    "compare": ("K K ...", "the last prompt with each K, same seed, side by side"),
+    "trace": ("[N]", "read-outs by iteration for the next N tokens of the last prompt (1)"),
+    "stats": ("", "speed, mean K, cache and FLOPs of what was made last"),
+    "save": ("FILE", "write the transcript; as JSON where FILE ends with .json"),
+    "help": ("", "this list"),
+    "quit": ("", "leave (so does Ctrl-D)"),
+}
+ALIASES = {"temperature": "temp", "max_new_tokens": "max", "repetition_penalty": "penalty", "exit": "quit", "q": "quit"}
+_COMMAND = re.compile(r"/([A-Za-z]\w*)(?:[^\S\n]+([^\n]*))?")
+_TRACED_AT_ONCE = 1 << 27
+"""Tokens times iterations times vocabulary of a trace: 1 GiB in fp64."""
+
+
+def _parsed(kind: type, word: str, name: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        raise UserError(f"{name} takes a {'whole number' if kind is int else 'number'}, got {word!r}") from None
+
+
+class Session:
+    """What a user has set and seen. Everything that is shown goes to standard output or error."""
+
+    def __init__(self, model: LoopedLM, tokenizer: Tokenizer, settings: Settings, name: str = "") -> None:
+        self.model, self.tokenizer, self.settings, self.name = model, tokenizer, settings, name
+        self.replies: list[Reply] = []
+        """All texts, in order."""
+        self.last: list[Reply] = []
+        """Those of the last prompt or comparison."""
+        self.done = False
+        self._saved: set[Path] = set()
+        self._interrupts = Interrupts()
+
+    def run(self, lines: Lines) -> None:
+        """Answer line after line until there are no more or the user leaves."""
+        with self._interrupts.installed(), lines.around():
+            while not self.done:
+                try:
+                    with self._interrupts.allowed():
+                        text = lines.read()
+                except EOFError:
+                    return
+                except KeyboardInterrupt:
+                    remark("/quit or Ctrl-D leaves")
+                except UserError as error:
+                    complain(str(error))
+                else:
+                    self.answer(text)
+
+    def answer(self, text: str) -> None:
+        """One prompt, or commands one a line. Mistakes, and what the machine cannot do, are a line."""
+        commands = [_COMMAND.fullmatch(line.strip()) for line in text.strip().split("\n")]
+        try:
+            with self._interrupts.allowed():
+                if all(commands):
+                    for command in commands:
+                        assert command is not None
+                        self._command(command[1].lower(), (command[2] or "").strip())
+                elif not text.strip():
+                    raise UserError("an empty line: type a prompt, or /help for the commands")
+                else:
+                    self._prompt(text)
+        except KeyboardInterrupt:
+            remark("stopped")
+        except UserError as error:
+            complain(str(error))
+        except BrokenPipeError:
+            raise
+        except (OSError, MemoryError, RuntimeError) as error:
+            complain(f"that did not work: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+    def _command(self, word: str, rest: str) -> None:
+        word = ALIASES.get(word, word)
+        if word in ACTIONS:
+            if rest and not ACTIONS[word][0]:
+                raise UserError(f"/{word} takes nothing more, got {rest!r}")
+            getattr(self, f"_{word}")(rest)
+        elif word in VALUES:
+            self._set(word, rest)
+        else:
+            near = difflib.get_close_matches(word, [*VALUES, *ACTIONS, *ALIASES], n=1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            raise UserError(f"unknown command /{word}; {hint}")
+
+    def _set(self, word: str, rest: str) -> None:
+        value = VALUES[word]
+        if rest:
+            settings = replace(self.settings, **{value.name: _parsed(value.kind, rest, f"/{word}")})
+            settings.check(self.model)
+            self.settings = settings
+        elif word == "sampler":
+            for name, about in ABOUT.items():
+                print(f"{'*' if name == self.settings.sampler.split(':')[0] else ' '} {name:<20} {about}")
+            return
+        remark(f"{value.name} = {shown(getattr(self.settings, value.name))}")
+
+    # -- texts -------------------------------------------------------------------------------------------------------
+
+    def _prompt(self, text: str) -> None:
+        # What precedes a document in training is the end of another.
+        ids = self.tokenizer.encode(text) or [self.tokenizer.eos_id]
+        if len(ids) > self.model.config.max_seq_len:
+            window = self.model.config.max_seq_len
+            remark(
+                f"the prompt has {len(ids):,} tokens and the model's context {window:,}: its last {window:,} are read"
+            )
+        self.last, writer = [], Utf8Writer()
+        reply = self._reply(text, ids, self.settings, writer.add)
+        writer.end()
+        self.last = [reply]
+        if reply.ended == "stopped":
+            remark(f"stopped after {len(reply.ids)} tokens")
+        elif is_terminal(sys.stdout):
+            end = "the document ends here" if reply.ended == "document" else f"{len(reply.ids)} tokens"
+            remark(f"[{end}; {reply.seconds:.2f} s, k {reply.settings.k}]")
+
+    def _reply(self, prompt: str, ids: list[int], settings: Settings, show: Callable[[bytes], object]) -> Reply:
+        reply = make_reply(self.model, self.tokenizer, prompt, ids, settings, show)
+        self.replies.append(reply)
+        return reply
+
+    def _asked(self) -> Reply:
+        if not self.last:
+            raise UserError("type a prompt first")
+        return self.last[-1]
+
+    def _compare(self, rest: str) -> None:
+        words = rest.replace(",", " ").split()
+        if not words:
+            raise UserError("/compare takes two or more numbers of iterations, such as /compare 1 4 16")
+        asked = self._asked()
+        each = [replace(self.settings, k=_parsed(int, word, "/compare")) for word in dict.fromkeys(words)]
+        for settings in each:  # before any of them is made
+            check_memory(self.model, len(asked.prompt_ids), settings)
+        replies: list[Reply] = []
+        total = len(each) * self.settings.max_new_tokens
+        with tqdm(total=total, unit=" tokens", leave=False, disable=not is_terminal(sys.stderr)) as bar:
+            for number, settings in enumerate(each, 1):
+                bar.set_description(f"k {settings.k}")
+                replies.append(self._reply(asked.prompt, asked.prompt_ids, settings, lambda _: bar.update()))
+                if replies[-1].ended == "stopped":
+                    break
+                bar.update(number * self.settings.max_new_tokens - bar.n)
+        self.last = replies
+        heads = [f"k = {reply.settings.k}" + " (stopped)" * (reply.ended == "stopped") for reply in replies]
+        width = shutil.get_terminal_size().columns
+        if is_terminal(sys.stdout) and width >= 20 * len(heads):
+            print(side_by_side(heads, [reply.text for reply in replies], width))
+        else:
+            for head, reply in zip(heads, replies, strict=True):
+                print(paint(head, BOLD))
+                writer = Utf8Writer()
+                writer.add(reply.text.encode())
+                writer.end()
+
+    # -- figures -----------------------------------------------------------------------------------------------------
+
+    def _trace(self, rest: str) -> None:
+        count = _parsed(int, rest, "/trace") if rest else 1
+        if count < 1:
+            raise UserError(f"/trace takes 1 token or more, got {count}")
+        asked, k = self._asked(), self.settings.k
+        if count > len(asked.ids) + 1:
+            count = len(asked.ids) + 1
+            remark(f"the text has {len(asked.ids)} tokens, so {count} can be traced")
+        if count * k * self.model.config.vocab_size > _TRACED_AT_ONCE:
+            raise UserError(f"{count} tokens at k = {k} are too many to trace at once: choose fewer, or a lower /k")
+        if self.settings.cache != "full":
+            remark(f"as with a full cache; the text's was {self.settings.cache}")
+        if self.settings.exit is not None:
+            remark(f"all {k} iterations; the text's end where {self.settings.exit} has settled")
+        prompt = len(asked.prompt_ids)
+        ids = asked.prompt_ids + asked.ids[: count - 1]
+        result = trace(self.model, ids, prompt, k, self.settings.seed)
+        width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else 100
+        for index in range(count):
+            drawn = asked.ids[index] if index < len(asked.ids) else None
+            if drawn is None and asked.ended == "document":
+                drawn = self.tokenizer.eos_id
+            before = self.tokenizer.decode(ids[max(0, prompt + index - 16) : prompt + index])
+            became = "" if drawn is None else f": {label(self.tokenizer, drawn)}"
+            print(f"token {index + 1}, after {before[-32:]!r}{became}")
+            print("\n".join(table(result, index, self.model, self.tokenizer, drawn, width)))
+
+    def _stats(self, rest: str) -> None:
+        self._asked()
+        rows = [
+            ("k", "tokens", "prompt", "tokens/s", "to the first", "mean k", "cache", "FLOPs", "a new token", "accepted")
+        ]
+        for reply in self.last:
+            new = len(reply.ids)
+            rows.append((
+                str(reply.settings.k), str(new), str(len(reply.prompt_ids)), f"{reply.tokens_per_second:.3g}",
+                f"{reply.first_seconds:.3g} s", f"{reply.mean_k:.2f}", bytes_shown(reply.cache_bytes),
+                f"{reply.flops:.3e}", f"{reply.flops / new:.3e}" if new else "-",
+                "-" if reply.acceptance is None else f"{reply.acceptance:.3f}",
+            ))  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for number, row in enumerate(rows):
+            line = "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+            print(line if number else paint(line, DIM))
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise UserError("/save takes the name of a file")
+        if not self.replies:
+            raise UserError("there is nothing to save yet")
+        try:
+            path = Path(rest).expanduser().absolute()
+            if path.exists() and path not in self._saved:
+                raise UserError(f"{rest} is there already: name another file")
+            check_output(path)
+            write_atomic(path, self._as_json() if path.suffix == ".json" else self._as_text())
+        except (ValueError, RuntimeError) as error:  # no path at all; no such user's folder
+            raise UserError(f"cannot write {rest!r}: {error}") from None
+        self._saved.add(path)
+        remark(f"{len(self.replies)} texts in {path}")
+
+    def _as_json(self) -> str:
+        return json.dumps([reply.to_json() for reply in self.replies], indent=1, ensure_ascii=False) + "\n"
+
+    def _as_text(self) -> str:
+        parts = [f"recurrent_db: {self.name}\n"]
+        for number, reply in enumerate(self.replies, 1):
+            parts.append(f"\n[{number}] {reply.settings}; {len(reply.ids)} tokens, ended by: {reply.ended}\n")
+            parts.append(f"[prompt]\n{reply.prompt}\n[text]\n{reply.text}\n")
+        return "".join(parts)
+
+    def _help(self, rest: str) -> None:
+        print(
+            'A line is a prompt, or one of these. Alt-Enter (or a line of """ before and after) makes longer prompts.'
+        )
+        for word, value in VALUES.items():
+            print(f"  /{word:<8} {shown(getattr(self.settings, value.name)):<11} {value.about}")
+        for word, (arguments, about) in ACTIONS.items():
+            print(f"  /{word:<8} {arguments:<11} {about}")
+
+    def _quit(self, rest: str) -> None:
+        self.done = True
+
+
+def main(args: ReplArgs) -> int:
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
+    settings = Settings(**{**given, "k": args.k or 8})  # mistakes come before the loading
+    model, tokenizer, config, path = load_with_config(args.run, args.device)
+    if args.compile:
+        model.compile_decoding()
+    if not args.k and config.objective.name == "next_token":
+        settings = replace(settings, k=1)
+    settings.check(model)
+    if config.blocks.only and (config.blocks.only, settings.k) != (1, 1):  # the first is a model of K = 1
+        raise UserError(
+            f"{args.run} holds block {config.blocks.only} of {config.model.n_blocks} alone: make one model of all blocks'"
+            " runs with recurrent-db blocks join"
+        )
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # type: ignore[union-attr]
+    session = Session(model, tokenizer, settings, str(path))
+    lines = open_lines([f"/{word}" for word in (*VALUES, *ACTIONS)])
+    if is_terminal(sys.stdin):
+        millions = model.parameter_counts()["total"] / 1e6
+        remark(
+            f"{path}: {config.objective.name}, {millions:.3g}M parameters, context {config.model.max_seq_len} tokens,"
+            f" {model.embedding.weight.device}; k {settings.k}. /help lists the commands."
+        )
+    session.run(lines)
+    return 0

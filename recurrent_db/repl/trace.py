@@ -1,0 +1,119 @@
+"""What the iterations did: the read-out after each of them, for tokens of a text as generation draws them.
+
+For a plain loop the read-out after iteration i is what the model says at K = i. For a denoiser's walk of K levels it is the
+estimate of level i, read out; the walk with fewer levels would have others. The last one is in both cases the distribution
+that the token is drawn from, before temperature and filters (with a full cache, but for rounding).
+
+Shapes: T positions, D width, V vocabulary, K iterations, N tokens traced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.denoise.sampler import EVALUATIONS
+from recurrent_db.model.looped import LoopedLM
+from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, Probe
+from recurrent_db.repl.console import BOLD, DIM, GREEN, YELLOW, paint, width_of
+from recurrent_db.rng import EVALUATION_STEP, Rng
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Read-outs by iteration for N tokens."""
+
+    log_p_NKV: Tensor
+    """Log-probabilities, fp64, on the CPU."""
+
+    @property
+    def entropy_NK(self) -> Tensor:
+        """Nats."""
+        return torch.special.entr(self.log_p_NKV.exp()).sum(-1)
+
+    @property
+    def moved_NK(self) -> Tensor:
+        """KL divergence in nats of each read-out from the one before it, KL(p_i || p_{i-1}); NaN for the first."""
+        later, before = self.log_p_NKV[:, 1:], self.log_p_NKV[:, :-1]
+        kl = (later.exp() * (later - before)).sum(-1).clamp(min=0)
+        return torch.nn.functional.pad(kl, (1, 0), value=float("nan"))
+
+
+def context_start(prompt: int, length: int, window: int) -> int:
+    """Where the context of a text's next token starts (see `generate`) when it has ``length`` tokens, first ``prompt``."""
+    start, half = max(0, prompt - window), max(1, window // 2)
+    return start + half * max(0, -((window + start - length) // half))
+
+
+def _hidden(model: LoopedLM, tokens_BT: Tensor, k: int, noise: NoiseSource) -> Tensor:
+    """Hidden vectors after each iteration, (K, B, T, D)."""
+    recurrence, e_BTD = model.recurrence.ready(model), model.encode(tokens_BT)
+    if not isinstance(recurrence, DenoiseWalk):
+        return torch.stack([hidden for _, hidden in recurrence.hidden(model, tokens_BT, e_BTD, range(1, k + 1), noise)])
+    probe = Probe()
+    for _ in recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, probe):
+        pass
+    each = EVALUATIONS[recurrence.config.sampler]  # the first of a step is the one at its level
+    estimates = zip(probe.parts[::each], probe.states[::each], probe.codas[::each], strict=True)
+    return torch.stack([recurrence.read(part, estimate, e_BTD.dtype, coda) for part, estimate, coda in estimates])
+
+
+@torch.inference_mode()
+def trace(model: LoopedLM, ids: list[int], prompt: int, k: int, seed: int = 0, request: int = 0) -> Trace:
+    """Read-outs for the token after the first ``prompt`` ids and for that after each further one.
+
+    Args:
+        ids: a prompt's tokens and those generated after it.
+        prompt: how many of them are the prompt, 1 or more.
+        k, seed, request: as the text was generated with.
+    """
+    window, rng, each = model.config.max_seq_len, Rng(seed, EVALUATION_STEP), []
+    lengths = range(prompt, len(ids) + 1)
+    starts = [context_start(prompt, length, window) for length in lengths]
+    for start in sorted(set(starts)):
+        ends = [length - start - 1 for length, first in zip(lengths, starts, strict=True) if first == start]
+        context = torch.tensor([ids[start : start + ends[-1] + 1]], device=model.embedding.weight.device)
+        noise = NoiseSource(rng, torch.tensor([request]), window, offset=start)
+        hidden_KND = _hidden(model, context, k, noise)[:, 0, ends]
+        each.append(model.logits(hidden_KND).cpu().double().log_softmax(-1).transpose(0, 1))
+    return Trace(torch.cat(each))
+
+
+def label(tokenizer: Tokenizer, token: int) -> str:
+    """A token in one line: quoted text, or bytes where it is no whole characters; special ones in angle brackets."""
+    piece = tokenizer.decode_bytes([token])
+    if not piece:
+        return "<end>" if token == tokenizer.eos_id else f"<{token}>"
+    try:
+        return repr(piece.decode())
+    except UnicodeDecodeError:
+        return repr(piece)[1:]
+
+
+def table(
+    result: Trace, index: int, model: LoopedLM, tokenizer: Tokenizer, drawn: int | None = None, width: int = 100
+) -> list[str]:
+    """Lines for one of the traced tokens: iteration (of a walk, its noise level), entropy, how far the read-out moved, the
+    likeliest tokens and their probabilities; ``drawn`` is marked. At most ``width`` columns where that is enough for one."""
+    k, walk, name_width = result.log_p_NKV.shape[1], model.recurrence, 10
+    sigmas = walk.grid(k) if isinstance(walk, DenoiseWalk) else []
+    head = f"{'k':>4}" + (f"{'sigma':>9}" if sigmas else "") + f"{'entropy':>9}{'moved':>9}  "
+    cells = max(1, min(5, (width - len(head)) // (name_width + 9)))
+    lines = [paint(head + "likeliest tokens", DIM)]
+    entropy_K, moved_K = result.entropy_NK[index].tolist(), result.moved_NK[index].tolist()
+    for i in range(k):
+        line = f"{i + 1:>4}" + (f"{sigmas[i]:>9.3g}" if sigmas else "") + f"{entropy_K[i]:>9.3f}"
+        line += f"{moved_K[i]:>9.3f}  " if i else f"{'':>9}  "
+        p, tokens = result.log_p_NKV[index, i].exp().topk(min(cells, result.log_p_NKV.shape[2]))
+        for probability, token in zip(p.tolist(), tokens.tolist(), strict=True):
+            name = label(tokenizer, token)
+            name = name if width_of(name) <= name_width else name[: name_width - 1] + "…"
+            face = [GREEN] if probability >= 0.5 else [YELLOW] if probability >= 0.1 else [DIM]
+            face += [BOLD] if token == drawn else []
+            padding, mark = " " * (name_width - width_of(name)), "*" if token == drawn else " "
+            line += paint(f"{name}{padding} {probability:.3f}{mark}", *face) + "  "
+        lines.append(line.rstrip())
+    return lines

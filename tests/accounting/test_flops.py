@@ -1,0 +1,307 @@
+"""Analytic FLOPs against PyTorch's counter on the meta device, for every way of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import micro_config, micro_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from recurrent_db.accounting.flops import Cost, Passes, cached_cost, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.cli import flops_table
+from recurrent_db.config import ModelConfig, OptimConfig, load_config
+from recurrent_db.data import Batch
+from recurrent_db.generation.generate import Decoder, stream
+from recurrent_db.generation.sampling import Sampling
+from recurrent_db.model import build_model
+from recurrent_db.model.attention import Rule
+from recurrent_db.optim.optimizer import update_flops
+from recurrent_db.rng import Rng
+
+CONFIGS = Path(__file__).parents[2] / "train/configs"
+MODEL = ModelConfig(vocab_size=101, d_model=32, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=40, d_condition=24)
+B, T = 2, 12
+
+
+def counted(
+    config: ModelConfig, length: int, no_grad: int, grad: int, levels: int = 0, batch: int = B,
+    checkpointing: bool = False,
+) -> float:  # fmt: skip
+    """FLOPs per token that the counter sees in a training step with this realised depth."""
+    model = build_model(config, None, "meta")
+    model.core.checkpointing = checkpointing
+    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        e_BTD = model.encode(tokens)
+        state = torch.zeros_like(e_BTD)
+        c_noise = torch.zeros(batch, levels, device="meta") if levels else None
+        with torch.no_grad():
+            for _ in range(no_grad):
+                state = model.iterate(state, e_BTD, 1, c_noise)
+        for _ in range(grad):
+            state = model.iterate(state, e_BTD, 1, c_noise)
+        model.logits(model.decode(state)).sum().backward()
+    return counter.get_total_flops() / (batch * length)
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (24, 8)])
+def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
+    ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
+    assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", range(1, 41))
+def test_every_realised_depth(depth: int) -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=False, n_core=1)
+    no_grad, grad = max(0, depth - 8), min(depth, 8)
+    ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
+    assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 8, 20])
+def test_full_backpropagation(depth: int) -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=False)
+    ours = total(cost_per_token(config, T, Passes(core_grad=depth))).total
+    assert ours == pytest.approx(counted(config, T, 0, depth), rel=1e-3)
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (3, 4)])
+def test_checkpointed_iterations_are_counted_as_recomputation(injection: str, no_grad: int, grad: int) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
+    passes = Passes(core_no_grad=no_grad, core_grad=grad)
+    kept = total(cost_per_token(config, T, passes))
+    again = total(cost_per_token(config, T, passes, checkpointing=True))
+    assert again.total == kept.total
+    # The meta device knows no fused attention, hence no scores made again: the difference is checkpointing alone.
+    counted_again = counted(config, T, no_grad, grad, checkpointing=True) - counted(config, T, no_grad, grad)
+    assert counted_again > 0
+    assert again.recomputed - kept.recomputed == pytest.approx(counted_again, rel=1e-3)
+
+
+def test_fused_attention_makes_its_scores_again() -> None:
+    """On real tensors the fused CPU kernel runs; PyTorch counts its backward as five products, where four are model
+    FLOPs."""
+    config = dataclasses.replace(MODEL, noise_conditioning=False)
+    model = build_model(config, 0)
+    tokens = torch.zeros(B, T, dtype=torch.long)
+    ops = torch.ops.aten
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(
+            q, k, v
+        ),
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: lambda d, q, k, v, *_, out_shape=None, **__: (
+            sdpa_backward_flop_count(d, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(tokens, 3).sum().backward()
+    ours = total(cost_per_token(config, T, Passes(core_grad=3)))
+    assert ours.recomputed > 0
+    assert ours.hardware == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_masked_pairs_are_those_that_the_masks_hide(length: int, strict: bool) -> None:
+    """Attention's FLOPs on hidden pairs, against a count over the masks themselves."""
+    model = dataclasses.replace(MODEL, n_prelude=0, n_core=1, n_coda=0)
+    plain = total(cost_per_token(model, length, Passes(core_grad=1)))
+    hidden = 1 - torch.ones(length, length).tril().mean().item()
+    assert plain.masked == pytest.approx(hidden * plain.attention)
+    assert plain.causal == pytest.approx(plain.total - plain.masked)
+    beside = Passes(core_no_grad=1, core_grad=0, beside=True, known_no_grad=int(strict))
+    rule = Rule(length, length, stream="strictly beside" if strict else "beside")
+    seen = rule.mask(torch.device("cpu")).float().mean().item()
+    both = cost_per_token(model, length, beside)["core"]
+    known = cost_per_token(model, length, Passes(core_no_grad=1, core_grad=0))["core"] if strict else Cost()
+    assert both.masked - known.masked == pytest.approx((1 - seen) * 2 * length * 4 * model.d_model)
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize("levels", [1, T])
+def test_denoise_with_a_level_per_sequence_and_per_token(injection: str, levels: int) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=True)
+    ours = total(cost_per_token(config, T, Passes(core_grad=1, noise_levels=levels))).total
+    assert ours == pytest.approx(counted(config, T, 0, 1, levels), rel=1e-3)
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_two_streams(injection: str) -> None:
+    config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=True)
+    model = build_model(config, None, "meta")
+    tokens = torch.zeros(B, T, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        e_BTD = model.encode(tokens)
+        clean, _ = model.core_contexts(torch.zeros_like(e_BTD), e_BTD)
+        state = model.iterate(e_BTD, e_BTD, 1, torch.zeros(B, 1, device="meta"), clean)
+        model.logits(model.decode(state)).sum().backward()
+    ours = total(cost_per_token(config, T, Passes(core_grad=1, clean_grad=1, beside=True, noise_levels=1))).total
+    assert ours == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+def test_known_neighbours() -> None:
+    config = dataclasses.replace(MODEL, noise_conditioning=True)
+    model = build_model(config, None, "meta")
+    tokens, level = torch.zeros(B, T, dtype=torch.long, device="meta"), torch.zeros(B, 1, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        e_BTD = model.encode(tokens)
+        core, state = model.core_contexts(e_BTD, e_BTD, level, strict=True, finish=True)
+        coda = model.coda_contexts(state, strict=True)
+        model.logits(model.decode(model.iterate(e_BTD, e_BTD, 1, level, core), coda))
+    passes = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False,
+                    known_no_grad=1, beside=True, noise_levels=1)  # fmt: skip
+    assert inference_cost(config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["next_token"],
+        ["next_token", "--model.noise_conditioning", "True"],  # built, and never run
+        ["unrolled", "--model.noise_conditioning", "True"],
+        *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
+        ["denoise"],  # its first step, which runs none of the core's blocks
+        ["denoise", "--objective.denoise.shallow", "0"],
+        ["denoise", "--objective.denoise.flat", "0"],
+        ["denoise-paper"],
+        *(["denoise-token", "--objective.token.draw", draw] for draw in ("batch", "sequence", "token")),
+        ["denoise-token", "--objective.token.conditioning", "two-stream"],
+        ["denoise-token", "--objective.token.targets", "separate"],
+        ["denoise-token", "--objective.token.loss", "l2"],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], injection: str) -> None:
+    """The objective itself, forward and backward, against the counter, at several realised depths."""
+    config = micro_config("--objective.name", *options, "--model.injection", injection)
+    model, objective = micro_model(config)
+    length = config.data.sequence_length
+    ids = torch.randint(61, (2, length + 1))
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
+    for step in range(4 if options[0] in ("unrolled", "denoise") else 1):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            objective(model, batch, Rng(0, step), 0.0)[0].backward()
+        ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
+        assert ours == pytest.approx(counter.get_total_flops() / (2 * length), rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "pythia-70m-looped", "looped-1b", "huginn-3.5b"])
+def test_presets(preset: str) -> None:
+    config = load_config(CONFIGS / f"{preset}.toml")
+    model, length = config.model, config.data.sequence_length
+    model.vocab_size = model.vocab_size or 2048
+    for conditioned in (False, True):
+        model.noise_conditioning = conditioned
+        ours = total(
+            cost_per_token(model, length, Passes(core_no_grad=2, core_grad=1, noise_levels=int(conditioned)))
+        ).total
+        assert ours == pytest.approx(counted(model, length, 2, 1, int(conditioned), batch=1), rel=1e-3)
+
+
+def test_a_step_is_the_sum_of_its_parts_and_kinds() -> None:
+    config = load_config(CONFIGS / "tiny.toml")
+    config.model.vocab_size = 100
+    parts = cost_per_token(config.model, config.data.sequence_length, Passes(core_no_grad=3, core_grad=2))
+    whole = step_cost(config, Passes(core_no_grad=3, core_grad=2))
+    assert whole.total == pytest.approx(sum(c.forward + c.backward_input + c.backward_weight for c in parts.values()))
+    assert parts["core"].backward == pytest.approx(parts["core"].forward * 2 * 2 / 5)  # two of five iterations
+    assert whole.total == pytest.approx(whole.matmul + whole.attention)
+    assert list(parts) == ["embedding", "prelude", "adapter", "core", "conditioning", "coda", "head", "bridge"]
+
+
+def test_weights_and_attention_apart() -> None:
+    """The published rule: 6 FLOPs per weight and token, and 12 T D per layer for attention (arXiv 2204.02311, app. B)."""
+    model = dataclasses.replace(MODEL, noise_conditioning=False, injection="add")
+    whole = total(cost_per_token(model, T, Passes(core_grad=1)))
+    layers = model.n_prelude + model.n_core + model.n_coda
+    built = build_model(model, None, "meta")
+    weights = sum(p.numel() for name, p in built.named_parameters() if "norm" not in name and "bias" not in name)
+    assert whole.matmul == 6 * weights  # the tied table counts once, as the head
+    assert whole.attention == layers * 12 * T * model.d_model
+
+
+def test_update_is_counted_apart() -> None:
+    model = build_model(dataclasses.replace(MODEL, noise_conditioning=False), None, "meta")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(update_flops(model, OptimConfig()).values()) == 17 * parameters
+    assert update_flops(model, OptimConfig(ema_decay=0.99))["average"] == 3 * parameters
+
+
+def test_the_largest_preset_is_counted_in_five_seconds() -> None:
+    config = load_config(CONFIGS / "huginn-3.5b.toml")
+    start = time.perf_counter()
+    table = flops_table(config, 3.0, 2)
+    assert time.perf_counter() - start < 5
+    assert table["parameters"]["total"] > 3.5e9
+
+
+def test_inference_costs_forward_passes_alone() -> None:
+    model = build_model(dataclasses.replace(MODEL, noise_conditioning=False), None, "meta")
+    tokens = torch.zeros(B, T, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, 4)
+    passes = Passes(core_no_grad=4, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
+    assert inference_cost(model.config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["next_token"],
+        ["unrolled"],
+        ["denoise-token"],
+        ["denoise-token", "--objective.token.bridge", "state"],
+        ["denoise-token", "--objective.token.bridge", "hard", "--objective.token.sampler", "heun"],
+        ["denoise-token", "--objective.token.conditioning", "two-stream"],
+        ["denoise-token", "--objective.token.neighbours", "known"],
+    ],
+    ids="-".join,
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what the decoder says that it did, against the counter: a prompt read in parts, single tokens, a window that
+    is outgrown, a batch."""
+    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8"]
+    model, _ = micro_model(micro_config("--objective.name", *options, *window))
+    monkeypatch.setattr(sys.modules["recurrent_db.generation.generate"], "_LOGITS_AT_ONCE", 3 * 61)
+    for prompts, new in (([7], 1), ([5], 6), ([4, 1], 2)):
+        decoders: list[Decoder] = []
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            for _ in stream(model, [list(range(n)) for n in prompts], k, new, Sampling(), watch=decoders.append):
+                pass
+        passes = model.recurrence.passes(k)
+        costs = [w.rows * cached_cost(model.config, passes, w.first, w.stop, w.read) for w in decoders[0].work]
+        assert sum(costs) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+@pytest.mark.parametrize("injection", ["linear", "add"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"sampler": "speculative:1:3"},
+        {"sampler": "diagonal:2"},
+        {"exit": "kl:1e-2"},
+        {"exit": "latent:0.1", "warm_start": True},
+    ],
+)
+def test_what_fast_samplers_cost(injection: str, method: dict[str, Any]) -> None:
+    """Block by block, against the counter: prompts of several lengths, lost drafts, a window that is outgrown."""
+    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8", "--model.injection", injection]
+    model, _ = micro_model(micro_config("--objective.name", "unrolled", *window))
+    engines: list[Any] = []
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+        for _ in stream(model, prompts, 5, 9, Sampling(), watch=engines.append, **method):
+            pass
+    assert engines[0].flops == pytest.approx(counter.get_total_flops(), rel=1e-9)

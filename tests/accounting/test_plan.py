@@ -1,0 +1,171 @@
+"""`recurrent-db plan`: memory against what steps really hold, communication and time against hand counts, mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from helpers import ROOT, load_script
+
+from recurrent_db import cli
+from recurrent_db.accounting import plan
+from recurrent_db.accounting.step_memory import PARTS, Sizes, Step
+from recurrent_db.arguments import parse
+from recurrent_db.config import load_config
+from recurrent_db.errors import UserError
+from recurrent_db.model import build_model
+
+HUGINN, TINY = (str(ROOT / f"train/configs/{name}.toml") for name in ("huginn-3.5b", "tiny"))
+benchmark = load_script("benchmarks/speed/footprint.py")
+
+
+def planner(*words: str) -> plan.Planner:
+    own, dotted = plan.split_dotted(list(words))
+    args = parse(plan.PlanArgs, own)
+    args.overrides = dotted
+    return plan.make_planner(args)
+
+
+@pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: f"{case[0]}: {case[1]} {case[2] or ''}")
+def test_planned_memory_is_what_a_step_holds(case: tuple[str, str, dict[str, object]]) -> None:
+    shape, step, more = case
+    measured, predicted, state = benchmark.measure(shape, step, **more)
+    assert predicted == pytest.approx(measured, rel=0.05)
+    assert predicted - state == pytest.approx(measured - state, rel=0.05)  # weights and optimizer hide nothing
+
+
+def test_sizes_are_the_models() -> None:
+    config = load_config(ROOT / "train/configs/pythia-70m-looped.toml")
+    sizes, counts = Sizes.of(config), build_model(config.model, None, "meta").parameter_counts()
+    assert sizes.total == counts["total"] + counts["noise_conditioning"]
+    assert sizes.core == counts["core"] + counts["adapter"]
+    assert sizes.ends * sizes.block == counts["prelude"] + counts["coda"]
+
+
+def test_shards_divide_what_is_kept_and_not_what_is_computed_with() -> None:
+    config = load_config(ROOT / "train/configs/pythia-70m-looped.toml")
+    whole = Step(config, 4, 2, mode="ddp", half=True, cuda=True).walk()
+    eight = Step(config, 4, 2, mode="fsdp", shards=8, half=True, cuda=True).walk()
+    for part in ("parameters", "optimizer"):
+        assert eight.peak[part] == pytest.approx(whole.peak[part] / 8, abs=8)
+    assert eight.peak["activations"] == whole.peak["activations"]
+    assert eight.peak["gathered"] > 0
+    assert set(eight.peak) <= set(PARTS)
+    for line in (whole, eight):  # all that a step took for itself is given back
+        left = {part for part, size in line.held.items() if abs(size) > 64}
+        assert left == {"parameters", "optimizer"}
+
+
+def test_what_a_step_sends_by_hand() -> None:
+    found = planner(HUGINN, "--gpus", "512", "--gpu", "H100", "--objective.name", "next_token")
+    sizes = found.sizes
+    network = plan.Network(450e9, 50e9, 8, 0.8)
+    (reduced,) = plan.collectives(sizes, "ddp", 512, 1, 8, 2, network)
+    assert reduced.wire_bytes == pytest.approx(2 * 511 / 512 * 4 * sizes.total)
+    hops = reduced.count * plan.HOP * 9
+    assert reduced.seconds == pytest.approx(reduced.wire_bytes / (0.8 * 400e9) + hops)  # eight cards of 50 GB/s
+    gathered, scattered = plan.collectives(sizes, "fsdp", 512, 512, 8, 2, network)
+    assert gathered.count == 9 * 4 + 1 + 1  # four blocks: one forward and eight backwards; the core; the rest
+    assert scattered.count == 4 + 1 + 1
+    assert scattered.bytes == 4 * sizes.total
+    kinds = [c.kind for c in plan.collectives(sizes, "hsdp", 512, 8, 8, 2, network)]
+    assert kinds == ["all-gather", "reduce-scatter", "all-reduce"]
+    assert plan.collectives(sizes, "none", 1, 1, 8, 2, network) == []
+
+
+def test_what_is_sent_does_not_depend_on_depth() -> None:
+    sent = []
+    for depth in ("1", "8"):
+        options = ["--objective.unrolled.truncation", depth, "--objective.unrolled.mean_depth", depth]
+        sent.append(planner(HUGINN, "--gpus", "8", "--gpu", "H200", *options).estimate(8, "fsdp", 8).collectives)
+    assert sent[0] == sent[1]
+
+
+def test_time_follows_from_flops() -> None:
+    found = planner(HUGINN, "--gpus", "8", "--gpu", "H200", "--mfu", "0.5", "--budget.steps", "10")
+    estimate = found.best(8)
+    assert estimate.compute_seconds == pytest.approx(found.step_flops / (8 * 989e12 * 0.5))
+    row = plan.table(found, 8)["modes"][0]
+    assert row["budget_seconds"] == pytest.approx(10 * row["step_seconds"])
+    assert row["tokens_per_s"] == pytest.approx(4096 * 4096 / row["step_seconds"])
+    assert [r["gpus"] for r in plan.table(found, 8)["by_gpus"]] == list(plan.COUNTS)
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", TINY, "--gpus", "2", "--gpu", "h100", "--json", "--data.batch-size", "16", "--seed", "3"]
+    assert cli.run(words) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["fits"]
+    assert [row["mode"] for row in table["modes"]] == ["ddp", "fsdp"]
+    assert table["tokens_per_step"] == 16 * 128
+    for row in table["modes"]:
+        assert sum(row["memory"].values()) == row["peak_bytes"]
+
+
+def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [HUGINN, "--gpus", "8", "--gpu", "H100", "--data.micro-batch-size", "2"]
+    assert cli.run(["plan", *words]) == 0
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("does not fit"))
+    assert "--run.activation-checkpointing" in told
+    remedies = plan.table(planner(*words), 8)["remedies"]
+    for remedy in remedies:  # each one does make it fit
+        options = re.sub(r" ?\(with \w+\)", "", remedy)
+        if options.startswith("--"):
+            given = options.replace("checkpointing", "checkpointing true").split()
+            assert planner(*words, *given).best(8).fits
+    assert remedies
+
+
+def test_modes_are_those_that_the_configuration_allows() -> None:
+    words = [
+        str(ROOT / "train/configs/pythia-70m-looped.toml"),
+        "--gpus",
+        "16",
+        "--gpu",
+        "H200",
+        "--data.batch_size",
+        "64",
+    ]
+    modes = lambda *more: planner(*words, *more).modes(16)  # noqa: E731
+    assert modes() == [("ddp", 1), ("fsdp", 16), ("hsdp", 8)]
+    assert modes("--optim.name", "muon") == modes("--parallel.mode", "ddp") == [("ddp", 1)]
+    assert modes("--parallel.mode", "fsdp") == [("fsdp", 16), ("hsdp", 8)]
+    assert modes("--parallel.mode", "fsdp", "--parallel.shard-size", "4") == [("hsdp", 4)]
+    assert planner(*words, "--parallel.mode", "fsdp", "--parallel.shard-size", "4").modes(2) == [("fsdp", 2)]
+
+
+def test_a_model_in_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="recurrent-db flops"):
+        planner(str(ROOT / "train/configs/gpt-blocks.toml"), "--gpus", "2", "--gpu", "A100")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "8", "--gpu", "H2000"], "did you mean H200"),
+        (["--gpus", "0", "--gpu", "H200"], "--gpus must be 1 or more"),
+        (["--gpus", "3", "--gpu", "H200"], "does not divide among 3"),
+        (["--gpus", "8", "--gpu", "H200", "--mfu", "1.5"], "at most 1"),
+        (["--gpus", "8", "--gpu", "H200", "--mfu", "0"], "--mfu must be above 0"),
+        (["--gpus", "8"], "required"),
+        (["--gpus", "8", "--gpu", "H200", "--data.batch-sise", "3"], "batch"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "none"], "is one process"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.shard-size", "4"], "belongs to parallel.mode = fsdp"),
+        (
+            ["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--parallel.shard-size", "3"],
+            "does not divide 8",
+        ),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--optim.name", "muon"], "needs whole matrices"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        cli.run(["plan", HUGINN, *words])
+    assert "\n" not in str(error.value)
+
+
+def test_scaling_md_is_current() -> None:
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert len(benchmark.QUOTED.findall(text)) == 2
+    assert benchmark.with_plans(text) == text, "run benchmarks/speed/footprint.py --docs docs/scaling.md"

@@ -1,0 +1,349 @@
+"""Out to Hugging Face transformers and back: the same numbers, the same ids, the same text."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from helpers import OBJECTIVES, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import recurrent_db
+from recurrent_db.cli import run
+from recurrent_db.data.tokenizer import HOSTILE_TEXTS, Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.huggingface.export import export
+from recurrent_db.huggingface.import_folder import import_folder
+from recurrent_db.model import LoopedLM
+from recurrent_db.optim.optimizer import EMA, build_optimizer
+from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.store.checkpoint import Checkpoint, TrainState, find_checkpoint, save_checkpoint
+
+transformers = pytest.importorskip("transformers", reason="extra `hf` is not installed")
+
+WINDOW = 32
+DENOISE = ("--objective.token.grid", "karras", "--objective.token.bridge", "hard", "--model.d_condition", "15")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    **{name: ("--objective.name", name) for name in OBJECTIVES},
+    "paper": ("--objective.name", "denoise-paper", "--model.injection", "add"),
+    "hard": ("--objective.name", "denoise-token", *DENOISE),
+    "state": ("--objective.name", "denoise-token", "--objective.token.bridge", "state", "--objective.token.targets",
+              "separate", "--objective.token.density", "log-uniform", "--model.injection", "diagonal"),
+    "levels": ("--objective.name", "denoise-token", "--objective.token.grid", "log-uniform", "--model.n_prelude", "0"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers copies a folder's code before it runs it: not into the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, tuple[Path, Path]]:
+    """Run and exported folder of each variant."""
+    root, result = tmp_path_factory.mktemp("hf"), {}
+    for name, options in VARIANTS.items():
+        objective = options[1]
+        folder = make_checkpoint(root / name, tokenizer, objective, WINDOW, *options[2:])
+        export(folder, root / f"{name}-hf")
+        result[name] = folder, root / f"{name}-hf"
+    return result
+
+
+def from_hf(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def hf_tokenizer(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
+@torch.inference_mode()
+def logits(model: LoopedLM, ids_BT: Tensor, k: int, seed: int = 0) -> Tensor:
+    """Ours, of sequences that are requests 0, 1, ..."""
+    requests = torch.arange(len(ids_BT))
+    noise = NoiseSource(Rng(seed, EVALUATION_STEP), requests, model.config.max_seq_len)
+    [(_, hidden)] = model.recurrence.hidden(model, ids_BT, model.encode(ids_BT), [k], noise)
+    return model.logits(hidden)
+
+
+def some_ids(vocab_size: int, length: int = WINDOW + 8) -> Tensor:
+    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_exported_and_imported_again_gives_the_same_logits_bit_for_bit(
+    exported: dict[str, tuple[Path, Path]], name: str, tmp_path: Path
+) -> None:
+    """Also past the window, where the noise is of another page."""
+    run_dir, folder = exported[name]
+    model, tokenizer = recurrent_db.load(run_dir, "cpu")
+    theirs = from_hf(folder)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "modeling_recurrent_db.py",
+        "tokenization_recurrent_db.py", "tokenizer.model", "tokenizer_config.json",
+    }  # fmt: skip
+    import_folder(folder, tmp_path / "back")
+    back, same_tokenizer = recurrent_db.load(tmp_path / "back", "cpu")
+    assert same_tokenizer.hash == tokenizer.hash
+    before, after = (Checkpoint(find_checkpoint(path)) for path in (run_dir, tmp_path / "back"))
+    assert before.config().model == after.config().model
+    assert before.config().objective == after.config().objective
+    ids = some_ids(tokenizer.vocab_size)
+    for k in (1, 2, 5):
+        ours = logits(model, ids, k)
+        assert torch.equal(ours, logits(back, ids, k))
+        with torch.inference_mode():
+            assert torch.equal(ours, theirs(ids, num_recurrence=k).logits)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_greedy_generation_equals_ours(exported: dict[str, tuple[Path, Path]], name: str, k: int) -> None:
+    """A batch with padding, and each prompt alone."""
+    run_dir, folder = exported[name]
+    model, tokenizer = recurrent_db.load(run_dir, "cpu")
+    theirs, hf = from_hf(folder), hf_tokenizer(folder)
+    prompts = ["def main(", "x"]
+    new = 16
+    assert max(len(tokenizer.encode(p)) for p in prompts) + new <= WINDOW
+    ours = recurrent_db.generate_texts(model, tokenizer, prompts, k, new, temperature=0)
+
+    def generated(batch: list[str]) -> list[str]:
+        inputs = hf(batch, return_tensors="pt", padding=True)
+        out = theirs.generate(**inputs, max_new_tokens=new, do_sample=False, num_recurrence=k)
+        return hf.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    assert generated(prompts) == ours
+    assert generated(prompts[:1]) == ours[:1]
+    assert len(ours[0]) > 4
+
+
+def test_k_and_seed_have_defaults_that_export_sets(
+    exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    assert {name: from_hf(exported[name][1]).config.num_recurrence for name in OBJECTIVES} == {
+        "next_token": 1, "unrolled": 4, "denoise": 3, "denoise-token": 1,
+    }  # fmt: skip
+    export(exported["unrolled"][0], tmp_path / "x", k=3, seed=7)
+    model, theirs, ids = recurrent_db.load(exported["unrolled"][0], "cpu")[0], from_hf(tmp_path / "x"), some_ids(300)
+    with torch.inference_mode():
+        assert torch.equal(theirs(ids).logits, logits(model, ids, 3, seed=7))
+    assert not torch.equal(logits(model, ids, 3), logits(model, ids, 3, seed=7))
+
+
+@pytest.mark.parametrize("name", ["unrolled", "denoise-token", "hard", "levels"])
+def test_cached_passes_equal_one_pass(exported: dict[str, tuple[Path, Path]], name: str) -> None:
+    """Padded on the left, in chunks; with one K alone."""
+    theirs = from_hf(exported[name][1]).double()
+    ids = some_ids(300, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    with torch.inference_mode():
+        whole = theirs(ids, attention_mask=mask, num_recurrence=3).logits
+        alone = theirs(ids[:1], num_recurrence=3).logits
+        cache = transformers.DynamicCache()
+        parts = [
+            theirs(ids[:, a:b], attention_mask=mask[:, :b], cache=cache, num_recurrence=3).logits
+            for a, b in ((0, 7), (7, 11), (11, 12), (12, 20))
+        ]
+        for wrong in (1, 2, 4):
+            with pytest.raises(ValueError, match=r"another K|one K"):
+                theirs(ids[:, :1], cache=cache, num_recurrence=wrong)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-9)
+    torch.testing.assert_close(whole[:1], alone, rtol=0, atol=1e-9)
+
+
+def test_it_trains_under_transformers_and_comes_back(exported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """The loss is next-token cross-entropy; what transformers saves, in several files, is imported."""
+    run_dir, folder = exported["unrolled"]
+    theirs, ids = from_hf(folder), some_ids(300)
+    loss = theirs(ids, labels=ids, num_recurrence=2).loss
+    expected = torch.nn.functional.cross_entropy(
+        logits(recurrent_db.load(run_dir, "cpu")[0], ids, 2)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in theirs.parameters())
+    torch.optim.SGD(theirs.parameters(), 0.1).step()
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    hf_tokenizer(folder).save_pretrained(tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    import_folder(tmp_path / "saved", tmp_path / "back")
+    back = recurrent_db.load(tmp_path / "back", "cpu")[0]
+    with torch.inference_mode():
+        assert torch.equal(logits(back, ids, 2), theirs(ids, num_recurrence=2).logits)
+    assert not torch.equal(back.embedding.weight, recurrent_db.load(run_dir, "cpu")[0].embedding.weight)
+
+
+def test_the_average_of_the_weights_is_what_is_exported(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = Checkpoint(find_checkpoint(make_checkpoint(tmp_path / "plain", tokenizer, "next_token", WINDOW)))
+    config, model = source.config(), recurrent_db.load(tmp_path / "plain", "cpu")[0]
+    config.optim.ema_decay = 0.9
+    ema = EMA(model, 0.9)
+    ema.shadow = {name: value + 1 for name, value in ema.shadow.items()}
+    save_checkpoint(
+        tmp_path / "run", config, tokenizer, model, build_optimizer(model, config.optim), ema, TrainState(), {}
+    )
+    export(tmp_path / "run", tmp_path / "out")
+    assert torch.equal(from_hf(tmp_path / "out").embedding.weight, model.embedding.weight + 1)
+
+
+def test_an_adaptive_density_travels(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = Checkpoint(find_checkpoint(make_checkpoint(tmp_path / "plain", tokenizer, "denoise-token", WINDOW)))
+    config, model = source.config(), recurrent_db.load(tmp_path / "plain", "cpu")[0]
+    config.objective.token.density = "adaptive"
+    fit = {"sums": [float(i * i) for i in range(48)], "counts": [2.0] * 48}
+    optimizer = build_optimizer(model, config.optim)
+    save_checkpoint(tmp_path / "run", config, tokenizer, model, optimizer, None, TrainState(), fit)
+    export(tmp_path / "run", tmp_path / "out")
+    import_folder(tmp_path / "out", tmp_path / "back")
+    ours, ids = recurrent_db.load(tmp_path / "run", "cpu")[0], some_ids(300)
+    assert torch.equal(logits(ours, ids, 4), logits(recurrent_db.load(tmp_path / "back", "cpu")[0], ids, 4))
+    with torch.inference_mode():
+        assert torch.equal(logits(ours, ids, 4), from_hf(tmp_path / "out")(ids, num_recurrence=4).logits)
+    assert not torch.equal(logits(ours, ids, 4), logits(recurrent_db.load(tmp_path / "plain", "cpu")[0], ids, 4))
+
+
+@pytest.mark.parametrize("name", ["modeling_recurrent_db.py", "tokenization_recurrent_db.py"])
+def test_the_code_in_a_folder_needs_nothing_of_this_package(exported: dict[str, tuple[Path, Path]], name: str) -> None:
+    tree = ast.parse((exported["denoise-token"][1] / name).read_text(encoding="utf-8"))
+    imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imports |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imports} <= {
+        "__future__", "collections", "dataclasses", "hashlib", "itertools", "math", "numpy", "pathlib", "re",
+        "sentencepiece", "torch", "transformers", "typing",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+TEXT = st.text(
+    st.one_of(st.characters(exclude_categories=[]), st.sampled_from(" \n\t\r\u2581\x00<>|s/_aeiou0123456789")),
+    max_size=200,
+)
+PARTS = st.sampled_from([
+    "</s>", "<s>", "<unk>", "<pad>", "<0x41>", "<|end|>", "\u2581", "    ", "\n\n", "\U0001f468\u200d\U0001f469",
+    "e\u0301", "\ufb01", "\x00\x1b", "aaaa",
+])  # fmt: skip
+HOSTILE = st.one_of(TEXT, st.lists(st.one_of(PARTS, TEXT), max_size=6).map("".join))
+
+
+@pytest.fixture(scope="module")
+def tokenizers(
+    exported: dict[str, tuple[Path, Path]],
+    tokenizer: Tokenizer,
+    texts: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[Tokenizer, Any]]:
+    """Ours and the exported one, of a model trained here, and of one whose own normalisation folds and collapses."""
+    model, root = io.BytesIO(), tmp_path_factory.mktemp("foreign")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[0].splitlines()),
+        model_writer=model,
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=3,
+    )
+    foreign = Tokenizer.from_bytes(model.getvalue())
+    export(make_checkpoint(root / "run", foreign, "next_token", WINDOW), root / "out")
+    return [(tokenizer, hf_tokenizer(exported["next_token"][1])), (foreign, hf_tokenizer(root / "out"))]
+
+
+@given(HOSTILE)
+@settings(deadline=None, max_examples=300)
+def test_the_exported_tokenizer_gives_our_ids(tokenizers: list[tuple[Tokenizer, Any]], text: str) -> None:
+    for ours, hf in tokenizers:
+        ids = ours.encode(text)
+        assert hf(text)["input_ids"] == ids
+        assert hf.encode(text) == ids
+        assert hf.decode(ids) == ours.decode(ids)
+
+
+def test_the_exported_tokenizer_on_listed_texts_and_special_tokens(
+    exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    hf = hf_tokenizer(exported["next_token"][1])
+    texts = [*HOSTILE_TEXTS, "\ud800 lone", "line of text\n" * 15_000]
+    assert hf(texts)["input_ids"] == [tokenizer.encode(text) for text in texts]
+    assert (hf.eos_token_id, hf.pad_token_id, hf.bos_token_id) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id)
+    assert len(hf) == hf.vocab_size == tokenizer.vocab_size
+    ids = [*tokenizer.encode("a"), tokenizer.eos_id]
+    assert (hf.decode(ids), hf.decode(ids, skip_special_tokens=True)) == ("a</s>", "a")
+    hf.save_pretrained(tmp_path / "again")
+    assert hf_tokenizer(tmp_path / "again")(texts)["input_ids"] == hf(texts)["input_ids"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    assert run(["export", str(exported["unrolled"][0]), "--to", "hf", str(tmp_path / "out"), "--k", "2"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_recurrence"] == 2
+    assert run(["import", str(tmp_path / "out"), str(tmp_path / "run")]) == 0
+    for words in (["export", str(exported["unrolled"][0]), "--to", "hf", str(tmp_path / "out")],
+                  ["import", str(tmp_path / "out"), str(tmp_path / "run")]):  # fmt: skip
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError, match="exists and is not an empty folder"):
+            run(words)
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in (
+        ("hidden_size", -1),
+        ("vocab_size", 10),
+        ("injection", "x"),
+        ("max_position_embeddings", 10**12),
+    ):
+        (tmp_path / "out" / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError, match=f"{key} is .*, and run.config.model"):
+            run(["import", str(tmp_path / "out"), str(tmp_path / "run2")])
+    assert not (tmp_path / "run2").exists()
+    with pytest.raises(UserError, match="no run directory"):
+        run(["export", str(tmp_path / "nowhere"), "--to", "hf", str(tmp_path / "b")])
+    with pytest.raises(UserError, match="--k must be"):
+        run(["export", str(exported["unrolled"][0]), "--to", "hf", str(tmp_path / "b"), "--k", "-1"])
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["conditioning=two-stream", "neighbours=known", "sampler=heun", "sampler=ancestral", "bridge=sample"]
+)
+def test_walks_that_the_exported_code_lacks_are_refused(option: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    key, value = option.split("=")
+    folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise-token", WINDOW, f"--objective.token.{key}", value)
+    with pytest.raises(UserError, match=f"objective.token.{key} = {value} cannot be exported"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_configuration_names_no_place_of_this_machine(
+    exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(
+        tmp_path / "run", tokenizer, "next_token", WINDOW, "--data.path", "/secret/a", "--data.val_path", "/secret/b",
+        "--run.dir", "/secret/c", "--init.from", "/secret/d",
+    )  # fmt: skip
+    export(folder, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "secret" not in path.read_text(), path.name

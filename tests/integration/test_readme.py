@@ -1,0 +1,53 @@
+"""The README's commands are run as they stand, with a smaller vocabulary and budget."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALLER = {"8192": "512", "2e7": "4e3", "1,2,4,8,16,32": "1,2"}
+
+
+def commands(section: str) -> list[list[str]]:
+    """The commands of the first code block under a heading, each as words."""
+    block = re.search(rf"## {section}\n.*?```\n(.*?)```", README, re.DOTALL)
+    assert block is not None
+    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines()]
+
+
+def test_a_run_of_ones_own(tmp_path: Path, texts: list[str]) -> None:
+    pytest.importorskip("lm_eval", reason="one of the README's commands runs lm-eval, which is not installed")
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "books" / f"{number}.txt").write_bytes(text.encode())
+    for folder in ("recurrent_db", "train", "eval", "tokenizers"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = commands("Your own run")
+    assert len(run) == 6
+    for words in run:
+        words = [SMALLER.get(word, word) for word in words]
+        words = {"python": [sys.executable], "recurrent-db": [sys.executable, "-m", "recurrent_db"]}[words[0]] + words[
+            1:
+        ]
+        if "heldout_cloze" in words:
+            words += ["--limit", "5"]
+        result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{shlex.join(words)}: {result.stderr}"
+    assert (tmp_path / "report.html").exists()
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
+        r"(?:train|eval|tokenizers|docs)/[\w./-]+\.(?:py|toml|md)", README
+    )
+    assert len(named) > 8
+    assert [name for name in named if not name.startswith("http") and not (ROOT / name).exists()] == []

@@ -1,0 +1,348 @@
+"""The network against an independent one, its initialisation, its size, and what position i may see."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.utils
+from helpers import micro_config, with_values
+
+from recurrent_db.config import ModelConfig, load_config
+from recurrent_db.data import Batch
+from recurrent_db.errors import UserError
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.depth import poisson_quantile, sample_depth
+from recurrent_db.model.layers import Attention, GatedMLP, apply_rope, rope_table, scaled_rms
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
+
+SMALL = ModelConfig(vocab_size=31, d_model=16, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=24, max_seq_len=16)
+CONFIGS = Path(__file__).parents[2] / "train/configs"
+
+
+def perturbed(config: ModelConfig, seed: int = 0) -> LoopedLM:
+    """A float64 model none of whose parameters has its special initial value."""
+    model = build_model(config, seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+class Reference:
+    """The forward pass written again with numpy, complex rotary pairs and explicit loops over heads and positions."""
+
+    def __init__(self, model: LoopedLM) -> None:
+        self.config = model.config
+        self.p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + self.config.norm_eps) * self.p[name]
+
+    def attention(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        length, width = x.shape
+        heads, size = self.config.n_heads, width // self.config.n_heads
+        q, k, v = np.split(x @ self.p[prefix + "qkv.weight"].T, 3, axis=-1)
+        out = np.zeros_like(x)
+        rates = self.config.rope_base ** (-np.arange(0, size, 2) / size)
+        turn = np.exp(1j * np.arange(length)[:, None] * rates)
+        for h in range(heads):
+            part = slice(h * size, (h + 1) * size)
+            qh = q[:, part] + self.p[prefix + "qk_bias"][0, h]
+            kh = k[:, part] + self.p[prefix + "qk_bias"][1, h]
+            qc, kc = (qh[:, 0::2] + 1j * qh[:, 1::2]) * turn, (kh[:, 0::2] + 1j * kh[:, 1::2]) * turn
+            for i in range(length):
+                scores = np.array([(qc[i] * kc[j].conj()).sum().real for j in range(i + 1)]) / math.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                out[i, part] = (weights / weights.sum()) @ v[: i + 1, part]
+        return out @ self.p[prefix + "proj.weight"].T
+
+    def mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        gate, up = np.split(x @ self.p[prefix + "fc.weight"].T, 2, axis=-1)
+        return (gate / (1 + np.exp(-gate)) * up) @ self.p[prefix + "proj.weight"].T
+
+    def block(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        x = self.norm(
+            self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.") + x, prefix + "norm_2.weight"
+        )
+        return self.norm(
+            self.mlp(self.norm(x, prefix + "norm_3.weight"), prefix + "mlp.") + x, prefix + "norm_4.weight"
+        )
+
+    def __call__(self, tokens: list[int], iterations: int) -> np.ndarray:
+        table = self.p["embedding.weight"]
+        e = table[tokens] * math.sqrt(self.config.d_model)
+        for i in range(self.config.n_prelude):
+            e = self.block(e, f"prelude.{i}.")
+        state = np.zeros_like(e)
+        for _ in range(iterations):
+            match self.config.injection:
+                case "linear":
+                    state = np.concatenate([state, e], axis=-1) @ self.p["core.injection.adapter.weight"].T
+                case "diagonal":
+                    decay = np.exp(-np.exp(self.p["core.injection.log_rate"]))
+                    state = decay * state + e @ self.p["core.injection.adapter.weight"].T
+                case "add":
+                    state = state + e
+            for i in range(self.config.n_core):
+                state = self.block(state, f"core.blocks.{i}.")
+        x = self.norm(state, "final_norm.weight")
+        for i in range(self.config.n_coda):
+            x = self.block(x, f"coda.{i}.")
+        return self.norm(x, "final_norm.weight") @ table.T
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_logits_equal_an_independent_implementation(injection: str, iterations: int) -> None:
+    model = perturbed(dataclasses.replace(SMALL, injection=injection))
+    tokens = [3, 14, 15, 9, 2, 6, 5]
+    ours = model(torch.tensor([tokens]), iterations)[0].detach().numpy()
+    np.testing.assert_allclose(ours, Reference(model)(tokens, iterations), rtol=0, atol=1e-11)
+
+
+def test_fresh_conditioning_is_the_identity_bit_for_bit() -> None:
+    tokens = torch.arange(12).view(1, 12)
+    plain = build_model(SMALL, 0)
+    conditioned = build_model(dataclasses.replace(SMALL, noise_conditioning=True), 0)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(parameter, conditioned.get_parameter(name)), name
+        e_BTD = plain.encode(tokens)
+        state = torch.randn(e_BTD.shape, generator=torch.Generator().manual_seed(1))
+        unconditioned = plain.iterate(state, e_BTD)
+        for c_noise in (-1.5, 0.0, 1.1):
+            noisy = conditioned.iterate(state, e_BTD, 1, torch.full((1, 1), c_noise))
+            torch.testing.assert_close(noisy, unconditioned, rtol=0, atol=0)
+        assert torch.equal(conditioned.iterate(state, e_BTD), unconditioned)
+
+
+def test_trained_conditioning_tells_noise_levels_apart() -> None:
+    model = perturbed(dataclasses.replace(SMALL, noise_conditioning=True)).float()
+    e_BTD = model.encode(torch.arange(12).view(1, 12))
+    low, high = (model.iterate(e_BTD, e_BTD, 1, torch.full((1, 1), c)) for c in (-0.5, 0.5))
+    assert (low - high).abs().max() > 1e-3
+
+
+def test_conditioning_without_the_parts_for_it_is_refused() -> None:
+    model = build_model(SMALL, 0)
+    e_BTD = model.encode(torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="no noise conditioning"):
+        model.iterate(e_BTD, e_BTD, 1, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
+def test_position_i_sees_tokens_up_to_i(injection: str) -> None:
+    model = perturbed(dataclasses.replace(SMALL, injection=injection))
+    tokens = torch.arange(10).view(1, 10)
+    changed = tokens.clone()
+    changed[0, 6:] = 30
+    before, after = model(tokens, 3), model(changed, 3)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.equal(before[:, 6:], after[:, 6:])  # the positive control: the perturbation does reach the logits
+
+
+def test_initialisation_is_huginns() -> None:
+    config = dataclasses.replace(SMALL, d_model=256, n_heads=4, d_mlp=512, vocab_size=500, expected_depth=32, n_prelude=2,
+                                 n_core=4, n_coda=2)  # fmt: skip
+    model = build_model(config, 0)
+    # The standard deviation of a normal that is cut at three of them is .98658 of it.
+    std = math.sqrt(2 / (5 * 256)) * 0.98658
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            assert parameter.std().item() == pytest.approx(std / math.sqrt(2 * 132), rel=0.02), name
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        elif name.endswith("qk_bias"):
+            assert (parameter == 0).all()
+        else:
+            assert parameter.std().item() == pytest.approx(std, rel=0.02), name
+            assert parameter.abs().max() <= 3 * math.sqrt(2 / (5 * 256))
+    embedded = model.embedding.weight * 16
+    assert embedded.std().item() == pytest.approx(math.sqrt(2 / 5) * 0.98658, rel=0.02)
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    first, again, other = (build_model(SMALL, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "millions"),
+    [
+        ("tiny", (128, 1, 2, 1, 384), 0.9),
+        ("pythia-70m-looped", (512, 2, 4, 2, 1408), 26),
+        ("looped-1b", (3072, 2, 4, 2, 8192), 925),
+        ("huginn-3.5b", (5280, 2, 4, 2, 17920), 3219),
+    ],
+)
+def test_preset_sizes_without_the_embedding(preset: str, shape: tuple[int, ...], millions: float) -> None:
+    config = load_config(CONFIGS / f"{preset}.toml").model
+    config.vocab_size = config.vocab_size or 2048
+    d, prelude, core, coda, m = shape
+    block = 4 * d * d + 3 * d * m + 2 * d + 4 * d  # matrices, bias of queries and keys, four norms
+    expected = (prelude + core + coda) * block + 2 * d * d + d
+    counts = build_model(config, None, "meta").parameter_counts()
+    assert counts["total"] - counts["embedding"] == expected
+    assert expected / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_linear_injection_is_needed_for_huginns_count() -> None:
+    config = load_config(CONFIGS / "huginn-3.5b.toml").model
+    counts = build_model(config, None, "meta").parameter_counts()
+    assert round(counts["total"] / 1e6) == 3565
+    assert counts["adapter"] == 2 * 5280 * 5280
+
+
+def test_diagonal_decay_stays_inside_the_unit_interval() -> None:
+    model = build_model(dataclasses.replace(SMALL, injection="diagonal"), 0)
+    with torch.no_grad():
+        model.core.injection.log_rate.copy_(torch.linspace(-20, 20, 16))
+        state = torch.ones(1, 4, 16)
+        out = model.core.injection(state, torch.zeros_like(state))
+    assert ((out >= 0) & (out <= 1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth
+
+
+def test_poisson_quantile_is_the_inverse_distribution_function() -> None:
+    from scipy.stats import poisson
+
+    for mean in (0.3, 4.0, 32.0, 300.0):
+        for u in (1e-9, 0.01, 0.5, 0.9, 0.9999):
+            assert poisson_quantile(u, mean) == poisson.ppf(u, mean)
+
+
+def test_depths_follow_huginns_law() -> None:
+    draws = [sample_depth(Rng(0, step), 32, 0.5, 8) for step in range(20_000)]
+    depths = np.array([sum(d) for d in draws])
+    assert depths.min() >= 1
+    assert depths.mean() == pytest.approx(33, abs=0.4)  # E[Poisson(tau)] + 1 with E[tau] = 32
+    # Var = E[tau] + Var(tau) = 32 + 32^2 (e^{1/4} - 1)
+    assert depths.std() == pytest.approx(math.sqrt(32 + 32**2 * (math.exp(0.25) - 1)), rel=0.03)
+    assert all(with_gradient == min(8, without + with_gradient) for without, with_gradient in draws)
+
+
+def test_full_backpropagation_keeps_the_depth() -> None:
+    for step in range(50):
+        without, with_gradient = sample_depth(Rng(0, step), 8, 0.5, 0)
+        assert without == 0
+        assert with_gradient == sum(sample_depth(Rng(0, step), 8, 0.5, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written-out kernels and compilation
+
+
+@pytest.mark.parametrize("weight_shape", [(6,), (2, 1, 6), (2, 3, 6)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_scaled_rms_and_its_backward(weight_shape: tuple[int, ...], shifted: bool) -> None:
+    """Against the formula (arXiv 1910.07467) and, for the backward, against finite differences."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 3, 6), weight_shape, (2, 1, 6))
+    )
+    add = shift if shifted else None
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + (shift if shifted else 0)
+    torch.testing.assert_close(scaled_rms(x, weight, add, 1e-6), expected)
+    inputs = (x, weight, shift) if shifted else (x, weight)
+    assert torch.autograd.gradcheck(lambda x, w, *s: scaled_rms(x, w, s[0] if s else None, 1e-6), inputs)
+
+
+def test_queries_keys_and_values_and_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = with_values(Attention(8, 2)).double()
+    rope = rope_table(3, 4, 1e4, torch.device("cpu"), torch.float64)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    inputs = (x, attention.qk_bias, attention.qkv.weight)
+    assert torch.autograd.gradcheck(lambda x, *_: attention.project(x, rope), inputs)
+    ours = attention.project(x, rope)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    for a, b in zip(ours, attention.project(x, rope), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_forward_without_gradients_is_the_same() -> None:
+    """Written-out kernels skip what they keep for the backward; no number changes."""
+    for conditioned in (False, True):
+        model = perturbed(dataclasses.replace(SMALL, noise_conditioning=conditioned)).float()
+        tokens, level = torch.arange(12).view(1, 12), torch.full((1, 1), 0.3) if conditioned else None
+        results = []
+        for enabled in (True, False):
+            with torch.set_grad_enabled(enabled):
+                e_BTD = model.encode(tokens)
+                results.append(model.decode(model.iterate(e_BTD, e_BTD, 2, level)))
+        assert results[0].requires_grad
+        assert not results[1].requires_grad
+        assert torch.equal(*results)
+
+
+def test_scaled_rms_of_silence_and_of_large_numbers() -> None:
+    weight = torch.ones(8)
+    zero = torch.zeros(1, 8, requires_grad=True)
+    out = scaled_rms(zero, weight, None, 1e-6)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros(1, 8))
+    assert zero.grad is not None
+    assert torch.isfinite(zero.grad).all()
+    torch.testing.assert_close(scaled_rms(torch.full((1, 8), 1e15), weight, None, 1e-6), torch.ones(1, 8))
+
+
+def test_rotation_as_complex_product_equals_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    tables = rope_table(5, 8, 50_000.0, torch.device("cpu"))
+    ours = apply_rope(x, *tables)
+    (gradient,) = torch.autograd.grad(ours.square().sum() + ours.sum(), x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    real = apply_rope(x, *tables)
+    torch.testing.assert_close(ours, real)
+    torch.testing.assert_close(gradient, torch.autograd.grad(real.square().sum() + real.sum(), x)[0])
+
+
+@pytest.mark.parametrize(("options", "half"), [(["next_token"], False), (["unrolled"], False), (["denoise-token"], False),
+    (["denoise-token", "--objective.token.conditioning", "two-stream"], False), (["unrolled"], True),
+    (["denoise-token"], True)],
+    ids=lambda o: str(o) if isinstance(o, bool) else o[-1])  # fmt: skip
+def test_compiles_once_whatever_changes(options: list[str], half: bool) -> None:
+    """50 steps of new noise levels, depths, tokens and documents: each part is compiled in the first steps, no
+    graph twice. The graphs run as they are (eager back end); what compiles is counted, not what a compiler makes of it."""
+    config = micro_config("--objective.name", *options, "--data.sequence_length", "16")
+    config.model.vocab_size = 61
+    model, objective = build_model(config.model, 0), build_objective(config)
+    plain = build_model(config.model, 0)
+    model.compile_parts(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator, after = torch.Generator().manual_seed(0), {}
+    for step in range(50):
+        ids = torch.randint(61, (3, 17), generator=generator)
+        docs = torch.randint(2, (3, 16), generator=generator).cumsum(1) * (step % 3 > 0)
+        made = Batch(ids[:, :-1], ids[:, 1:], docs, torch.arange(3) + 3 * step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = objective(model, made, Rng(0, step), 0.0)[0]
+            if step < 2:
+                exact = objective(plain, made, Rng(0, step), 0.0)[0]
+                torch.testing.assert_close(loss, exact, **({"rtol": 1e-2, "atol": 0.0} if half else {}))
+        loss.backward()
+        if step == 29:  # half precision meets its last graph at step 25, the first whose depth is all gradient
+            after = dict(torch._dynamo.utils.counters["stats"])
+    assert after["unique_graphs"] <= {"next_token": 4, "unrolled": 8 if half else 6}.get(options[0], 8)
+    assert dict(torch._dynamo.utils.counters["stats"]) | {"calls_captured": 0} == after | {"calls_captured": 0}
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_gated_product_and_its_backward() -> None:
+    mlp = with_values(GatedMLP(4, 3)).double()
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    gate, up = mlp.fc(x).chunk(2, dim=-1)
+    torch.testing.assert_close(mlp(x), mlp.proj(torch.nn.functional.silu(gate) * up))
+    assert torch.autograd.gradcheck(mlp, x)
