@@ -26,7 +26,7 @@ from recurrent_db.data.ngram import bigram_nll, unigram_nll
 from recurrent_db.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
-ARMS = ("denoise", "unrolled", "next_token")
+ARMS = ("one_step", "unrolled", "next_token")
 
 
 @dataclass

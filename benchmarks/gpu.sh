@@ -87,7 +87,7 @@ has() { # has PYTHON-IMPORT: whether it works
 }
 
 speed=("$python" benchmarks/speed/training.py --device cuda)
-some="next_token,denoise-token-two-stream" # what differs between back ends: one stream, two streams
+some="next_token,denoise-two-stream" # what differs between back ends: one stream, two streams
 memory=("$python" benchmarks/speed/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
 documents=("$python" benchmarks/speed/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
 float8=("$python" benchmarks/speed/float8.py --device cuda)

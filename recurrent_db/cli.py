@@ -32,7 +32,7 @@ from recurrent_db.huggingface import import_folder as hf_import
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.blocks import freeze_shared
-from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import update_flops
 from recurrent_db.repl import session as repl
 from recurrent_db.rng import Rng
@@ -50,7 +50,7 @@ class FlopsArgs:
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
     epochs_ratio: float = 3.0
-    """Tokens that `denoise` is trained on for each token of `unrolled`; the paper's 15 epochs against 5 are 3."""
+    """Tokens that `one_step` is trained on for each token of `unrolled`; the paper's 15 epochs against 5 are 3."""
     vocab_size: int = 2048
     """Vocabulary where the config takes the tokenizer's."""
     cache_bytes: int = 2
@@ -66,7 +66,7 @@ def training_passes(config: Config) -> dict[str, Passes]:
     """
     unrolled = config.objective.unrolled
     depth, truncation = unrolled.mean_depth, min(unrolled.truncation or unrolled.mean_depth, unrolled.mean_depth)
-    levels = config.data.sequence_length if config.objective.token.draw == "token" else 1
+    levels = config.data.sequence_length if config.objective.denoise.draw == "token" else 1
     return {
         "next_token": Passes(core_grad=1),
         "unrolled_truncated": Passes(core_no_grad=depth - truncation, core_grad=truncation),
@@ -102,7 +102,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
         parts[name] = cost_per_token(config.model, length, passes, config.run.activation_checkpointing)
     per_token = {name: total(costs).total for name, costs in parts.items()}
 
-    config.objective.name = "denoise"
+    config.objective.name = "one_step"
     drawn = drawn_passes(config, DRAWS)
     recipe = sum(step_cost(config, passes).total * share for passes, share in drawn.items())
     has_budget = any(limit is not None for limit in vars(config.budget).values())
@@ -110,7 +110,7 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
     inference: dict[str, dict[str, float]] = {}
     cache: dict[str, dict[str, dict[str, int]]] = {policy: {} for policy in POLICIES}
     for name in ("unrolled", "denoise"):
-        config.objective.name = "denoise-token" if name == "denoise" else "unrolled"
+        config.objective.name = "denoise" if name == "denoise" else "unrolled"
         recurrence = build_objective(config).recurrence
         inference[name] = {str(k): inference_cost(config.model, length, recurrence.passes(k)) for k in KS}
         for policy, by_name in cache.items():
@@ -131,8 +131,8 @@ def flops_table(config: Config, epochs_ratio: float, cache_size: int) -> dict[st
         "recipe": {
             "per_token": recipe,
             "ratio_to_next_token": recipe / per_token["next_token"],
-            "shallow_share": Denoise(config).shallow if has_budget else None,
-            "shallow_asked": Denoise(config).asked if has_budget else None,
+            "shallow_share": OneStep(config).shallow if has_budget else None,
+            "shallow_asked": OneStep(config).asked if has_budget else None,
         },
         "ratio_to_denoise": {name: value / per_token["denoise"] for name, value in per_token.items()},
         "epochs_ratio": epochs_ratio,
@@ -233,7 +233,7 @@ def flops(args: FlopsArgs) -> int:
     line("x denoise", [table["ratio_to_denoise"][name] for name in names], ".2f")
     recipe = table["recipe"]
     print(
-        f"denoise is one conditioned pass, as published (objective denoise-token). The recipe (objective denoise) takes"
+        f"one_step takes"
         f" {recipe['per_token']:.4g}, the mean of its steps over a run, {recipe['ratio_to_next_token']:.3f} x next_token"
         + (
             "\n(no budget in the configuration: its first phase, without the core's blocks, is left out)"

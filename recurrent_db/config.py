@@ -26,8 +26,8 @@ from recurrent_db.errors import UserError
 
 T = TypeVar("T")
 
-ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise-token", "denoise-paper", "masked"]
-WALKS = ("denoise-token", "denoise-paper")
+ObjectiveName = Literal["next_token", "unrolled", "denoise", "denoise_paper", "one_step", "masked"]
+WALKS = ("denoise", "denoise_paper")
 """Objectives that denoise the token itself and walk down noise levels at inference."""
 AttentionName = Literal["auto", "sdpa", "flex", "flash"]
 
@@ -57,7 +57,7 @@ class ModelConfig:
     plus a projection of e (Parcae, arXiv 2604.12946), or a plain sum."""
     silent_state: bool | None = None
     """Start the linear adapter's half for the state at zero, so that iterations after the first begin as repetitions of it;
-    None lets the objective decide (denoise does)."""
+    None lets the objective decide (one_step does)."""
     noise_conditioning: bool | None = None
     """AdaLN on the core from the noise level; None lets the objective decide."""
     separate_targets: bool | None = None
@@ -90,27 +90,27 @@ class UnrolledConfig:
 
 
 @dataclass
-class DenoiseConfig:
-    """One pass with gradient a step, from a state that the model itself reached (docs/method.md)."""
+class OneStepConfig:
+    """Next-token training first; then extra iterations, with gradient through the last one alone (docs/method.md)."""
 
-    flat: float = 0.9
-    """Share of the budget, from its beginning, in which no iteration after the first is trained."""
-    shallow: float = 2.0
-    """Tokens, for each weight that the network multiplies by without the core's blocks, in which these do not run; then
-    they start as copies of the blocks around them. At most .4 of the budget and no more than ``flat``. 0 runs them from the
-    start, as does a run for which that would be less than .15 of the budget, one that begins with another's weights and one
-    whose budget is in seconds alone."""
-    start: float = 0.2
-    """After ``flat``, the probability that a step trains the first iteration."""
-    depth: int = 2
-    """Iterations without gradient before the trained one: in the other steps uniform over 1 to this."""
-    noise: float = 0.0
-    """Mean share of a sequence's context tokens that are replaced by random ones; helps where a small corpus is repeated
-    (about 0.1), and costs where it is not."""
+    next_token_share: float = 0.9
+    """Share of the budget that trains the first iteration alone, as `next_token` does. The rest trains extra iterations."""
+    skip_core: float = 2.0
+    """Length of the opening phase that skips the core, in tokens per weight of the network without it. The core's blocks
+    then start as copies of the blocks around them. At most .4 of the budget. The phase is left out where it is 0 or
+    shorter than .15 of the budget, where the run starts from another's weights, and where the budget is in seconds alone."""
+    first_probability: float = 0.2
+    """After ``next_token_share``: probability that a step trains the first iteration."""
+    prior_iterations: int = 2
+    """After ``next_token_share``, in the other steps: iterations without gradient before the trained one, uniform over 1
+    to this."""
+    corrupt_share: float = 0.0
+    """Mean share of a sequence's context tokens that are replaced by random ones. About 0.1 helps where a small corpus is
+    repeated; elsewhere it costs."""
 
 
 @dataclass
-class TokenConfig:
+class DenoiseConfig:
     """One noise-conditioned pass a step, the token as clean target (DiffusionBlocks, arXiv 2506.14202)."""
 
     density: Literal["log-normal", "log-uniform", "adaptive"] = "log-normal"
@@ -163,20 +163,20 @@ PAPER_DENOISE: dict[str, Any] = {
     "density": "log-normal", "p_mean": -1.2, "p_std": 1.2, "sigma_min": 0.002, "sigma_max": 80.0, "atom": 0.0,
     "sd": 0.5, "mute": False, "target_norm": 1.0,
 }  # fmt: skip
-"""The constants that arXiv 2506.14202 prints; the objective `denoise-paper` sets them, whatever the file says."""
+"""The constants that arXiv 2506.14202 prints; the objective `denoise_paper` sets them, whatever the file says."""
 
 
 @dataclass
 class ObjectiveConfig:
     """What a training step computes."""
 
-    name: ObjectiveName = "denoise"
-    """next_token (flat control), unrolled (Huginn), denoise (one step at a time, on the model's own state), denoise-token
-    (the published method: the noised token), denoise-paper (that with the paper's constants, which the name fixes), or
-    masked (masked diffusion, not autoregressive; needs model.n_blocks)."""
+    name: ObjectiveName = "one_step"
+    """next_token (flat control), unrolled (Huginn), denoise (one noise-conditioned core pass on the noised target),
+    denoise_paper (denoise with the constants that the paper prints), one_step (one pass with gradient from a state that the
+    model reached itself), or masked (masked diffusion in blocks, not autoregressive; needs model.n_blocks)."""
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
+    one_step: OneStepConfig = field(default_factory=OneStepConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
-    token: TokenConfig = field(default_factory=TokenConfig)
 
 
 @dataclass
@@ -394,7 +394,7 @@ MOST_INTEGER = (1 << 63) - 1
 MOST: dict[str, dict[str, int]] = {
     "model": {"vocab_size": 1 << 24, "d_model": 1 << 17, "d_mlp": 1 << 20, "n_heads": 1 << 12, "n_prelude": 1024,
               "n_core": 1024, "n_coda": 1024, "max_seq_len": 1 << 24, "d_condition": 1 << 16, "expected_depth": 1 << 20},
-    "objective.denoise": {"depth": 1 << 14},
+    "objective.one_step": {"prior_iterations": 1 << 14},
     "objective.unrolled": {"mean_depth": 1 << 14, "depth_sigma": 2, "truncation": 1 << 20},
     "data": {"batch_size": 1 << 24},
     "eval": {"points": 1 << 20, "batch_size": 1 << 20, "draws": 1 << 20},
@@ -526,24 +526,24 @@ def rows_of_vocabulary(config: Config, tokens: int) -> int:
 
 def resolve(config: Config) -> None:
     """Fill in what one choice implies for another, in place."""
-    if config.objective.name == "denoise-paper":
-        default = TokenConfig()
+    if config.objective.name == "denoise_paper":
+        default = DenoiseConfig()
         for name, value in PAPER_DENOISE.items():
-            given = getattr(config.objective.token, name)
+            given = getattr(config.objective.denoise, name)
             if given not in (getattr(default, name), value):
                 raise UserError(
-                    f"objective.token.{name} = {given} contradicts objective.name = denoise-paper, which fixes it at"
-                    f" {value}; name the objective denoise-token to choose"
+                    f"objective.denoise.{name} = {given} contradicts objective.name = denoise_paper, which fixes it at"
+                    f" {value}; name the objective denoise to choose"
                 )
-        config.objective.token = dataclasses.replace(config.objective.token, **PAPER_DENOISE)
+        config.objective.denoise = dataclasses.replace(config.objective.denoise, **PAPER_DENOISE)
     if config.model.silent_state is None:
-        config.model.silent_state = config.objective.name == "denoise"
+        config.model.silent_state = config.objective.name == "one_step"
     if config.model.noise_conditioning is None:
         config.model.noise_conditioning = config.objective.name in (*WALKS, "masked")
     if config.model.n_blocks and not config.model.block_layers and config.model.n_core % config.model.n_blocks == 0:
         config.model.block_layers = [config.model.n_core // config.model.n_blocks] * config.model.n_blocks
     if config.model.separate_targets is None:
-        separate = config.objective.token.targets == "separate"
+        separate = config.objective.denoise.targets == "separate"
         config.model.separate_targets = separate and config.objective.name in WALKS
 
 
@@ -572,11 +572,11 @@ def _validate_blocks(config: Config, need: Callable[[bool, str], None]) -> None:
     )
     need(
         name in (*WALKS, "masked"),
-        f"objective {name} cannot train a model in blocks: take denoise-token or masked, or model.n_blocks = 0",
+        f"objective {name} cannot train a model in blocks: take denoise or masked, or model.n_blocks = 0",
     )
     need(
-        name == "masked" or config.objective.token.conditioning == "two-stream",
-        "a model in blocks needs objective.token.conditioning = two-stream",
+        name == "masked" or config.objective.denoise.conditioning == "two-stream",
+        "a model in blocks needs objective.denoise.conditioning = two-stream",
     )
     need(0 <= blocks.only <= n, f"blocks.only must be 0 (all) or a block from 1 to {n}, got {blocks.only}")
     need(1 <= blocks.owner <= n, f"blocks.owner must be a block from 1 to {n}, got {blocks.owner}")
@@ -594,7 +594,7 @@ def _validate_blocks(config: Config, need: Callable[[bool, str], None]) -> None:
 
 def validate(config: Config) -> None:
     """Refuse values that cannot work, in one line each. Raises `UserError`."""
-    model, token, unrolled, data = config.model, config.objective.token, config.objective.unrolled, config.data
+    model, denoise, unrolled, data = config.model, config.objective.denoise, config.objective.unrolled, config.data
 
     def need(ok: bool, message: str) -> None:
         if not ok:
@@ -630,41 +630,46 @@ def validate(config: Config) -> None:
         f"objective {config.objective.name} needs model.noise_conditioning = true",
     )
     need(
-        config.objective.name not in WALKS or bool(model.separate_targets) == (token.targets == "separate"),
-        f"objective.token.targets = {token.targets} contradicts model.separate_targets = {model.separate_targets}",
+        config.objective.name not in WALKS or bool(model.separate_targets) == (denoise.targets == "separate"),
+        f"objective.denoise.targets = {denoise.targets} contradicts model.separate_targets = {model.separate_targets}",
     )
     need(
-        token.conditioning == "inject" or token.neighbours == "own",
-        "objective.token.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
+        denoise.conditioning == "inject" or denoise.neighbours == "own",
+        "objective.denoise.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
     )
     _validate_blocks(config, need)
     positive(unrolled, "objective.unrolled", "mean_depth")
     need(unrolled.depth_sigma >= 0, f"objective.unrolled.depth_sigma must be 0 or more, got {unrolled.depth_sigma}")
     need(unrolled.truncation >= 0, f"objective.unrolled.truncation must be 0 or more, got {unrolled.truncation}")
-    recipe = config.objective.denoise
-    for name in ("flat", "start", "noise"):
+    one_step = config.objective.one_step
+    for name in ("next_token_share", "first_probability", "corrupt_share"):
         need(
-            0 <= getattr(recipe, name) <= 1, f"objective.denoise.{name} must be in [0, 1], got {getattr(recipe, name)}"
+            0 <= getattr(one_step, name) <= 1,
+            f"objective.one_step.{name} must be in [0, 1], got {getattr(one_step, name)}",
         )
-    need(recipe.shallow >= 0, f"objective.denoise.shallow must be 0 or more, got {recipe.shallow}")
-    need(recipe.noise <= 0.5, f"objective.denoise.noise must be at most 0.5 (rates reach twice it), got {recipe.noise}")
-    positive(recipe, "objective.denoise", "depth")
-    positive(token, "objective.token", "p_std", "sigma_min", "sigma_max", "target_norm")
+    need(one_step.skip_core >= 0, f"objective.one_step.skip_core must be 0 or more, got {one_step.skip_core}")
     need(
-        token.sigma_min < token.sigma_max,
-        f"objective.token.sigma_min = {token.sigma_min} must be below sigma_max = {token.sigma_max}",
+        one_step.corrupt_share <= 0.5,
+        f"objective.one_step.corrupt_share must be at most 0.5 (rates reach twice it), got {one_step.corrupt_share}",
+    )
+    positive(one_step, "objective.one_step", "prior_iterations")
+    positive(denoise, "objective.denoise", "p_std", "sigma_min", "sigma_max", "target_norm")
+    need(
+        denoise.sigma_min < denoise.sigma_max,
+        f"objective.denoise.sigma_min = {denoise.sigma_min} must be below sigma_max = {denoise.sigma_max}",
     )
     low, high = (
-        0.5 * math.erfc((token.p_mean - math.log(s)) / (token.p_std * math.sqrt(2)))
-        for s in (token.sigma_min, token.sigma_max)
+        0.5 * math.erfc((denoise.p_mean - math.log(s)) / (denoise.p_std * math.sqrt(2)))
+        for s in (denoise.sigma_min, denoise.sigma_max)
     )
     need(
-        high - low > 1e-6 or not (token.density == "log-normal" or (model.n_blocks and token.density == "adaptive")),
-        f"objective.token: log-normal({token.p_mean}, {token.p_std}) has no mass in"
-        f" [{token.sigma_min}, {token.sigma_max}]",
+        high - low > 1e-6
+        or not (denoise.density == "log-normal" or (model.n_blocks and denoise.density == "adaptive")),
+        f"objective.denoise: log-normal({denoise.p_mean}, {denoise.p_std}) has no mass in"
+        f" [{denoise.sigma_min}, {denoise.sigma_max}]",
     )
-    need(0 <= token.atom <= 1, f"objective.token.atom must be in [0, 1], got {token.atom}")
-    need(token.sd >= 0, f"objective.token.sd must be 0 (the true one) or more, got {token.sd}")
+    need(0 <= denoise.atom <= 1, f"objective.denoise.atom must be in [0, 1], got {denoise.atom}")
+    need(denoise.sd >= 0, f"objective.denoise.sd must be 0 (the true one) or more, got {denoise.sd}")
     positive(data, "data", "sequence_length", "batch_size")
     need(data.micro_batch_size >= 0, f"data.micro_batch_size must be 0 or more, got {data.micro_batch_size}")
     need(

@@ -17,7 +17,7 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
 
-OBJECTIVES = ("denoise-token", "unrolled", "next_token")
+OBJECTIVES = ("denoise", "unrolled", "next_token")
 
 
 def fake_config(objective: str = "next_token", steps: int = 200) -> Config:
@@ -76,7 +76,7 @@ def fake_run(
             row["energy_joules"] = energy_per_token * tokens
         if objective == "unrolled":
             row |= {"depth": float(passes.core_no_grad + passes.core_grad), "state_rms": 1 + 0.3 * progress}
-        if objective.startswith("denoise-"):
+        if objective.startswith("denoise"):
             row["loss_sigma_max"] = None if step % 7 == 3 else row["loss"]
             row["loss"] *= 0.6
         if int(progress * 5) > int(before * 5):
@@ -106,10 +106,11 @@ def fake_run(
         "next_token": lambda i: 1.4**i,
         "unrolled": lambda i: 0.9 - 0.5 / i,
         "denoise": lambda i: 1 - 0.6 / i,
+        "one_step": lambda i: 1 - 0.6 / i,
     }
     save(folder, "depth_curve", {
         "by_k": curve, "tokens": 65536, "draws": 4, "sigma": None, "objective": objective,
-        "state_is": "estimate" if objective.startswith("denoise-") else "state",
+        "state_is": "estimate" if objective.startswith("denoise") else "state",
         "state_rms_by_iteration": {str(i): grown[objective.split("-")[0]](i) for i in range(1, 33)},
     })  # fmt: skip
     texts = [
@@ -123,7 +124,7 @@ def fake_run(
         for task in ("arc_easy", "piqa", "blimp_anaphor_number_agreement")
     }
     save(folder, "lm_eval", {"by_k": {"1": tasks, "8": tasks}} if objective != "next_token" else {"results": tasks})
-    if objective.startswith("denoise-"):
+    if objective.startswith("denoise"):
         levels = [{"sigma": s, "nll": end / (1 + (0.3 / s) ** 1.5)} for s in np.geomspace(0.02, 20, 12).tolist()]
         save(folder, "denoiser_report", {"nll_by_sigma": levels, "sigma_star": 0.21})
     return folder

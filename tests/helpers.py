@@ -26,7 +26,7 @@ from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import TrainState, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECTIVES = ("next_token", "unrolled", "denoise", "denoise-token")
+OBJECTIVES = ("next_token", "unrolled", "one_step", "denoise")
 
 MICRO = [
     "--model.d_model", "32", "--model.n_heads", "2", "--model.d_mlp", "48", "--model.max_seq_len", "32",
@@ -37,9 +37,9 @@ MICRO = [
 """Dotted options for a model of about 20 thousand parameters: a step takes milliseconds."""
 
 BLOCKS = [
-    "--objective.name", "denoise-token",
+    "--objective.name", "denoise",
     "--model.n_prelude", "0", "--model.n_core", "4", "--model.n_coda", "0", "--model.expected_depth", "1",
-    "--objective.token.conditioning", "two-stream", "--objective.token.grid", "edges",
+    "--objective.denoise.conditioning", "two-stream", "--objective.denoise.grid", "edges",
 ]  # fmt: skip
 """More, for one of four layers in blocks."""
 

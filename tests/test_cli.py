@@ -32,8 +32,10 @@ def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_flops_of_the_recipe_are_the_mean_of_its_steps() -> None:
-    config = load_config(CONFIGS / "tiny.toml", ["--objective.denoise.flat", "0.5", "--objective.denoise.start", "0",
-                                                 "--objective.denoise.depth", "1", "--budget.tokens", "1e6"])  # fmt: skip
+    config = load_config(CONFIGS / "tiny.toml", [
+        "--objective.one_step.next_token_share", "0.5", "--objective.one_step.first_probability", "0",
+        "--objective.one_step.prior_iterations", "1", "--budget.tokens", "1e6",
+    ])  # fmt: skip
     config.model.vocab_size = 2048
     none = step_cost(config, Passes(core_grad=0, injections_grad=1)).total
     one, two = (step_cost(config, Passes(core_no_grad=before, core_grad=1)).total for before in (0, 1))
@@ -52,8 +54,8 @@ def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
     """The table is that of the configuration's own step."""
     path = tmp_path / "token.toml"
     text = (CONFIGS / "tiny.toml").read_text()
-    path.write_text(text.replace("[objective.unrolled]", '[objective.token]\ndraw = "token"\n[objective.unrolled]'))
-    config = load_config(path, ["--objective.name", "denoise-token"])
+    path.write_text(text.replace("[objective.unrolled]", '[objective.denoise]\ndraw = "token"\n[objective.unrolled]'))
+    config = load_config(path, ["--objective.name", "denoise"])
     config.model.vocab_size = 2048
     own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
     assert cli.flops_table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)

@@ -51,12 +51,12 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("[optin]\nlr = 1", "did you mean 'optim'?"),
         ('[model]\nd_model = "wide"', "model.d_model = 'wide' must be of type int"),
         ("[model]\nd_model = true", "must be of type int"),
-        ("[objective.denoise]\natom = 0.1", "did you mean 'objective.token.atom'?"),
+        ("[objective.one_step]\natom = 0.1", "did you mean 'objective.denoise.atom'?"),
         ("[model]\nlr = 0.1", "did you mean 'optim.lr'?"),
         ('[objective]\nname = "denoyse"', "did you mean 'denoise'?"),
         ("[model]\nd_model = 100\nn_heads = 3", "not divisible by model.n_heads = 3"),
         ("[model]\nd_model = 12\nn_heads = 4", "must be even for RoPE"),
-        ("[objective.token]\nsigma_min = 5\nsigma_max = 2", "sigma_min = 5.0 must be below sigma_max = 2.0"),
+        ("[objective.denoise]\nsigma_min = 5\nsigma_max = 2", "sigma_min = 5.0 must be below sigma_max = 2.0"),
         ("[objective.unrolled]\nmean_depth = 0", "objective.unrolled.mean_depth must be above 0"),
         ("[eval]\nk = [0]", "eval.k must be 1 or more"),
         ("[data]\nsequence_length = 4096", "above model.max_seq_len"),
@@ -105,19 +105,19 @@ def test_flags_need_no_value() -> None:
 
 
 def test_the_paper_preset_fixes_the_constants() -> None:
-    denoise = load_config(None, ["--objective.name", "denoise-paper"]).objective.token
+    denoise = load_config(None, ["--objective.name", "denoise_paper"]).objective.denoise
     assert (denoise.p_mean, denoise.p_std, denoise.sigma_min, denoise.sigma_max) == (-1.2, 1.2, 0.002, 80.0)
     assert (denoise.sd, denoise.atom) == (0.5, 0.0)
 
 
 def test_the_paper_preset_refuses_other_constants() -> None:
-    with pytest.raises(UserError, match=r"objective.token.sd = 0.25 contradicts .* fixes it at 0.5"):
-        load_config(None, ["--objective.name", "denoise-paper", "--objective.token.sd", "0.25"])
+    with pytest.raises(UserError, match=r"objective.denoise.sd = 0.25 contradicts .* fixes it at 0.5"):
+        load_config(None, ["--objective.name", "denoise_paper", "--objective.denoise.sd", "0.25"])
 
 
 def test_a_density_without_mass_is_refused() -> None:
     with pytest.raises(UserError, match="has no mass"):
-        load_config(None, ["--objective.token.p_mean", "1000"])
+        load_config(None, ["--objective.denoise.p_mean", "1000"])
 
 
 def test_an_option_without_its_value_is_not_taken_for_a_flag() -> None:
@@ -127,7 +127,7 @@ def test_an_option_without_its_value_is_not_taken_for_a_flag() -> None:
 
 def test_noise_conditioning_follows_the_objective() -> None:
     assert load_config(None, ["--objective.name", "next_token"]).model.noise_conditioning is False
-    assert load_config(None, ["--objective.name", "denoise-token"]).model.noise_conditioning is True
+    assert load_config(None, ["--objective.name", "denoise"]).model.noise_conditioning is True
 
 
 def test_saved_configuration_that_is_none_is_refused() -> None:

@@ -195,7 +195,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
         head_size=config.model.d_model // config.model.n_heads,
         documents=config.data.document_mask,
-        two_stream=config.objective.name in WALKS and config.objective.token.conditioning == "two-stream",
+        two_stream=config.objective.name in WALKS and config.objective.denoise.conditioning == "two-stream",
     )
     attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)

@@ -68,7 +68,7 @@ ARMS: dict[str, Arm] = {
     **{f"blocks-{b}": Arm(b) for b in (1, 2, 3, 4, 6)},
     **{f"blocks-{b}-uniform": Arm(b, ("--blocks.partition", "uniform")) for b in (2, 3, 4, 6)},
     "blocks-4-frozen": Arm(4, ("--blocks.shared", "frozen")),
-    "blocks-4-adaptive": Arm(4, ("--objective.token.density", "adaptive")),
+    "blocks-4-adaptive": Arm(4, ("--objective.denoise.density", "adaptive")),
     "blocks-4-swap": Arm(4, swap="blocks-4"),
     **{f"masked-{b}": Arm(b, masked=True) for b in (1, 3)},
 }

@@ -2,7 +2,7 @@
 
 python benchmarks/paper/table5.py --data DIR --out DIR [--judge-data DIR] [--size cpu|gpu] [--seeds 0]
 
-Arms: `unrolled` (mean depth 32, truncation 8) on N tokens, `denoise-paper` (the paper's constants) on 3 N tokens, and the
+Arms: `unrolled` (mean depth 32, truncation 8) on N tokens, `denoise_paper` (the paper's constants) on 3 N tokens, and the
 flat control `next_token` on 3 N tokens. Prints NLL by K (for the denoiser K = 1 is the read-out at sigma_max, K > 1 a
 mixture) and the FLOPs of each arm.
 
@@ -33,13 +33,13 @@ from recurrent_db.store.checkpoint import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-PASSES = {"unrolled": 1, "denoise-paper": 3, "next_token": 3}
+PASSES = {"unrolled": 1, "denoise_paper": 3, "next_token": 3}
 """Tokens of each arm in units of N: the paper trains 5 epochs against 15."""
 JUDGE_PASSES = 5
 """Tokens of the judge in units of N."""
 TEXT = {
     "unrolled": ("--k", 32),
-    "denoise-paper": ("--k", "1,4", "--bridge", "hard"),
+    "denoise_paper": ("--k", "1,4", "--bridge", "hard"),
     "next_token": ("--k", 1),
 }
 """How each arm's text is made, besides the decodings."""
@@ -197,7 +197,7 @@ def table(arms: dict[str, list[dict[str, Any]]]) -> str:
     lines = [head]
     for name, results in arms.items():
         for index, result in enumerate(results):
-            base = arms.get("denoise-paper", [])
+            base = arms.get("denoise_paper", [])
             ratio = f"{result['flops'] / base[index]['flops']:.2f}" if len(base) > index else "-"
             nlls = "".join(f"{nll:>9.3f}" for nll in result["nll_by_k"].values())
             lines.append(
@@ -239,7 +239,7 @@ def main(args: Args) -> int:
     judge = make_judge(args)
     arms: dict[str, list[dict[str, Any]]] = {}
     for seed in seeds:
-        for name in ("denoise-paper", "unrolled", "next_token"):
+        for name in ("denoise_paper", "unrolled", "next_token"):
             arms.setdefault(name, []).append(arm(args, name, seed, judge))
             result = {"size": args.size, "data": args.data.name, "command": sys.argv[1:], "arms": arms}
             write_atomic(args.out / "RESULT.json", json.dumps(result, indent=1))

@@ -61,15 +61,16 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-add": unrolled(4, 2, "add"),
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "unrolled-2-2-diagonal": unrolled(2, 2, "diagonal"),
-    "denoise": ["--objective.name", "denoise"],
+    "one_step": ["--objective.name", "one_step"],
     # The control of the one above: the core's blocks start as late, and no step trains a later iteration.
-    "denoise-first": ["--objective.name", "denoise", "--objective.denoise.flat", "1"],
-    "denoise-noise": ["--objective.name", "denoise", "--objective.denoise.noise", "0.1"],
-    "denoise-noise-first": [
-        "--objective.name", "denoise", "--objective.denoise.noise", "0.1", "--objective.denoise.flat", "1",
+    "one_step-first": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "1"],
+    "one_step-noise": ["--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1"],
+    "one_step-noise-first": [
+        "--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1",
+        "--objective.one_step.next_token_share", "1",
     ],
-    "denoise-token": ["--objective.name", "denoise-token"],
-    "denoise-paper": ["--objective.name", "denoise-paper"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise_paper": ["--objective.name", "denoise_paper"],
 }  # fmt: skip
 """What is compared: name -> dotted options over the size's configuration."""
 
@@ -84,7 +85,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
         "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
-        "arms": "next_token,unrolled-4-2-diagonal,denoise,denoise-first",
+        "arms": "next_token,unrolled-4-2-diagonal,denoise,one_step-first",
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]

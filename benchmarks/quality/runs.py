@@ -11,7 +11,6 @@ from typing import Any
 from recurrent_db.config import Config, to_dict
 from recurrent_db.data import DataWriter, document, load_tokenizer, open_data
 from recurrent_db.errors import UserError
-from recurrent_db.objectives.denoise import LEAST, Denoise
 from recurrent_db.store.checkpoint import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
@@ -43,7 +42,7 @@ def middle_first(rates: Sequence[float]) -> list[float]:
     return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
 
 
-OWN_OPTIONS = {"unrolled": "unrolled", "denoise": "denoise", "denoise-token": "token", "denoise-paper": "token"}
+OWN_OPTIONS = {"unrolled": "unrolled", "one_step": "one_step", "denoise": "denoise", "denoise_paper": "denoise"}
 """The part of ``objective`` that an objective reads; those that are not here read none."""
 
 
@@ -56,24 +55,17 @@ def identity(config: Config) -> dict[str, Any]:
     kept["objective"] = {"name": name}
     if name in OWN_OPTIONS:
         kept["objective"][OWN_OPTIONS[name]] = whole["objective"][OWN_OPTIONS[name]]
-    if name == "denoise" and 0 < Denoise(config).asked < LEAST:
-        kept["objective"]["left_out_below"] = LEAST
     return kept
 
 
-CAME_LATER = {"objective.denoise.shallow": 0.0, "objective.left_out_below": 0.0}
-"""What runs of before these keys did, where their defaults do something else. (The second: a first phase of any length.)"""
-
-
 def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
-    """The first key that differs. Other options that came since then are no contradiction: their defaults change nothing."""
-    before = {key: CAME_LATER[prefix + key] for key in now if prefix + key in CAME_LATER} | before
-    for key in before.keys() & now.keys():
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
+    """The first key that differs."""
+    for key in before.keys() | now.keys():
+        if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
             if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:
                 return found
-        elif before[key] != now[key]:
-            return f"{prefix}{key} ({before[key]}, now {now[key]})"
+        elif before.get(key) != now.get(key):
+            return f"{prefix}{key} ({before.get(key)}, now {now.get(key)})"
     return None
 
 

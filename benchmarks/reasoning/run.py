@@ -6,7 +6,7 @@ The loop is the trainer's (train/pretrain.py) with other batches; objective, opt
 code. A run that is killed begins anew: it takes minutes.
 
 One thing is easier in training than in scoring for an objective that puts noised targets into its single stream
-(`denoise-token`): position i then sees noised answers of the positions before it, which the input does not give away.
+(`denoise`): position i then sees noised answers of the positions before it, which the input does not give away.
 Scoring starts from noise, so its accuracy is honest, but it is a test of what was learned under that help.
 """
 
@@ -90,8 +90,10 @@ def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budg
         "--optim.lr", f"{rate:g}", "--budget.flops", f"{budget:g}",
     ]  # fmt: skip
     config = load_config(ROOT / "train/configs/tiny.toml", [str(word) for word in words])
-    if config.objective.name in WALKS and config.objective.token.neighbours == "known":
-        raise UserError("objective.token.neighbours = known puts the next token where these tasks have another answer")
+    if config.objective.name in WALKS and config.objective.denoise.neighbours == "known":
+        raise UserError(
+            "objective.denoise.neighbours = known puts the next token where these tasks have another answer"
+        )
     return config
 
 

@@ -17,7 +17,7 @@ TEXTS = (
     "<script>alert(1)</script>", "%s%n{0}{x}", "../../etc/passwd",
     "/etc/passwd", "C:\\x", "x" * 300, "text", "null", "NaN", "1e999", "-1", "0x10", "\u0661\u0662", "1_000",
     "kl:1e-3", "diagonal:4", "speculative:2:8",
-    "train", "model", "vocab_size", "name", "denoise", "unrolled", "next_token", "auto", "inf",
+    "train", "model", "vocab_size", "name", "one_step", "unrolled", "next_token", "auto", "inf",
 )  # fmt: skip
 
 NUMBERS: tuple[int | float, ...] = (

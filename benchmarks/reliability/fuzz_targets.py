@@ -167,8 +167,8 @@ class ConfigFiles:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.toml"
-        self.bases = [to_dict(tiny_config(name)) for name in ("unrolled", "denoise", "denoise-token", "next_token")]
-        self.bases.append({"objective": {"name": "denoise-paper"}, "budget": {"steps": 10}})
+        self.bases = [to_dict(tiny_config(name)) for name in ("unrolled", "one_step", "denoise", "next_token")]
+        self.bases.append({"objective": {"name": "denoise_paper"}, "budget": {"steps": 10}})
 
     def case(self, rng: random.Random) -> None:
         tree = altered(rng, rng.choice(self.bases))
@@ -352,7 +352,7 @@ class Checkpoints:
         tokenizer = tiny_tokenizer()
         self.folders = [
             Checkpoint(find_checkpoint(tiny_run(folder / name, tokenizer, name))).path
-            for name in ("unrolled", "denoise-token")
+            for name in ("unrolled", "denoise")
         ]
         self.good = [{p.name: p.read_bytes() for p in path.iterdir()} for path in self.folders]
         self.changed: list[set[str]] = [set(), set()]
@@ -603,7 +603,7 @@ class Repl:
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokenizer = folder, tiny_tokenizer()
         self.sessions = []
-        for name in ("unrolled", "denoise", "denoise-token", "next_token"):
+        for name in ("unrolled", "one_step", "denoise", "next_token"):
             model, _ = tiny_model(tiny_config(name))
             self.sessions.append(Session(model, self.tokenizer, self._start(), name))
         self.words = [f"/{word}" for word in (*VALUES, *ACTIONS, *ALIASES) if word not in ("save", "quit", "exit", "q")]
@@ -680,7 +680,7 @@ class Harness:
 
         tokenizer = tiny_tokenizer()
         self.kind = RecurrentDBLM
-        self.runs = [tiny_run(folder / name, tokenizer, name) for name in ("unrolled", "denoise-token")]
+        self.runs = [tiny_run(folder / name, tokenizer, name) for name in ("unrolled", "denoise")]
         self.models = [RecurrentDBLM(str(run), k=2, device="cpu") for run in self.runs]
         self.folder = folder
 
@@ -752,7 +752,7 @@ class RunFiles:
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
         (self.run / "eval").mkdir(parents=True)
-        config = tiny_config("denoise-token")
+        config = tiny_config("denoise")
         config.budget.steps = 4.0
         rows = [
             {"step": n, "tokens": 64 * n, "flops": 1e6 * n, "seconds": float(n), "loss": 5.0 - n, "lr": 0.003,

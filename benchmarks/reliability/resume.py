@@ -54,7 +54,7 @@ from recurrent_db.store.checkpoint import find_checkpoint, list_checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 
 PLACES = ("step", "saving", "pruning", "data", "tokenizer", "lm-eval")
-OBJECTIVES = ("next_token", "unrolled", "denoise")
+OBJECTIVES = ("next_token", "unrolled", "one_step")
 STEPS = 24
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
          "memory/activations_bytes", "energy_joules"}  # fmt: skip

@@ -61,7 +61,7 @@ class Args:
 
     config: Path = Path(__file__).parents[2] / "train/configs/pythia-70m-looped.toml"
     """TOML configuration whose shape is measured."""
-    objectives: str = "unrolled,denoise-token"
+    objectives: str = "unrolled,denoise"
     """Ways of training whose inference is measured, separated by commas."""
     vocab_size: int = 2048
     """Vocabulary where the config takes the tokenizer's."""

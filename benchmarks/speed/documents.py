@@ -31,8 +31,8 @@ from recurrent_db.rng import Rng
 
 ROWS = {
     "next_token": ["--objective.name", "next_token"],
-    "denoise-token": ["--objective.name", "denoise-token"],
-    "denoise-token, two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise, two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
     "unrolled": ["--objective.name", "unrolled"],
 }
 

@@ -39,11 +39,11 @@ STEPS = {
     "next_token, Muon": "--objective.name next_token --optim.name muon",
     "unrolled, 4 with gradient": DEEP + "--objective.unrolled.truncation 4",
     "unrolled, 4, checkpointed": DEEP + "--objective.unrolled.truncation 4 --run.activation_checkpointing true",
-    "denoise": "--objective.name denoise --objective.denoise.flat 0",
-    "denoise-token": "--objective.name denoise-token",
-    "denoise-token, weight average": "--objective.name denoise-token --optim.ema_decay 0.99",
-    "denoise-token, two-stream": "--objective.name denoise-token --objective.token.conditioning two-stream",
-    "denoise-token, level per token": "--objective.name denoise-token --objective.token.draw token",
+    "one_step": "--objective.name denoise --objective.one_step.next_token_share 0",
+    "denoise": "--objective.name denoise",
+    "denoise, weight average": "--objective.name denoise --optim.ema_decay 0.99",
+    "denoise, two-stream": "--objective.name denoise --objective.denoise.conditioning two-stream",
+    "denoise, level per token": "--objective.name denoise --objective.denoise.draw token",
 }
 SHAPES = {
     "d 64, 1/2/1": "--model.d_model 64 --model.n_heads 4 --model.n_prelude 1 --model.n_core 2 --model.n_coda 1"
@@ -108,9 +108,9 @@ CASES = [
     *((shape, step, {}) for shape in SHAPES for step in STEPS),
     ("d 128, 2/4/2", "next_token", {"micro_batches": 2}),
     ("d 128, 2/4/2", "unrolled, 4 with gradient", {"micro_batches": 3}),
-    ("d 128, 2/4/2", "denoise-token", {"documents": True}),
+    ("d 128, 2/4/2", "denoise", {"documents": True}),
     ("d 128, 2/4/2", "unrolled, 4 with gradient", {"bfloat16": True}),
-    ("d 128, 2/4/2", "denoise-token", {"bfloat16": True}),
+    ("d 128, 2/4/2", "denoise", {"bfloat16": True}),
 ]
 """What the table holds."""
 

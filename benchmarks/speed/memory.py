@@ -2,7 +2,7 @@
 
 python benchmarks/speed/memory.py [--config train/configs/tiny.toml] [--batch-size 8] [--json OUT]
 
-Rows: next_token, denoise-token (one stream, two streams), unrolled with 2 and 8 backpropagated iterations, and, without
+Rows: next_token, denoise (one stream, two streams), unrolled with 2 and 8 backpropagated iterations, and, without
 gradient, scoring by a walk of K = 2 and of K = 32. A denoising step has no K: it makes one pass. Memory is the most bytes of
 tensors held at once during forward and backward, above parameters and batch; gradients are in it. Every figure is given
 beside its ratio to next_token. Time is the median of interleaved repetitions.
@@ -36,12 +36,12 @@ CPU = torch.device("cpu")
 
 ROWS: dict[str, list[str]] = {
     "next_token": ["--objective.name", "next_token"],
-    "denoise-token": ["--objective.name", "denoise-token"],
-    "denoise-token, two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise, two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
     "unrolled, 2 with gradient": ["--objective.unrolled.truncation", "2"],
     "unrolled, 8 with gradient": ["--objective.unrolled.truncation", "8"],
-    "denoise-token, scoring, K = 2": ["--objective.name", "denoise-token"],
-    "denoise-token, scoring, K = 32": ["--objective.name", "denoise-token"],
+    "denoise, scoring, K = 2": ["--objective.name", "denoise"],
+    "denoise, scoring, K = 32": ["--objective.name", "denoise"],
 }  # fmt: skip
 DEEP = [
     "--objective.name",
@@ -144,7 +144,7 @@ def main(args: Args) -> int:
             f"{name:<28}{row['bytes'] / 2**20:>10.1f}{row['bytes_ratio']:>7.2f}{row['seconds']:>10.4f}"
             f"{row['seconds_ratio']:>7.2f}"
         )
-    streams = rows["denoise-token, two-stream"]["seconds_ratio"] / rows["denoise-token"]["seconds_ratio"]
+    streams = rows["denoise, two-stream"]["seconds_ratio"] / rows["denoise"]["seconds_ratio"]
     print(f"two streams against one: {streams:.2f} times the time of a step")
     print(f"memory of this process at its peak: {peak_memory_bytes(device) / 2**20:.0f} MiB")
     if args.json is not None:

@@ -58,8 +58,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "train/configs"
 OBJECTIVES = {
     "next_token": ["--objective.name", "next_token"],
-    "denoise-token": ["--objective.name", "denoise-token"],
-    "denoise-token-two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise-two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
     "unrolled": ["--objective.name", "unrolled"],
 }
 BATCH_SIZES = {"cpu": {"tiny": 8, "pythia-70m-looped": 2}, "cuda": {"pythia-70m-looped": 16, "looped-1b": 8}}
@@ -78,7 +78,7 @@ class Args:
     """Configs of train/configs, separated by commas; empty: tiny and pythia-70m-looped on a CPU, pythia-70m-looped and
     looped-1b on a GPU."""
     objectives: str = ",".join(OBJECTIVES)
-    """Rows: next_token, denoise-token, denoise-token-two-stream, unrolled, separated by commas."""
+    """Rows: next_token, denoise, denoise-two-stream, unrolled, separated by commas."""
     backends: str = "sdpa"
     """Attention back ends, separated by commas."""
     compile: Literal["none", "compiled", "both"] = "none"
@@ -212,7 +212,7 @@ def our_arm(setting: Setting, name: str) -> Arm:
     config = setting.config(name)
     model, objective = build_model(config.model, setting.args.seed, setting.device), build_objective(config)
     model.recurrence = objective.recurrence
-    use_backend(model, setting.backend, setting, config.objective.token.conditioning == "two-stream")
+    use_backend(model, setting.backend, setting, config.objective.denoise.conditioning == "two-stream")
     compile_ours(model, setting)
     rng = steady_rng(objective, config, setting.args.seed)
     passes = objective.passes(rng, 0.0)

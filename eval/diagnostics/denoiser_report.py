@@ -28,7 +28,7 @@ from recurrent_db.evaluation.likelihood import score_draws
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.objectives.base import cross_entropy
-from recurrent_db.objectives.denoise_token import mean_pairwise_cosine
+from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config

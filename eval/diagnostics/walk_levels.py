@@ -40,7 +40,7 @@ class Args:
     """Compare a denoiser's read-out at each level of its walk with the closed form."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory or checkpoint folder of a denoiser that walks: denoise-token, denoise-paper, joined blocks."""
+    """Run directory or checkpoint folder of a denoiser that walks: denoise, denoise_paper, joined blocks."""
     data: Path
     """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
     k: int = 4

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recurrent_db.config import TokenConfig
+from recurrent_db.config import DenoiseConfig
 from recurrent_db.rng import key
 
 
@@ -204,7 +204,7 @@ def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.concatenate([np.full(int(length), mean) for mean, _, length in pools])
 
 
-def build_density(config: TokenConfig) -> Density:
+def build_density(config: DenoiseConfig) -> Density:
     """The training density without its atom; for ``adaptive`` the one that training starts from."""
     if config.density in ("log-uniform", "adaptive"):
         return LogUniform(config.sigma_min, config.sigma_max)

@@ -103,7 +103,7 @@ class Decoding:
 
 
 def walked(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
-    """A denoiser's walk with another ``bridge`` or ``sampler`` (config.TokenConfig); other recurrences have no choice."""
+    """A denoiser's walk with another ``bridge`` or ``sampler`` (config.DenoiseConfig); other recurrences have no choice."""
     if not isinstance(recurrence, DenoiseWalk):
         return recurrence
     chosen: dict[str, Any] = dict(choices)

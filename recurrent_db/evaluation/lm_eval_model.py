@@ -5,7 +5,7 @@
 Importing this module registers the name; it needs the extra ``eval``. Scores come from `windows.Scorer` and text from
 `generate.complete`, so the harness sees the model that every other command sees.
 
-- A ``denoise-token`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
+- A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
 - Batching, order, padding, shared prefixes and processes change nothing: see `windows`. For a (context, continuation)
   pair the noise is keyed by the context, so that the choices of one question are compared under the same noise; for a

@@ -63,7 +63,7 @@ def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
                             ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
         if getattr(config, name) not in supported:
             raise UserError(
-                f"objective.token.{name} = {getattr(config, name)} cannot be exported: the exported model has"
+                f"objective.denoise.{name} = {getattr(config, name)} cannot be exported: the exported model has"
                 f" {' and '.join(supported)} alone"
             )
     masses = list(density.masses) if isinstance(density, PiecewiseLogUniform) else None
@@ -93,7 +93,7 @@ def hf_config(
     """
     model = config.model
     objective = config.objective
-    default_k = {"unrolled": objective.unrolled.mean_depth, "denoise": 1 + objective.denoise.depth}.get(
+    default_k = {"unrolled": objective.unrolled.mean_depth, "one_step": 1 + objective.one_step.prior_iterations}.get(
         objective.name, 1
     )
     name = CODE[0].removesuffix(".py")

@@ -12,18 +12,18 @@ from recurrent_db.errors import UserError
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
 from recurrent_db.objectives.denoise import Denoise
-from recurrent_db.objectives.denoise_token import DenoiseToken
 from recurrent_db.objectives.masked import Masked
 from recurrent_db.objectives.next_token import NextToken
+from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.objectives.unrolled import Unrolled
 from recurrent_db.rng import Rng
 
 OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
     "next_token": NextToken,
     "unrolled": Unrolled,
+    "one_step": OneStep,
     "denoise": Denoise,
-    "denoise-token": DenoiseToken,
-    "denoise-paper": DenoiseToken,
+    "denoise_paper": Denoise,
     "masked": Masked,
 }
 

@@ -1,145 +1,149 @@
-"""`denoise`: one pass with gradient from a state that the model itself reached. The recipe; docs/method.md has the story.
+"""`denoise`: one noise-conditioned pass (DiffusionBlocks, arXiv 2506.14202, section 5.5 and appendix E.5).
 
-What is denoised is the state and not the answer. A step runs the core l times without gradient from the silent state,
-s_l = f(s_{l-1}, e), makes one more pass with gradient, and takes the cross-entropy of its read-out:
+The clean target y of position i is the normalised target row of token i+1. A step draws sigma, makes
+z = y + sigma eps, runs the core once as an EDM-preconditioned denoiser of z given the clean context e, reads its
+estimate out through the coda and takes the cross-entropy against token i+1, by default without a weight over sigma:
+EDM's weight belongs to the squared error.
 
-    loss = -log p(token_{i+1} | read(f(stop(s_l), e)))
-
-The state never sees the answer, so there is nothing to copy, and the likelihood at every K is that of one deterministic
-pass. Up to ``depth`` + 1 iterations are what training showed. Each is trained alone, as in DiffusionBlocks (arXiv
-2506.14202); the gradient of one step through the last iteration alone is that of HRM (arXiv 2506.21734).
-
-Depth grows along the budget. In its first ``flat`` share no more than the first iteration is trained (l = 0), which is
-plain next-token training. At its beginning it runs none: the coda reads what the core's blocks would be given, and prelude
-and coda learn at a lower price. After ``shallow`` tokens for each parameter of that network, and at most `MOST` of the
-budget, the core's blocks start as copies of those, in order (stacking, arXiv 2405.15319). A long run, where that would be
-less than `LEAST` of the budget, runs them at once, and so does one that has its blocks from another's weights
-(``init.from``). After ``flat``, ``start`` of the steps train the first iteration, and in the others l is uniform over 1 to
-``depth``.
-
-With ``noise``, a share of a sequence's context tokens, uniform between 0 and twice ``noise``, is replaced by tokens drawn
-from the vocabulary: the state is then an estimate from a corrupted context, which each pass learns to improve. That pays
-where a corpus is repeated.
+Position i sees clean tokens <= i and noisy targets of positions <= i (the core's attention is causal), so the only trace
+of the answer is its own z, which fades as sigma grows. Scoring starts from pure noise: see `recurrence.DenoiseWalk`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recurrent_db.accounting.flops import Passes, step_cost
+from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
+from recurrent_db.denoise.noise import AdaptiveFit, build_density, draw_sigma, share_below, sigma_star
+from recurrent_db.denoise.precond import Precond
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy, position_rms
-from recurrent_db.optim.schedule import budget_progress
-from recurrent_db.recurrence.walk import PlainRecurrence
+from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
+from recurrent_db.recurrence.walk import DenoiseWalk, normalised
 from recurrent_db.rng import Rng
 
-SHALLOW = Passes(core_grad=0, injections_grad=1)
-"""A step that trains no iteration."""
-MOST, LEAST = 0.4, 0.15
-"""Shares of the budget: such steps take no more than the first, and where they would take less than the second there are
-none: runs of which they took .07 ended no lower by them (docs/method.md)."""
+WARN_SHARE = 0.75
+"""Share of draws below sigma* above which the model mostly learns to copy."""
 
 
-def shallow_share(config: Config) -> float:
-    """Share of the budget that ``objective.denoise.shallow`` tokens are for each weight of the matrices that such a step
-    multiplies by; 0 where the budget does not say."""
-    cost, budget = step_cost(config, SHALLOW), config.budget
-    tokens = config.objective.denoise.shallow * cost.matmul / 6
-    steps = tokens / (config.data.batch_size * config.data.sequence_length)
-    return budget_progress(budget, flops=tokens * cost.total, tokens=tokens, steps=steps, seconds=0.0)
+def mean_pairwise_cosine(rows_VD: Tensor, most: int = 256) -> Tensor:
+    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional.
+    Of a larger table, ``most`` to twice as many evenly spaced rows are taken."""
+    rows_VD = rows_VD.detach()[:: max(1, len(rows_VD) // most)]
+    unit = torch.nn.functional.normalize(rows_VD.float(), dim=-1)
+    n = len(unit)
+    return (unit.sum(0).square().sum() - n) / (n * (n - 1))
 
 
-def passes_of(depth: float) -> Passes:
-    """What a step ran whose metrics have this ``depth``."""
-    return Passes(core_no_grad=round(depth) - 1, core_grad=1) if depth else SHALLOW
+def noised(rows_BTD: Tensor, eps_BTD: Tensor, sigma_Bs: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """Clean targets y and z = y + sigma eps, fp32 (B, T, D), of target rows."""
+    y_BTD = normalised(rows_BTD, norm)
+    return y_BTD, torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
 
 
-class Denoise:
-    """Draw how many iterations came before, run them without gradient, train the next one."""
+class Denoise(NeverGrows):
+    """The published method, with its choices as options (config.DenoiseConfig)."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config.objective.denoise
-        self.recurrence = PlainRecurrence(initial="zeros")
-        alone = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
-        self.asked = 0.0 if alone else min(MOST, shallow_share(config))
-        self.shallow = min(self.config.flat, self.asked) if self.asked >= LEAST else 0.0
-        self.grown = not self.shallow
-        self.resumed = False
+        self.config, self.length = config.objective.denoise, config.data.sequence_length
+        self.density = build_density(self.config)
+        self.fit = AdaptiveFit(self.config.sigma_min, self.config.sigma_max)
+        self.tally: Tensor | None = None
+        true_sd = self.config.target_norm / math.sqrt(config.model.d_model)
+        mute_norm = self.config.target_norm if self.config.mute else 0.0
+        self.precond = Precond(self.config.sd or true_sd, mute_norm)
 
-    def _depth(self, rng: Rng, progress: float) -> int:
-        """The iteration that a step trains, from 1; 0 where it trains none."""
-        if not self.grown and progress < self.shallow:
-            return 0
-        if progress < self.config.flat or rng.scalar("start") < self.config.start:
-            return 1
-        return 2 + int(rng.scalar("depth") * self.config.depth)
+    @property
+    def recurrence(self) -> DenoiseWalk:
+        return DenoiseWalk(self.density, self.precond, self.config)
 
-    def corrupted(self, tokens_BT: Tensor, samples_B: Tensor, vocab_size: int, rng: Rng) -> Tensor:
-        """The context with a share of its tokens replaced, int64 (B, T), on the tokens' device."""
-        shape = (tokens_BT.shape[1],)
-        rate_B1 = rng.uniform(samples_B, (1,), "noise/rate") * 2 * self.config.noise
-        hit_BT = rng.uniform(samples_B, shape, "noise/where") < rate_B1
-        other_BT = (rng.uniform(samples_B, shape, "noise/what") * vocab_size).long()
-        return torch.where(hit_BT.to(tokens_BT.device), other_BT.to(tokens_BT.device), tokens_BT)
+    def _sigma(self, batch: Batch, rng: Rng) -> Tensor:
+        """Noise levels of a micro-batch, fp32 (B, 1) or (B, T), on the CPU."""
+        n_sequences, length = batch.tokens_BT.shape
+        if self.config.draw == "batch":
+            u = torch.full((n_sequences, 1), rng.scalar("sigma"), dtype=torch.float64)
+        else:
+            u = rng.uniform(batch.sample_index_B, (length if self.config.draw == "token" else 1,), "sigma")
+        return draw_sigma(self.density, self.config.atom, u).float()
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
-        depth, tokens_BT = self._depth(rng, progress), batch.tokens_BT
-        if self.config.noise:
-            tokens_BT = self.corrupted(tokens_BT, batch.sample_index_B, model.config.vocab_size, rng)
-        visible = model.visible(tokens_BT.shape[1], batch.doc_ids_BT)
-        e_BTD = model.encode(tokens_BT, visible)
-        state_BTD = torch.zeros_like(e_BTD)
-        if not depth:
-            state_BTD = model.inject(state_BTD, e_BTD)
-        else:
-            with torch.no_grad():
-                state_BTD = model.iterate(state_BTD, e_BTD, depth - 1, visible=visible)
-            state_BTD = model.iterate(state_BTD, e_BTD, visible=visible)
-        loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
-        return loss, {"depth": torch.tensor(float(depth)), "state_rms": position_rms(state_BTD)}
+        drawn_Bs = self._sigma(batch, rng)
+        sigma_Bs = drawn_Bs.to(batch.tokens_BT.device, non_blocking=True)
+        rows_BTD = model.target_rows_of(batch.targets_BT).float()
+        eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "noise", rows_BTD.device)
+        y_BTD, z_BTD = model.fuse(noised)(rows_BTD, eps_BTD, sigma_Bs, self.config.target_norm)
+
+        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
+        e_BTD = model.encode(batch.tokens_BT, visible)
+        clean = self.recurrence.clean_contexts(model, e_BTD, visible)
+        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_Bs, e_BTD, clean, visible)
+        read_BTD = estimate_BTD.detach() if self.config.loss == "l2" else estimate_BTD
+        # Dividing by sd brings the estimate to unit scale before the norm's epsilon; the norm itself ignores scale.
+        hidden_BTD = model.decode((read_BTD / self.precond.sd).to(e_BTD.dtype), visible=visible)
+        weights_Bs = self.precond.weight(sigma_Bs) if self.config.weight == "edm" else None
+        loss, losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT, weights_Bs)
+        if self.config.loss == "l2":
+            # The targets do not move towards their estimates: all rows in one place would be a perfect answer.
+            error_BT = (estimate_BTD - y_BTD.detach()).square().mean(-1)
+            loss = loss + (self.precond.weight(sigma_Bs) * error_BT).mean()
+        if self.config.density == "adaptive":
+            tally = self.fit.tally(drawn_Bs.expand_as(losses_BT), losses_BT)
+            self.tally = tally if self.tally is None else self.tally + tally
+        # The part of the loss that is a next-token loss: the draws at sigma_max, where z says nothing.
+        at_top_BT = (sigma_Bs >= self.config.sigma_max).float().expand_as(losses_BT)
+        metrics = {
+            "loss_sigma_max": torch.stack(((losses_BT * at_top_BT).sum(), at_top_BT.sum())),
+            "loss_cross_entropy": losses_BT.mean(),
+            "target_cosine": mean_pairwise_cosine(model.target_rows()),
+        }
+        return loss, metrics
 
     def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        pass
-
-    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
-        """When the core's blocks begin to run, make them copies of the blocks around them, from the first to the last."""
-        if self.grown or progress < self.shallow:
-            return []
-        self.grown = True
-        around, core = [*model.prelude, *model.coda], model.core.blocks
-        with torch.no_grad():
-            for number, block in enumerate(core):
-                source = around[number * len(around) // len(core)]
-                for parameter, value in zip(block.parameters(), source.parameters(), strict=True):
-                    parameter.copy_(value)
-        return list(core.parameters())
-
-    def describe(self, model: LoopedLM) -> list[str]:
-        if self.shallow and not self.grown:
-            when = f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.denoise.shallow)"
-            return [f"{when}: no score before then is that of a trained core"]
-        left_out = (
-            f"{100 * self.asked:.3g}% of the budget without them (objective.denoise.shallow) is left out as too little"
-        )
-        if not self.grown:  # stopped before they ran, and resumed with another budget or of another version
-            return [f"the core's blocks start now, as copies of those around them: {left_out}"]
-        return (
-            [f"the core's blocks run from the start: {left_out}"] if 0 < self.asked < LEAST and not self.resumed else []
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"grown": self.grown}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() - {"grown"} or not isinstance(state.get("grown", True), bool):
-            raise ValueError(f"grown must be true or false, got {state}")
-        self.resumed = True
-        self.grown = state.get("grown", True)  # runs of before there was this ran all blocks from the start
+        if self.tally is not None and bool(taken):  # the next draws need the fit, so an adaptive density waits for it
+            self.fit.update(reduce(self.tally))
+            self.density = self.fit.density()
+        self.tally = None
 
     def passes(self, rng: Rng, progress: float) -> Passes:
-        return passes_of(self._depth(rng, progress))
+        two_stream = self.config.conditioning == "two-stream"
+        levels = self.length if self.config.draw == "token" else 1
+        return Passes(core_grad=1, clean_grad=int(two_stream), beside=two_stream, noise_levels=levels)
+
+    def describe(self, model: LoopedLM) -> list[str]:
+        """sigma* of the freshly built targets and the share of draws below it."""
+        star = sigma_star(self.recurrence.targets(model), self.config.sigma_min, self.config.sigma_max)
+        share = share_below(self.density, self.config.atom, star)
+        lines = [
+            f"denoise: sigma* = {star:.3g}; {share:.0%} of the draws lie below it, where the nearest row is the answer"
+        ]
+        if share > WARN_SHARE:
+            lines.append(
+                f"warning: {share:.0%} of the draws teach copying; raise objective.denoise.p_mean or .atom, or keep sd true"
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.config.density != "adaptive":
+            return {}
+        return {"sums": self.fit.sums.tolist(), "counts": self.fit.counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.config.density != "adaptive":
+            if state:
+                raise ValueError(f"a fixed density keeps no state, got {sorted(state)}")
+            return
+        sums, counts = (np.array(state[name], dtype=np.float64) for name in ("sums", "counts"))
+        if (
+            not sums.shape == counts.shape == (self.fit.n_bins,)
+            or not np.isfinite([sums, counts]).all()
+            or (counts < 0).any()
+        ):
+            raise ValueError(f"sums and counts must be {self.fit.n_bins} finite numbers each")
+        self.fit.sums, self.fit.counts = sums, counts
+        self.density = self.fit.density()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from recurrent_db.accounting.flops import Passes
-from recurrent_db.config import TokenConfig
+from recurrent_db.config import DenoiseConfig
 from recurrent_db.denoise.bound import walk_log_weight
 from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
@@ -217,7 +217,7 @@ class DenoiseWalk:
 
     density: Density
     precond: Precond
-    config: TokenConfig
+    config: DenoiseConfig
     stochastic: bool = True
     targets_VD: Tensor | None = None
     """Clean targets of a model that this is `ready` for."""

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 from recurrent_db.accounting.flops import Cost, cost_per_token
 from recurrent_db.objectives import build_objective, drawn_passes
-from recurrent_db.objectives.denoise import Denoise, passes_of
+from recurrent_db.objectives.one_step import OneStep, passes_of
 from recurrent_db.report.data import Run, number
 from recurrent_db.rng import Rng
 
@@ -32,7 +32,7 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
     stride = math.ceil(len(steps) / most) or 1
     counts = Counter(
         passes_of(depth)
-        if isinstance(objective, Denoise) and depth is not None
+        if isinstance(objective, OneStep) and depth is not None
         else objective.passes(Rng(config.seed, step), at)
         for step, at, depth in steps[::stride]
     )

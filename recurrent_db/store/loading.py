@@ -20,7 +20,7 @@ from recurrent_db.store.checkpoint import Checkpoint, check_weights, find_checkp
 
 
 def core_has_begun(checkpoint: Checkpoint) -> bool:
-    """Whether the core's blocks have run in training (`objectives.denoise` starts without them)."""
+    """Whether the core's blocks have run in training (`objectives.one_step` starts without them)."""
     return checkpoint.training()[1].get("grown") is not False
 
 
@@ -42,7 +42,7 @@ def load_with_config(
     """`load`, with the run's configuration and the folder of the checkpoint that was taken.
 
     ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid``, ``neighbours`` of
-    config.TokenConfig); None values leave the run's own.
+    config.DenoiseConfig); None values leave the run's own.
     """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()
@@ -51,7 +51,7 @@ def load_with_config(
         if config.objective.name not in WALKS:
             raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
         for name, value in chosen.items():
-            setattr(config.objective.token, name, value)
+            setattr(config.objective.denoise, name, value)
         validate(config)
     weights, shape, source = checkpoint.weights(averaged), config.model, str(checkpoint.path)
     # Before anything is allocated: a configuration may claim any size.
@@ -111,8 +111,8 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
         raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
     if not core_has_begun(source):
         raise UserError(
-            f"init.from {config.init.from_} was stopped before its core's blocks began to run (objective.denoise.shallow):"
-            " continue it with --resume first"
+            f"init.from {config.init.from_} was stopped before its core's blocks began to run"
+            " (objective.one_step.skip_core): continue it with --resume first"
         )
     if not isinstance(model, BlocksLM):
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))

@@ -33,7 +33,7 @@ def median_seconds(action: Callable[[], object], repetitions: int) -> float:
 
 
 def test_accounting_takes_less_than_a_two_hundredth_of_a_step() -> None:
-    config = load_config(CONFIG, ["--objective.name", "denoise-token", "--model.vocab_size", "2048"])
+    config = load_config(CONFIG, ["--objective.name", "denoise", "--model.vocab_size", "2048"])
     device = torch.device("cpu")
     model = build_model(config.model, 0)
     objective, optimizer = build_objective(config), build_optimizer(model, config.optim)

@@ -170,14 +170,14 @@ def test_known_neighbours() -> None:
         ["next_token", "--model.noise_conditioning", "True"],  # built, and never run
         ["unrolled", "--model.noise_conditioning", "True"],
         *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
-        ["denoise"],  # its first step, which runs none of the core's blocks
-        ["denoise", "--objective.denoise.shallow", "0"],
-        ["denoise", "--objective.denoise.flat", "0"],
-        ["denoise-paper"],
-        *(["denoise-token", "--objective.token.draw", draw] for draw in ("batch", "sequence", "token")),
-        ["denoise-token", "--objective.token.conditioning", "two-stream"],
-        ["denoise-token", "--objective.token.targets", "separate"],
-        ["denoise-token", "--objective.token.loss", "l2"],
+        ["one_step"],  # its first step, which runs none of the core's blocks
+        ["one_step", "--objective.one_step.skip_core", "0"],
+        ["one_step", "--objective.one_step.next_token_share", "0"],
+        ["denoise_paper"],
+        *(["denoise", "--objective.denoise.draw", draw] for draw in ("batch", "sequence", "token")),
+        ["denoise", "--objective.denoise.conditioning", "two-stream"],
+        ["denoise", "--objective.denoise.targets", "separate"],
+        ["denoise", "--objective.denoise.loss", "l2"],
     ],
     ids="-".join,
 )
@@ -189,7 +189,7 @@ def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], inje
     length = config.data.sequence_length
     ids = torch.randint(61, (2, length + 1))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
-    for step in range(4 if options[0] in ("unrolled", "denoise") else 1):
+    for step in range(4 if options[0] in ("unrolled", "one_step") else 1):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             objective(model, batch, Rng(0, step), 0.0)[0].backward()
         ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
@@ -260,11 +260,11 @@ def test_inference_costs_forward_passes_alone() -> None:
     [
         ["next_token"],
         ["unrolled"],
-        ["denoise-token"],
-        ["denoise-token", "--objective.token.bridge", "state"],
-        ["denoise-token", "--objective.token.bridge", "hard", "--objective.token.sampler", "heun"],
-        ["denoise-token", "--objective.token.conditioning", "two-stream"],
-        ["denoise-token", "--objective.token.neighbours", "known"],
+        ["denoise"],
+        ["denoise", "--objective.denoise.bridge", "state"],
+        ["denoise", "--objective.denoise.bridge", "hard", "--objective.denoise.sampler", "heun"],
+        ["denoise", "--objective.denoise.conditioning", "two-stream"],
+        ["denoise", "--objective.denoise.neighbours", "known"],
     ],
     ids="-".join,
 )

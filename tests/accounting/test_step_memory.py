@@ -35,10 +35,10 @@ def test_memory_of_a_denoising_step() -> None:
     benchmark = load_script("benchmarks/speed/memory.py")
     rows = benchmark.measure(benchmark.Args(config=CONFIG, batch_size=2, repetitions=1))
     flat = rows["next_token"]["bytes"]
-    assert rows["denoise-token"]["bytes"] <= 1.3 * flat
+    assert rows["denoise"]["bytes"] <= 1.3 * flat
     # Walks of any length hold one state; unrolled training holds one for each backpropagated iteration.
-    assert rows["denoise-token, scoring, K = 32"]["bytes"] == pytest.approx(
-        rows["denoise-token, scoring, K = 2"]["bytes"], rel=0.05
+    assert rows["denoise, scoring, K = 32"]["bytes"] == pytest.approx(
+        rows["denoise, scoring, K = 2"]["bytes"], rel=0.05
     )
     assert rows["unrolled, 8 with gradient"]["bytes"] > 1.5 * rows["unrolled, 2 with gradient"]["bytes"]
     assert rows["unrolled, 8 with gradient"]["bytes"] > 2 * flat
@@ -79,7 +79,7 @@ def activations(depth: int, checkpointing: bool) -> int:
 
 
 def test_what_a_model_and_its_optimizer_hold() -> None:
-    config = micro_config("--objective.name", "denoise-token", "--optim.ema_decay", 0.9)
+    config = micro_config("--objective.name", "denoise", "--optim.ema_decay", 0.9)
     model, train = micro_model(config)  # float64: eight bytes
     model.core.blocks[0].mlp.proj.weight.requires_grad_(False)
     optimizer, ema, split = build_optimizer(model, config.optim), EMA(model, config.optim.ema_decay), MemorySplit(model)
@@ -131,7 +131,7 @@ def test_watching_changes_nothing(objective: str) -> None:
 # Activation checkpointing
 
 
-@pytest.mark.parametrize("objective", ["unrolled", "denoise-token"])
+@pytest.mark.parametrize("objective", ["unrolled", "denoise"])
 def test_checkpointing_changes_no_gradient(objective: str) -> None:
     plain = loss_and_gradients(*deep(5, objective))
     checkpointed = loss_and_gradients(*deep(5, objective, checkpointing=True))

@@ -196,7 +196,7 @@ def median_seconds(action: Callable[[int], object], repetitions: int) -> float:
 
 
 def test_the_loader_is_twenty_times_faster_than_the_model(data: Path) -> None:
-    config = load_config(ROOT / "train/configs/tiny.toml", ["--objective.name", "denoise-token"])
+    config = load_config(ROOT / "train/configs/tiny.toml", ["--objective.name", "denoise"])
     tokens = open_data(data, "train")
     loader = Loader(tokens, config.data.sequence_length, config.data.batch_size)
     config.model.vocab_size = tokens.vocab_size

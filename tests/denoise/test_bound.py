@@ -30,8 +30,8 @@ CASES: dict[str, dict[str, str]] = {
 
 
 def model_of(case: str, spread: float = 0.3) -> LoopedLM:
-    options = [f"--objective.token.{name}={value}" for name, value in CASES[case].items()]
-    return micro_model(micro_config("--objective.name", "denoise-token", *options), spread=spread)[0]
+    options = [f"--objective.denoise.{name}={value}" for name, value in CASES[case].items()]
+    return micro_model(micro_config("--objective.name", "denoise", *options), spread=spread)[0]
 
 
 def toy(vocab: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -115,8 +115,8 @@ def test_the_bound_depends_on_no_token_after_the_answer(case: str) -> None:
 def test_the_bound_is_below_the_likelihood_that_many_draws_of_the_mixture_find() -> None:
     """Of one and the same walk: ancestral with a sampled bridge, clean context (so positions do not share noise)."""
     options = {"conditioning": "two-stream", "bridge": "sample", "sampler": "ancestral", "sigma_min": "2"}
-    words = [f"--objective.token.{name}={value}" for name, value in options.items()]
-    model = micro_model(micro_config("--objective.name", "denoise-token", *words), spread=0.1)[0].float()
+    words = [f"--objective.denoise.{name}={value}" for name, value in options.items()]
+    model = micro_model(micro_config("--objective.name", "denoise", *words), spread=0.1)[0].float()
     n = 4000  # draws of one text, as a batch of requests
     inputs = torch.randint(61, (1, 4), generator=torch.Generator().manual_seed(3)).expand(n, 4)
     arguments = model, inputs, inputs.roll(-1, 1), [3], RNG, torch.arange(n), 1

@@ -182,9 +182,9 @@ def test_a_block_trains_alone_and_the_walk_of_blocks_finds_the_data() -> None:
 
 def test_one_block_is_the_two_stream_denoiser() -> None:
     """B = 1 against the looped model's own two-stream objective with the same weights: loss and walk."""
-    looped_config = micro_config(*BLOCKS, "--objective.token.draw", "token")
+    looped_config = micro_config(*BLOCKS, "--objective.denoise.draw", "token")
     looped, looped_objective = micro_model(looped_config)
-    config = blocks_config("--objective.token.draw", "token", n=1)
+    config = blocks_config("--objective.denoise.draw", "token", n=1)
     model, objective = micro_model(config)
     with torch.no_grad():
         theirs = dict(looped.named_parameters())
@@ -205,7 +205,7 @@ def test_one_block_is_the_two_stream_denoiser() -> None:
 def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam: every pass of a block, in training (no overlap), in scoring and in generation, is at a level that `block_of`
     gives it."""
-    config = blocks_config("--blocks.gamma", "0", "--objective.token.draw", "token")
+    config = blocks_config("--blocks.gamma", "0", "--objective.denoise.draw", "token")
     model, objective = micro_model(config)
     assert isinstance(model, BlocksLM)
     assert isinstance(objective, BlockDenoise)
@@ -232,7 +232,7 @@ def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pyt
     assert {number for number, _ in seen[scored:]} == {1, 2, 3, 4}
     for number, sigma in seen:
         at_edge = min(abs(math.log(sigma / edge)) for edge in parts.edges) < 1e-4  # fp32 rounding cannot tell
-        inside = min(max(sigma, config.objective.token.sigma_min), config.objective.token.sigma_max)
+        inside = min(max(sigma, config.objective.denoise.sigma_min), config.objective.denoise.sigma_max)
         assert at_edge or parts.block_of(inside) == number
     b_step = [number for number, _ in seen[trained:scored]]
     assert sorted(set(b_step)) == [1, 2, 3, 4]
@@ -273,7 +273,7 @@ def test_one_block_is_built_alone_with_the_values_it_has_among_the_others() -> N
 @pytest.mark.parametrize("k", [1, 4, 6])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_no_scored_logit_looks_ahead(k: int, sampler: str) -> None:
-    model, _ = micro_model(blocks_config("--objective.token.sampler", sampler))
+    model, _ = micro_model(blocks_config("--objective.denoise.sampler", sampler))
     micro, rng = batch(2, 12), Rng(0, EVALUATION_STEP)
     noise = NoiseSource(rng, micro.sample_index_B, 32)
 
@@ -291,7 +291,7 @@ def test_no_scored_logit_looks_ahead(k: int, sampler: str) -> None:
 
 def test_a_walk_of_blocks_by_hand() -> None:
     """The B-step walk against the equations, written out with a mask over one sequence of clean and noisy positions."""
-    model, objective = micro_model(blocks_config("--objective.token.bridge", "state"))
+    model, objective = micro_model(blocks_config("--objective.denoise.bridge", "state"))
     assert isinstance(model, BlocksLM)
     walk = objective.recurrence
     assert isinstance(walk, BlockWalk)
@@ -360,7 +360,7 @@ def test_flops_are_those_of_the_block() -> None:
 
 
 @pytest.mark.parametrize("only", [0, 1, 2])
-@pytest.mark.parametrize("name", ["denoise-token", "masked"])
+@pytest.mark.parametrize("name", ["denoise", "masked"])
 def test_what_a_block_says_it_runs_is_what_it_runs(name: str, only: int) -> None:
     """A step, forward and backward, against PyTorch's own counter; a frozen table's gradient is not counted."""
     words = ["--objective.name", name, "--blocks.shared", "owned", "--model.block_layers", 1, 3]
@@ -397,7 +397,7 @@ def test_flops_command_of_a_model_in_blocks(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
-    config = blocks_config("--objective.token.density", "adaptive", "--objective.token.draw", "token")
+    config = blocks_config("--objective.denoise.density", "adaptive", "--objective.denoise.draw", "token")
     model, objective = micro_model(config)
     assert isinstance(objective, BlockDenoise)
     for step in range(8):
@@ -422,9 +422,9 @@ def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
         (["--model.n_core", 6], "do not split evenly into 4"),
         (["--model.n_prelude", 1], "no prelude"),
         (["--objective.name", "next_token"], "cannot train a model in blocks"),
-        (["--objective.token.conditioning", "inject"], "two-stream"),
+        (["--objective.denoise.conditioning", "inject"], "two-stream"),
         (["--model.n_blocks", 0, "--blocks.only", 1], "needs a model in blocks"),
-        (["--objective.token.density", "adaptive", "--objective.token.p_mean", 50], "has no mass"),
+        (["--objective.denoise.density", "adaptive", "--objective.denoise.p_mean", 50], "has no mass"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words: list[object], message: str) -> None:

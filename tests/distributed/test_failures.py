@@ -42,7 +42,7 @@ def rows_so_far(run: Path) -> list[str]:
     [("fsdp", "true", "step"), ("fsdp", "false", "checkpoint"), ("ddp", "true", "checkpoint")])  # fmt: skip
 def test_kill_9_of_one_of_two_processes(data: Path, tmp_path: Path, mode: str, background: str, moment: str) -> None:
     """Its fellow ends at once; started anew, as torchrun does it, the run ends with the bits of an undisturbed one."""
-    options = ["--objective.name", "denoise-token", "--budget.steps", 14, "--parallel.mode", mode, *SHORT,
+    options = ["--objective.name", "denoise", "--budget.steps", 14, "--parallel.mode", mode, *SHORT,
                "--parallel.async_checkpoints", background]  # fmt: skip
     whole = train(data, tmp_path / "whole", *options, world=2)
     run, rng = tmp_path / "run", random.Random(f"{mode} {moment}")
@@ -166,7 +166,7 @@ def test_torchrun_restarts_what_was_killed(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_a_node_that_is_lost_comes_back(data: Path, tmp_path: Path, mode: str) -> None:
     """Two launchers, as on two machines. One is killed together with its process, and started anew; the other goes on."""
-    options = ["--objective.name", "denoise", "--budget.steps", 40, "--parallel.mode", mode, *SHORT]
+    options = ["--objective.name", "one_step", "--budget.steps", 40, "--parallel.mode", mode, *SHORT]
     whole = train(data, tmp_path / "whole", *options, world=2)
     run = tmp_path / "run"
     with socket_free() as port:

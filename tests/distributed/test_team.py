@@ -30,13 +30,13 @@ from recurrent_db.store.checkpoint import Checkpoint, TrainState, fault, find_ch
 KINDS = {
     "next_token": ["--objective.name", "next_token"],
     "unrolled": ["--objective.name", "unrolled"],
-    "denoise": ["--objective.name", "denoise", "--objective.denoise.flat", "0.3"],
-    "denoise-token": ["--objective.name", "denoise-token"],
-    "denoise-paper": ["--objective.name", "denoise-paper"],
-    "two-stream": ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream"],
-    "adaptive": ["--objective.name", "denoise-token", "--objective.token.density", "adaptive",
-                 "--objective.token.targets", "separate"],
-    "l2": ["--objective.name", "denoise-token", "--objective.token.loss", "l2"],
+    "one_step": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "0.3"],
+    "denoise": ["--objective.name", "denoise"],
+    "denoise_paper": ["--objective.name", "denoise_paper"],
+    "two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
+    "adaptive": ["--objective.name", "denoise", "--objective.denoise.density", "adaptive",
+                 "--objective.denoise.targets", "separate"],
+    "l2": ["--objective.name", "denoise", "--objective.denoise.loss", "l2"],
 }  # fmt: skip
 
 
@@ -59,8 +59,8 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "mode"),
-    [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("denoise", "ddp"),
-     ("denoise", "fsdp"), ("adaptive", "fsdp")])  # fmt: skip
+    [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("one_step", "ddp"),
+     ("one_step", "fsdp"), ("adaptive", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
     more = ["--data.micro_batch_size", 1] if kind == "adaptive" else []
@@ -75,7 +75,7 @@ def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: An
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_nccl_trains_what_no_process_group_does(data: Path, tmp_path: Path, mode: str) -> None:
-    options = ["--objective.name", "denoise", "--budget.steps", 6, "--run.device", "cuda", "--run.dtype", "float32"]
+    options = ["--objective.name", "one_step", "--budget.steps", 6, "--run.device", "cuda", "--run.dtype", "float32"]
     for name in ("none", mode):
         more = words(data, tmp_path / name, *options, "--parallel.mode", name)
         many.run(tmp_path / f"logs-{name}", 1, many.train, more)
@@ -114,7 +114,7 @@ def test_hybrid_sharding_trains_what_one_process_does(data: Path, tmp_path: Path
 def test_shards_in_half_precision_follow_whole_ones(data: Path, tmp_path: Path) -> None:
     options = [
         "--objective.name",
-        "denoise-token",
+        "denoise",
         "--budget.steps",
         8,
         "--optim.lr",
@@ -194,7 +194,7 @@ def count_collectives(result: str, cases: list[tuple[str, int, str, int]]) -> No
         model, objective = build_model(config.model, 0), build_objective(config)
         if name == "unrolled":
             objective._depth = lambda rng, k=k: (k // 2, k - k // 2)  # type: ignore[attr-defined]
-        if name == "denoise":
+        if name == "one_step":
             objective._depth = lambda rng, progress, k=k: k  # type: ignore[attr-defined]
         if wrapping == "blocks":
             from torch.distributed.fsdp import fully_shard
@@ -225,8 +225,8 @@ def count_collectives(result: str, cases: list[tuple[str, int, str, int]]) -> No
 
 def test_the_core_is_gathered_once_for_all_iterations(tmp_path: Path) -> None:
     cases = [("unrolled", 1, "core", 1), ("unrolled", 8, "core", 1), ("unrolled", 1, "blocks", 1),
-             ("unrolled", 8, "blocks", 1), ("denoise-token", 1, "core", 1), ("denoise-token", 8, "core", 1),
-             ("denoise", 2, "core", 1), ("denoise", 8, "core", 1), ("unrolled", 8, "core", 3)]  # fmt: skip
+             ("unrolled", 8, "blocks", 1), ("denoise", 1, "core", 1), ("denoise", 8, "core", 1),
+             ("one_step", 2, "core", 1), ("one_step", 8, "core", 1), ("unrolled", 8, "core", 3)]  # fmt: skip
     many.run(tmp_path / "logs", 2, count_collectives, str(tmp_path / "counts"), cases)
     counts = json.loads((tmp_path / "counts").read_text())
     gathers = [sum(n for name, n in found.items() if "allgather" in name) for found in counts]

@@ -101,7 +101,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'recurrent-db[eval]')")
     folder = tmp_path_factory.mktemp("sweep")
     synthetic_data(folder / "data")
-    make_checkpoint(folder / "run", synthetic_tokenizer(), "denoise-token", 48, "--data.path", str(folder / "data"))
+    make_checkpoint(folder / "run", synthetic_tokenizer(), "denoise", 48, "--data.path", str(folder / "data"))
     write_benchmarks(folder / "files", 7)
     return folder
 

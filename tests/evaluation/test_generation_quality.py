@@ -85,7 +85,7 @@ def test_continuations(name: str, tokenizer: Tokenizer) -> None:
 
 
 def test_another_walk_leaves_the_models_own_as_it_is() -> None:
-    model, _ = micro_model(micro_config("--objective.name", "denoise-token"))
+    model, _ = micro_model(micro_config("--objective.name", "denoise"))
     own = model.recurrence
     other = walked(own, {"bridge": "hard", "sampler": "heun"})
     assert isinstance(own, DenoiseWalk) and isinstance(other, DenoiseWalk)
@@ -121,7 +121,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizer
     for name, part in (("data", 1), ("judge-data", 2)):
         prepare(text, tokenizer, folder / name, val_sources=held, part=(part, 2), workers=1)
     pretrain = load_script("train/pretrain.py")
-    for name, data in (("denoise-token", "data"), ("next_token", "data"), ("judge", "judge-data")):
+    for name, data in (("denoise", "data"), ("next_token", "data"), ("judge", "judge-data")):
         objective = "next_token" if name == "judge" else name
         steps = 120 if name == "judge" else 20
         words = [*MICRO, "--objective.name", objective, "--data.path", folder / data, "--run.dir", folder / name,
@@ -146,7 +146,7 @@ SMALL = [
 ]
 
 
-def run_generation(script_here: Run, folder: Path, *words: object, name: str = "denoise-token") -> dict[str, Any]:
+def run_generation(script_here: Run, folder: Path, *words: object, name: str = "denoise") -> dict[str, Any]:
     out = folder / "out.json"
     out.unlink(missing_ok=True)
     result = script_here("eval/generation.py", folder / name, "--judge", folder / "judge", "--data", folder / "data",
@@ -230,7 +230,7 @@ def test_a_judge_that_knows_the_documents_is_refused(folder: Path, script_here: 
     """A judge of the run's own data; one that read the prompts; both allowed on request, and said."""
     common = [
         "eval/generation.py",
-        folder / "denoise-token",
+        folder / "denoise",
         "--data",
         folder / "data",
         "--k",
@@ -282,12 +282,12 @@ def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) ->
         (["--tokens", "25"], "whose context is 32"),
         (["--resamples", "-1"], "must be 0 or more"),
         (["--judge", "nowhere"], "no run directory or checkpoint nowhere"),
-        (["--judge", "denoise-token"], "a judge is a flat next_token model"),
+        (["--judge", "denoise"], "a judge is a flat next_token model"),
     ],
 )
 def test_mistakes(folder: Path, script_here: Run, words: list[str], message: str) -> None:
-    words = [str(folder / word) if word == "denoise-token" else word for word in words]
-    told = script_here("eval/generation.py", folder / "denoise-token", "--judge", folder / "judge", "--data",
+    words = [str(folder / word) if word == "denoise" else word for word in words]
+    told = script_here("eval/generation.py", folder / "denoise", "--judge", folder / "judge", "--data",
                        folder / "data", *SMALL, *words)  # fmt: skip
     assert (told.returncode, len(told.stderr.splitlines())) == (2, 1), told.stderr
     assert message in told.stderr

@@ -24,8 +24,8 @@ RNG = Rng(0, EVALUATION_STEP)
 CASES = {
     "next_token": {},
     "unrolled": {},
-    "denoise-token": {},
-    "denoise-paper": {},
+    "denoise": {},
+    "denoise_paper": {},
     "hard": {"bridge": "hard"},
     "sample": {"bridge": "sample"},
     "state": {"bridge": "state"},
@@ -43,8 +43,8 @@ CASES = {
 
 
 def model_of(case: str) -> LoopedLM:
-    options = [f"--objective.token.{name}={value}" for name, value in CASES[case].items()]
-    name = case if case in (*OBJECTIVES, "denoise-paper") else "denoise-token"
+    options = [f"--objective.denoise.{name}={value}" for name, value in CASES[case].items()]
+    name = case if case in (*OBJECTIVES, "denoise_paper") else "denoise"
     return micro_model(micro_config("--objective.name", name, *options))[0]
 
 
@@ -77,7 +77,7 @@ def test_starting_from_the_answer_is_caught_by_the_same_test(
     conditioning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leak that the test above is there for: z made from y on purpose."""
-    model, inputs, i = model_of("denoise-token" if conditioning == "inject" else conditioning), tokens(), 6
+    model, inputs, i = model_of("denoise" if conditioning == "inject" else conditioning), tokens(), 6
     changed = inputs.clone()
     changed[:, i + 1] = (changed[:, i + 1] + 7) % 61
     found = []
@@ -90,7 +90,7 @@ def test_starting_from_the_answer_is_caught_by_the_same_test(
 
 def test_a_denoiser_in_training_does_see_its_own_answer_and_no_later_one() -> None:
     """Training's read-out at i depends on token i+1 through z, and on no token after it, with either conditioning."""
-    for case in ("denoise-token", "two-stream"):
+    for case in ("denoise", "two-stream"):
         model = model_of(case)
         walk, inputs, i = model.recurrence, tokens(), 6
 
@@ -126,10 +126,10 @@ def test_two_stream_reads_no_neighbours_noise() -> None:
 
 def test_known_neighbours_differ_from_own_walks_only_beyond_the_first_token() -> None:
     """With known neighbours position 0 has none and walks alone, so both choices agree there and nowhere else."""
-    config = micro_config("--objective.name", "denoise-token")
+    config = micro_config("--objective.name", "denoise")
     model, _ = micro_model(config)
     own = logits(model, tokens(), 3)
-    config.objective.token.neighbours = "known"
+    config.objective.denoise.neighbours = "known"
     model.recurrence = build_objective(config).recurrence
     known = logits(model, tokens(), 3)
     torch.testing.assert_close(own[:, 0], known[:, 0], rtol=0, atol=1e-5)
@@ -139,7 +139,7 @@ def test_known_neighbours_differ_from_own_walks_only_beyond_the_first_token() ->
 def test_known_neighbours_against_one_position_at_a_time() -> None:
     """The two streams equal, for every position i, one ordinary stream in which positions before i hold their known
     targets with noise and position i its walk."""
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.neighbours", "known")
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.neighbours", "known")
     model, _ = micro_model(config)
     walk, inputs, k = model.recurrence, tokens(n=1, length=7), 3
     ours = logits(model, inputs, k)
@@ -163,7 +163,7 @@ def test_known_neighbours_against_one_position_at_a_time() -> None:
 
 
 def test_the_state_bridge_reads_out_once() -> None:
-    state, soft = (model_of(case).recurrence.passes(8) for case in ("state", "denoise-token"))
+    state, soft = (model_of(case).recurrence.passes(8) for case in ("state", "denoise"))
     assert (state.core_no_grad, state.readouts_no_grad, state.bridges) == (8, 1, 0)
     assert (soft.core_no_grad, soft.readouts_no_grad, soft.bridges) == (8, 8, 7)
     assert model_of("unrolled").recurrence.passes(8).core_no_grad == 8
@@ -195,7 +195,7 @@ def test_one_pass_over_several_k_equals_each_alone() -> None:
 
 
 def test_the_mixture_is_the_log_of_the_mean_probability() -> None:
-    model, _ = micro_model(micro_config("--objective.name", "denoise-token"))
+    model, _ = micro_model(micro_config("--objective.name", "denoise"))
     inputs, requests = tokens(), torch.arange(2)
     targets = torch.roll(inputs, -1, dims=1)
     mixture = token_log_probabilities(model, inputs, targets, [2], RNG, requests, draws=5)[2]
@@ -208,7 +208,7 @@ def test_the_mixture_is_the_log_of_the_mean_probability() -> None:
 
 def test_mixture_of_impossible_tokens_stays_finite() -> None:
     """log-mean-exp neither overflows nor underflows where every single probability does."""
-    model, _ = micro_model(micro_config("--objective.name", "denoise-token"))
+    model, _ = micro_model(micro_config("--objective.name", "denoise"))
     with torch.no_grad():
         model.final_norm.weight.mul_(1e4)
     inputs = tokens()
@@ -235,8 +235,8 @@ class FiniteNoise(NoiseSource):
 def test_the_mixture_converges_to_the_exact_integral(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vocabulary of 3, one position, 16 noise values: the exact likelihood is a sum. The NLL falls towards it with a
     bias of order 1/M, and at M = 4,096 agrees within three standard errors."""
-    config = micro_config("--objective.name", "denoise-token", "--model.d_model", "8", "--model.n_heads", "1",
-                          "--objective.token.sigma_max", "2", "--objective.token.mute", "false")  # fmt: skip
+    config = micro_config("--objective.name", "denoise", "--model.d_model", "8", "--model.n_heads", "1",
+                          "--objective.denoise.sigma_max", "2", "--objective.denoise.mute", "false")  # fmt: skip
     config.model.vocab_size = 3
     model, _ = micro_model(config, vocab_size=3, spread=1.0)
     inputs, targets, k = torch.tensor([[1]]), torch.tensor([[2]]), 2
@@ -271,7 +271,7 @@ def test_the_mixture_converges_to_the_exact_integral(monkeypatch: pytest.MonkeyP
 def test_the_standard_error_over_draws_is_that_of_repeated_scoring() -> None:
     """Tokens of a sequence share their neighbours' noise, so errors of single tokens do not simply average out: the
     reported error is compared with the spread of scores under other seeds, at a K where the walk matters."""
-    model, _ = micro_model(micro_config("--objective.name", "denoise-token"), spread=0.2)
+    model, _ = micro_model(micro_config("--objective.name", "denoise"), spread=0.2)
     model = model.float()
     inputs = tokens(6)
     batches = [Batch(inputs, torch.roll(inputs, -1, dims=1), torch.zeros_like(inputs), torch.arange(6))]

@@ -139,7 +139,7 @@ def test_generation_in_batches_is_generation_one_by_one(runs: Path, objective: s
 
 def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [(text, {"max_gen_toks": 3, "until": []}) for text in ("a", "import", "x = ", "def", "return 1", "if", "")]
-    lm = RecurrentDBLM(str(runs / "denoise-token"), k=1)
+    lm = RecurrentDBLM(str(runs / "denoise"), k=1)
     expected = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
     generate, sizes, room = lm._generate, [], 2
 
@@ -158,7 +158,7 @@ def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, m
 
 
 def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> None:
-    lm = RecurrentDBLM(str(runs / "denoise-token"), k=2)
+    lm = RecurrentDBLM(str(runs / "denoise"), k=2)
     greedy, sampled = {"max_gen_toks": 6}, {"max_gen_toks": 6, "do_sample": True, "temperature": 1.5}
     asked = [("import " * 60, greedy), ("x", sampled), ("import " * 60, greedy), ("x", sampled), ("", greedy)]
     first = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
@@ -185,7 +185,7 @@ def test_generation_by_another_sampler(runs: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"an? (sampler|exit) is"):
             RecurrentDBLM(str(runs / "unrolled"), **words)
     with pytest.raises(UserError, match="a plain loop"):
-        RecurrentDBLM(str(runs / "denoise-token"), sampler="speculative")
+        RecurrentDBLM(str(runs / "denoise"), sampler="speculative")
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------------
@@ -359,17 +359,17 @@ def test_command_runs_heldout_cloze(
     script: Callable[..., subprocess.CompletedProcess[str]], runs: Path, data: Path, tmp_path: Path
 ) -> None:
     done = script(
-        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise-token'},k=2",
+        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise'},k=2",
         "--tasks", "heldout_cloze", "--data", data, "--limit", 6, "--output_path", tmp_path, "--log_samples",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "heldout_cloze" in done.stdout and "acc_norm" in done.stdout
     assert all(line.startswith("WARNING: ") for line in done.stderr.splitlines()), done.stderr
-    [results_file] = tmp_path.glob("*denoise-token/results_*.json")
+    [results_file] = tmp_path.glob("*denoise/results_*.json")
     results = json.loads(results_file.read_text(encoding="utf-8"))
     assert 0 <= results["results"]["heldout_cloze"]["acc,none"] <= 1
-    assert results["config"]["k"] == 2 and results["config"]["objective"] == "denoise-token"
-    [samples] = tmp_path.glob("*denoise-token/samples_heldout_cloze_*.jsonl")
+    assert results["config"]["k"] == 2 and results["config"]["objective"] == "denoise"
+    [samples] = tmp_path.glob("*denoise/samples_heldout_cloze_*.jsonl")
     assert len(samples.read_text(encoding="utf-8").splitlines()) == 6
 
 
@@ -403,7 +403,7 @@ def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path) -> None:
         out = tmp_path / str(len(samples))
         words = [
             sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args",
-            f"checkpoint={runs / 'denoise-token'},k=2", "--tasks", "arc_easy,blimp,lambada",
+            f"checkpoint={runs / 'denoise'},k=2", "--tasks", "arc_easy,blimp,lambada",
             "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples", "--output_path", out,
         ]  # fmt: skip
         done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
@@ -461,17 +461,17 @@ def test_mistakes_are_one_line(
             for name, wrong, expected in (
                 ("next_token", "sigma=1.0", "a next_token checkpoint has no noise level"),
                 ("unrolled", "sigma=1.0", "an unrolled checkpoint has no noise level"),
-                ("denoise-token", "sigma=21", "at most its sigma_max = 20"),
-                ("denoise-token", "sigma=0.02,k=2", "above this checkpoint's sigma_min = 0.02"),
-                ("denoise-token", "sigma=0.019,k=1", "above this checkpoint's sigma_min = 0.02"),
-                ("denoise-token", "sigma=much", "got 'much'"),
-                ("denoise-token", "sigma=nan", "sigma must be"),
-                ("denoise-token", "batch_size=automatic", "batch_size must be"),
-                ("denoise-token", "prefix_reuse=perhaps", "true or false"),
-                ("denoise-token", "dtype=float16", "dtype must be one of"),
-                ("denoise-token", "draws=0", "draws must be"),
-                ("denoise-token", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
-                ("denoise-token", f"cache={files}", "cannot keep answers in"),
+                ("denoise", "sigma=21", "at most its sigma_max = 20"),
+                ("denoise", "sigma=0.02,k=2", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise", "sigma=0.019,k=1", "above this checkpoint's sigma_min = 0.02"),
+                ("denoise", "sigma=much", "got 'much'"),
+                ("denoise", "sigma=nan", "sigma must be"),
+                ("denoise", "batch_size=automatic", "batch_size must be"),
+                ("denoise", "prefix_reuse=perhaps", "true or false"),
+                ("denoise", "dtype=float16", "dtype must be one of"),
+                ("denoise", "draws=0", "draws must be"),
+                ("denoise", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
+                ("denoise", f"cache={files}", "cannot keep answers in"),
             )
         ),
         (

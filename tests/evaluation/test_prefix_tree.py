@@ -16,15 +16,15 @@ RNG = Rng(0, EVALUATION_STEP)
 
 def denoise(**options: str) -> list[str]:
     return [
-        "denoise-token",
-        *(word for name, value in options.items() for word in (f"--objective.token.{name}", value)),
+        "denoise",
+        *(word for name, value in options.items() for word in (f"--objective.denoise.{name}", value)),
     ]
 
 
 KINDS = [
     ["next_token"],
     ["unrolled", "--model.injection", "diagonal"],
-    ["denoise-paper"],
+    ["denoise_paper"],
     *(denoise(bridge=bridge) for bridge in ("soft", "hard", "sample", "state")),
     *(denoise(sampler=sampler) for sampler in ("heun", "ancestral")),
     denoise(conditioning="two-stream", sampler="heun", bridge="sample"),
@@ -54,7 +54,7 @@ TRUNKS = [
 def test_every_position_is_as_it_would_be_alone(options: list[str]) -> None:
     config = micro_config("--objective.name", *options, "--model.n_core", "2", "--model.n_coda", "2")
     model = micro_model(config, spread=0.1)[0]
-    known, k = config.objective.token.neighbours == "known", 3
+    known, k = config.objective.denoise.neighbours == "known", 3
     rows = [Row.of(sequences, known) for sequences in TRUNKS]
     assert sum(len(row.tokens) for row in rows) < sum(len(s) for sequences in TRUNKS for s in sequences)
     tokens, places, visible = lay_out(model, rows, pad=0)

@@ -110,7 +110,7 @@ class Naive:
         """Logits of the token after each of ``ids``, (T, V)."""
         model, n = self.model, len(ids)
         e = model.encode(torch.tensor([ids]))
-        if self.objective != "denoise-token":
+        if self.objective != "denoise":
             state = torch.zeros_like(e)
             if self.objective == "unrolled":
                 u = self.noise(request, "state", draw, normal=False)[:, :n].float()
@@ -165,8 +165,8 @@ def agree(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> N
 
 @pytest.mark.parametrize(
     "objective, k, sigma, draws",
-    [("next_token", 1, None, 1), ("unrolled", 3, None, 2), ("denoise-token", 1, None, 1), ("denoise-token", 3, None, 2),
-     ("denoise-token", 1, 0.5, 1), ("denoise-token", 3, 2.0, 1)],
+    [("next_token", 1, None, 1), ("unrolled", 3, None, 2), ("denoise", 1, None, 1), ("denoise", 3, None, 2),
+     ("denoise", 1, 0.5, 1), ("denoise", 3, 2.0, 1)],
 )  # fmt: skip
 def test_matches_a_second_implementation(
     runs: Path, pairs: list[tuple[str, str]], objective: str, k: int, sigma: float | None, draws: int
@@ -191,7 +191,7 @@ def test_rolling_is_the_sum_of_its_windows(runs: Path, tokenizer: Tokenizer) -> 
         )
     ]
     assert [token for _, continuation in windows for token in continuation] == ids
-    for objective, k in (("next_token", 1), ("denoise-token", 2)):
+    for objective, k in (("next_token", 1), ("denoise", 2)):
         naive = Naive(runs / objective, k)
         expected = sum(naive.score(c, t, key("rolling", *c, *t))[0] for c, t in windows)
         lm = RecurrentDBLM(str(runs / objective), k=k)
@@ -261,7 +261,7 @@ def test_shared_beginnings_are_paid_once(runs: Path) -> None:
     ]
     costs, run = [], []
     for reuse in (True, False):
-        lm = RecurrentDBLM(str(runs / "denoise-token"), k=3, prefix_reuse=reuse)
+        lm = RecurrentDBLM(str(runs / "denoise"), k=3, prefix_reuse=reuse)
         encode, seen = lm.model.encode, []
         lm.model.encode = lambda tokens, *more, e=encode, s=seen: (s.append(tokens.numel()), e(tokens, *more))[1]
         loglikelihood(lm, pairs)
@@ -317,7 +317,7 @@ def test_answers_survive_a_kill(runs: Path, pairs: list[tuple[str, str]], tmp_pa
     file = tmp_path / "deep" / "answers.jsonl"
 
     def lm(**other: Any) -> RecurrentDBLM:
-        return RecurrentDBLM(**{"checkpoint": str(runs / "denoise-token"), "k": 2, "cache": str(file), **other})
+        return RecurrentDBLM(**{"checkpoint": str(runs / "denoise"), "k": 2, "cache": str(file), **other})
 
     expected = loglikelihood(lm(cache=None), pairs)
     everything = sum(counted)
@@ -376,9 +376,9 @@ def test_a_copy_of_a_checkpoint_has_the_same_answers(
 
 def test_texts_are_kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [("import ", {"max_gen_toks": 5}), ("x", {"max_gen_toks": 5, "do_sample": True, "temperature": 1.5})] * 2
-    lm = RecurrentDBLM(str(runs / "denoise-token"), k=2, cache=str(tmp_path / "a.jsonl"))
+    lm = RecurrentDBLM(str(runs / "denoise"), k=2, cache=str(tmp_path / "a.jsonl"))
     first = lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
-    lm = RecurrentDBLM(str(runs / "denoise-token"), k=2, cache=str(tmp_path / "a.jsonl"))
+    lm = RecurrentDBLM(str(runs / "denoise"), k=2, cache=str(tmp_path / "a.jsonl"))
     monkeypatch.setattr(lm.model, "encode", None)
     assert lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) == first
 
@@ -453,7 +453,7 @@ def test_two_processes_answer_like_one(runs: Path, pairs: list[tuple[str, str]],
         "loglikelihood_rolling": [["import this\n" * 40], [""], ["x = 1"]],
         "generate_until": [["x", sampled], ["import ", {"max_gen_toks": 4}], ["x", sampled], ["x", sampled]],
     }
-    model = {"checkpoint": str(runs / "denoise-token"), "k": 2, "cache": str(tmp_path / "answers.jsonl")}
+    model = {"checkpoint": str(runs / "denoise"), "k": 2, "cache": str(tmp_path / "answers.jsonl")}
     (tmp_path / "out").mkdir()
     words = str(tmp_path / "out"), json.dumps({"model": {**model, "cache": None}, "asked": asked})
     list(run_alone_and_together(tmp_path, str(tmp_path / "script.py"), *words))

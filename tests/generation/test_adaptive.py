@@ -204,7 +204,7 @@ def test_words() -> None:
             Exit.parse(word)
     for options in ({"exit": "kl"}, {"warm_start": True}):
         with pytest.raises(UserError, match="whose inference is a plain loop"):
-            next(stream(built("denoise-token"), [[1]], K, 3, Sampling(), **options))  # type: ignore[arg-type]
+            next(stream(built("denoise"), [[1]], K, 3, Sampling(), **options))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="cache policy 'last' is for plain sequential"):
             next(stream(built(), [[1]], K, 3, Sampling(), cache_policy="last", **options))  # type: ignore[arg-type]
 

@@ -24,14 +24,14 @@ LENGTH, PAGE = 21, 8  # pages of noise shorter than the text, so that chunks cro
 
 
 def denoise(*options: str) -> list[str]:
-    return ["denoise-token", *(f"--objective.token.{o}" if i % 2 == 0 else o for i, o in enumerate(options))]
+    return ["denoise", *(f"--objective.denoise.{o}" if i % 2 == 0 else o for i, o in enumerate(options))]
 
 
 KINDS = [
     ["next_token"],
     ["unrolled"],
     ["unrolled", "--model.injection", "diagonal"],
-    ["denoise-paper"],
+    ["denoise_paper"],
     *(denoise("bridge", bridge) for bridge in ("soft", "hard", "sample", "state")),
     *(denoise("sampler", sampler) for sampler in ("heun", "ancestral")),
     *(denoise("grid", grid) for grid in ("karras", "log-uniform")),
@@ -207,7 +207,7 @@ def test_bytes(options: list[str], k: int, policy: str) -> None:
 
 def test_the_printed_bytes_are_a_caches() -> None:
     """`recurrent-db flops` against caches of that model."""
-    for name, objective in (("unrolled", "unrolled"), ("denoise", "denoise-token")):
+    for name, objective in (("unrolled", "unrolled"), ("denoise", "denoise")):
         config = micro_config("--objective.name", objective)
         model = micro_model(config)[0].bfloat16()
         for policy, by_name in flops_table(config, 3.0, 2)["cache_bytes_per_token_by_policy"].items():

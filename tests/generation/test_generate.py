@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_text(objective: str, tokenizer: Tokenizer)
 
 
 def test_empty_prompts_and_texts(tokenizer: Tokenizer) -> None:
-    model = fresh("denoise-token", tokenizer)
+    model = fresh("denoise", tokenizer)
     assert isinstance(generate(model, tokenizer, "", k=1, max_new_tokens=3), str)
     assert generate(model, tokenizer, "a", k=1, max_new_tokens=0) == ""
 
@@ -140,9 +140,9 @@ WINDOW = 32  # of the models here
 KINDS = [
     ["next_token"],
     ["unrolled"],
-    ["denoise-token"],
-    ["denoise-token", "--objective.token.neighbours", "known", "--objective.token.sampler", "ancestral"],
-    ["denoise-token", "--objective.token.conditioning", "two-stream", "--objective.token.bridge", "sample"],
+    ["denoise"],
+    ["denoise", "--objective.denoise.neighbours", "known", "--objective.denoise.sampler", "ancestral"],
+    ["denoise", "--objective.denoise.conditioning", "two-stream", "--objective.denoise.bridge", "sample"],
 ]
 
 
@@ -213,7 +213,7 @@ def test_sixteen_together_draw_what_each_draws_alone(
 
 
 def test_a_model_can_be_trained_after_it_has_generated() -> None:
-    model = small(["denoise-token"])
+    model = small(["denoise"])
     assert len(list(generate_tokens(model, [1, 2], 2, 3))) == 3
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     assert model.embedding.weight.grad is not None

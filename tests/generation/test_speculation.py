@@ -273,8 +273,8 @@ def test_names_of_samplers() -> None:
 
 def test_what_is_not_supported() -> None:
     for objective, options, message in (
-        ("denoise-token", {"sampler": "speculative"}, "whose inference is a plain loop"),
-        ("denoise-token", {"sampler": "diagonal"}, "whose inference is a plain loop"),
+        ("denoise", {"sampler": "speculative"}, "whose inference is a plain loop"),
+        ("denoise", {"sampler": "diagonal"}, "whose inference is a plain loop"),
         ("unrolled", {"sampler": "diagonal", "cache_policy": "last"}, "cache policy 'last' is for plain sequential"),
     ):
         with pytest.raises(UserError, match=message):

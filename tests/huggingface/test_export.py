@@ -33,14 +33,14 @@ from recurrent_db.store.checkpoint import Checkpoint, TrainState, find_checkpoin
 transformers = pytest.importorskip("transformers", reason="extra `hf` is not installed")
 
 WINDOW = 32
-DENOISE = ("--objective.token.grid", "karras", "--objective.token.bridge", "hard", "--model.d_condition", "15")
+DENOISE = ("--objective.denoise.grid", "karras", "--objective.denoise.bridge", "hard", "--model.d_condition", "15")
 VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: ("--objective.name", name) for name in OBJECTIVES},
-    "paper": ("--objective.name", "denoise-paper", "--model.injection", "add"),
-    "hard": ("--objective.name", "denoise-token", *DENOISE),
-    "state": ("--objective.name", "denoise-token", "--objective.token.bridge", "state", "--objective.token.targets",
-              "separate", "--objective.token.density", "log-uniform", "--model.injection", "diagonal"),
-    "levels": ("--objective.name", "denoise-token", "--objective.token.grid", "log-uniform", "--model.n_prelude", "0"),
+    "paper": ("--objective.name", "denoise_paper", "--model.injection", "add"),
+    "hard": ("--objective.name", "denoise", *DENOISE),
+    "state": ("--objective.name", "denoise", "--objective.denoise.bridge", "state", "--objective.denoise.targets",
+              "separate", "--objective.denoise.density", "log-uniform", "--model.injection", "diagonal"),
+    "levels": ("--objective.name", "denoise", "--objective.denoise.grid", "log-uniform", "--model.n_prelude", "0"),
 }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_k_and_seed_have_defaults_that_export_sets(
     exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     assert {name: from_hf(exported[name][1]).config.num_recurrence for name in OBJECTIVES} == {
-        "next_token": 1, "unrolled": 4, "denoise": 3, "denoise-token": 1,
+        "next_token": 1, "unrolled": 4, "one_step": 3, "denoise": 1,
     }  # fmt: skip
     export(exported["unrolled"][0], tmp_path / "x", k=3, seed=7)
     model, theirs, ids = recurrent_db.load(exported["unrolled"][0], "cpu")[0], from_hf(tmp_path / "x"), some_ids(300)
@@ -151,7 +151,7 @@ def test_k_and_seed_have_defaults_that_export_sets(
     assert not torch.equal(logits(model, ids, 3), logits(model, ids, 3, seed=7))
 
 
-@pytest.mark.parametrize("name", ["unrolled", "denoise-token", "hard", "levels"])
+@pytest.mark.parametrize("name", ["unrolled", "denoise", "hard", "levels"])
 def test_cached_passes_equal_one_pass(exported: dict[str, tuple[Path, Path]], name: str) -> None:
     """Padded on the left, in chunks; with one K alone."""
     theirs = from_hf(exported[name][1]).double()
@@ -209,9 +209,9 @@ def test_the_average_of_the_weights_is_what_is_exported(tokenizer: Tokenizer, tm
 
 
 def test_an_adaptive_density_travels(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    source = Checkpoint(find_checkpoint(make_checkpoint(tmp_path / "plain", tokenizer, "denoise-token", WINDOW)))
+    source = Checkpoint(find_checkpoint(make_checkpoint(tmp_path / "plain", tokenizer, "denoise", WINDOW)))
     config, model = source.config(), recurrent_db.load(tmp_path / "plain", "cpu")[0]
-    config.objective.token.density = "adaptive"
+    config.objective.denoise.density = "adaptive"
     fit = {"sums": [float(i * i) for i in range(48)], "counts": [2.0] * 48}
     optimizer = build_optimizer(model, config.optim)
     save_checkpoint(tmp_path / "run", config, tokenizer, model, optimizer, None, TrainState(), fit)
@@ -226,7 +226,7 @@ def test_an_adaptive_density_travels(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["modeling_recurrent_db.py", "tokenization_recurrent_db.py"])
 def test_the_code_in_a_folder_needs_nothing_of_this_package(exported: dict[str, tuple[Path, Path]], name: str) -> None:
-    tree = ast.parse((exported["denoise-token"][1] / name).read_text(encoding="utf-8"))
+    tree = ast.parse((exported["denoise"][1] / name).read_text(encoding="utf-8"))
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imports |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imports} <= {
@@ -331,8 +331,8 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
 )
 def test_walks_that_the_exported_code_lacks_are_refused(option: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     key, value = option.split("=")
-    folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise-token", WINDOW, f"--objective.token.{key}", value)
-    with pytest.raises(UserError, match=f"objective.token.{key} = {value} cannot be exported"):
+    folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise", WINDOW, f"--objective.denoise.{key}", value)
+    with pytest.raises(UserError, match=f"objective.denoise.{key} = {value} cannot be exported"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

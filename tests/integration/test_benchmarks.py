@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     synthetic_data(folder / "data")
     kinds = {name: ["--objective.name", name] for name in OBJECTIVES}
-    kinds["two-stream"] = ["--objective.name", "denoise-token", "--objective.token.conditioning", "two-stream",
-                           "--objective.token.density", "adaptive"]  # fmt: skip
+    kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream",
+                           "--objective.denoise.density", "adaptive"]  # fmt: skip
     for name, options in kinds.items():
         words = [*MICRO, *options, "--data.path", str(folder / "data"), "--run.dir", str(folder / name)]
         load_script("train/pretrain.py").train(
@@ -72,7 +72,7 @@ def test_denoiser_report(folder: Path, script_here: Run, name: str) -> None:
     assert report["context_gap"] < -0.1  # a Markov chain's next token needs its context
     assert len(report["walk_entropy"]) == 3
     assert all(0 <= entropy < math.log(300) + 1e-6 for entropy in report["walk_entropy"])
-    if name in ("denoise-token", "two-stream"):
+    if name in ("denoise", "two-stream"):
         nlls = [point["nll"] for point in report["nll_by_sigma"]]
         assert nlls[0] < nlls[-1]  # low noise shows the answer
         assert set(report["nll_by_k"]["3"]) == {"1", "2"}
@@ -98,7 +98,7 @@ def test_the_report_counts_what_the_state_is_worth(folder: Path) -> None:
 def test_depth_curve(folder: Path, script_here: Run) -> None:
     out = folder / "curve.json"
     result = script_here(
-        "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "4,1", "--draws", "2",
+        "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "4,1", "--draws", "2",
         "--tokens", "256", "--json", out, "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -110,7 +110,7 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
     assert list(curve["state_rms_by_iteration"]) == ["1", "2", "3", "4"]
     assert all(rms > 0 for rms in curve["state_rms_by_iteration"].values())
     bound = script_here(
-        "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "4,1", "--draws", "2",
+        "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "4,1", "--draws", "2",
         "--tokens", "256", "--json", out, "--device", "cpu", "--likelihood", "bound",
     )  # fmt: skip
     assert bound.returncode == 0, bound.stderr
@@ -127,7 +127,7 @@ def test_depth_curve(folder: Path, script_here: Run) -> None:
         (["--tokens", "-5"], "must be 0 or more"),
         (["--json", folder / "denoise/config.json/x.json"], "cannot write"),
     ):
-        told = script_here("eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", *words)
+        told = script_here("eval/depth_curve.py", folder / "denoise", "--data", folder / "data", *words)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
         assert message in told.stderr
 
@@ -136,7 +136,7 @@ def test_levels_of_a_walk(folder: Path, script_here: Run) -> None:
     """The first level is the read-out at sigma_max; the run's shares sum to its bound; the closed form's to its
     likelihood at sigma_max, since it is exact and needs no network at other levels."""
     out, curve = folder / "levels.json", folder / "bound.json"
-    common = folder / "denoise-token", "--data", folder / "data", "--tokens", "512", "--device", "cpu", "--json"
+    common = folder / "denoise", "--data", folder / "data", "--tokens", "512", "--device", "cpu", "--json"
     result = script_here("eval/diagnostics/walk_levels.py", *common, out, "--k", "5")
     assert result.returncode == 0, result.stderr
     script_here("eval/depth_curve.py", *common, curve, "--k", "1,5", "--draws", "1", "--likelihood", "bound")
@@ -181,7 +181,7 @@ def test_state_rms_is_that_of_the_loop_written_out(name: str) -> None:
 
 
 def test_state_rms_of_a_walk_is_that_of_its_estimates() -> None:
-    model, _ = micro_model(micro_config("--objective.name", "denoise-token", "--objective.token.bridge", "state"))
+    model, _ = micro_model(micro_config("--objective.name", "denoise", "--objective.denoise.bridge", "state"))
     walk = model.recurrence
     assert isinstance(walk, DenoiseWalk)
     batches = one_sequence_batches(61)
@@ -211,7 +211,7 @@ def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: 
                   ["--grid", "karras"], ["--neighbours", "known"]):  # fmt: skip
         out = folder / "walk.json"
         result = script_here(
-            "eval/depth_curve.py", folder / "denoise-token", "--data", folder / "data", "--k", "3", "--draws", "1",
+            "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "3", "--draws", "1",
             "--tokens", "256", "--json", out, "--device", "cpu", *words,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -248,16 +248,16 @@ def test_table5_ends_and_does_no_work_twice(
     assert scripts == ["eval/train_judge.py", *arm, *arm, *arm]
     result = json.loads((folder / "table5/RESULT.json").read_text())
     flops = {name: runs[0]["flops"] for name, runs in result["arms"].items()}
-    assert set(flops) == {"unrolled", "denoise-paper", "next_token"}
-    assert result["arms"]["denoise-paper"][0]["tokens"] >= 9000
-    assert result["arms"]["denoise-paper"][0]["nll_sigma_max"] is not None
+    assert set(flops) == {"unrolled", "denoise_paper", "next_token"}
+    assert result["arms"]["denoise_paper"][0]["tokens"] >= 9000
+    assert result["arms"]["denoise_paper"][0]["nll_sigma_max"] is not None
     made = {
         (name, row["k"], row["bridge"], row["decoding"])
         for name, runs in result["arms"].items()
         for row in runs[0]["text"]["rows"]
         if row["name"] == "model"
     }
-    ways = (("unrolled", 32, None), ("denoise-paper", 1, None), ("denoise-paper", 4, "hard"), ("next_token", 1, None))
+    ways = (("unrolled", 32, None), ("denoise_paper", 1, None), ("denoise_paper", 4, "hard"), ("next_token", 1, None))
     assert made == {(*way, decoding) for way in ways for decoding in ("p=0.95", "greedy")}
     assert f"text, judged by {folder / 'table5/judge'}:" in printed
     assert [line.split()[0] for line in printed[-5:]] == ["next_token", "real", "untrained", "unigram", "uniform"]
@@ -288,12 +288,12 @@ def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
                     "--score-tokens", "1024")  # fmt: skip
     assert result.returncode == 0, result.stderr
     page = (out / "report.html").read_text()
-    for arm in ("denoise", "unrolled", "next_token"):
+    for arm in ("one_step", "unrolled", "next_token"):
         assert arm in page
         assert (out / arm / "eval/lm_eval.json").exists()
     flops = [
         json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
-        for arm in ("denoise", "unrolled", "next_token")
+        for arm in ("one_step", "unrolled", "next_token")
     ]
     assert min(flops) >= 2e10
     again = script("benchmarks/demo.py", "--out", tmp_path)
@@ -317,9 +317,9 @@ def test_decode(script_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     result = script_here("benchmarks/speed/decode.py", *words, "--json", tmp_path / "decode.json")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith("denoise-token")
+    assert result.stdout.splitlines()[-1].startswith("denoise")
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
-    assert [row["objective"] for row in rows] == ["unrolled", "denoise-token"]
+    assert [row["objective"] for row in rows] == ["unrolled", "denoise"]
     script = load_script("benchmarks/speed/decode.py")
     for row in rows:
         assert row["speedup"] == pytest.approx(row["seconds_recomputing"] / row["seconds"])

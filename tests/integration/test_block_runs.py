@@ -334,14 +334,14 @@ def test_a_block_takes_of_another_run_what_it_has_a_place_for(
     again, anew, two = (weights(run)[name] for run in (tmp_path / "again", tmp_path / "anew", frozen_runs[1]))
     torch.testing.assert_close(again, two, rtol=0, atol=1e-8)
     assert (anew - two).abs().max() > 0.05
-    plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.token.grid", "edges"]
+    plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.denoise.grid", "edges"]
     assert train(data, tmp_path / "short", 2, *plain, "--model.n_core", 2) == 0
     with pytest.raises(UserError, match="has 2 layers, and 4 are cut into blocks here"):
         train(data, tmp_path / "bad", 2, *still, "--init.from", tmp_path / "short")
 
 
 def test_a_plain_model_becomes_blocks(data: Path, tmp_path: Path) -> None:
-    plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.token.grid", "edges"]
+    plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.denoise.grid", "edges"]
     assert train(data, tmp_path / "plain", 2, *plain) == 0
     before = weights(tmp_path / "plain")
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "plain", "--blocks.shared",

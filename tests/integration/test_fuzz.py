@@ -265,7 +265,12 @@ def test_file_names_of_a_manifest(name: str, data: Path) -> None:
 
 def test_a_whole_number_of_many_digits_on_the_command_line() -> None:
     refused("max_skipped", load_config, None, ["--optim.max-skipped", "9" * 400])
-    refused("denoise.depth must be at most", load_config, None, ["--objective.denoise.depth", "9" * 20])
+    refused(
+        "one_step.prior_iterations must be at most",
+        load_config,
+        None,
+        ["--objective.one_step.prior_iterations", "9" * 20],
+    )
 
 
 def test_names_of_sources_in_a_manifest(data: Path) -> None:
@@ -345,7 +350,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def run(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    made: Path = targets.tiny_run(tmp_path / "run", tokenizer, "denoise-token")
+    made: Path = targets.tiny_run(tmp_path / "run", tokenizer, "denoise")
     return made
 
 
@@ -387,8 +392,8 @@ def test_states_of_training(content: bytes, run: Path) -> None:
      {"sums": [float("nan")] * 48, "counts": [1] * 48}, {"sums": [0] * 48, "counts": [-1] * 48}],
 )  # fmt: skip
 def test_states_of_the_adaptive_density(state: dict[str, Any]) -> None:
-    config = load_config(None, ["--objective.name", "denoise-token", "--objective.token.density", "adaptive"])
-    refused("its objective's state is not what DenoiseToken keeps", restore, build_objective(config), state, "x")
+    config = load_config(None, ["--objective.name", "denoise", "--objective.denoise.density", "adaptive"])
+    refused("its objective's state is not what Denoise keeps", restore, build_objective(config), state, "x")
 
 
 def test_weights_and_configurations_that_do_not_fit(run: Path) -> None:

@@ -137,15 +137,15 @@ def quality_words(data: Path, folder: Path, *more: object) -> list[object]:
 
 
 def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> None:
-    arms = ("--arms", "next_token,denoise-token")
+    arms = ("--arms", "next_token,denoise")
     told = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0))
     assert (told.returncode, told.stdout) == (0, "No run is complete yet.\n"), told.stderr
-    assert "Left: 2 runs known so far (next_token-seed0-lr0.01-flops1e+09, denoise-token-seed0" in told.stderr
+    assert "Left: 2 runs known so far (next_token-seed0-lr0.01-flops1e+09, denoise-seed0" in told.stderr
 
     # One of them was killed on its way: it goes on from its checkpoint.
     quality = module("quality/compare")
     args = quality.Args(
-        data, arms="next_token,denoise-token", options=OPTIONS, rates="1e-2", budget_flops="1e9", k="1,2", score_tokens=512,
+        data, arms="next_token,denoise", options=OPTIONS, rates="1e-2", budget_flops="1e9", k="1,2", score_tokens=512,
         work=tmp_path / "work", results=tmp_path / "results", device="cpu",
     )  # fmt: skip
     [flat, _] = quality.Quality(args).pending()
@@ -158,7 +158,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     assert "| next_token | 0.01 | 1 |" in run.stdout
     merged = json.loads((tmp_path / "results/quality-tiny.json").read_text())
     assert {"arms", "budget_flops", "corpus"} <= merged.keys()
-    assert (merged["budget_flops"], list(merged["arms"])) == (1e9, ["next_token", "denoise-token"])
+    assert (merged["budget_flops"], list(merged["arms"])) == (1e9, ["next_token", "denoise"])
     for arm in merged["arms"].values():
         [seed] = arm["seeds"]
         assert {"nll_by_k", "flops", "tokens", "steps", "learning_rate", "text"} <= seed.keys()
@@ -167,8 +167,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
         assert 1e9 <= seed["flops"] < 1.2e9
         assert 0 < seed["text"]["distinct_2"] <= 1 and 0 < seed["text"]["held_out_distinct_2"] <= 1
     assert (
-        merged["arms"]["denoise-token"]["seeds"][0]["nll_sigma_max"]
-        == merged["arms"]["denoise-token"]["seeds"][0]["nll_by_k"]["1"]
+        merged["arms"]["denoise"]["seeds"][0]["nll_sigma_max"] == merged["arms"]["denoise"]["seeds"][0]["nll_by_k"]["1"]
     )
     assert len(list((tmp_path / "results/quality-tiny").iterdir())) == 2
 
@@ -177,12 +176,12 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     again = script_here(*quality_words(data, tmp_path, "--arms", "next_token"))
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert "| next_token | 0.01 | 2 |" in again.stdout and "| denoise-token | 0.01 | 1 |" in again.stdout
+    assert "| next_token | 0.01 | 2 |" in again.stdout and "| denoise | 0.01 | 1 |" in again.stdout
 
     picture = tmp_path / "pictures/quality.svg"
     drawn = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0, "--plot", picture))
     assert drawn.returncode == 0, drawn.stderr
-    assert all(label in picture.read_text() for label in ("next_token", "denoise-token, bound", "training FLOPs"))
+    assert all(label in picture.read_text() for label in ("next_token", "denoise, bound", "training FLOPs"))
     plot, failed = module("quality/plot").plot, {"arm": "next_token", "failed": "not finite", "budget_flops": 1e9}
     assert not plot([failed], ["next_token"], [1e9], tmp_path / "none.svg")
     assert not (tmp_path / "none.svg").exists()
@@ -192,7 +191,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     twice = [{**run, "budget_flops": 2e9, "flops": 2 * run["flops"]} for run in done if run["seed"] == 0]
     twice = [run for run in twice if run["arm"] == "next_token"]
     assert "complete runs" not in picture.read_text()
-    assert plot([*done, *twice], ["next_token", "denoise-token"], [1e9, 2e9], picture)
+    assert plot([*done, *twice], ["next_token", "denoise"], [1e9, 2e9], picture)
     assert all(label in picture.read_text() for label in ("complete runs, at the best K", "after 1e+09 FLOPs"))
     flat = [run for run in [*done, *twice] if run["arm"] == "next_token"]
     axes = Figure().subplots()
@@ -203,8 +202,8 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     walk = {"flops": 1.0, "nll_by_k": {"1": 9.0}, "bound_by_k": {"1": 8.0, "8": 5.0}}
     assert module("quality/plot").ends(axes, [{0: walk}], {}) == [(1.0, 5.0)]
     # An arm without a run at the budget of the other panels is in that one; of budgets of as many arms the larger is theirs.
-    walks = [run for run in done if run["arm"] == "denoise-token"]
-    assert plot([*walks, *twice], ["denoise-token", "next_token"], [1e9, 2e9], picture)
+    walks = [run for run in done if run["arm"] == "denoise"]
+    assert plot([*walks, *twice], ["denoise", "next_token"], [1e9, 2e9], picture)
     assert "after 2e+09 FLOPs" in picture.read_text()
 
     # A result that is not of this comparison is not mixed in.
@@ -233,37 +232,25 @@ def test_every_arm_has_a_configuration() -> None:
             assert config.objective.name == words[1]
 
 
-def test_a_result_of_before_an_option_that_changed_the_arm_is_another() -> None:
+def test_a_result_made_with_another_option_is_another() -> None:
     runs = module("quality/runs")
-    now = runs.identity(load_config(None, ["--objective.name", "denoise"]))
+    now = runs.identity(load_config(None, ["--objective.name", "one_step"]))
+    other = runs.identity(load_config(None, ["--objective.name", "one_step", "--objective.one_step.skip_core", "1"]))
     assert runs.contradiction(now, now) is None
-    before = json.loads(json.dumps(now))
-    del before["objective"]["denoise"]["shallow"], before["model"]["n_blocks"]
-    assert runs.contradiction(before, now) == "objective.denoise.shallow (0.0, now 2.0)"
-    now["objective"]["denoise"]["shallow"] = 0.0
-    assert runs.contradiction(before, now) is None
-
-    # A run so long that it has no first phase; one of before had it.
-    words = ["--objective.name", "denoise", "--model.vocab_size", "2048", "--budget.tokens"]
-    short, long = (runs.identity(load_config(None, [*words, tokens])) for tokens in ("1000", "1e12"))
-    assert "left_out_below" not in short["objective"]
-    before = json.loads(json.dumps(long))
-    del before["objective"]["left_out_below"]
-    assert runs.contradiction(before, long) == "objective.left_out_below (0.0, now 0.15)"
-    assert runs.contradiction(long, long) is None
+    assert runs.contradiction(other, now) == "objective.one_step.skip_core (1.0, now 2.0)"
 
 
 @pytest.mark.parametrize(
     ("arm", "option", "other"),
     [
-        ("denoise", "denoise.flat", "token.atom"),
-        ("denoise-token", "token.atom", "denoise.flat"),
-        ("denoise-token", "token.density", "unrolled.truncation"),
-        ("unrolled", "unrolled.truncation", "denoise.flat"),
+        ("one_step", "one_step.next_token_share", "denoise.atom"),
+        ("denoise", "denoise.atom", "one_step.next_token_share"),
+        ("denoise", "denoise.density", "unrolled.truncation"),
+        ("unrolled", "unrolled.truncation", "one_step.next_token_share"),
     ],
 )
 def test_a_result_is_told_apart_by_what_its_objective_reads(arm: str, option: str, other: str) -> None:
-    runs, values = module("quality/runs"), {"token.density": "adaptive", "unrolled.truncation": "7"}
+    runs, values = module("quality/runs"), {"denoise.density": "adaptive", "unrolled.truncation": "7"}
 
     def with_option(key: str) -> Any:
         words = ["--objective.name", arm, f"--objective.{key}", values.get(key, "0.3")]
@@ -327,17 +314,17 @@ def test_a_run_that_a_signal_ended_is_no_result(data: Path, tmp_path: Path, monk
 
 def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tmp_path: Path) -> None:
     quality = planned(
-        data, tmp_path, arms="next_token,denoise-token", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
+        data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
     )
-    best = {"next_token": 2e-3, "denoise-token": 4e-3}
+    best = {"next_token": 2e-3, "denoise": 4e-3}
     order = play(quality, lambda run: 3 + abs(math.log(run.rate / best[run.arm])))
-    assert [(run.arm, run.rate) for run in order[:2]] == [("next_token", 2e-3), ("denoise-token", 2e-3)]
+    assert [(run.arm, run.rate) for run in order[:2]] == [("next_token", 2e-3), ("denoise", 2e-3)]
     for budget, arm in itertools.product((1e9, 2e9), best):
         runs = [run for run in order if (run.budget, run.arm) == (budget, arm)]
         assert sorted(run.rate for run in runs if run.seed == 0) == [1e-3, 2e-3, 4e-3]
         assert [(run.seed, run.rate) for run in runs if run.seed] == [(1, best[arm]), (2, best[arm])]
     text = quality.merge()
-    assert "| denoise-token | 0.004* | 3 |" in text and "| next_token | 0.002 | 3 |" in text
+    assert "| denoise | 0.004* | 3 |" in text and "| next_token | 0.002 | 3 |" in text
     merged = json.loads((tmp_path / "results/quality-tiny.json").read_text())
     assert merged["budget_flops"] == 2e9 and merged["other_budgets"][0]["budget_flops"] == 1e9
     assert (merged["sweep"]["runs"], merged["sweep"]["reported_runs"]) == (10, 6)
@@ -345,40 +332,38 @@ def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tm
 
 
 def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_path: Path) -> None:
-    quality = planned(
-        data, tmp_path, arms="next_token,denoise-token", rates="1e-3,2e-3", seeds="0,1", data_limited=4096
-    )
+    quality = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3", seeds="0,1", data_limited=4096)
     ladder = quality.ladder()
     assert ladder[1] == pytest.approx(2 * ladder[0], rel=0.01)
     curve = dict(zip(ladder, (3.0, 2.5, 2.3, 2.297, 2.4, 2.6, 2.7), strict=True))  # the fourth fell by too little
-    order = play(quality, lambda run: curve[run.budget] + run.rate - (run.arm == "denoise-token") * 0.1)
+    order = play(quality, lambda run: curve[run.budget] + run.rate - (run.arm == "denoise") * 0.1)
     flat = [run.budget for run in order if run.arm == "next_token" and run.seed == 0]
     assert sorted(set(flat)) == ladder[:4] and len(flat) == 8
-    others = [run.budget for run in order if run.arm == "denoise-token" and run.seed == 0]
+    others = [run.budget for run in order if run.arm == "denoise" and run.seed == 0]
     assert set(others) == {ladder[3]}  # the flat arm's best
     assert all(run.limit == 4096 and "-data4096" in run.name for run in order)
     assert [(run.arm, run.budget, run.rate) for run in order if run.seed == 1] == [
-        ("next_token", ladder[3], 1e-3), ("denoise-token", ladder[3], 1e-3),
+        ("next_token", ladder[3], 1e-3), ("denoise", ladder[3], 1e-3),
     ]  # fmt: skip
-    assert "| denoise-token | 0.001* | 2 |" in quality.merge()
+    assert "| denoise | 0.001* | 2 |" in quality.merge()
     swept = json.loads((tmp_path / "results/quality-tiny-data4096.json").read_text())["sweep"]
     assert (swept["runs"], swept["reported_runs"]) == (12, 4)
     assert swept["flops"] == pytest.approx(2 * sum(ladder[:4]) + 4 * ladder[3])
-    risen = planned(data, tmp_path, arms="next_token,denoise-token", rates="1e-3", seeds="0", data_limited=4096)
+    risen = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3", seeds="0", data_limited=4096)
     curve[ladder[3]] = 2.35
-    order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise-token") * 0.1)
-    assert {run.budget for run in order if run.arm == "denoise-token"} == {ladder[2], ladder[3]}
+    order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise") * 0.1)
+    assert {run.budget for run in order if run.arm == "denoise"} == {ladder[2], ladder[3]}
     merged = json.loads((tmp_path / "results/quality-tiny-data4096.json").read_text())
-    assert merged["limit"] == 4096 and set(merged["arms"]) == {"next_token", "denoise-token"}
+    assert merged["limit"] == 4096 and set(merged["arms"]) == {"next_token", "denoise"}
 
 
 def test_differences_are_taken_sequence_by_sequence() -> None:
     quality, tables = module("quality/compare"), module("quality/tables")
     results = [
         fake_result(quality.Run("next_token", 0, 1e-3, 1e9), 3.0),
-        fake_result(quality.Run("denoise-token", 0, 1e-3, 1e9), 2.9, noise=0.01),
+        fake_result(quality.Run("denoise", 0, 1e-3, 1e9), 2.9, noise=0.01),
     ]
-    gap, error = tables.difference(results, "denoise-token", "next_token", 1e9, 1e9)
+    gap, error = tables.difference(results, "denoise", "next_token", 1e9, 1e9)
     assert gap == pytest.approx(-0.1)
     # What sequences have in common (0.1 either way) is gone; 0.01 either way is left.
     assert error == pytest.approx(0.01 * math.sqrt(8 / 7) / math.sqrt(8))
@@ -392,10 +377,10 @@ def test_a_rate_that_diverged_is_not_taken() -> None:
     assert tables.best_rate([dead], "next_token", 1e9) is None
     entry = tables.arm_entry([fake_result(runs[0], 3.0), dead], "next_token", 1e9)
     assert entry["sweep"] == {"0.001": 3.0, "0.002": None}
-    alone = {**dead, "arm": "denoise"}  # an arm that came to nothing is not passed over in silence
-    table = tables.table([fake_result(runs[0], 3.0), alone], ["next_token", "denoise"], 1e9)
-    assert "No row for denoise: its loss was not finite at every rate that was tried (0.002)." in table
-    assert "No row" not in tables.table([fake_result(runs[0], 3.0), dead], ["next_token", "denoise"], 1e9)
+    alone = {**dead, "arm": "one_step"}  # an arm that came to nothing is not passed over in silence
+    table = tables.table([fake_result(runs[0], 3.0), alone], ["next_token", "one_step"], 1e9)
+    assert "No row for one_step: its loss was not finite at every rate that was tried (0.002)." in table
+    assert "No row" not in tables.table([fake_result(runs[0], 3.0), dead], ["next_token", "one_step"], 1e9)
 
 
 def test_runs_that_learned_only_frequencies_are_named() -> None:
@@ -525,7 +510,7 @@ def test_samples_are_a_function_of_seed_step_and_number(name: str) -> None:
     assert all(group.shape == targets.shape for group in task.groups(tokens, targets).values())
 
 
-@pytest.mark.parametrize("arm", ["next_token", "unrolled-4-2", "denoise-token"])
+@pytest.mark.parametrize("arm", ["next_token", "unrolled-4-2", "denoise"])
 def test_objectives_learn_the_targets_that_they_are_given(arm: str) -> None:
     """The first answer of a running product is the first token itself, not the token after it."""
     run, tasks = module("reasoning/run"), module("reasoning/tasks")
@@ -566,7 +551,7 @@ def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     assert set(seed["accuracy_by_k"]["2"]) == {"1-8", "9-16", "17-32", "9-32"}
     assert seed["learning_rate"] == 1e-3 and seed["flops"] >= 3e8
     assert "| next_token | 0.001 | 1 | 2 |" in second.stdout
-    left = call("--tasks", "s5", "--arms", "next_token,denoise-token", "--minutes", 0)
+    left = call("--tasks", "s5", "--arms", "next_token,denoise", "--minutes", 0)
     assert left.returncode == 0
     assert "Left: 2 runs" in left.stderr  # the other arm, and the first arm's second seed
     aged = json.loads(path.read_text())
@@ -586,7 +571,7 @@ def test_scoring_of_tasks_does_not_depend_on_the_batch() -> None:
     run, tasks = module("reasoning/run"), module("reasoning/tasks")
     task = tasks.RunningProduct(length=6)
     options = "model.d_model=32 model.d_mlp=48 model.n_heads=2 model.d_condition=16"
-    config = run.task_config(task, "denoise-token", options, 0, 1e-2, 1e10)
+    config = run.task_config(task, "denoise", options, 0, 1e-2, 1e10)
     model = build_model(config.model, 0)
     model.recurrence, model.document_mask = build_objective(config).recurrence, False
     whole, parts = (run.accuracy(model, task, [1, 2], 64, 2, torch.device("cpu"), at_once=n) for n in (64, 24))

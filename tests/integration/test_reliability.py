@@ -324,9 +324,9 @@ def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["next_token"], ["unrolled"], ["denoise"], ["denoise-paper"],
-     ["denoise-token", "--objective.token.density", "adaptive"],
-     ["denoise-token", "--objective.token.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
+    [["next_token"], ["unrolled"], ["one_step"], ["denoise_paper"],
+     ["denoise", "--objective.denoise.density", "adaptive"],
+     ["denoise", "--objective.denoise.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
     ids=lambda options: options[0] + options[-1].replace(options[0], ""),
 )  # fmt: skip
 def test_the_same_seed_gives_the_same_bits(data: Path, tmp_path: Path, options: list[str]) -> None:

@@ -237,8 +237,8 @@ ATTACKS = (
 
 def hostile_run(folder: Path, attack: str) -> Path:
     """A run with an attack wherever a corpus, a sample, a task or a machine can put words."""
-    run = fake_run(folder, "denoise", steps=20)
-    config = fake_config("denoise", 20)
+    run = fake_run(folder, "one_step", steps=20)
+    config = fake_config("one_step", 20)
     config.data.path = config.data.val_path = config.run.dir = config.run.wandb_project = attack
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     words = {"command": [attack], "git_commit": attack, "device_name": attack, "python": attack, "platform": attack}

@@ -62,8 +62,8 @@ def test_quick_run(
     assert "--quick" in found["command"][0]
     assert [row["objective"] for row in found["rows"]] == [
         "next_token",
-        "denoise-token",
-        "denoise-token-two-stream",
+        "denoise",
+        "denoise-two-stream",
         "unrolled",
     ]
     for row in found["rows"]:
@@ -95,7 +95,7 @@ def test_quick_run(
     written = (tmp_path / "page.md").read_text()
     assert written.split("<!-- speed: begin -->")[0] == page.split("<!-- speed: begin -->")[0]
     cpu, gpu = written.split("<!-- speed: begin -->")[1].split("<!-- speed: cuda -->")
-    assert "| denoise-token-two-stream | tiny " in cpu
+    assert "| denoise-two-stream | tiny " in cpu
     assert "Not yet measured" in gpu
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     again = script_here(
@@ -114,7 +114,7 @@ def test_a_users_mistakes(
     (tmp_path / "other.json").write_text('{"next_token": {}}')
     for words, message in (
         (["--presets", "huge"], "there is no 'huge'"),
-        (["--objectives", "denois"], "there are next_token, denoise-token"),
+        (["--objectives", "denois"], "there are next_token, denoise"),
         (["--backends", "magic", "--quick", "--no-reference"], "magic"),
         (["--repetitions", "-1"], "--repetitions must be 0 or more"),
         (["--compile", "maybe"], "invalid choice"),
@@ -268,7 +268,7 @@ def test_a_gpus_sequences_are_of_1024_tokens(speed: ModuleType) -> None:
     for device, asked, length in (("cuda", 0, 1024), ("cuda", 512, 512), ("cpu", 0, 256), ("cpu", 64, 64)):
         args = speed.Args(length=asked)
         setting = speed.Setting(args, "pythia-70m-looped", "sdpa", False, torch.device(device), torch.float32)
-        config = setting.config("denoise-token")
+        config = setting.config("denoise")
         assert (config.data.sequence_length, config.model.max_seq_len) == (length, length)
 
 

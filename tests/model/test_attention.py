@@ -46,7 +46,7 @@ from recurrent_db.model.attention import (
     import_flash,
 )
 from recurrent_db.model.layers import Block, rope_table
-from recurrent_db.objectives import denoise, denoise_token, next_token, unrolled
+from recurrent_db.objectives import denoise, next_token, one_step, unrolled
 from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
@@ -460,10 +460,10 @@ SPANS = [(0, 5), (5, 12), (12, 16)]
 MODELS = {
     "next_token": ["next_token"],
     "unrolled": ["unrolled"],
-    "denoise": ["denoise", "--objective.denoise.flat", "0"],
-    "denoise-token": ["denoise-token"],
-    "known": ["denoise-token", "--objective.token.neighbours", "known"],
-    "two-stream": ["denoise-token", "--objective.token.conditioning", "two-stream"],
+    "one_step": ["one_step", "--objective.one_step.next_token_share", "0"],
+    "denoise": ["denoise"],
+    "known": ["denoise", "--objective.denoise.neighbours", "known"],
+    "two-stream": ["denoise", "--objective.denoise.conditioning", "two-stream"],
 }
 
 
@@ -524,7 +524,7 @@ def test_documents_are_apart_in_training(case: str, masked: bool, monkeypatch: p
     model, objective = model_of(case)
     model.document_mask = masked
     read: list[Tensor] = []
-    for module in (next_token, unrolled, denoise, denoise_token):
+    for module in (next_token, unrolled, one_step, denoise):
         plain = module.cross_entropy
         monkeypatch.setattr(
             module,
@@ -552,7 +552,7 @@ def test_one_document_each_is_plain_causal_attention(case: str) -> None:
     assert torch.equal(rule.mask(CPU).expand(2, 1, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.bool).tril())
 
 
-@pytest.mark.parametrize("case", ["next_token", "denoise-token"])
+@pytest.mark.parametrize("case", ["next_token", "denoise"])
 def test_scores_of_packed_windows_keep_documents_apart(case: str) -> None:
     model, _ = model_of(case)
     batch, k = packed(), 2

@@ -308,9 +308,9 @@ def test_rotation_as_complex_product_equals_the_real_one(monkeypatch: pytest.Mon
     torch.testing.assert_close(gradient, torch.autograd.grad(real.square().sum() + real.sum(), x)[0])
 
 
-@pytest.mark.parametrize(("options", "half"), [(["next_token"], False), (["unrolled"], False), (["denoise-token"], False),
-    (["denoise-token", "--objective.token.conditioning", "two-stream"], False), (["unrolled"], True),
-    (["denoise-token"], True)],
+@pytest.mark.parametrize(("options", "half"), [(["next_token"], False), (["unrolled"], False), (["denoise"], False),
+    (["denoise", "--objective.denoise.conditioning", "two-stream"], False), (["unrolled"], True),
+    (["denoise"], True)],
     ids=lambda o: str(o) if isinstance(o, bool) else o[-1])  # fmt: skip
 def test_compiles_once_whatever_changes(options: list[str], half: bool) -> None:
     """50 steps of new noise levels, depths, tokens and documents: each part is compiled in the first steps, no

@@ -13,14 +13,14 @@ from recurrent_db.denoise.precond import Precond
 from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.objectives.denoise_token import mean_pairwise_cosine
+from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "denoise-paper"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "denoise_paper"])
 @pytest.mark.parametrize("draw", ["sequence", "token", "batch"])
 def test_micro_batches_change_no_draw(objective: str, draw: str) -> None:
-    config = micro_config("--objective.name", objective, "--objective.token.draw", draw)
+    config = micro_config("--objective.name", objective, "--objective.denoise.draw", draw)
     model, train = micro_model(config, spread=0.1)
     whole = batch()
     loss, _ = train(model, whole, Rng(0, 5), 0.0)
@@ -30,7 +30,7 @@ def test_micro_batches_change_no_draw(objective: str, draw: str) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_loss_is_a_function_of_seed_step_and_sample(objective: str) -> None:
-    noise = ["--objective.denoise.noise", "0.2"]
+    noise = ["--objective.one_step.corrupt_share", "0.2"]
     model, train = micro_model(micro_config("--objective.name", objective, *noise), spread=0.1)
     first = train(model, batch(), Rng(0, 5), 0.0)[0]
     assert torch.equal(first, train(model, batch(), Rng(0, 5), 0.0)[0])
@@ -52,7 +52,7 @@ def test_every_parameter_gets_a_gradient(objective: str, injection: str) -> None
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_repeated_batch_is_learned_through_the_context(objective: str) -> None:
-    """Scored from noise (for `denoise` at sigma_max), so only the context can carry the answer: below 0.1 nats."""
+    """Scored from noise (for `one_step` at sigma_max), so only the context can carry the answer: below 0.1 nats."""
     config = micro_config("--objective.name", objective)
     config.model.vocab_size = 61
     model = build_model(config.model, 0)
@@ -80,36 +80,36 @@ def test_one_repeated_batch_is_learned_through_the_context(objective: str) -> No
 
 
 def test_denoise_loss_splits_off_its_next_token_part() -> None:
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.atom", "1")
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.atom", "1")
     model, train = micro_model(config, spread=0.1)
     loss, metrics = train(model, batch(), Rng(0, 0), 0.0)
     total, weight = metrics["loss_sigma_max"].tolist()
     assert total / weight == pytest.approx(loss.item(), rel=1e-5)
-    config.objective.token.atom = 0.0
+    config.objective.denoise.atom = 0.0
     assert build_objective(config)(model, batch(), Rng(0, 0), 0.0)[1]["loss_sigma_max"].tolist() == [0.0, 0.0]
 
 
 def test_the_noisy_target_fades_with_sigma() -> None:
     """At tiny sigma an untrained denoiser already reads the answer off z; at sigma_max it cannot."""
-    config = micro_config("--objective.name", "denoise-token")
+    config = micro_config("--objective.name", "denoise")
     config.model.vocab_size = 61
     model = build_model(config.model, 0)
     losses = {}
     for name, low, high in (("low", 0.001, 0.002), ("high", 1e4, 2e4)):
-        config.objective.token.sigma_min, config.objective.token.sigma_max = low, high
-        config.objective.token.density, config.objective.token.atom = "log-uniform", 0.0
+        config.objective.denoise.sigma_min, config.objective.denoise.sigma_max = low, high
+        config.objective.denoise.density, config.objective.denoise.atom = "log-uniform", 0.0
         losses[name] = build_objective(config)(model, batch(), Rng(0, 0), 0.0)[0].item()
     assert losses["low"] < 1.5 < 3.5 < losses["high"]
 
 
 def test_the_trainer_warns_when_most_draws_teach_copying() -> None:
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.sd", "0.5",
-                          "--objective.token.target_norm", "5.6", "--objective.token.atom", "0",
-                          "--objective.token.p_mean", "-1.2")  # fmt: skip
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.sd", "0.5",
+                          "--objective.denoise.target_norm", "5.6", "--objective.denoise.atom", "0",
+                          "--objective.denoise.p_mean", "-1.2")  # fmt: skip
     config.model.vocab_size = 61
     lines = build_objective(config).describe(build_model(config.model, 0))
     assert lines[1].startswith("warning: ")
-    quiet = micro_config("--objective.name", "denoise-token")
+    quiet = micro_config("--objective.name", "denoise")
     quiet.model.vocab_size = 61
     assert len(build_objective(quiet).describe(build_model(quiet.model, 0))) == 1
 
@@ -122,7 +122,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("option", "value"), CHOICES)
 def test_every_choice_of_the_method_trains_every_parameter(option: str, value: str) -> None:
-    config = micro_config("--objective.name", "denoise-token", f"--objective.token.{option}", value)
+    config = micro_config("--objective.name", "denoise", f"--objective.denoise.{option}", value)
     model, train = micro_model(config, spread=0.1)
     loss, metrics = train(model, batch(), Rng(0, 5), 0.0)
     loss.backward()
@@ -136,8 +136,8 @@ def test_every_choice_of_the_method_trains_every_parameter(option: str, value: s
 def test_the_edm_weight_multiplies_the_cross_entropy() -> None:
     values = {}
     for weight in ("uniform", "edm"):
-        config = micro_config("--objective.name", "denoise-token", "--objective.token.draw", "batch",
-                              "--objective.token.weight", weight)  # fmt: skip
+        config = micro_config("--objective.name", "denoise", "--objective.denoise.draw", "batch",
+                              "--objective.denoise.weight", weight)  # fmt: skip
         model, train = micro_model(config, spread=0.1)
         values[weight], metrics = train(model, batch(), Rng(0, 1), 0.0)
         plain = metrics["loss_cross_entropy"]
@@ -150,7 +150,7 @@ def test_the_edm_weight_multiplies_the_cross_entropy() -> None:
 def test_noise_stays_fp32_under_bfloat16_autocast(conditioning: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """sigma, z, the scalings, the modulation and the loss are fp32, and all that comes before the network is bit for bit
     that of an fp32 step; the network is not."""
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.conditioning", conditioning)
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.conditioning", conditioning)
     model, train = micro_model(config, spread=0.1)
     model = model.float()
     embed = model.noise_embedding
@@ -195,8 +195,8 @@ def test_noise_stays_fp32_under_bfloat16_autocast(conditioning: str, monkeypatch
 def test_the_squared_error_does_not_move_its_targets() -> None:
     """Otherwise all rows in one place would be a perfect answer. With a table of their own, it gets no gradient but
     through z."""
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.loss", "l2",
-                          "--objective.token.targets", "separate")  # fmt: skip
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.loss", "l2",
+                          "--objective.denoise.targets", "separate")  # fmt: skip
     model, train = micro_model(config, spread=0.1)
     loss, metrics = train(model, batch(), Rng(0, 5), 0.0)
     assert loss.item() > metrics["loss_cross_entropy"].item()  # the squared error is on top
@@ -217,8 +217,8 @@ def test_collapse_is_what_the_cosine_shows() -> None:
 
 
 def test_the_adaptive_density_learns_after_a_step_and_survives_json() -> None:
-    config = micro_config("--objective.name", "denoise-token", "--objective.token.density", "adaptive",
-                          "--objective.token.draw", "token", "--objective.token.atom", "0")  # fmt: skip
+    config = micro_config("--objective.name", "denoise", "--objective.denoise.density", "adaptive",
+                          "--objective.denoise.draw", "token", "--objective.denoise.atom", "0")  # fmt: skip
     model, train = micro_model(config, spread=0.0)
     before = train.density
     for step in range(30):

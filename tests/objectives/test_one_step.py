@@ -15,16 +15,24 @@ from recurrent_db.accounting.flops import Passes, step_cost
 from recurrent_db.accounting.memory_split import peak_live_bytes
 from recurrent_db.errors import UserError
 from recurrent_db.objectives import drawn_passes
-from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.rng import Rng
 
 SHALLOW, FLAT = Passes(core_grad=0, injections_grad=1), Passes(core_grad=1)
-DEEP = ("--objective.name", "denoise", "--objective.denoise.flat", "0", "--objective.denoise.start", "0")
+DEEP = (
+    "--objective.name",
+    "one_step",
+    "--objective.one_step.next_token_share",
+    "0",
+    "--objective.one_step.first_probability",
+    "0",
+)
 
 
 def test_the_law_of_the_trained_iteration() -> None:
-    objective = Denoise(micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.5",
-                                     "--objective.denoise.start", "0.25", "--objective.denoise.depth", "3",
+    objective = OneStep(micro_config("--objective.name", "one_step", "--objective.one_step.next_token_share", "0.5",
+                                     "--objective.one_step.first_probability", "0.25",
+                                     "--objective.one_step.prior_iterations", "3",
                                      "--budget.tokens", "1000"))  # fmt: skip
     for progress, passes in ((0.0, SHALLOW), (0.399, SHALLOW), (0.401, FLAT), (0.499, FLAT)):
         assert {objective.passes(Rng(0, step), progress) for step in range(200)} == {passes}
@@ -37,7 +45,7 @@ def test_the_law_of_the_trained_iteration() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_gradient_is_that_of_the_last_iteration_alone(depth: int) -> None:
     """Against autograd through a copy whose earlier iterations use other parameters; with them shared it differs."""
-    config = micro_config(*DEEP, "--objective.denoise.depth", depth)
+    config = micro_config(*DEEP, "--objective.one_step.prior_iterations", depth)
     model, objective = micro_model(config)
     rng = next(Rng(0, step) for step in range(99) if objective.passes(Rng(0, step), 1.0).core_no_grad == depth)
     data = batch()
@@ -68,7 +76,7 @@ def test_the_gradient_is_that_of_the_last_iteration_alone(depth: int) -> None:
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
 def test_without_an_iteration_the_coda_reads_what_the_blocks_would_be_given(injection: str) -> None:
-    config = micro_config("--objective.name", "denoise", "--model.injection", injection, "--budget.steps", "10")
+    config = micro_config("--objective.name", "one_step", "--model.injection", injection, "--budget.steps", "10")
     model, objective = micro_model(config)
     data = batch()
     loss, metrics = objective(model, data, Rng(0, 0), 0.0)
@@ -93,8 +101,8 @@ def test_without_an_iteration_the_coda_reads_what_the_blocks_would_be_given(inje
 
 
 def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
-    config = micro_config("--objective.name", "denoise", "--objective.denoise.flat", "0.25", "--model.n_core", "4",
-                          "--budget.steps", "10")  # fmt: skip
+    config = micro_config("--objective.name", "one_step", "--objective.one_step.next_token_share", "0.25",
+                          "--model.n_core", "4", "--budget.steps", "10")  # fmt: skip
     model, objective = micro_model(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert objective.grow(model, 0.249) == []
@@ -110,7 +118,7 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
 
     # What has grown stays: a larger budget does not take the blocks away, nor does one who continues copy them again.
     assert objective.passes(Rng(0, 0), 0.1) == FLAT
-    other = Denoise(config)
+    other = OneStep(config)
     assert other.passes(Rng(0, 0), 0.1) == SHALLOW
     other.load_state_dict(json.loads(json.dumps(objective.state_dict())))
     assert other.passes(Rng(0, 0), 0.1) == FLAT and not other.grow(model, 0.9)
@@ -121,7 +129,7 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
 
 def test_without_blocks_around_it_the_core_runs_at_once() -> None:
     config = micro_config(
-        "--objective.name", "denoise", "--model.n_prelude", "0", "--model.n_coda", "0", "--budget.steps", "10"
+        "--objective.name", "one_step", "--model.n_prelude", "0", "--model.n_coda", "0", "--budget.steps", "10"
     )
     model, objective = micro_model(config)
     assert objective.passes(Rng(0, 0), 0.0) == FLAT and objective.grow(model, 0.0) == []
@@ -129,9 +137,11 @@ def test_without_blocks_around_it_the_core_runs_at_once() -> None:
 
 def test_of_a_budget_in_flops_cheap_steps_are_the_more() -> None:
     """A run of that budget, step by step, against the shares that its plan has; in steps they are those of the budget."""
-    config = micro_config("--objective.name", "denoise", "--objective.denoise.shallow", "100", "--budget.flops", "1e9")
+    config = micro_config(
+        "--objective.name", "one_step", "--objective.one_step.skip_core", "100", "--budget.flops", "1e9"
+    )
     config.model.vocab_size = 61
-    spent, steps, objective = 0.0, Counter[Passes](), Denoise(config)
+    spent, steps, objective = 0.0, Counter[Passes](), OneStep(config)
     while spent < 1e9:
         passes = objective.passes(Rng(0, steps.total()), spent / 1e9)
         steps[passes] += 1
@@ -147,7 +157,7 @@ def test_of_a_budget_in_flops_cheap_steps_are_the_more() -> None:
 
 
 def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
-    config = micro_config("--objective.name", "denoise", "--init.from", "somewhere", "--budget.steps", "10")
+    config = micro_config("--objective.name", "one_step", "--init.from", "somewhere", "--budget.steps", "10")
     model, objective = micro_model(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert objective.passes(Rng(0, 0), 0.0) == FLAT
@@ -161,13 +171,13 @@ def test_blocks_that_a_run_starts_with_are_not_overwritten() -> None:
     (["--budget.steps", "1500"], lambda weights, per_token: 3 * weights / (8 * 16) / 1500),
     (["--budget.steps", "1500", "--budget.tokens", "1e9"], lambda weights, per_token: 3 * weights / (8 * 16) / 1500),
     (["--budget.tokens", "1000"], lambda weights, per_token: 0.4),
-    (["--budget.tokens", "1000", "--objective.denoise.flat", "0.3"], lambda weights, per_token: 0.3),
+    (["--budget.tokens", "1000", "--objective.one_step.next_token_share", "0.3"], lambda weights, per_token: 0.3),
     (["--budget.seconds", "10"], lambda weights, per_token: 0.0),
-    (["--budget.tokens", "1000", "--objective.denoise.shallow", "0"], lambda weights, per_token: 0.0),
+    (["--budget.tokens", "1000", "--objective.one_step.skip_core", "0"], lambda weights, per_token: 0.0),
 ])  # fmt: skip
 def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[int, float], float]) -> None:
     """Three tokens for each weight of the rest's matrices."""
-    words = ["--objective.name", "denoise", "--objective.denoise.shallow", "3", "--data.batch_size", "8"]
+    words = ["--objective.name", "one_step", "--objective.one_step.skip_core", "3", "--data.batch_size", "8"]
     config = micro_config(*words, "--data.sequence_length", "16", *budget)
     config.model.vocab_size = 61
     model = config.model
@@ -175,16 +185,16 @@ def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[int, fl
     assert (model.n_prelude, model.n_coda) == (1, 1)
     weights = 2 * block + 2 * model.d_model**2 + 61 * model.d_model  # adapter and head
     expected = share(weights, 6 * weights + 3 * 2 * scores)
-    assert Denoise(config).shallow == pytest.approx(expected) and (expected == 0 or 0.15 <= expected <= 0.4)
+    assert OneStep(config).shallow == pytest.approx(expected) and (expected == 0 or 0.15 <= expected <= 0.4)
 
 
 def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
-    model = micro_model(micro_config("--objective.name", "denoise"))[0]
+    model = micro_model(micro_config("--objective.name", "one_step"))[0]
 
-    def run(tokens: float, *words: str) -> Denoise:
-        config = micro_config("--objective.name", "denoise", "--budget.tokens", str(int(tokens)), *words)
+    def run(tokens: float, *words: str) -> OneStep:
+        config = micro_config("--objective.name", "one_step", "--budget.tokens", str(int(tokens)), *words)
         config.model.vocab_size = 61
-        return Denoise(config)
+        return OneStep(config)
 
     weights = run(1e15).asked * 1e15
     shorter, longer = run(weights / 0.151), run(weights / 0.149)
@@ -193,9 +203,9 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
     assert longer.shallow == 0 and longer.grown
     assert longer.passes(Rng(0, 0), 0.0) == FLAT and longer.grow(model, 1.0) == []
     assert "run from the start: 14.9% of the budget without them" in longer.describe(model)[0]
-    assert run(1000, "--objective.denoise.shallow", "0").describe(model) == []
+    assert run(1000, "--objective.one_step.skip_core", "0").describe(model) == []
     # A short run with a flat part that is shorter than any first phase: as long as that.
-    short = run(1000, "--objective.denoise.flat", "0.1")
+    short = run(1000, "--objective.one_step.next_token_share", "0.1")
     assert short.shallow == 0.1 and not short.grown
 
     # Of a run that goes on it says what it does now.
@@ -207,9 +217,9 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
 
 
 def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() -> None:
-    config = micro_config(*DEEP, "--objective.denoise.noise", "0.1")
+    config = micro_config(*DEEP, "--objective.one_step.corrupt_share", "0.1")
     config.model.vocab_size = 500
-    objective, tokens_BT = Denoise(config), torch.zeros(2000, 32, dtype=torch.int64)
+    objective, tokens_BT = OneStep(config), torch.zeros(2000, 32, dtype=torch.int64)
     noised_BT = objective.corrupted(tokens_BT, torch.arange(2000), 500, Rng(0, 0))
     changed_B = (noised_BT != 0).float().mean(-1)
     # Rates are uniform on [0, 0.2]: mean 0.1, standard deviation 0.2 / sqrt(12), beside the binomial one of 32 tokens.
@@ -219,13 +229,13 @@ def test_noise_replaces_its_share_of_the_context_and_nothing_of_the_answers() ->
     assert values.max() < 500 and len(values.unique()) > 450
     assert torch.equal(noised_BT[7:9], objective.corrupted(tokens_BT[7:9], torch.arange(7, 9), 500, Rng(0, 0)))
 
-    model, objective = micro_model(micro_config(*DEEP, "--objective.denoise.noise", "0.5"))  # type: ignore[assignment]
+    model, objective = micro_model(micro_config(*DEEP, "--objective.one_step.corrupt_share", "0.5"))  # type: ignore[assignment]
     quiet, _ = micro_model(micro_config(*DEEP))
     data = batch()
     targets_BT = data.targets_BT.clone()
     noisy_loss = objective(model, data, Rng(0, 0), 0.0)[0]
     assert torch.equal(data.targets_BT, targets_BT)
-    assert noisy_loss != Denoise(micro_config(*DEEP))(quiet, data, Rng(0, 0), 0.0)[0]
+    assert noisy_loss != OneStep(micro_config(*DEEP))(quiet, data, Rng(0, 0), 0.0)[0]
 
 
 def test_memory_does_not_depend_on_the_iterations_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,28 +243,28 @@ def test_memory_does_not_depend_on_the_iterations_before(monkeypatch: pytest.Mon
     model, objective = micro_model(config)
     data, peaks = batch(), {}
     for before in (1, 2, 16):
-        monkeypatch.setattr(Denoise, "_depth", lambda *_, before=before: before + 1)
+        monkeypatch.setattr(OneStep, "_depth", lambda *_, before=before: before + 1)
         model.zero_grad(set_to_none=True)
         peaks[before] = peak_live_bytes(lambda: objective(model, data, Rng(0, 0), 1.0)[0].backward())
     assert peaks[16] == peaks[2] <= 1.01 * peaks[1]
 
 
 def test_the_mean_step_of_the_defaults_costs_at_most_1_6_single_passes() -> None:
-    config = micro_config("--objective.name", "denoise")
+    config = micro_config("--objective.name", "one_step")
     config.model.vocab_size = 61
-    objective = Denoise(config)
+    objective = OneStep(config)
     draws = [objective.passes(Rng(0, step), (step + 0.5) / 2000) for step in range(2000)]
     mean = sum(step_cost(config, passes).total for passes in draws) / len(draws)
     assert 1 < mean / step_cost(config, FLAT).total < 1.6  # no budget, so no cheaper steps at the beginning
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    ("flat", "1.5", "objective.denoise.flat must be in [0, 1], got 1.5"),
-    ("shallow", "-1", "objective.denoise.shallow must be 0 or more, got -1.0"),
-    ("start", "-0.1", "objective.denoise.start must be in [0, 1], got -0.1"),
-    ("depth", "0", "objective.denoise.depth must be above 0, got 0"),
-    ("noise", "0.6", "objective.denoise.noise must be at most 0.5"),
+    ("next_token_share", "1.5", "objective.one_step.next_token_share must be in [0, 1], got 1.5"),
+    ("skip_core", "-1", "objective.one_step.skip_core must be 0 or more, got -1.0"),
+    ("first_probability", "-0.1", "objective.one_step.first_probability must be in [0, 1], got -0.1"),
+    ("prior_iterations", "0", "objective.one_step.prior_iterations must be above 0, got 0"),
+    ("corrupt_share", "0.6", "objective.one_step.corrupt_share must be at most 0.5"),
 ])  # fmt: skip
 def test_mistakes(key: str, value: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        micro_config(f"--objective.denoise.{key}", value)
+        micro_config(f"--objective.one_step.{key}", value)

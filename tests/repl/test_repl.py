@@ -144,7 +144,7 @@ def test_trace_prints_what_an_independent_pass_gives(
         assert rows[3].index("*") < 50
         assert expected_KV[3].max() > 0.05
         for i, row in enumerate(rows):
-            row = row[4 + 9 * (objective == "denoise-token") :]  # k, and sigma
+            row = row[4 + 9 * (objective == "denoise") :]  # k, and sigma
             figures = [float(word) for word in re.findall(r"(?<=\s)\d+\.\d{3}(?=[\s*]|$)", row)]
             moved = (expected_KV[i] * (expected_KV[i] / expected_KV[i - 1]).log()).sum()
             best = expected_KV[i].topk(3).values
@@ -171,7 +171,7 @@ def test_trace_reads_what_generation_drew_from(objective: str, prompt: int, load
 
 
 def test_heun_is_traced_at_its_levels(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    run = make_checkpoint(tmp_path / "heun", tokenizer, "denoise-token", WINDOW, "--objective.token.sampler", "heun")
+    run = make_checkpoint(tmp_path / "heun", tokenizer, "denoise", WINDOW, "--objective.denoise.sampler", "heun")
     model, _ = load(run, "cpu")
     result = trace(model, [5, 6, 7], 3, 4)
     [(_, token)] = stream(model, [[5, 6, 7]], 4, 1, Sampling(temperature=0))
@@ -725,10 +725,10 @@ def test_terminal_without_prompt_toolkit(
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent/prompt_toolkit.py").write_text("raise ModuleNotFoundError('prompt_toolkit')\n")
     path = f"{tmp_path / 'absent'}{os.pathsep}{ROOT}"
-    screen = at_terminal(runs["denoise-token"], "--k", "2", PYTHONPATH=path)
+    screen = at_terminal(runs["denoise"], "--k", "2", PYTHONPATH=path)
     screen.wait("prompt_toolkit is not installed, so no history and little editing: pip install 'recurrent-db[repl]'")
     screen.wait("> ")
-    stop_in_the_middle(screen, *loaded["denoise-token"], asks="> ")
+    stop_in_the_middle(screen, *loaded["denoise"], asks="> ")
     screen.type(b'"""\rone\rtwo\r"""\r')
     screen.wait("[8 tokens; ")
     screen.type(b"a\xffb\r")

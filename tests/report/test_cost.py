@@ -40,7 +40,7 @@ def test_flop_split_adds_up_to_what_the_run_logged(three_runs: list[Path], objec
 def test_what_the_recipes_steps_cost_is_what_their_rows_say(tmp_path: Path) -> None:
     """A run of before there was a first phase, or one that went on with another budget, ran other steps than its
     configuration would draw now."""
-    run = read_run(fake_run(tmp_path / "run", "denoise"), "run")
+    run = read_run(fake_run(tmp_path / "run", "one_step"), "run")
     for row, depth in zip(run.rows, itertools.cycle((0.0, 1.0, 3.0)), strict=False):
         row["depth"] = depth
     run.rows = run.rows[: len(run.rows) // 3 * 3]
@@ -164,7 +164,7 @@ def test_energy_is_in_the_summary_when_it_was_logged(page: str, tmp_path: Path) 
 
 def test_columns_of_the_machine_are_not_the_objectives_own(page: str, three_runs: list[Path]) -> None:
     own = {path.name: read_run(path, path.name).own_columns() for path in three_runs}
-    assert own == {"denoise-token": ["loss_sigma_max"], "unrolled": ["depth", "state_rms"], "next_token": []}
+    assert own == {"denoise": ["loss_sigma_max"], "unrolled": ["depth", "state_rms"], "next_token": []}
     titles = re.findall(r"<figcaption>(.*?)</figcaption>", section(page, "machine"))
     assert titles[:4] == [
         "Throughput", "Utilisation by the model (MFU)", "Utilisation with recomputation (HFU)", "Peak memory",
@@ -175,9 +175,9 @@ def test_state_norm_is_drawn_as_measured(page: str, three_runs: list[Path]) -> N
     runs = {path.name: read_run(path, path.name) for path in three_runs}
     for names, scale, units in (
         (["unrolled"], "linear", "state's units"),
-        (["denoise-token"], "linear", "target's units"),
+        (["denoise"], "linear", "target's units"),
         (["next_token"], "log", "state's units"),  # 1.4^32 spans more than a factor of 30
-        (["denoise-token", "unrolled"], "linear", "own units"),
+        (["denoise", "unrolled"], "linear", "own units"),
     ):
         plots = Drawn([runs[name] for name in names])
         with drawing():
@@ -189,7 +189,7 @@ def test_state_norm_is_drawn_as_measured(page: str, three_runs: list[Path]) -> N
             assert dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True)) == pytest.approx(
                 {int(k): v for k, v in written.items()}
             )
-    assert "For a denoiser (denoise-token) it is its estimate" in section(page, "state")
+    assert "For a denoiser (denoise) it is its estimate" in section(page, "state")
 
 
 def test_state_norm_as_a_list_damaged_or_missing(tmp_path: Path) -> None:

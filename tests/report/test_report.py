@@ -98,7 +98,7 @@ def test_twelve_runs(tmp_path: Path) -> None:
 
 
 def test_two_runs_without_optional_files(tmp_path: Path) -> None:
-    runs = [fake_run(tmp_path / name, name, steps=40) for name in ("denoise-token", "next_token")]
+    runs = [fake_run(tmp_path / name, name, steps=40) for name in ("denoise", "next_token")]
     for run in runs:
         shutil.rmtree(run / "eval")
         (run / "environment.json").unlink()
@@ -111,7 +111,7 @@ def test_two_runs_without_optional_files(tmp_path: Path) -> None:
 
 
 def test_damaged_and_empty_files_leave_their_sections_out(tmp_path: Path) -> None:
-    damaged = fake_run(tmp_path / "damaged", "denoise-token", steps=20)
+    damaged = fake_run(tmp_path / "damaged", "denoise", steps=20)
     for name, content in {
         "depth_curve": '{"by_k": {"1": {"nll": "low"}, "x": {"nll": 1}, "2": 3}}',
         "samples": '[1, {"prompt": ["a"], "text": null}]',
@@ -134,8 +134,8 @@ def test_damaged_and_empty_files_leave_their_sections_out(tmp_path: Path) -> Non
 
 
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "<b onclick=x>$run$", "denoise-token", steps=20)
-    config = fake_config("denoise-token", 20)
+    run = fake_run(tmp_path / "<b onclick=x>$run$", "denoise", steps=20)
+    config = fake_config("denoise", 20)
     config.data.path = config.run.dir = SCRIPT + '" onload="alert(1)'
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     (run / "environment.json").write_text(
@@ -164,7 +164,7 @@ def test_axes_have_labels_with_units(page: str) -> None:
         assert any(expected in found for found in texts), expected
     for found in texts:
         labels = [label for label in found if "(" in label or label == "tokens per second"]
-        assert len(labels) >= (1 if "denoise-token" in found else 2), found  # the bars' other axis names the runs
+        assert len(labels) >= (1 if "denoise" in found else 2), found  # the bars' other axis names the runs
 
 
 def test_colours_follow_the_theme(page: str) -> None:
@@ -198,7 +198,7 @@ def test_runs_that_do_not_compare_are_called_out(tmp_path: Path) -> None:
 
 
 def test_one_run_with_png_files_and_the_same_bytes_again(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "denoise-token", "denoise-token", steps=20)
+    run = fake_run(tmp_path / "denoise", "denoise", steps=20)
     args = parse(ReportArgs, [str(run), "-o", str(tmp_path / "1.html"), "--png", str(tmp_path / "png")])
     assert main(args) == 0
     write_report([run], tmp_path / "2.html")

@@ -110,7 +110,7 @@ def test_offline_rows_and_config_are_those_of_the_run(data: Path, tmp_path: Path
     pytest.importorskip("wandb")
     run = tmp_path / "run"
     process = start(data, run, "--run.wandb", "offline", "--run.wandb_project", "loops", "--budget.steps", 40,
-                    "--objective.name", "denoise-token")  # fmt: skip
+                    "--objective.name", "denoise")  # fmt: skip
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
     assert not warnings(stderr)

@@ -27,7 +27,7 @@ from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import attention, build_model
-from recurrent_db.objectives.denoise import Denoise
+from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, restore
 
@@ -89,14 +89,14 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 def test_a_run_leaves_what_the_contract_names(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(data, run, "--objective.name", "denoise-token", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
+    assert train(data, run, "--objective.name", "denoise", "--budget.steps", 12, "--run.checkpoint_every", 4) == 0
     written = rows(run)
     assert [row["step"] for row in written] == list(range(1, 13))
     keys = "step tokens loss lr grad_norm tokens_per_s mfu hfu peak_memory_bytes seconds skipped"
     assert {*keys.split(), *CUMULATIVE} <= written[0].keys()
     assert written[-1]["flops"] == written[-1]["flops_forward"] + written[-1]["flops_backward"]
     assert written[-1]["eval/nll_k1"] > 0
-    assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise-token"
+    assert json.loads((run / "config.json").read_text())["objective"]["name"] == "denoise"
     environment = json.loads((run / "environment.json").read_text())
     assert {"python", "packages", "device", "git_commit", "command"} <= environment.keys()
     assert [p.name for p in list_checkpoints(run)] == ["step-00000008", "step-00000012"]  # the last two are kept
@@ -163,13 +163,13 @@ def test_training_starts_from_another_runs_weights(data: Path, tmp_path: Path) -
         data,
         tmp_path / "tuned",
         "--objective.name",
-        "denoise-token",
+        "denoise",
         "--budget.steps",
         1,
         "--init.from",
         tmp_path / "flat",
     )
-    train(data, tmp_path / "fresh", "--objective.name", "denoise-token", "--budget.steps", 1)
+    train(data, tmp_path / "fresh", "--objective.name", "denoise", "--budget.steps", 1)
     tuned, fresh = rows(tmp_path / "tuned")[0]["loss"], rows(tmp_path / "fresh")[0]["loss"]
     assert tuned < fresh - 0.5
 
@@ -252,7 +252,7 @@ def test_kill_9_then_resume_equals_an_uninterrupted_run(data: Path, tmp_path: Pa
 
 def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: Path) -> None:
     """The weights' average, and the loss that the next ones are held against."""
-    recipe = ["--objective.name", "denoise", "--objective.denoise.flat", 1, "--budget.steps", 150]
+    recipe = ["--objective.name", "one_step", "--objective.one_step.next_token_share", 1, "--budget.steps", 150]
     watched = ["--optim.ema_decay", 0.99, "--guard.spike", 3, "--run.checkpoint_every", 60, "--run.keep", 3]
     train(data, tmp_path / "run", *recipe, *watched)
     written = rows(tmp_path / "run")
@@ -275,7 +275,7 @@ def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: 
 def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--objective.name", "denoise", "--run.checkpoint_every", 2, "--run.keep", 9]
+    options = ["--objective.name", "one_step", "--run.checkpoint_every", 2, "--run.keep", 9]
     train(data, tmp_path / "run", *options, "--budget.steps", 8)
     early = list_checkpoints(tmp_path / "run")[0]
     assert Checkpoint(early).training()[1] == {"grown": False}
@@ -293,14 +293,14 @@ def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
     # Continued with a budget of which more is spent than the core stays out for, its blocks start before the next step.
     for path in list_checkpoints(tmp_path / "run")[1:]:
         shutil.rmtree(path)
-    grown, grow = [], Denoise.grow
+    grown, grow = [], OneStep.grow
 
-    def watched(objective: Denoise, model: Any, progress: float) -> Any:
+    def watched(objective: OneStep, model: Any, progress: float) -> Any:
         result = grow(objective, model, progress)
         grown.append((progress, len(result) > 0))
         return result
 
-    monkeypatch.setattr(Denoise, "grow", watched)
+    monkeypatch.setattr(OneStep, "grow", watched)
     train(data, tmp_path / "run", *options, "--budget.steps", 4, resume="newest")
     assert grown[0] == (0.5, True) and not any(did for _, did in grown[1:])
     assert [row["depth"] for row in rows(tmp_path / "run")][:3] == [0, 0, 1]
@@ -396,8 +396,8 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise-token"],
-    ["denoise-token", "--objective.token.conditioning", "two-stream"], ["denoise-token", "--optim.ema_decay", "0.9"],
+@pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
+    ["denoise", "--objective.denoise.conditioning", "two-stream"], ["denoise", "--optim.ema_decay", "0.9"],
     ["next_token", "--optim.name", "muon"]],
     ids=lambda o: o[-1])  # fmt: skip
 def test_a_step_makes_the_host_wait_for_nothing(
@@ -467,7 +467,7 @@ def complain(script_here: Run, *arguments: object) -> str:
         (["--model.n_heads", "3"], "not divisible"),
         (["--optim.name", "moun"], "optim.name"),
         (["--objective.unrolled.mean_depth", "0"], "above 0"),
-        (["--objective.token.sigma_min", "9", "--objective.token.sigma_max", "3"], "must be below sigma_max"),
+        (["--objective.denoise.sigma_min", "9", "--objective.denoise.sigma_max", "3"], "must be below sigma_max"),
         (["--data.path", "nowhere"], "nowhere"),
         (["--data.val_path", "nowhere"], "nowhere"),
         (["--run.dir", "/dev/null/run"], "/dev/null/run"),
