@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recurrent_db.accounting.flops import Cost, step_cost
+from recurrent_db.accounting.flop_count import FlopCount
+from recurrent_db.accounting.flops import step_cost
 from recurrent_db.config import Config, resolve, to_dict
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
@@ -46,26 +46,23 @@ def fake_run(
     (folder / "eval").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     tokens_per_step = config.data.batch_size * config.data.sequence_length
-    tokens, seconds, progress, whole = 0, 0.0, 0.0, Cost()
+    tokens, seconds, progress, spent = 0, 0.0, 0.0, FlopCount()
     parameters = sum(p.numel() for p in build_model(config.model, seed=None, device="meta").parameters())
     for step in range(round(steps * share)):
         passes = law.passes(Rng(seed, step), progress)
         cost = step_cost(config, passes)
         rate = config.optim.lr * learning_rate_scale(config.schedule, (step + 0.5) / steps)
         tokens += tokens_per_step
-        whole += Cost(*(value * tokens_per_step for value in astuple(cost)))
-        spent = cost.total * tokens_per_step / 2e10 * random.uniform(0.9, 1.15)
-        seconds += spent
-        before, progress = progress, budget_progress(config.budget, whole.total, tokens, step + 1, seconds)
+        spent.add(cost, 20.0 * parameters, tokens_per_step)
+        took = cost.total * tokens_per_step / 2e10 * random.uniform(0.9, 1.15)
+        seconds += took
+        before, progress = progress, budget_progress(config.budget, spent.total, tokens, step + 1, seconds)
         annealed = 0.25 * max(0.0, (progress - 0.7) / 0.3)
         true_loss = floor + 4.2 * (1 + step / (0.06 * steps)) ** -0.8 - annealed
         row: dict[str, Any] = {
-            "step": step + 1, "tokens": tokens, "flops": whole.total, "flops_forward": whole.forward,
-            "flops_backward": whole.backward, "flops_backward_weight": whole.backward_weight,
-            "flops_recomputed": whole.recomputed, "flops_causal": whole.causal,
-            "flops_update": 20.0 * parameters * (step + 1), "loss": true_loss + random.normal(0, 0.08), "lr": rate,
-            "grad_norm": 0.5 + 3 / (1 + step / 20) + abs(random.normal(0, 0.1)), "tokens_per_s": tokens_per_step / spent,
-            "mfu": cost.total * tokens_per_step / spent / 5e10, "hfu": cost.hardware * tokens_per_step / spent / 5e10,
+            "step": step + 1, "tokens": tokens, **spent.row(), "loss": true_loss + random.normal(0, 0.08), "lr": rate,
+            "grad_norm": 0.5 + 3 / (1 + step / 20) + abs(random.normal(0, 0.1)), "tokens_per_s": tokens_per_step / took,
+            "mfu": cost.total * tokens_per_step / took / 5e10, "hfu": cost.hardware * tokens_per_step / took / 5e10,
             "peak_memory_bytes": 4.1e8 + 1e6 * min(step, 60), "memory/parameters_bytes": 4 * parameters,
             "memory/gradients_bytes": 4 * parameters, "memory/optimizer_bytes": 8 * parameters,
             "memory/average_bytes": 4 * parameters if config.optim.ema_decay else 0,

@@ -258,7 +258,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     def progress_after(flops: float, tokens: float, steps: float, seconds: float = 0.0) -> float:
         """Share of the budget that is spent when this much comes on top."""
         return budget_progress(
-            config.budget, state.flops + flops, state.tokens + tokens, state.step + steps, state.seconds + seconds
+            config.budget, state.flops.total + flops, state.tokens + tokens, state.step + steps, state.seconds + seconds
         )
 
     def evaluate() -> dict[str, float]:
@@ -446,13 +446,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         row = {
             "step": state.step,
             "tokens": state.tokens,
-            "flops": state.flops,
-            "flops_forward": state.flops_forward,
-            "flops_backward": state.flops_backward,
-            "flops_backward_weight": state.flops_backward_weight,
-            "flops_recomputed": state.flops_recomputed,
-            "flops_causal": state.flops_causal,
-            "flops_update": state.flops_update,
+            **state.flops.row(),
             "loss": loss,
             "lr": config.optim.lr * scale,
             "grad_norm": grad_norm,
@@ -492,7 +486,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
             if last is not None and last["loss"] is not None:
                 bar.set_postfix_str(
                     f" step {state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
-                    f" {state.flops:.2e} FLOPs{share_of_update()}", refresh=False
+                    f" {state.flops.total:.2e} FLOPs{share_of_update()}", refresh=False
                 )  # fmt: skip
             bar.update(round(100 * min(progress, 1)) - bar.n)
         unsound = unsound_tensors() if saving else []
@@ -520,7 +514,8 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         return 130 if stopping == signal.SIGINT else 0
     skipped = f", {state.skipped} steps skipped" if state.skipped else ""
     say(
-        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops:.4g} FLOPs{skipped}{share_of_update()}; {run_dir}"
+        f"done: {state.step} steps, {state.tokens:,} tokens, {state.flops.total:.4g} FLOPs"
+        f"{skipped}{share_of_update()}; {run_dir}"
     )
     return 0
 

@@ -14,6 +14,9 @@ from recurrent_db.store.metrics import counted_where
 if TYPE_CHECKING:
     from recurrent_db.report.page import Page
 
+FLOPS = ("flops", "flops_forward", "flops_backward")
+"""FLOP columns of metrics.jsonl that the table shows."""
+
 
 def accounts(run: Run) -> dict[str, dict[str, Any]]:
     """What each block of a run cost, by its number: of a joined run its file says it, of another its own metrics."""
@@ -27,7 +30,7 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
             str(block): {
                 "layers": layers, "trains_shared": trains_shared(run.config, block),
                 "loss": run.last(f"eval/loss_block_{block}"),
-                **counted_where(run.rows, f"loss_block_{block}", ("tokens", "flops", "flops_forward", "flops_backward")),
+                **counted_where(run.rows, f"loss_block_{block}", ("tokens", *FLOPS)),
             }
             for block, layers in enumerate(run.config.model.block_layers, 1)
         }  # fmt: skip
@@ -35,8 +38,7 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
     return {
         str(only): {
             "alone": True, "layers": run.config.model.block_layers[only - 1], "tokens": run.last("tokens"),
-            "flops": run.last("flops"), "flops_forward": run.last("flops_forward"),
-            "flops_backward": run.last("flops_backward"), "trains_shared": trains_shared(run.config, only),
+            **{column: run.last(column) for column in FLOPS}, "trains_shared": trains_shared(run.config, only),
             "memory": {f"{holder}_bytes": value for holder, value in split.items()},
             "peak_memory_bytes": run.most("peak_memory_bytes"), "loss": run.last(f"eval/loss_block_{only}"),
         }
@@ -53,7 +55,7 @@ def blocks(page: Page) -> str:
         for name, block in found.items():
             split = block.get("memory") or {}
             held = sum(v for v in (number(value) for value in split.values()) if v is not None)
-            flops = [number(block.get(key)) for key in ("flops", "flops_forward", "flops_backward")]
+            flops = [number(block.get(key)) for key in FLOPS]
             read = number(block.get("bytes_read_before_training"))
             others = "trained with others"
             if block.get("alone"):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from recurrent_db.accounting.flop_count import FLOP_COLUMNS
 from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.errors import UserError
@@ -26,8 +27,7 @@ Phase = Literal["constant", "end", "other"]
 Array = NDArray[np.float64]
 
 STANDARD_COLUMNS = frozenset({
-    "step", "tokens", "flops", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed",
-    "flops_causal", "flops_update", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
+    "step", "tokens", *FLOP_COLUMNS, "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
     "seconds", "energy_joules", "skipped", "spikes", "rollbacks", "peak_flops", "optimizer_share",
 })  # fmt: skip
 """Columns that every objective logs; others, but for ``eval/*``, ``memory/*`` and ``state/*``, are the objective's own."""

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recurrent_db.accounting.flop_count import FlopCount
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.config import MOST_INTEGER, BudgetConfig, Config, config_from_json, to_dict
 from recurrent_db.data.tokenizer import Tokenizer
@@ -45,16 +46,7 @@ class TrainState:
 
     step: int = 0
     tokens: int = 0
-    flops_forward: float = 0.0
-    flops_backward: float = 0.0
-    flops_backward_weight: float = 0.0
-    """Of the backward, what the gradients of the weights cost."""
-    flops_recomputed: float = 0.0
-    """Forward work done again in the backward; not part of ``flops``."""
-    flops_causal: float = 0.0
-    """``flops`` with attention over visible pairs alone."""
-    flops_update: float = 0.0
-    """Clipping, optimizer and weight average; not part of ``flops``."""
+    flops: FlopCount = field(default_factory=FlopCount)
     seconds: float = 0.0
     energy_joules: float = 0.0
     """Of the GPU, where it has a meter."""
@@ -73,23 +65,18 @@ class TrainState:
     loss_lowest: float = 0.0
     """Lowest running mean at a log point."""
 
-    @property
-    def flops(self) -> float:
-        return self.flops_forward + self.flops_backward
-
     def spent(self, budget: BudgetConfig) -> float:
         """Share of a budget that these counters are; 1 and above where it is spent."""
-        return budget_progress(budget, self.flops, self.tokens, self.step, self.seconds)
+        return budget_progress(budget, self.flops.total, self.tokens, self.step, self.seconds)
 
     def count(self, cost: Cost, update: float, tokens: int) -> None:
         """Add a step: its cost per token, and FLOPs of its update."""
         self.tokens += tokens
-        self.flops_forward += cost.forward * tokens
-        self.flops_backward += cost.backward * tokens
-        self.flops_backward_weight += cost.backward_weight * tokens
-        self.flops_recomputed += cost.recomputed * tokens
-        self.flops_causal += cost.causal * tokens
-        self.flops_update += update
+        self.flops.add(cost, update, tokens)
+
+    def row(self) -> dict[str, float]:
+        """The counters that ``metrics.jsonl`` has too, by column."""
+        return {"step": self.step, "tokens": self.tokens, **self.flops.row(), "seconds": self.seconds}
 
 
 def _fsync(path: Path) -> None:
@@ -202,7 +189,7 @@ def write_small_files(
     """Everything of a checkpoint that is no large tensor."""
     (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
-    training = {"counters": vars(state), "objective": objective_state, "ema_updates": ema_updates}
+    training = {"counters": asdict(state), "objective": objective_state, "ema_updates": ema_updates}
     (temporary / "state.json").write_text(json.dumps(training, indent=1), encoding="utf-8")
 
 
@@ -378,16 +365,18 @@ class Checkpoint:
         source = self.path / "state.json"
         try:
             values = read_json(source)
-            state, objective, updates = TrainState(**values["counters"]), values["objective"], values["ema_updates"]
-            for name, value in {**vars(state), "ema_updates": updates}.items():
-                whole = isinstance(getattr(TrainState, name, 0), int)
+            counters, objective, updates = {**values["counters"]}, values["objective"], values["ema_updates"]
+            state = TrainState(**{**counters, "flops": FlopCount(**counters.get("flops", {}))})
+            defaults = {**vars(TrainState()), **FlopCount().row(), "ema_updates": 0}
+            for name, value in {**vars(state), **state.flops.row(), "ema_updates": updates}.items():
+                whole = isinstance(defaults[name], int)
                 if type(value) is not int and (whole or type(value) is not float):
                     raise ValueError(f"{name} is no {'whole ' * whole}number")
                 if not 0 <= value <= (MOST_INTEGER if type(value) is int else sys.float_info.max):
                     raise ValueError(f"{name} is out of range")
             if not isinstance(objective, dict):
                 raise ValueError("objective is no table")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{source} is not what training saves: {error}") from None
         return state, objective, updates
 

@@ -21,6 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from recurrent_db.accounting.flop_count import FlopCount
 from recurrent_db.accounting.memory_split import tensor_bytes
 from recurrent_db.config import Config, to_dict, validate
 from recurrent_db.errors import UserError
@@ -41,10 +42,7 @@ from recurrent_db.store.metrics import counted_where, read_metrics
 
 ACCOUNT = "blocks.json"
 """What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""
-COUNTED = ("tokens", "flops_forward", "flops_backward", "flops_backward_weight", "flops_recomputed", "flops_causal",
-           "flops_update", "seconds")  # fmt: skip
-"""Counters that are sums over a model's blocks."""
-TOLD = ("step", "flops", *COUNTED)
+TOLD = tuple(TrainState().row())
 """What the account has of each block, as in a row of metrics.jsonl."""
 
 
@@ -106,7 +104,7 @@ class Part:
             for name in (rows[-1] if rows else {})
             if name.startswith("memory/")
         }
-        counted: dict[str, Any] = {name: getattr(state, name) for name in TOLD}
+        counted: dict[str, Any] = dict(state.row())
         if not self.config.blocks.only:  # the run's counters and memory are of all its blocks
             counted, split = counted_where(rows, f"loss_block_{number}", TOLD, before.get("joined")), {}
         if before:  # a joined run that was trained further: what its blocks took before comes on top
@@ -224,6 +222,19 @@ def _replace(out: Path, temporary: Path) -> Path | None:
     return aside
 
 
+def _sum_of_blocks(chosen: dict[int, Part], blocks: dict[str, dict[str, Any]]) -> TrainState:
+    """The joined run's counters: the sums of its blocks'. Where a block's is unknown its whole run's stands for it, which is
+    at least as much."""
+    last, sums = 0, dict.fromkeys(TOLD, 0.0)
+    for part in {id(p): p for p in chosen.values()}.values():
+        state = part.checkpoint.training()[0]
+        last = max(last, state.step)
+        for name, whole in state.row().items():
+            given: list[Any] = [blocks[str(number)].get(name) for number, giver in chosen.items() if giver is part]
+            sums[name] += whole if None in given else sum(given)
+    return TrainState(last, int(sums["tokens"]), FlopCount.from_row(sums), sums["seconds"])
+
+
 def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Write the run directory ``out`` with the whole model; returns the account of its blocks.
 
@@ -250,17 +261,11 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
     config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)
     validate(config)
     weights = dict(owner.shared())
-    states, total = {}, TrainState()
+    states: dict[str, Any] = {}
     for number, part in chosen.items():
         weights |= part.block(number)
         states[str(number)] = part.checkpoint.training()[1].get(str(number), {})
-    for part in {id(p): p for p in chosen.values()}.values():
-        state = part.checkpoint.training()[0]
-        total.step = max(total.step, state.step)
-        for name in COUNTED:
-            given = [account["blocks"][str(number)].get(name) for number, giver in chosen.items() if giver is part]
-            known = getattr(state, name) if None in given else sum(given)  # unknown: at most what the run took in all
-            setattr(total, name, getattr(total, name) + known)
+    total = _sum_of_blocks(chosen, account["blocks"])
     model = build_model(config.model, None)
     assert isinstance(model, BlocksLM)
     load_weights(model, weights, "the joined runs")
@@ -273,8 +278,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         optimizer = torch.optim.AdamW(model.parameters())
         save_checkpoint(temporary, config, tokenizer, model, optimizer, None, total, objective.state_dict())
         write_atomic(temporary / "config.json", json.dumps(to_dict(config), indent=1))
-        counters = {name: getattr(total, name) for name in TOLD}
-        account["joined"] = {"weights": content_hash(find_checkpoint(temporary)), **counters}
+        account["joined"] = {"weights": content_hash(find_checkpoint(temporary)), **total.row()}
         write_atomic(temporary / ACCOUNT, json.dumps(account, indent=1))
         if not out.exists():
             temporary.rename(out)

@@ -221,6 +221,6 @@ def forget_later(run_dir: Path, step: int) -> None:
 def continued(before: TrainState, lost: TrainState) -> TrainState:
     """The counters after a return: position and budget are the checkpoint's, what was computed in vain is kept beside."""
     before.rollbacks, before.skipped_in_a_row = lost.rollbacks + 1, 0
-    before.flops_abandoned = lost.flops_abandoned + lost.flops - before.flops
+    before.flops_abandoned = lost.flops_abandoned + lost.flops.total - before.flops.total
     before.skipped, before.spikes = lost.skipped, lost.spikes
     return before

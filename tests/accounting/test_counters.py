@@ -55,7 +55,7 @@ def test_accounting_takes_less_than_a_two_hundredth_of_a_step() -> None:
         with memory.forward(device, passes.core_grad):
             pass
         state.count(cost, update, micro.tokens_BT.numel())
-        _ = state.flops, cost.total, cost.hardware, peak_memory_bytes(device)
+        _ = state.flops.row(), cost.total, cost.hardware, peak_memory_bytes(device)
         memory.row(optimizer, None, passes.core_grad)
         energy.joules()
 

@@ -374,6 +374,8 @@ STATE = {"counters": {"step": 1}, "objective": {}, "ema_updates": 0}
             {"counters": {"wings": 2}}, {"counters": []}, {"counters": {"step": "1"}}, {"counters": {"step": -1}},
             {"counters": {"seconds": float("nan")}}, {"counters": {"step": 1.5}}, {"counters": {"step": 10**400}},
             {"counters": {"step": True}}, {"objective": 3}, {"objective": {"sums": []}}, {"ema_updates": None},
+            {"counters": {"flops": 1.0}}, {"counters": {"flops": {"forward": "1"}}}, {"counters": {"flops": {"wings": 1}}},
+            {"counters": {"flops": {"update": -1.0}}}, {"counters": {"flops": {"causal": 10**400}}},
         )),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_join_again_loses_nothing(
     was, end = json.loads((out / "blocks.json").read_text()), Checkpoint(find_checkpoint(out)).training()[0]
     for name in ("tokens", "flops", "flops_causal", "seconds"):
         more = sum(further[n][name] - was["blocks"][n][name] for n in "12")
-        assert more == pytest.approx(getattr(end, name) - was["joined"][name])
+        assert more == pytest.approx(end.row()[name] - was["joined"][name])
         assert more > 0
     assert all(further[n]["weights"] != was["blocks"][n]["weights"] for n in "12")
     assert further["1"]["steps"] + further["2"]["steps"] == 6 + 6 + 8
@@ -74,7 +74,7 @@ def test_a_join_again_loses_nothing(
     state = Checkpoint(find_checkpoint(tmp_path / "swapped")).training()[0]
     account = json.loads((tmp_path / "swapped/blocks.json").read_text())["blocks"]
     for name in ("tokens", "flops", "flops_backward_weight", "seconds"):
-        assert getattr(state, name) == pytest.approx(sum(block[name] for block in account.values()))
+        assert state.row()[name] == pytest.approx(sum(block[name] for block in account.values()))
 
 
 def test_the_account_is_of_the_checkpoint_that_was_taken(data: Path, frozen_runs: list[Path], tmp_path: Path) -> None:
