@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recurrent_db.arguments import run_command
 from recurrent_db.data.prepare import prepare
-from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS
+from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS
 from recurrent_db.data.sources import ReadOptions
 from recurrent_db.errors import UserError
 

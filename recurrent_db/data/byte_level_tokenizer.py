@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers of the Hugging Face library ``tokenizers`` behind `tokenizer.Tokenizer`.
 
-A ``tokenizer.json`` does not say which token separates documents, so what a checkpoint keeps is that file with the ids
-beside it, as one JSON object (`wrap`). No post-processing: no special token is added, and text that looks like one stays
-text. The file is data: nothing in it is executed.
+A ``tokenizer.json`` does not say which token separates documents. A checkpoint therefore keeps one JSON object that
+holds the file and the ids of the special tokens (`wrap`). There is no post-processing: no special token is added, and
+text that looks like one stays text. The file is data: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from recurrent_db.data.tokenizer import Pieces
+from recurrent_db.data.tokenizer_backend import Backend
 from recurrent_db.errors import UserError
 
 FORMAT = "recurrent_db: tokenizer.json with special ids"
 """Value of the key ``format`` of what `wrap` makes."""
+
+# How the bytes of `wrap` begin, and no sentencepiece model does.
+_WRAPPED = b'{"format": "recurrent_db: '
 
 
 def wrap(tokenizer_json: dict[str, Any], eos_id: int, bos_id: int | None, pad_id: int | None) -> bytes:
@@ -27,6 +30,11 @@ def wrap(tokenizer_json: dict[str, Any], eos_id: int, bos_id: int | None, pad_id
         "pad_id": eos_id if pad_id is None else pad_id,
     }
     return json.dumps({"format": FORMAT, **ids, "tokenizer": tokenizer_json}).encode()
+
+
+def is_wrapped(model_bytes: bytes) -> bool:
+    """Whether these bytes look like those of `wrap`; any other model file is sentencepiece's."""
+    return model_bytes.startswith(_WRAPPED)
 
 
 def unwrap(model_bytes: bytes) -> dict[str, Any]:
@@ -52,14 +60,14 @@ def _types(part: Any) -> set[str]:
     return {str(part.get("type"))}.union(*map(_types, inner))
 
 
-def load(model_bytes: bytes, name: str) -> Pieces:
+def load(model_bytes: bytes, name: str) -> Backend:
     """Build from the bytes that `wrap` makes; ``name`` is what error messages call it.
 
     Raises:
         UserError: the library is missing, or this is no such tokenizer, or one that cannot represent every text.
     """
     try:
-        from tokenizers import Tokenizer as Backend
+        from tokenizers import Tokenizer as HFTokenizer
     except ImportError:
         raise UserError(f"{name} is a Hugging Face tokenizer: pip install 'recurrent_db[hf]' reads it") from None
     damaged = UserError(f"{name}: not a tokenizer of this project, or a damaged one")
@@ -73,13 +81,13 @@ def load(model_bytes: bytes, name: str) -> Pieces:
     if not byte_level:
         raise UserError(f"{name}: only byte-level Hugging Face tokenizers can be used, whose tokens stand for bytes")
     try:
-        backend = Backend.from_str(text)
+        library = HFTokenizer.from_str(text)
     except Exception:  # the library raises nothing more precise
         raise damaged from None
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True
+    vocabulary, added = library.get_vocab(with_added_tokens=True), library.get_added_tokens_decoder()
     size = max(vocabulary.values(), default=-1) + 1
     if not all(isinstance(i, int) and 0 <= i < size for i in ids):
         raise UserError(f"{name}: its special tokens {ids} are not among its {size} tokens")
@@ -95,6 +103,6 @@ def load(model_bytes: bytes, name: str) -> Pieces:
 
     def encode(texts: Sequence[str], threads: int) -> list[list[int]]:
         # `threads` is for the other library; this one takes its own number.
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    return Pieces(encode, token_bytes, *ids)
+    return Backend(encode, token_bytes, *ids)

@@ -69,8 +69,8 @@ def stdlib_files() -> list[str]:
     return sorted(found)
 
 
-def split(relative_path: str, holdout: float = 0.05) -> str:
-    """ "train" or "validation": a share of about ``holdout`` of the files is held out, by a hash of their path."""
+def stdlib_split(relative_path: str, holdout: float = 0.05) -> str:
+    """The split of a file, "train" or "validation": a hash of its path holds out about ``holdout`` of all files."""
     return "validation" if hash_share(f"holdout:{relative_path}") < holdout else "train"
 
 
@@ -81,5 +81,5 @@ def stdlib_documents(part: str | None = None, holdout: float = 0.05) -> Iterator
     """
     root = stdlib_root()
     for relative in stdlib_files():
-        if part is None or split(relative, holdout) == part:
+        if part is None or stdlib_split(relative, holdout) == part:
             yield Document(relative, (root / relative).read_bytes().decode("utf-8", errors="replace"))

@@ -1,17 +1,18 @@
-"""Documents -> token shards: what ``train/prepare_data.py`` runs and what a Python caller uses."""
+"""Documents to token shards: tokenise text sources into a data directory."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from recurrent_db.data.corpus import Document, hash_share
-from recurrent_db.data.shards import DEFAULT_SHARD_TOKENS, DataWriter, check_source_name
+from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS, DataWriter
+from recurrent_db.data.shards import check_source_name
 from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents, split_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates
 from recurrent_db.errors import UserError
@@ -51,6 +52,10 @@ class Prepared:
         )
 
 
+_Item = tuple[str, str, Document, bytes]
+"""A document on its way to the writer: (split, source, document, its text in UTF-8)."""
+
+
 @dataclass
 class _Limit:
     """What may still be taken from one named source; None is no limit."""
@@ -81,7 +86,8 @@ class _Limit:
         return self.documents == 0 or self.bytes == 0
 
 
-def _groups(sources: Sequence[str]) -> dict[str, list[str]]:
+def _by_name(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Locations by the name of their source."""
     groups: dict[str, list[str]] = {}
     for source in sources:
         name, location = parse_source(source)
@@ -116,48 +122,27 @@ def prepare(
         workers: tokenising threads; None takes every core.
         shard_tokens: tokens per shard.
         max_documents, max_bytes: limits for each named source (UTF-8 bytes of text), None for all of it.
-        part: (i, n) reads of ``sources`` the i-th of n parts, parted by a hash of a document's text: equal documents are in
-            one part, and no document is in two. ``val_sources`` are read whole.
+        part: (i, n) reads the i-th of n parts of ``sources``, counted from 1. A hash of a document's text chooses its part,
+            so equal documents are in one part and no document is in two. ``val_sources`` are read whole.
         progress: show a progress bar on a terminal.
 
     Raises:
         UserError: nothing to read, an input or ``out`` that does not work; nothing is left behind then.
     """
-    if not sources:
-        raise UserError("no source given")
-    if not 0 <= holdout < 1:
-        raise UserError(f"holdout must be at least 0 and below 1, not {holdout}")
-    for name, limit in (("workers", workers), ("max_documents", max_documents), ("max_bytes", max_bytes)):
-        if limit is not None and limit < 1:
-            raise UserError(f"{name} must be at least 1, not {limit}")
-    if not 1 <= part[0] <= part[1]:
-        raise UserError(f"part {part[0]}/{part[1]}: parts are numbered from 1 to their number")
+    _check_arguments(sources, holdout, part, workers=workers, max_documents=max_documents, max_bytes=max_bytes)
     started = time.perf_counter()
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer)
     workers = workers or cores()
-    options = options or ReadOptions()
     report = ReadReport()
-    train, validation = _groups(sources), _groups(val_sources)
-
-    def documents() -> Iterator[tuple[str, str, Document, bytes]]:
-        jobs = [("train", name, where) for name, where in train.items()]
-        jobs += [("validation", name, where) for name, where in validation.items()]
-        for split, name, locations in jobs:
-            limit = _Limit(max_documents, max_bytes)
-            share = holdout if split == "train" and not validation else 0.0
-            for location in locations:
-                texts = read_documents(location, options, report)
-                texts = limit.take(_of_part(texts, *part) if split == "train" else texts)
-                for side, document in split_documents(location, texts, share):
-                    yield (side if share else split), name, document, document.text.encode()
-
+    limit = _Limit(max_documents, max_bytes)
+    items = _items(_by_name(sources), _by_name(val_sources), holdout, part, limit, options or ReadOptions(), report)
     tokens = {"train": 0, "validation": 0}
     count = text_bytes = 0
     with (
         DataWriter(out, tokenizer, shard_tokens, overwrite) as writer,
         tqdm(desc="tokenising", unit="B", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        for chunk in _chunks(documents(), min(workers * _BYTES_PER_WORKER, _MAX_CHUNK_BYTES)):
+        for chunk in _chunks(items, min(workers * _BYTES_PER_WORKER, _MAX_CHUNK_BYTES)):
             encoded = tokenizer.encode_batch([document.text for _, _, document, _ in chunk], workers)
             for (split, name, document, raw), ids in zip(chunk, encoded, strict=True):
                 tokens[split] += writer.add(split, name, document.id, raw, ids)
@@ -178,19 +163,51 @@ def prepare(
     )  # fmt: skip
 
 
+def _check_arguments(sources: Sequence[str], holdout: float, part: tuple[int, int], **limits: int | None) -> None:
+    if not sources:
+        raise UserError("no source given")
+    if not 0 <= holdout < 1:
+        raise UserError(f"holdout must be at least 0 and below 1, not {holdout}")
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise UserError(f"{name} must be at least 1, not {limit}")
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"part {part[0]}/{part[1]}: parts are numbered from 1 to their number")
+
+
+def _items(
+    train: dict[str, list[str]],
+    validation: dict[str, list[str]],
+    holdout: float,
+    part: tuple[int, int],
+    limit: _Limit,
+    options: ReadOptions,
+    report: ReadReport,
+) -> Iterator[_Item]:
+    """The documents of all sources with their split. ``limit`` holds for each named source."""
+    jobs = [("train", name, where) for name, where in train.items()]
+    jobs += [("validation", name, where) for name, where in validation.items()]
+    for split, name, locations in jobs:
+        left = replace(limit)
+        share = holdout if split == "train" and not validation else 0.0
+        for location in locations:
+            texts = read_documents(location, options, report)
+            texts = left.take(_of_part(texts, *part) if split == "train" else texts)
+            for side, document in split_documents(location, texts, share):
+                yield (side if share else split), name, document, document.text.encode()
+
+
 def _of_part(documents: Iterable[Document], part: int, parts: int) -> Iterator[Document]:
     for document in documents:
         if parts == 1 or int(hash_share(f"part:{document.text}") * parts) == part - 1:
             yield document
 
 
-def _chunks(
-    documents: Iterable[tuple[str, str, Document, bytes]], size: int
-) -> Iterator[list[tuple[str, str, Document, bytes]]]:
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     """Group documents into runs of about ``size`` bytes of text."""
-    chunk: list[tuple[str, str, Document, bytes]] = []
+    chunk: list[_Item] = []
     held = 0
-    for item in documents:
+    for item in items:
         chunk.append(item)
         held += len(item[3])
         if held >= size:

@@ -31,8 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from recurrent_db.data import corpus
-from recurrent_db.data.corpus import Document, hash_share
+from recurrent_db.data.corpus import Document, hash_share, stdlib_files, stdlib_root, stdlib_split
 from recurrent_db.errors import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -365,8 +364,8 @@ def _read_hub(location: str, options: ReadOptions) -> Iterator[tuple[str, str]]:
 
 def _read(location: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
     if location == "stdlib":
-        root = corpus.stdlib_root()
-        for relative in corpus.stdlib_files():
+        root = stdlib_root()
+        for relative in stdlib_files():
             yield from _read_text(root / relative, relative, ReadOptions(), report)
         return
     if location.startswith("hf:"):
@@ -431,7 +430,7 @@ def split_documents(location: str, documents: Iterable[Document], holdout: float
     if holdout <= 0:
         yield from (("train", document) for document in documents)
     elif location == "stdlib":
-        yield from ((corpus.split(document.id, holdout), document) for document in documents)
+        yield from ((stdlib_split(document.id, holdout), document) for document in documents)
     else:
         head = list(itertools.islice(documents, FEW_DOCUMENTS))
         if len(head) < FEW_DOCUMENTS:

@@ -1,14 +1,12 @@
-"""A lossless tokenizer, mostly around a sentencepiece model, and the training of such.
+"""The tokenizer that everything else uses, whichever library encodes, and the training of a new one.
+
+`Tokenizer` opens two kinds of model: a sentencepiece model with byte fallback (`sentencepiece_tokenizer`), and a
+byte-level BPE of Hugging Face's (`byte_level_tokenizer`).
 
 Any UTF-8 text survives ``decode(encode(text))`` exactly, and the byte lengths of its tokens add up to the length of
-the text in UTF-8, which is what bits per byte divide by. Three things make that true of any model with byte fallback:
-
-- the model's own normalisation (Unicode folding, dummy prefix, whitespace collapse) is switched off on loading;
-- sentencepiece writes a space as U+2581, so a literal U+2581 would come back as a space: the text is cut around it,
-  and its three byte pieces are put there directly;
-- texts are joined from bytes here (`Tokenizer.decode_bytes`), not by sentencepiece.
-
-The one exception: a lone surrogate, which a Python ``str`` may hold, has no UTF-8 form and is encoded as U+FFFD.
+the text in UTF-8, which is what bits per byte divide by. Texts are joined from bytes here (`Tokenizer.decode_bytes`),
+not by the libraries. One exception: a lone surrogate, which a Python ``str`` may hold, has no UTF-8 form and is encoded
+as U+FFFD.
 """
 
 from __future__ import annotations
@@ -19,33 +17,21 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from recurrent_db.data import byte_level_tokenizer, sentencepiece_tokenizer
+from recurrent_db.data.sentencepiece_tokenizer import SPACE_MARK
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 
-SPACE_MARK = "\u2581"
 MIN_VOCAB = 272
 """Smallest vocabulary that can be trained: 4 special tokens, 256 bytes and a few characters."""
 
-# Long texts are cut at a line end before encoding: one call's memory and time stay bounded and one document
-# can use many threads. The cut depends on the text alone, so the tokens never depend on the number of threads.
-_SEGMENT_CHARACTERS = 1 << 17
-
-# ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
-# false}. Protocol buffers merge a repeated message field, so these bytes after a model override its own choices.
-_IDENTITY_NORMALIZER = b"\x1a\x06\x12\x00\x18\x00\x20\x00"
-
-# How a wrapped Hugging Face tokenizer begins, and no sentencepiece model does; see `hf_tokenizer`.
-_WRAPPED = b'{"format": "recurrent_db: '
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 HOSTILE_TEXTS = (
     "",
@@ -78,96 +64,12 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _segments(text: str) -> Iterator[str | None]:
-    """Cut ``text`` into pieces that are encoded by themselves; None stands for one literal U+2581."""
-    for n, part in enumerate(text.split(SPACE_MARK)):
-        if n:
-            yield None
-        start = 0
-        while len(part) - start > _SEGMENT_CHARACTERS:
-            end = part.rfind("\n", start, start + _SEGMENT_CHARACTERS) + 1 or start + _SEGMENT_CHARACTERS
-            yield part[start:end]
-            start = end
-        if start < len(part):
-            yield part[start:]
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """What a tokenizer consists of, whichever library encodes."""
-
-    encode: Callable[[Sequence[str], int], list[list[int]]]
-    """Ids of each of several texts without lone surrogates, on so many threads."""
-    token_bytes: list[bytes]
-    """What each token stands for; nothing for special tokens."""
-    eos_id: int
-    bos_id: int
-    pad_id: int
-
-
-def _sentencepiece(model_bytes: bytes, name: str) -> Pieces:
-    """Build from a sentencepiece model file. Raises as `Tokenizer` does."""
-    sentencepiece.set_min_log_level(3)
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes + _IDENTITY_NORMALIZER)
-        size = model.get_piece_size()
-    except (RuntimeError, ValueError):
-        size = 0
-    if not size:
-        raise UserError(f"{name}: not a sentencepiece model, or a damaged one")
-    eos_id = model.eos_id()
-    if eos_id < 0:
-        raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
-
-    token_bytes: list[bytes] = []
-    byte_ids: dict[int, int] = {}
-    try:
-        spelled = [model.id_to_piece(i) for i in range(size)]
-    except UnicodeDecodeError:
-        raise UserError(f"{name}: not a sentencepiece model, or a damaged one (a piece is not UTF-8)") from None
-    for i in range(size):
-        if model.is_byte(i):
-            match = _BYTE_PIECE.fullmatch(spelled[i])
-            if match is None:
-                raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
-            byte_ids[int(match[1], 16)] = i
-            token_bytes.append(bytes.fromhex(match[1]))
-        elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
-            token_bytes.append(b"")
-        else:
-            token_bytes.append(spelled[i].replace(SPACE_MARK, " ").encode())
-    if len(byte_ids) != 256:
-        raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
-    if model.piece_to_id(SPACE_MARK) == model.unk_id():
-        raise UserError(f"{name}: it has no piece for a space and cannot represent every text")
-    mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
-
-    def encode(texts: Sequence[str], threads: int) -> list[list[int]]:
-        cut = [list(_segments(text)) for text in texts]
-        flat = [part for parts in cut for part in parts if part is not None]
-        encoded: Iterator[list[int]] = iter(model.encode(flat, out_type=int, num_threads=threads))
-        result: list[list[int]] = []
-        for parts in cut:
-            if len(parts) == 1 and parts[0] is not None:
-                result.append(next(encoded))
-                continue
-            ids: list[int] = []
-            for part in parts:
-                ids.extend(mark_ids if part is None else next(encoded))
-            result.append(ids)
-        return result
-
-    # A model without one of these uses its separator there: nothing in the project feeds or predicts them.
-    bos_id, pad_id = (i if i >= 0 else eos_id for i in (model.bos_id(), model.pad_id()))
-    return Pieces(encode, token_bytes, eos_id, bos_id, pad_id)
-
-
 class Tokenizer:
     """A tokenizer whose tokens stand for bytes: text <-> token ids, without loss.
 
     Args:
         path: a sentencepiece ``.model`` file with byte fallback, or a Hugging Face tokenizer as an imported checkpoint
-            keeps it (see `hf_tokenizer`), whose own normalisation, where it has one, may lose something.
+            keeps it (`byte_level_tokenizer.wrap`). The latter's own normalisation, if it has any, may lose something.
 
     Raises:
         UserError: the file is missing or unreadable, is no sentencepiece model, has no byte fallback or no
@@ -189,24 +91,20 @@ class Tokenizer:
         return self
 
     def _load(self, model_bytes: bytes, name: str) -> None:
-        self.is_json = model_bytes.startswith(_WRAPPED)
-        """Whether this is a Hugging Face tokenizer."""
-        if self.is_json:
-            from recurrent_db.data import byte_level_tokenizer as hf_tokenizer
-
-            pieces = hf_tokenizer.load(model_bytes, name)
-        else:
-            pieces = _sentencepiece(model_bytes, name)
-        self._encode, self._token_bytes = pieces.encode, pieces.token_bytes
+        self.is_byte_level = byte_level_tokenizer.is_wrapped(model_bytes)
+        """Whether this is a byte-level Hugging Face tokenizer."""
+        load = byte_level_tokenizer.load if self.is_byte_level else sentencepiece_tokenizer.load
+        backend = load(model_bytes, name)
+        self._encode, self._token_bytes = backend.encode, backend.token_bytes
         self.model_bytes = model_bytes
         """The model file, byte for byte as given."""
         self.hash = hashlib.sha256(model_bytes).hexdigest()[:16]
         """The first 16 hexadecimal digits of the SHA-256 of `model_bytes`."""
-        self.vocab_size: int = len(pieces.token_bytes)
-        self.eos_id: int = pieces.eos_id
+        self.vocab_size: int = len(backend.token_bytes)
+        self.eos_id: int = backend.eos_id
         """The document separator."""
-        self.bos_id: int = pieces.bos_id
-        self.pad_id: int = pieces.pad_id
+        self.bos_id: int = backend.bos_id
+        self.pad_id: int = backend.pad_id
         self._byte_lengths = np.array([len(piece) for piece in self._token_bytes], dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:

@@ -123,7 +123,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Name and content of the tokenizer's files."""
     files: dict[str, bytes] = {}
     settings: dict[str, Any]
-    if tokenizer.is_json:
+    if tokenizer.is_byte_level:
         spec = unwrap(tokenizer.model_bytes)["tokenizer"]
         by_id = {index: token for token, index in spec["model"]["vocab"].items()}
         by_id |= {token["id"]: token["content"] for token in spec["added_tokens"]}

@@ -346,7 +346,7 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
     optimizer = build_optimizer(model, config.optim)
     save_checkpoint(run, config, tokenizer, model, optimizer, None, TrainState(), objective.state_dict())
     write_atomic(run / "config.json", json.dumps(to_dict(config), indent=1))
-    if tokenizer.is_json:
+    if tokenizer.is_byte_level:
         try:
             check_lossless(tokenizer)
         except RuntimeError as error:

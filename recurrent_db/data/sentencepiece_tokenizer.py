@@ -1,0 +1,104 @@
+"""sentencepiece models behind `tokenizer.Tokenizer`, made lossless.
+
+- The model's own normalisation (Unicode folding, dummy prefix, whitespace collapse) is switched off.
+- sentencepiece writes a space as U+2581, so a literal U+2581 would come back as a space: the text is cut around it,
+  and its three byte pieces are put there directly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import sentencepiece
+
+from recurrent_db.data.tokenizer_backend import Backend
+from recurrent_db.errors import UserError
+
+SPACE_MARK = "\u2581"
+"""What sentencepiece writes for a space."""
+
+# Long texts are cut at a line end before encoding: one call's memory and time stay bounded and one document
+# can use many threads. The cut depends on the text alone, so the tokens never depend on the number of threads.
+_SEGMENT_CHARACTERS = 1 << 17
+
+# ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
+# false}. Protocol buffers merge a repeated message field, so these bytes after a model override its own choices.
+_IDENTITY_NORMALIZER = b"\x1a\x06\x12\x00\x18\x00\x20\x00"
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _segments(text: str) -> Iterator[str | None]:
+    """Cut ``text`` into pieces that are encoded by themselves; None stands for one literal U+2581."""
+    for n, part in enumerate(text.split(SPACE_MARK)):
+        if n:
+            yield None
+        start = 0
+        while len(part) - start > _SEGMENT_CHARACTERS:
+            end = part.rfind("\n", start, start + _SEGMENT_CHARACTERS) + 1 or start + _SEGMENT_CHARACTERS
+            yield part[start:end]
+            start = end
+        if start < len(part):
+            yield part[start:]
+
+
+def load(model_bytes: bytes, name: str) -> Backend:
+    """Build from the bytes of a sentencepiece model file; ``name`` is what error messages call it.
+
+    Raises:
+        UserError: this is no sentencepiece model, or one that cannot represent every text.
+    """
+    sentencepiece.set_min_log_level(3)
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=model_bytes + _IDENTITY_NORMALIZER)
+        size = model.get_piece_size()
+    except (RuntimeError, ValueError):
+        size = 0
+    if not size:
+        raise UserError(f"{name}: not a sentencepiece model, or a damaged one")
+    eos_id = model.eos_id()
+    if eos_id < 0:
+        raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
+
+    token_bytes: list[bytes] = []
+    byte_ids: dict[int, int] = {}
+    try:
+        spelled = [model.id_to_piece(i) for i in range(size)]
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: not a sentencepiece model, or a damaged one (a piece is not UTF-8)") from None
+    for i in range(size):
+        if model.is_byte(i):
+            match = _BYTE_PIECE.fullmatch(spelled[i])
+            if match is None:
+                raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
+            byte_ids[int(match[1], 16)] = i
+            token_bytes.append(bytes.fromhex(match[1]))
+        elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            token_bytes.append(b"")
+        else:
+            token_bytes.append(spelled[i].replace(SPACE_MARK, " ").encode())
+    if len(byte_ids) != 256:
+        raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
+    if model.piece_to_id(SPACE_MARK) == model.unk_id():
+        raise UserError(f"{name}: it has no piece for a space and cannot represent every text")
+    mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
+
+    def encode(texts: Sequence[str], threads: int) -> list[list[int]]:
+        cut = [list(_segments(text)) for text in texts]
+        flat = [part for parts in cut for part in parts if part is not None]
+        encoded: Iterator[list[int]] = iter(model.encode(flat, out_type=int, num_threads=threads))
+        result: list[list[int]] = []
+        for parts in cut:
+            if len(parts) == 1 and parts[0] is not None:
+                result.append(next(encoded))
+                continue
+            ids: list[int] = []
+            for part in parts:
+                ids.extend(mark_ids if part is None else next(encoded))
+            result.append(ids)
+        return result
+
+    # A model without one of these uses its separator there: nothing in the project feeds or predicts them.
+    bos_id, pad_id = (i if i >= 0 else eos_id for i in (model.bos_id(), model.pad_id()))
+    return Backend(encode, token_bytes, eos_id, bos_id, pad_id)

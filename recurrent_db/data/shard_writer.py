@@ -1,0 +1,203 @@
+"""Writing a data directory of token shards; `shards` describes the format and reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from recurrent_db.data.shards import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER_FILE,
+    check_source_name,
+    token_dtype,
+)
+from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.errors import UserError
+from recurrent_db.files import file_digest, sealed
+
+DEFAULT_SHARD_TOKENS = 64_000_000
+
+
+@dataclass
+class _SourceWriter:
+    """Appends documents of one (split, source) to its shards."""
+
+    folder: Path
+    stem: str
+    dtype: np.dtype[Any]
+    shard_tokens: int
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    text_hash: Any = field(default_factory=hashlib.sha256)
+    file: BinaryIO | None = None
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, identity: str, text: bytes, tokens: np.ndarray) -> None:
+        for part in (identity.encode("utf-8", errors="surrogatepass"), text):
+            self.text_hash.update(len(part).to_bytes(8, "little"))
+            self.text_hash.update(part)
+        if self.file is not None and self.offsets[-1] + len(tokens) > self.shard_tokens:
+            self.close_shard()
+        if self.file is None:
+            self.name = f"{self.stem}-{len(self.shards):05d}"
+            self.file = (self.folder / f"{self.name}.bin").open("wb")
+            self.file_hash = hashlib.sha256()
+            self.offsets = [0]
+            self.text_bytes = 0
+        raw = tokens.astype(self.dtype, copy=False).tobytes()
+        self.file.write(raw)
+        self.file_hash.update(raw)
+        self.offsets.append(self.offsets[-1] + len(tokens))
+        self.text_bytes += len(text)
+
+    def close_shard(self) -> None:
+        if self.file is None:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None
+        offsets = self.folder / f"{self.name}.offsets.npy"
+        np.save(offsets, np.array(self.offsets, dtype=np.int64), allow_pickle=False)
+        self.shards.append(
+            {
+                "file": f"{self.name}.bin",
+                "tokens": self.offsets[-1],
+                "documents": len(self.offsets) - 1,
+                "bytes": self.text_bytes,
+                "sha256": self.file_hash.hexdigest(),
+                "offsets_file": offsets.name,
+                "offsets_sha256": file_digest(offsets),
+            }
+        )
+
+    def entry(self) -> dict[str, Any]:
+        self.close_shard()
+        totals = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents", "bytes")}
+        return {**totals, "text_sha256": self.text_hash.hexdigest(), "shards": self.shards}
+
+
+class DataWriter:
+    """Builds a data directory; a context manager that leaves nothing behind unless `commit` was reached.
+
+    (A process that is killed outright leaves its half-made ``.NAME.partial-PID`` beside the target; delete it at will.)
+
+    Args:
+        out: the directory to make; its parents are made as needed.
+        shard_tokens: tokens per shard at most, unless one document alone is longer.
+        overwrite: replace an older data directory (nothing else is ever replaced) once the new one is complete.
+
+    Raises:
+        UserError: ``out`` exists, or cannot be made.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        shard_tokens: int = DEFAULT_SHARD_TOKENS,
+        overwrite: bool = False,
+    ) -> None:
+        if shard_tokens < 1:
+            raise UserError("a shard needs at least 1 token")
+        self.out = Path(os.path.realpath(out))
+        self.tokenizer = tokenizer
+        self.shard_tokens = shard_tokens
+        self.overwrite = overwrite
+        self._writers: dict[tuple[str, str], _SourceWriter] = {}
+        check_target(self.out, overwrite)
+        self._partial = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.mkdir()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"cannot create {self.out}: {error.filename} is not a folder") from None
+        except OSError as error:
+            raise UserError(f"cannot create {self.out}: {error.strerror or error}") from None
+
+    def __enter__(self) -> DataWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            if writer.file is not None:
+                with contextlib.suppress(OSError):  # on a full disk the last flush fails once more
+                    writer.file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add(self, split: str, source: str, identity: str, text: bytes, ids: Sequence[int]) -> int:
+        """Append one document (``text`` is its UTF-8) and return its number of tokens, the separator included."""
+        writer = self._writers.get((split, source))
+        if writer is None:
+            check_source_name(source)
+            dtype = token_dtype(self.tokenizer.vocab_size)
+            writer = _SourceWriter(self._partial, f"{split}-{source}", dtype, self.shard_tokens)
+            self._writers[split, source] = writer
+        tokens = np.empty(len(ids) + 1, dtype=writer.dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self.tokenizer.eos_id
+        writer.add(identity, text, tokens)
+        return len(tokens)
+
+    def commit(self, reading: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Finish the shards, write the manifest, move the directory into place and return the manifest.
+
+        Args:
+            reading: what was replaced or skipped, and the options of reading: kept in the manifest for people.
+        """
+        splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+        for (split, source), writer in self._writers.items():
+            splits[split][source] = writer.entry()
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "dtype": token_dtype(self.tokenizer.vocab_size).name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "tokenizer": {"file": TOKENIZER_FILE, "hash": self.tokenizer.hash},
+            "splits": splits,
+            "reading": dict(reading or {}),
+        }
+        self.tokenizer.save(self._partial / TOKENIZER_FILE)
+        with (self._partial / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(sealed(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        check_target(self.out, self.overwrite)  # again: it may have appeared in the meantime
+        old = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
+        if self.out.exists():
+            self.out.rename(old)
+        try:
+            self._partial.rename(self.out)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                old.rename(self.out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return manifest
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless ``out`` may be written: it does not exist, or is a data directory to be replaced."""
+    try:
+        present = out.exists()
+        replaceable = present and out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"cannot create {out}: {error.strerror or error}") from None
+    if present and not overwrite:
+        raise UserError(f"{out} exists already: choose another --out, or replace it with --overwrite True")
+    if present and not replaceable:
+        raise UserError(f"{out} exists and is no data directory (no {MANIFEST} in it): not replaced")
