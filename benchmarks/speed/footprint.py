@@ -39,7 +39,7 @@ STEPS = {
     "next_token, Muon": "--objective.name next_token --optim.name muon",
     "unrolled, 4 with gradient": DEEP + "--objective.unrolled.truncation 4",
     "unrolled, 4, checkpointed": DEEP + "--objective.unrolled.truncation 4 --run.activation_checkpointing true",
-    "one_step": "--objective.name denoise --objective.one_step.next_token_share 0",
+    "one_step": "--objective.name one_step --objective.one_step.next_token_share 0",
     "denoise": "--objective.name denoise",
     "denoise, weight average": "--objective.name denoise --optim.ema_decay 0.99",
     "denoise, two-stream": "--objective.name denoise --objective.denoise.conditioning two-stream",
@@ -99,7 +99,7 @@ def measure(
     passes = objective.passes(Rng(0, 0), 0.0)
     line = Step(
         config, SEQUENCES, micro_batches, passes, half=bfloat16, cuda=where.type == "cuda", masked=documents
-    ).walk()
+    ).timeline()
     state = sum(line.held[part] for part in ("parameters", "optimizer", "average"))
     return state + peak_live_bytes(train, where), line.largest, state
 

@@ -221,7 +221,7 @@ class Planner:
         sequences = min(self.config.data.micro_batch_size or share, share)
         micro_batches = math.ceil(share / sequences)
         step = Step(self.config, sequences, micro_batches, self.deepest, mode, shards, self.half, cuda=True)
-        line = step.walk()
+        line = step.timeline()
         sent = collectives(self.sizes, mode, gpus, shards, micro_batches, step.size, self.network)
         return Estimate(
             mode, gpus, shards, sequences, micro_batches,

@@ -1,13 +1,13 @@
-"""Memory of a training step before it is run: what each part of it holds, when, and how much that is at the peak.
+"""Predicts the memory of a training step before it is run: how many bytes each part holds at the peak.
 
-A step is walked through in its own order (gather, forward, head, backward, update) at the grain of blocks; each event
-holds or lets go of so many bytes of one part, and the peak is the largest sum on the way. What a block keeps for its
-backward is counted tensor by tensor from the model's code; what lives for a moment inside a block is the largest such
-moment. `benchmarks/speed/footprint.py` measures the same steps on a CPU and prints both.
+`Step.timeline` replays a step in its own order (gather, forward, head, backward, update), block by block. Each event
+holds or drops some bytes of one part; the peak is the largest sum. What a block keeps for its backward is counted tensor
+by tensor from the model's code; of what lives for a moment inside a block, the largest moment counts.
+`benchmarks/speed/footprint.py` measures the same steps on a CPU and prints both.
 
-Sharding as the trainer does it: each block of prelude and coda is a unit of FSDP, gathered for its forward and again for
-its backward; the core is one unit, gathered once and kept until its last backward, whatever K is; embedding, norms and
-noise embedding are the rest, gathered once, in fp32. Gradients are exchanged in the last micro-batch alone.
+Sharding follows the trainer. Each block of prelude and coda is a unit of FSDP, gathered for its forward and again for
+its backward. The core is one unit, gathered once and kept until its last backward, whatever K is. Embedding, norms and
+noise embedding are gathered once, in fp32. Gradients are exchanged in the last micro-batch alone.
 
 Shapes: N tokens of a micro-batch (B sequences of T), D width, M hidden width of the MLP, H heads, V vocabulary.
 """
@@ -182,6 +182,12 @@ class Step:
         model, a = self.config.model, self.size
         return a * 4 * model.d_mlp + 3 * 4 * model.d_model
 
+    def clean_saved(self) -> float:
+        """What two-stream conditioning's clean stream keeps for its backward, bytes per token."""
+        if not self.passes.clean_grad:
+            return 0.0
+        return self.adapter_saved() + (self.config.model.n_core - 1) * self.block_saved() + self.keys_values_saved()
+
     def locals(self) -> float:
         """What an objective holds until it returns, bytes per token: context, state, hidden vectors; for a denoiser noise,
         clean and noisy target and estimate too."""
@@ -190,122 +196,167 @@ class Step:
             return 4.0 * width * 5 + self.size * width
         return 4.0 * width + 2 * self.size * width
 
-    # -- the walk ------------------------------------------------------------------------------------------------------
+    # -- bytes of a micro-batch -----------------------------------------------------------------------------------------
 
-    def walk(self) -> Timeline:
-        """A step from its first micro-batch to its update. Later micro-batches hold what the second one holds."""
-        config, model, sizes, line = self.config, self.config.model, Sizes.of(self.config), Timeline()
-        tokens, width, passes = self.tokens, model.d_model, self.passes
-        sharded = self.mode in ("fsdp", "hsdp")
-        part = self.shards if sharded else 1
-        rest_bytes = 4 * sizes.rest
-        work = self.size if sharded else 4
+    def beside_blocks(self) -> float:
+        """What a micro-batch keeps for its backward outside of all blocks, bytes."""
+        tokens, width = self.tokens, self.config.model.d_model
+        kept = 16 * tokens + self.conditioning_saved() + 2 * tokens * self._norm()
+        if self.passes.noise_levels:
+            kept += tokens * (4 * width + 12)  # target rows and their norms
+        if self.config.run.activation_checkpointing:
+            kept += tokens * 4 * width  # the context, which every iteration's input refers to
+        return kept
+
+    def mask(self) -> int:
+        """The mask of packed documents, bytes."""
+        data = self.config.data
+        if not (self.masked and data.document_mask):
+            return 0
+        return self.sequences * data.sequence_length**2 * (1 if self.cuda else self.size)
+
+    def timeline(self) -> Timeline:
+        """What the step holds from its first micro-batch to its update. Later micro-batches hold what the second holds."""
+        return _Replay(self).run()
+
+
+class _Replay:
+    """One replay of a step on a `Timeline`."""
+
+    def __init__(self, step: Step) -> None:
+        config, tokens = step.config, step.tokens
+        self.step, self.config, self.model, self.tokens = step, config, config.model, tokens
+        self.sizes, self.line = Sizes.of(config), Timeline()
+        self.sharded = step.mode in ("fsdp", "hsdp")
+        self.part = step.shards if self.sharded else 1
+        self.gathered_size = step.size if self.sharded else 4
         """Bytes of a number in gathered blocks."""
+        self.casts = 2 * self.sizes.matrices if step.half and not self.sharded else 0
+        """Autocast's half-precision copies of the weights."""
+        self.block = tokens * step.block_saved()
+        self.iteration = tokens * step.iteration_saved()
+        checkpointed = config.run.activation_checkpointing
+        self.kept_iteration = tokens * step.size * self.model.d_model if checkpointed else self.iteration
+        self.clean = tokens * step.clean_saved()
+        self.other = step.beside_blocks() + step.mask()
 
-        line.hold("parameters", 4 * sizes.total / part)
-        line.hold("optimizer", 4 * (2 * (sizes.total - sizes.muon) + sizes.muon) / part)
-        if config.optim.ema_decay:
-            line.hold("average", 4 * sizes.total / part)
+    def run(self) -> Timeline:
+        line, sizes = self.line, self.sizes
+        line.hold("parameters", 4 * sizes.total / self.part)
+        line.hold("optimizer", 4 * (2 * (sizes.total - sizes.muon) + sizes.muon) / self.part)
+        if self.config.optim.ema_decay:
+            line.hold("average", 4 * sizes.total / self.part)
+        self.gather(sizes.rest, 4)
+        count = min(self.step.micro_batches, 2)
+        for number in range(count):
+            again, last = number > 0, number == count - 1
+            line.hold("gathered", self.casts)
+            line.hold("activations", self.other)
+            self.forward(again)
+            self.head()
+            self.backward(again, last)
+            line.drop("activations", self.other)
+            line.drop("gathered", self.casts)
+        self.let_go(sizes.rest, 4)
+        self.update()
+        return line
 
-        def gather(parameters: int, size: int) -> None:
-            if part > 1:
-                line.hold("gathered", size * parameters)
-                line.pulse("communication", size * parameters)  # arrives in one piece, and is copied out
+    # -- units of sharding ---------------------------------------------------------------------------------------------
 
-        def let_go(parameters: int, size: int) -> None:
-            if part > 1:
-                line.drop("gathered", size * parameters)
+    def gather(self, parameters: int, size: int) -> None:
+        if self.part > 1:
+            self.line.hold("gathered", size * parameters)
+            self.line.pulse("communication", size * parameters)  # arrives in one piece, and is copied out
 
-        def gradients(parameters: int, again: bool, last: bool) -> None:
-            """A unit's gradient is complete: added to an earlier micro-batch's, then, sharded, sent away."""
-            line.drop("gradients", 4 * parameters) if again else None
-            if sharded and last and part > 1:
-                line.pulse("communication", 4 * parameters * (1 + 1 / part))
-                line.drop("gradients", 4 * parameters)
-                line.hold("gradients", 4 * parameters / part)
+    def let_go(self, parameters: int, size: int) -> None:
+        if self.part > 1:
+            self.line.drop("gathered", size * parameters)
 
-        saved_block, saved_iteration = tokens * self.block_saved(), tokens * self.iteration_saved()
-        kept_iteration = tokens * self.size * width if config.run.activation_checkpointing else saved_iteration
-        clean = 0.0
-        if passes.clean_grad:
-            clean = tokens * (self.adapter_saved() + (model.n_core - 1) * self.block_saved() + self.keys_values_saved())
-        ends = [model.n_prelude, model.n_coda]
-        small = 16 * tokens + self.conditioning_saved() + 2 * tokens * self._norm()
-        if passes.noise_levels:
-            small += tokens * (4 * width + 12)  # target rows and their norms
-        if config.run.activation_checkpointing:
-            small += tokens * 4 * width  # the context, which every iteration's input refers to
-        mask = 0
-        if self.masked and config.data.document_mask:
-            mask = self.sequences * config.data.sequence_length**2 * (1 if self.cuda else self.size)
-        steps = min(self.micro_batches, 2)
-        casts = 2 * sizes.matrices if self.half and not sharded else 0
+    def gather_block(self) -> None:
+        size = self.gathered_size * self.sizes.block
+        self.gather(self.sizes.block, self.gathered_size)
+        self.line.pulse("gathered", size if self.part > 1 else 0)  # the next one is fetched early
 
-        gather(sizes.rest, 4)
-        for number in range(steps):
-            again, last = number > 0, number == steps - 1
-            # Forward
-            line.hold("gathered", casts)
-            line.hold("activations", small + mask)
-            for count, where in zip(ends, ("prelude", "coda"), strict=True):
-                if where == "coda":
-                    if not again:
-                        gather(sizes.core, work)
-                    if passes.core_no_grad:
-                        line.pulse("working", tokens * self.forward_working())
-                    line.hold("activations", clean)
-                    for _ in range(passes.core_grad):
-                        line.hold("activations", kept_iteration)
-                for _ in range(count):
-                    gather(sizes.block, work)
-                    line.pulse("gathered", work * sizes.block if part > 1 else 0)  # the next one is fetched early
-                    line.hold("activations", saved_block)
-                    let_go(sizes.block, work)
-            line.hold("working", tokens * self.locals())
-            table = 4 * model.vocab_size * width
-            rows = min(chunk_rows(tokens), tokens)
-            line.hold("gradients", table)
-            line.hold("logits and head", tokens * width * self.size)
-            # Logits and their softmax; of half-precision logits a CPU makes a wide copy first.
-            chunk = rows * model.vocab_size * (10 if self.half and not self.cuda else 8)
-            line.pulse("logits and head", chunk + (2 * model.vocab_size * width if self.half else 0))
-            line.drop("working", tokens * self.locals())
-            # Backward
-            working = self.backward_working()
-            for count, where in zip(reversed(ends), ("coda", "prelude"), strict=True):
-                if where == "prelude":
-                    line.drop("logits and head", tokens * width * self.size)
-                    each = sizes.core / model.n_core
-                    for index in range(passes.core_grad):
-                        line.drop("activations", kept_iteration)
-                        line.hold("activations", saved_iteration)
-                        for _ in range(model.n_core):
-                            line.pulse("working", working + (4 * sizes.widest if index else 0))
-                            line.hold("gradients", 0 if index else 4 * each)
-                            line.drop("activations", saved_iteration / model.n_core)
-                    line.drop("activations", clean)
-                    gradients(sizes.core, again, last)
-                    if last:
-                        let_go(sizes.core, work)
-                for _ in range(count):
-                    gather(sizes.block, work)
-                    line.pulse("gathered", work * sizes.block if part > 1 else 0)
-                    line.pulse("working", working)
-                    line.hold("gradients", 4 * sizes.block)
-                    line.drop("activations", saved_block)
-                    let_go(sizes.block, work)
-                    gradients(sizes.block, again, last)
-            line.hold("gradients", 4 * (sizes.rest - model.vocab_size * width))
-            gradients(sizes.rest, again, last)
-            line.drop("activations", small + mask)
-            line.drop("gathered", casts)
-        if part > 1:
-            line.drop("gathered", rest_bytes)
-        # Update
-        if config.optim.ema_decay:
-            line.pulse("working", 4 * sizes.total / part)
+    def gradients(self, parameters: int, again: bool, last: bool) -> None:
+        """A unit's gradient is complete: added to an earlier micro-batch's, then, sharded, sent away."""
+        line, part = self.line, self.part
+        if again:
+            line.drop("gradients", 4 * parameters)
+        if self.sharded and last and part > 1:
+            line.pulse("communication", 4 * parameters * (1 + 1 / part))
+            line.drop("gradients", 4 * parameters)
+            line.hold("gradients", 4 * parameters / part)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    def forward(self, again: bool) -> None:
+        self.blocks_forward(self.model.n_prelude)
+        if not again:
+            self.gather(self.sizes.core, self.gathered_size)
+        if self.step.passes.core_no_grad:
+            self.line.pulse("working", self.tokens * self.step.forward_working())
+        self.line.hold("activations", self.clean)
+        for _ in range(self.step.passes.core_grad):
+            self.line.hold("activations", self.kept_iteration)
+        self.blocks_forward(self.model.n_coda)
+
+    def blocks_forward(self, count: int) -> None:
+        """Blocks of prelude or coda."""
+        for _ in range(count):
+            self.gather_block()
+            self.line.hold("activations", self.block)
+            self.let_go(self.sizes.block, self.gathered_size)
+
+    def head(self) -> None:
+        """The fused cross-entropy: forward, and the gradients of the embedding and of the hidden vectors."""
+        line, step, tokens = self.line, self.step, self.tokens
+        vocabulary, width = self.model.vocab_size, self.model.d_model
+        line.hold("working", tokens * step.locals())
+        line.hold("gradients", 4 * vocabulary * width)
+        line.hold("logits and head", tokens * width * step.size)
+        # Logits and their softmax; of half-precision logits a CPU makes a wide copy first.
+        chunk = min(chunk_rows(tokens), tokens) * vocabulary * (10 if step.half and not step.cuda else 8)
+        line.pulse("logits and head", chunk + (2 * vocabulary * width if step.half else 0))
+        line.drop("working", tokens * step.locals())
+
+    def backward(self, again: bool, last: bool) -> None:
+        self.blocks_backward(self.model.n_coda, again, last)
+        self.line.drop("logits and head", self.tokens * self.model.d_model * self.step.size)
+        self.core_backward()
+        self.line.drop("activations", self.clean)
+        self.gradients(self.sizes.core, again, last)
+        if last:
+            self.let_go(self.sizes.core, self.gathered_size)
+        self.blocks_backward(self.model.n_prelude, again, last)
+        self.line.hold("gradients", 4 * (self.sizes.rest - self.model.vocab_size * self.model.d_model))
+        self.gradients(self.sizes.rest, again, last)
+
+    def blocks_backward(self, count: int, again: bool, last: bool) -> None:
+        """Blocks of coda or prelude."""
+        for _ in range(count):
+            self.gather_block()
+            self.line.pulse("working", self.step.backward_working())
+            self.line.hold("gradients", 4 * self.sizes.block)
+            self.line.drop("activations", self.block)
+            self.let_go(self.sizes.block, self.gathered_size)
+            self.gradients(self.sizes.block, again, last)
+
+    def core_backward(self) -> None:
+        line, n_core = self.line, self.model.n_core
+        for index in range(self.step.passes.core_grad):
+            line.drop("activations", self.kept_iteration)
+            line.hold("activations", self.iteration)
+            for _ in range(n_core):
+                # Later iterations add their gradient to the first one's, by way of one more matrix.
+                line.pulse("working", self.step.backward_working() + (4 * self.sizes.widest if index else 0))
+                line.hold("gradients", 0 if index else 4 * self.sizes.core / n_core)
+                line.drop("activations", self.iteration / n_core)
+
+    def update(self) -> None:
+        line, sizes = self.line, self.sizes
+        if self.config.optim.ema_decay:
+            line.pulse("working", 4 * sizes.total / self.part)
         if sizes.muon:
             # What a step that may be skipped puts back, Nesterov's sum, and the half-precision matrices of Newton-Schulz.
             line.pulse("working", sizes.widest * (4 * 3 + 2 * 4))
         line.drop("gradients", line.held["gradients"])
-        return line

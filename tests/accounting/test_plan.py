@@ -45,8 +45,8 @@ def test_sizes_are_the_models() -> None:
 
 def test_shards_divide_what_is_kept_and_not_what_is_computed_with() -> None:
     config = load_config(ROOT / "train/configs/pythia-70m-looped.toml")
-    whole = Step(config, 4, 2, mode="ddp", half=True, cuda=True).walk()
-    eight = Step(config, 4, 2, mode="fsdp", shards=8, half=True, cuda=True).walk()
+    whole = Step(config, 4, 2, mode="ddp", half=True, cuda=True).timeline()
+    eight = Step(config, 4, 2, mode="fsdp", shards=8, half=True, cuda=True).timeline()
     for part in ("parameters", "optimizer"):
         assert eight.peak[part] == pytest.approx(whole.peak[part] / 8, abs=8)
     assert eight.peak["activations"] == whole.peak["activations"]
