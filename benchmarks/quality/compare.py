@@ -62,10 +62,10 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "unrolled-2-2-diagonal": unrolled(2, 2, "diagonal"),
     "one_step": ["--objective.name", "one_step"],
-    # The control of the one above: the core's blocks start as late, and no step trains a later iteration.
-    "one_step-first": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "1"],
-    "one_step-noise": ["--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1"],
-    "one_step-noise-first": [
+    # The control of the one above: the core's blocks start as late, and every step trains the first iteration.
+    "one_step-first-iteration": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "1"],
+    "one_step-corrupt": ["--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1"],
+    "one_step-corrupt-first-iteration": [
         "--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1",
         "--objective.one_step.next_token_share", "1",
     ],
@@ -85,7 +85,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpu": {
         "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
         "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
-        "arms": "next_token,unrolled-4-2-diagonal,denoise,one_step-first",
+        "arms": "next_token,unrolled-4-2-diagonal,one_step,one_step-first-iteration",
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]

@@ -1,6 +1,6 @@
 """Results of single runs -> what is compared: the best rate of each arm, differences with errors, FLOPs to reach a level.
 
-A result is the JSON of one complete run (see `quality.py`). An arm's rate is chosen by the lowest NLL over K of the first
+A result is the JSON of one complete run (see `compare.py`). An arm's rate is chosen by the lowest NLL over K of the first
 seed that was run; all seeds at that rate are the arm's. The choice is by the figure that is reported, which flatters
 every arm alike where the sweeps are alike.
 """

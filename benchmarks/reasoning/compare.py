@@ -2,7 +2,7 @@
 
 python benchmarks/reasoning/compare.py [--tasks s5-generators,p-hop] [--arms A,B] [--budget-flops 2e13] [--minutes 30]
 
-The tasks are described in reasoning_tasks.py, one run in reasoning_run.py; the arms are those of quality.py at the shape of
+The tasks are described in tasks.py, one run in run.py; the arms are those of benchmarks/quality/compare.py at the shape of
 `tiny` (width 128, layers 1/2/1, 0.9M parameters). A finished run leaves one small file, RESULTS/reasoning/NAME.json; all
 of them are merged into RESULTS/reasoning.json, and the tables are printed. Finished runs are not repeated; with several
 rates the first seed sweeps them and the others take the best.
@@ -119,10 +119,12 @@ class Reasoning:
         """What makes a result another comparison's."""
         if (result["words"], result["options"]) != (ARMS[result["arm"]], self.args.options):
             return f"arm or options ({' '.join([*result['words'], result['options']]).strip()})"
-        if "identity" not in result:
-            return "version, which did not say its configuration"
-        run = (result["arm"], result["options"], result["seed"], result["learning_rate"], result["budget_flops"])
-        return contradiction(result["identity"], identity(task_config(TASKS[result["task"]], *run)))
+        keys = ("task", "arm", "options", "seed", "learning_rate", "budget_flops")
+        return contradiction(result["identity"], self.identity(*(result[key] for key in keys)))
+
+    def identity(self, task: str, arm: str, options: str, seed: int, rate: float, budget: float) -> dict[str, Any]:
+        """What two results must share to be of one comparison."""
+        return identity(task_config(TASKS[task], arm, options, seed, rate, budget))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Runs
@@ -163,6 +165,7 @@ class Reasoning:
             failed = {
                 "task": run.task, "arm": run.arm, "seed": run.seed, "learning_rate": run.rate, "budget_flops": run.budget,
                 "words": ARMS[run.arm], "options": self.args.options, "flops": 0.0, "seconds": 0.0, "failed": str(error),
+                "identity": self.identity(run.task, run.arm, self.args.options, run.seed, run.rate, run.budget),
             }  # fmt: skip
             write_atomic(out, json.dumps(failed))
             return

@@ -45,9 +45,25 @@ def test_a_run_of_ones_own(tmp_path: Path, texts: list[str]) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
-    named = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(
-        r"(?:train|eval|tokenizers|docs)/[\w./-]+\.(?:py|toml|md)", README
-    )
-    assert len(named) > 8
-    assert [name for name in named if not name.startswith("http") and not (ROOT / name).exists()] == []
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("recurrent_db", "train", "eval", "tokenizers", "benchmarks", "tests", "docs")
+SUFFIXES = (".py", ".sh", ".sbatch", ".toml", ".md")
+
+
+def repository() -> set[str]:
+    """Every file and folder of the repository, and every end of its path: a/b/c.py, b/c.py, c.py."""
+    paths = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    ends = {"/".join(path.parts[start:]) for path in paths for start in range(len(path.parts))}
+    return ends | {path.name for path in ROOT.iterdir()}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    words = re.findall(r"(?<![\w/.-])[a-z_][\w./-]*[\w/]", text)
+    named = {word for word in words if word.endswith(SUFFIXES) or (word.endswith("/") and word.startswith(FOLDERS))}
+    known = repository()
+    missing = {word for word in named if word.rstrip("/") not in known}
+    assert {word for word in missing if not word.startswith("benchmarks/results/")} == set()  # what benchmarks write
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not link.startswith("http") and not (document.parent / link).exists()] == []

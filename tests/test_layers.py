@@ -1,0 +1,108 @@
+"""The package's rules: imports point down the rooms, functions and modules stay short, the trainer is flat."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from helpers import ROOT
+
+PACKAGE = ROOT / "recurrent_db"
+MOST_FUNCTION, MOST_MODULE = 80, 450
+"""Lines."""
+
+LONG_FUNCTIONS: set[str] = {
+    "accounting/plan.py: lines",
+    "accounting/step_memory.py: walk",
+    "cli.py: flops",
+    "config.py: validate",
+    "data/prepare.py: prepare",
+}
+LONG_MODULES: set[str] = {
+    "config.py",
+    "data/shards.py",
+    "distributed/team.py",
+    "evaluation/lm_eval_model.py",
+    "huggingface/exported/modeling_recurrent_db.py",
+    "store/checkpoint.py",
+}
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What import-linter says of the package and the contract in ``folder``."""
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def copy_package(folder: Path) -> Path:
+    """The package and its contract, in ``folder``; the copy's package."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return Path(shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def test_imports_point_down_the_rooms(tmp_path: Path) -> None:
+    copy_package(tmp_path)  # not the tree: folders that git does not know may lie there
+    result = lint(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_import_that_points_up_is_found(tmp_path: Path) -> None:
+    package = copy_package(tmp_path)
+    with (package / "model/head.py").open("a") as module:
+        module.write("\nif TYPE_CHECKING:\n    from recurrent_db.training import guard\n")
+    result = lint(tmp_path)
+    assert result.returncode == 1
+    assert "recurrent_db.model is not allowed to import recurrent_db.training" in result.stdout
+
+
+def test_a_room_that_the_contract_does_not_know_is_found(tmp_path: Path) -> None:
+    (copy_package(tmp_path) / "attic.py").write_text("")
+    result = lint(tmp_path)
+    assert result.returncode != 0
+    assert "attic" in result.stdout + result.stderr
+
+
+def modules(room: str = "") -> Iterator[tuple[str, str]]:
+    """Each module's path within the package, and its text."""
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")
+
+
+def functions(text: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{path}: {function.name}"
+        for path, text in modules()
+        for function in functions(text)
+        if (function.end_lineno or 0) - function.lineno >= MOST_FUNCTION
+    }
+    assert long <= LONG_FUNCTIONS
+
+
+def test_modules_are_short() -> None:
+    assert {path for path, text in modules() if len(text.splitlines()) > MOST_MODULE} <= LONG_MODULES
+
+
+def test_the_trainer_has_no_nested_functions() -> None:
+    nested = {
+        f"{path}: {inner.name}"
+        for path, text in modules("training")
+        for function in functions(text)
+        for inner in ast.walk(function)
+        if inner is not function and isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert nested == set()
+
+
+def test_the_trainer_has_no_nonlocal() -> None:
+    for path, text in modules("training"):
+        assert not any(isinstance(node, ast.Nonlocal) for node in ast.walk(ast.parse(text))), path
