@@ -1,7 +1,7 @@
 """``recurrent-db export``: a run as a folder that Hugging Face transformers loads.
 
-The folder holds the weights (safetensors), the configuration, the tokenizer, and the two files of `exported` that
-run them, so it needs nothing of this package. ``config.json`` also carries the run's own configuration, so that
+The folder holds the weights (safetensors), the configuration, the tokenizer, and the files of `exported` that run them,
+so it needs nothing of this package. ``config.json`` also carries the run's own configuration, so that
 `import_folder` brings the folder back. Nothing in it is pickled.
 """
 
@@ -30,8 +30,9 @@ from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
 from recurrent_db.store.loading import warn_of_untrained_core
 
 MODEL_TYPE = "recurrent_db"
-CODE = ("modeling_recurrent_db.py", "tokenization_recurrent_db.py")
-"""Files of `huggingface.exported`; the second goes with sentencepiece models, others have classes in the library."""
+MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py")
+TOKENIZER_CODE = "tokenization_recurrent_db.py"
+"""Files of `huggingface.exported`. The last goes with sentencepiece models; other tokenizers have classes in the library."""
 
 
 @dataclass
@@ -96,13 +97,13 @@ def hf_config(
     default_k = {"unrolled": objective.unrolled.mean_depth, "one_step": 1 + objective.one_step.prior_iterations}.get(
         objective.name, 1
     )
-    name = CODE[0].removesuffix(".py")
+    configuration, modeling = (name.removesuffix(".py") for name in MODEL_CODE)
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["RecurrentDBForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{name}.RecurrentDBConfig",
-            "AutoModelForCausalLM": f"{name}.RecurrentDBForCausalLM",
+            "AutoConfig": f"{configuration}.RecurrentDBConfig",
+            "AutoModelForCausalLM": f"{modeling}.RecurrentDBForCausalLM",
         },
         "dtype": "float32",
         **{theirs: getattr(model, ours) for theirs, ours in SHAPE.items()},
@@ -117,6 +118,11 @@ def hf_config(
         "pad_token_id": tokenizer.pad_id,
         "use_cache": True,
     }
+
+
+def _code(name: str) -> bytes:
+    """A file of `huggingface.exported`."""
+    return (resources.files("recurrent_db.huggingface.exported") / name).read_bytes()
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -134,10 +140,10 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         }  # fmt: skip
         files["tokenizer.json"] = json.dumps(spec).encode()
     else:  # the class knows its settings
-        auto = [f"{CODE[1].removesuffix('.py')}.RecurrentDBTokenizer", None]
+        auto = [f"{TOKENIZER_CODE.removesuffix('.py')}.RecurrentDBTokenizer", None]
         settings = {"tokenizer_class": "RecurrentDBTokenizer", "auto_map": {"AutoTokenizer": auto}}
         files["tokenizer.model"] = tokenizer.model_bytes
-        files[CODE[1]] = (resources.files("recurrent_db.huggingface.exported") / CODE[1]).read_bytes()
+        files[TOKENIZER_CODE] = _code(TOKENIZER_CODE)
     files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
     return files
 
@@ -177,7 +183,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     files = {
         "config.json": json.dumps(values, indent=1).encode(),
         "generation_config.json": json.dumps(generation, indent=1).encode(),
-        CODE[0]: (resources.files("recurrent_db.huggingface.exported") / CODE[0]).read_bytes(),
+        **{name: _code(name) for name in MODEL_CODE},
         **_tokenizer_files(tokenizer),
     }
     temporary = folder.with_name(f".writing-{folder.name}")

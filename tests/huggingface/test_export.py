@@ -22,7 +22,7 @@ import recurrent_db
 from recurrent_db.cli import run
 from recurrent_db.data.tokenizer import HOSTILE_TEXTS, Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.huggingface.export import export
+from recurrent_db.huggingface.export import MODEL_CODE, TOKENIZER_CODE, export
 from recurrent_db.huggingface.import_folder import import_folder
 from recurrent_db.model import LoopedLM
 from recurrent_db.optim.optimizer import EMA, build_optimizer
@@ -99,8 +99,8 @@ def test_exported_and_imported_again_gives_the_same_logits_bit_for_bit(
     model, tokenizer = recurrent_db.load(run_dir, "cpu")
     theirs = from_hf(folder)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "modeling_recurrent_db.py",
-        "tokenization_recurrent_db.py", "tokenizer.model", "tokenizer_config.json",
+        "config.json", "configuration_recurrent_db.py", "generation_config.json", "model.safetensors",
+        "modeling_recurrent_db.py", "tokenization_recurrent_db.py", "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     import_folder(folder, tmp_path / "back")
     back, same_tokenizer = recurrent_db.load(tmp_path / "back", "cpu")
@@ -192,6 +192,7 @@ def test_it_trains_under_transformers_and_comes_back(exported: dict[str, tuple[P
     back = recurrent_db.load(tmp_path / "back", "cpu")[0]
     with torch.inference_mode():
         assert torch.equal(logits(back, ids, 2), theirs(ids, num_recurrence=2).logits)
+        assert torch.equal(logits(back, ids, 2), from_hf(tmp_path / "saved")(ids, num_recurrence=2).logits)
     assert not torch.equal(back.embedding.weight, recurrent_db.load(run_dir, "cpu")[0].embedding.weight)
 
 
@@ -224,11 +225,13 @@ def test_an_adaptive_density_travels(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert not torch.equal(logits(ours, ids, 4), logits(recurrent_db.load(tmp_path / "plain", "cpu")[0], ids, 4))
 
 
-@pytest.mark.parametrize("name", ["modeling_recurrent_db.py", "tokenization_recurrent_db.py"])
+@pytest.mark.parametrize("name", [*MODEL_CODE, TOKENIZER_CODE])
 def test_the_code_in_a_folder_needs_nothing_of_this_package(exported: dict[str, tuple[Path, Path]], name: str) -> None:
     tree = ast.parse((exported["denoise"][1] / name).read_text(encoding="utf-8"))
     imports = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imports |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported_from = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {f"{node.module}.py" for node in imported_from if node.level} <= set(MODEL_CODE)  # files of the folder
+    imports |= {node.module or "." for node in imported_from if not node.level}
     assert {name.split(".")[0] for name in imports} <= {
         "__future__", "collections", "dataclasses", "hashlib", "itertools", "math", "numpy", "pathlib", "re",
         "sentencepiece", "torch", "transformers", "typing",

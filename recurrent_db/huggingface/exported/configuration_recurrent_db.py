@@ -1,0 +1,58 @@
+"""The configuration of a recurrent_db model for Hugging Face transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class RecurrentDBConfig(PretrainedConfig):
+    """Shape, and how iterations start. Unlisted keys are those of every configuration.
+
+    Args:
+        num_recurrence: core iterations K.
+        initial_state: zeros, random or noise.
+        seed: of random starts.
+        denoise: for ``noise``: sd, mute_norm, target_norm, bridge, grid, and the law of the noise level (density, sigma_min,
+            sigma_max, p_mean, p_std, masses).
+        run: the configuration of the run that this was exported from; not used here.
+    """
+
+    model_type = "recurrent_db"
+
+    def __init__(
+        self,
+        vocab_size: int = 2048,
+        hidden_size: int = 128,
+        intermediate_size: int = 352,
+        num_attention_heads: int = 4,
+        n_prelude: int = 1,
+        n_core: int = 2,
+        n_coda: int = 1,
+        max_position_embeddings: int = 128,
+        injection: str = "linear",
+        rope_base: float = 50_000.0,
+        norm_eps: float = 1e-6,
+        noise_features: int = 0,
+        separate_targets: bool = False,
+        num_recurrence: int = 1,
+        initial_state: str = "zeros",
+        seed: int = 0,
+        denoise: dict[str, Any] | None = None,
+        run: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.n_prelude, self.n_core, self.n_coda = n_prelude, n_core, n_coda
+        self.max_position_embeddings, self.rope_base, self.norm_eps = max_position_embeddings, rope_base, norm_eps
+        self.injection, self.noise_features, self.separate_targets = injection, noise_features, separate_targets
+        self.num_recurrence, self.initial_state, self.seed = num_recurrence, initial_state, seed
+        self.denoise, self.run = denoise, run
+        self.initializer_range = math.sqrt(2 / (5 * hidden_size))
+        kwargs["num_hidden_layers"] = n_prelude + n_core + n_coda
+        # The head has no weight of its own: it is a product with the embedding's table.
+        kwargs["tie_word_embeddings"] = False
+        super().__init__(**kwargs)
