@@ -10,7 +10,8 @@ from helpers import BLOCKS, MICRO, load_script
 from torch import Tensor
 
 from recurrent_db.config import load_config
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 
 
 def options(data: Path, n: int, *more: object) -> list[str]:

@@ -10,7 +10,8 @@ import many
 import torch
 from helpers import MICRO, load_script
 
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 
 
 def words(data: Path, run: Path, *more: object) -> list[str]:

@@ -23,7 +23,8 @@ from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import TrainState, save_checkpoint
+from recurrent_db.store.checkpoint import save_checkpoint
+from recurrent_db.store.train_state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("next_token", "unrolled", "one_step", "denoise")

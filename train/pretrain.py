@@ -40,23 +40,16 @@ from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_links, locked, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
-from recurrent_db.objectives import Metrics, ScoresItself, build_objective
-from recurrent_db.objectives import restore as restore_objective
+from recurrent_db.objectives import Metrics, ScoresItself, build_objective, load_objective_state
 from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import (
-    Checkpoint,
-    TrainState,
-    clean_leftovers,
-    find_checkpoint,
-    list_checkpoints,
-    restore,
-    save_checkpoint,
-)
+from recurrent_db.store.checkpoint import Checkpoint, build_saver, load_checkpoint
+from recurrent_db.store.folder import clean_leftovers, find_checkpoint, list_checkpoints
 from recurrent_db.store.loading import check_owner, start_from
 from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
+from recurrent_db.store.train_state import TrainState
 from recurrent_db.training.guard import (
     LossGuard,
     continued,
@@ -168,7 +161,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     autocast = torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
     length, batch_size = config.data.sequence_length, config.data.batch_size
-    share = team.share(batch_size)
+    share = team.sequences_per_process(batch_size)
     micro_batch_size = min(config.data.micro_batch_size or share, share)
     data = open_data(config.data.path, "train", verify=config.data.verify)
     tokenizer = load_tokenizer(config.data.path)
@@ -217,10 +210,10 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     optimizer = build_optimizer(model, config.optim)
     ema = EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     if checkpoint is not None:
-        restore(checkpoint, model, optimizer, ema)
+        load_checkpoint(checkpoint, model, optimizer, ema)
         check_owner(model, config)
         state, objective_state, ema_updates = checkpoint.training()
-        restore_objective(objective, objective_state, checkpoint.path)
+        load_objective_state(objective, objective_state, checkpoint.path)
         loader.seed = data_seed(config, state.rollbacks)
         if ema is not None:
             ema.updates = ema_updates
@@ -294,10 +287,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     def save() -> None:
         team.beat("writing a checkpoint")
         log.flush()
-        if saver is not None:
-            saver.save(model, optimizer, ema, state, objective.state_dict())
-        else:
-            save_checkpoint(run_dir, config, tokenizer, model, optimizer, ema, state, objective.state_dict())
+        saver.save(model, optimizer, ema, state, objective.state_dict())
 
     def settle() -> None:
         """Wait for the device, and bring the counters that it holds up to date."""
@@ -333,7 +323,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     # The loop
     log = MetricLog(run_dir, config, state.step) if team.first else NoLog()
     clock = StepClock(peak and peak * team.world, EnergyMeter(device))
-    saver = team.saver(run_dir, config, tokenizer)
+    saver = build_saver(team, run_dir, config, tokenizer)
     progress = progress_after(0, 0, 0)
     layout = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
     silent = None if team.first else True
@@ -362,8 +352,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         """Continue from the last good checkpoint with another order of the data, or end the run; both with a diagnosis."""
         nonlocal state, watch, batches, progress
         log.flush()
-        if saver is not None:
-            saver.finish()
+        saver.finish()
         if team.world == 1:  # the gradients of the last micro-batch, once more
             with autocast:
                 unsound = unsound + gradients_not_finite(model, lambda: forward()[0])
@@ -384,9 +373,9 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
                 f"stopped {line}; after {state.rollbacks} returns to a checkpoint; the newest one is from before, try a"
                 f" lower optim.lr (now {config.optim.lr:g}); see {run_dir}/diagnosis.jsonl"
             )
-        restore(target, model, optimizer, ema)
+        load_checkpoint(target, model, optimizer, ema)
         before, objective_state, updates = target.training()
-        restore_objective(objective, objective_state, target.path)
+        load_objective_state(objective, objective_state, target.path)
         if ema is not None:
             ema.updates = updates
         state = continued(before, lost=state)
@@ -505,8 +494,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         say(f"warning: {unsound[0]} is not finite at step {state.step}: no checkpoint is written")
     else:
         save()
-    if saver is not None:
-        saver.finish()
+    saver.finish()
     log.close()
     team.leave()
     if stopping:

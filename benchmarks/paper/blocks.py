@@ -46,7 +46,7 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import list_checkpoints
+from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
 

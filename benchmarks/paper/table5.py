@@ -29,7 +29,7 @@ from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.text_metrics import cells, heading, rank
 from recurrent_db.files import write_atomic
-from recurrent_db.store.checkpoint import list_checkpoints
+from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

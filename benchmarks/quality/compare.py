@@ -39,7 +39,7 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.objectives import build_objective
 from recurrent_db.report.data import evaluations
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import list_checkpoints
+from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from recurrent_db.config import Config, to_dict
 from recurrent_db.data import DataWriter, document, load_tokenizer, open_data
 from recurrent_db.errors import UserError
-from recurrent_db.store.checkpoint import list_checkpoints
+from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
 

@@ -35,6 +35,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.reliability.endurance import SHAPE
 from benchmarks.reliability.reliability import finish
@@ -44,8 +45,8 @@ from recurrent_db.data import open_data
 from recurrent_db.data.shards import load_tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, locked
-from recurrent_db.store import checkpoint as checkpoints
-from recurrent_db.store.checkpoint import find_checkpoint, list_checkpoints
+from recurrent_db.store import checkpoint as checkpoint_files
+from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +144,7 @@ def full_disk(bench: Bench) -> str:
             refusal(lambda: bench.train(run, resume="newest"), str(run))
             (bench.folder / "disk" / "ballast").unlink()
         else:
-            full = mock.patch.object(checkpoints, "save_file", side_effect=OSError(28, "No space left on device"))
+            full = mock.patch.object(checkpoint_files, "save_file", side_effect=OSError(28, "No space left on device"))
             with full:
                 refusal(lambda: bench.train(run, resume="newest"), str(run))
         need(contents(run / "checkpoints") == before, "checkpoints changed")
@@ -295,7 +296,7 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
     need(hit["steps"] or hit.get("calls", 0) >= 7, "never injected")
     for checkpoint in list_checkpoints(run):
         for file in checkpoint.glob("*.safetensors"):
-            tensors = checkpoints.load_file(file)
+            tensors = load_file(file)
             need(all(bool(torch.isfinite(t).all()) for t in tensors.values()), f"{file.name} is not finite")
     if not for_good:
         need(find_checkpoint(run).name == "step-00000016", "did not end")

@@ -41,15 +41,11 @@ from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import ACTIONS, ALIASES, VALUES, Session
 from recurrent_db.report.data import merge_baselines, read_run
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import (
-    Checkpoint,
-    TrainState,
-    find_checkpoint,
-    load_optimizer_tensors,
-    load_weights,
-    save_checkpoint,
-)
+from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
+from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.loading import load as load_run
+from recurrent_db.store.tensors import load_optimizer_tensors, load_weights
+from recurrent_db.store.train_state import TrainState
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What cases start from

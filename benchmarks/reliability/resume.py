@@ -49,7 +49,7 @@ from recurrent_db.data import tokenizer as tokenizers
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
-from recurrent_db.store.checkpoint import find_checkpoint, list_checkpoints
+from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 

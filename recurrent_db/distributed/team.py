@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -41,10 +41,6 @@ from recurrent_db.config import WALKS, Config, ParallelConfig
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
-
-if TYPE_CHECKING:
-    from recurrent_db.data.tokenizer import Tokenizer
-    from recurrent_db.store.sharded import ShardedSaver
 
 T = TypeVar("T")
 
@@ -182,8 +178,8 @@ class Team:
         """The same processes, to share out a list of work among."""
         return Processes(self.rank, self.world, self.control)
 
-    def share(self, batch_size: int) -> int:
-        """Sequences of a batch that fall to each process. Raises `UserError` where they do not divide."""
+    def sequences_per_process(self, batch_size: int) -> int:
+        """How many of a batch's sequences each process gets. Raises `UserError` if they do not divide."""
         if batch_size % self.world:
             raise UserError(f"data.batch_size = {batch_size} does not divide among {self.world} processes")
         return batch_size // self.world
@@ -258,14 +254,6 @@ class Team:
         for number, item in enumerate(work, 1):
             yield item
             self.beat(f"past item {number} of what it is evaluating")
-
-    def saver(self, run_dir: Path, config: Config, tokenizer: Tokenizer) -> ShardedSaver | None:
-        """What writes checkpoints of several processes; None for one that holds everything."""
-        if self.mode == "none":
-            return None
-        from recurrent_db.store.sharded import ShardedSaver
-
-        return ShardedSaver(self, run_dir, config, tokenizer)
 
     # -- the model -----------------------------------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ class Processes:
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
-    def share(self, work: Sequence[T]) -> Sequence[T]:
-        """This process's part: every ``world``-th item, so that a sorted list is shared out evenly."""
+    def my_part(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's part: every ``world``-th item, so that a sorted list is divided evenly."""
         return work[self.rank :: self.world]
 
     def merge(self, results: Sequence[Any]) -> list[Any]:

@@ -47,7 +47,7 @@ from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model.looped import build_model
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
-from recurrent_db.store.checkpoint import content_hash
+from recurrent_db.store.folder import content_hash
 from recurrent_db.store.loading import load_with_config
 
 try:
@@ -403,7 +403,7 @@ class RecurrentDBLM(TemplateLM):
             asked.setdefault(names[-1], (context, options))
         # Like of length together; every process takes some of each.
         order = sorted(asked, key=lambda name: (repr(asked[name][1]), -len(asked[name][0])))
-        mine = self.processes.share(order)
+        mine = self.processes.my_part(order)
         with tqdm(total=len(mine), desc="generating", unit="request", leave=False,
                   disable=disable_tqdm or self._quiet) as bar:  # fmt: skip
             made = self._texts([(*asked[name], name[-1]) for name in mine], bar.update)

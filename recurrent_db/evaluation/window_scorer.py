@@ -158,7 +158,7 @@ class Scorer:
         mine: dict[Window, Result] = {}
         self.flops += sum(map(self._cost, groups))
         todo = []
-        share = self.processes.share(groups)
+        share = self.processes.my_part(groups)
         for group in share:
             found = {window: result for window in group.windows if (result := self._find(window)) is not None}
             mine.update(found)

@@ -24,9 +24,10 @@ from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.noise import PiecewiseLogUniform
 from recurrent_db.errors import UserError
 from recurrent_db.files import new_file_mode
-from recurrent_db.objectives import build_objective, restore
+from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.recurrence.walk import DenoiseWalk, PlainRecurrence
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.loading import warn_of_untrained_core
 
 MODEL_TYPE = "recurrent_db"
@@ -173,7 +174,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     if config.model.n_blocks:
         raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
     objective, objective_state = build_objective(config), checkpoint.training()[1]
-    restore(objective, objective_state, checkpoint.path)
+    load_objective_state(objective, objective_state, checkpoint.path)
     warn_of_untrained_core(checkpoint)
     recurrence = objective.recurrence
     assert isinstance(recurrence, PlainRecurrence | DenoiseWalk)

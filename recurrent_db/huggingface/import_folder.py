@@ -37,9 +37,10 @@ from recurrent_db.files import write_atomic
 from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE
 from recurrent_db.model.layers import rope_table
 from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective, restore
+from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.optim.optimizer import build_optimizer
-from recurrent_db.store.checkpoint import TrainState, save_checkpoint
+from recurrent_db.store.checkpoint import save_checkpoint
+from recurrent_db.store.train_state import TrainState
 
 MOST_DIMENSIONS = 8
 """Of a tensor that is read."""
@@ -338,7 +339,7 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{source}: {config.model.vocab_size} rows of embedding for {tokenizer.vocab_size} tokens")
     objective = build_objective(config)
-    restore(objective, state, source)
+    load_objective_state(objective, state, source)
     model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     config.run.dir = str(run)

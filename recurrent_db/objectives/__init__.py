@@ -45,7 +45,7 @@ def drawn_passes(config: Config, draws: int) -> dict[Passes, float]:
     return {passes: count / sum(steps.values()) for passes, count in steps.items()}
 
 
-def restore(objective: Objective, state: dict[str, Any], source: object) -> None:
+def load_objective_state(objective: Objective, state: dict[str, Any], source: object) -> None:
     """Give an objective what it had learned. Raises `UserError`, naming ``source``, for what it does not keep."""
     try:
         objective.load_state_dict(state)
@@ -55,4 +55,12 @@ def restore(objective: Objective, state: dict[str, Any], source: object) -> None
         ) from None
 
 
-__all__ = ["OBJECTIVES", "Metrics", "Objective", "ScoresItself", "build_objective", "drawn_passes", "restore"]
+__all__ = [
+    "OBJECTIVES",
+    "Metrics",
+    "Objective",
+    "ScoresItself",
+    "build_objective",
+    "drawn_passes",
+    "load_objective_state",
+]

@@ -30,15 +30,11 @@ from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import trains_shared
-from recurrent_db.store.checkpoint import (
-    Checkpoint,
-    TrainState,
-    content_hash,
-    find_checkpoint,
-    load_weights,
-    save_checkpoint,
-)
+from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
+from recurrent_db.store.folder import content_hash, find_checkpoint
 from recurrent_db.store.metrics import counted_where, read_metrics
+from recurrent_db.store.tensors import load_weights
+from recurrent_db.store.train_state import TrainState
 
 ACCOUNT = "blocks.json"
 """What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""

@@ -14,9 +14,11 @@ from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.model.blocks_lm import BlocksLM, plain_weights
 from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective, restore
+from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.objectives.blocks import trains_shared
-from recurrent_db.store.checkpoint import Checkpoint, check_weights, find_checkpoint, load_weights
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
+from recurrent_db.store.tensors import check_weights, load_weights
 
 
 def core_has_begun(checkpoint: Checkpoint) -> bool:
@@ -61,7 +63,7 @@ def load_with_config(
     model = build_model(shape, seed=None, only_block=config.blocks.only)
     load_weights(model, weights, source)
     objective = build_objective(config)
-    restore(objective, checkpoint.training()[1], source)
+    load_objective_state(objective, checkpoint.training()[1], source)
     warn_of_untrained_core(checkpoint)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device

@@ -21,7 +21,7 @@ from recurrent_db.accounting.hardware import EnergyMeter, hide_secrets
 from recurrent_db.config import Config, to_dict
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
-from recurrent_db.store.checkpoint import TrainState
+from recurrent_db.store.train_state import TrainState
 
 FINISH_TIMEOUT = 300.0
 """Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""

@@ -1,17 +1,17 @@
 """Checkpoints of several processes, through torch.distributed.checkpoint (DCP): each writes its part, any number reads it.
 
-The folder is an ordinary checkpoint (see `checkpoint`), with shards in place of whole files:
+The folder is an ordinary checkpoint (see `folder`), with shards in place of whole files:
 
-    shard-0000R-model-00001-of-00003.safetensors   what the R-th process holds of the weights
+    shard-0000R-model-00001-of-00003.safetensors   what process R holds of the weights
                        00002                       of their average
                        00003                       of the optimizer's state
 
-DCP's usual storage keeps its table of contents in a pickle. These files are its safetensors storage: the place of a shard
-within its tensor stands in the file's header, as JSON, so that nothing in a checkpoint can be executed.
+DCP's usual storage keeps its table of contents in a pickle. These files use its safetensors storage: the place of a shard
+within its tensor is in the file's header, as JSON, so nothing in a checkpoint can be executed.
 
-A checkpoint is sealed (manifest, flush to disk, rename) by the first process after all have written and hashed their parts,
-so that a half-written one never bears a checkpoint's name. With ``parallel.async_checkpoints`` all of this happens in a
-thread, on a copy of the state, while training goes on.
+The first process seals a checkpoint (manifest, flush to disk, rename) after all have written and hashed their parts, so an
+interrupted save never looks like a checkpoint. With ``parallel.async_checkpoints`` all of this happens in a thread, on a
+copy of the state, while training goes on.
 """
 
 from __future__ import annotations
@@ -33,19 +33,30 @@ from recurrent_db.config import Config
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest
 from recurrent_db.optim.optimizer import EMA
-from recurrent_db.store import checkpoint as checkpoints
-from recurrent_db.store.checkpoint import Checkpoint, TrainState, optimizer_tensors
+from recurrent_db.store.folder import (
+    begin_checkpoint,
+    cannot_write,
+    discard,
+    flush_file,
+    manifest_entry,
+    prune,
+    seal_checkpoint,
+    step_folder,
+    write_small_files,
+)
+from recurrent_db.store.tensors import optimizer_tensors
+from recurrent_db.store.train_state import TrainState
 
 KINDS = {"weights": 1, "average": 2, "optimizer": 3}
-"""What a tensor's name starts with, and the number of the file that it lies in."""
+"""What a tensor's name starts with, and the number of the file that holds it."""
 
 Listing = dict[str, dict[str, Any]]
+"""The manifest's entries by file name."""
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """DCP's safetensors storage, which ends with ``seal`` on the first process: told the size and digest of every shard."""
+    """DCP's safetensors storage. At the end the first process calls ``seal`` with the manifest's entries of all shards."""
 
     def __init__(self, folder: Path, names: list[str], seal: Callable[[Listing], None]) -> None:
         mapping = {name: KINDS[name.split("/")[0]] for name in names}
@@ -53,12 +64,11 @@ class _Writer(HuggingFaceStorageWriter):
         self.folder, self.seal = folder, seal
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        written = super().write_data(plan, planner)
-        results = written.value()
-        listing = {}
+        results = super().write_data(plan, planner).value()
+        listing: Listing = {}
         for name in {result.storage_data.relative_path for result in results}:
-            checkpoints.settle_file(self.folder / name)
-            listing[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": file_digest(self.folder / name)}
+            flush_file(self.folder / name)
+            listing[name] = manifest_entry(self.folder / name)
         future: Any = torch.futures.Future()
         future.set_result([replace(r, storage_data=(r.storage_data.relative_path, listing)) for r in results])
         return future
@@ -71,8 +81,8 @@ class _Writer(HuggingFaceStorageWriter):
         self.seal(listing)
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Tensor]:
-    """Everything large that a checkpoint holds, by name; tensors are the live ones."""
+def _live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Tensor]:
+    """Everything large that a checkpoint holds, by name; the tensors are not copies."""
     tensors = {f"weights/{name}": p.detach() for name, p in model.named_parameters()}
     if ema is not None:
         tensors |= {f"average/{name}": shadow for name, shadow in ema.shadow.items()}
@@ -84,7 +94,7 @@ class ShardedSaver:
 
     def __init__(self, team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
         self.team, self.run_dir, self.config, self.tokenizer = team, run_dir, config, tokenizer
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._pending: tuple[Path, Path, Future[Any]] | None = None  # hidden folder, checkpoint, its writing
 
     def save(
         self,
@@ -94,28 +104,26 @@ class ShardedSaver:
         state: TrainState,
         objective_state: dict[str, Any],
     ) -> None:
-        """Write a checkpoint of ``state.step``, or begin to: what is written is the state of now.
+        """Write a checkpoint of ``state.step``, or begin to. It holds the state at the time of the call.
 
         Raises:
-            UserError: this one, or the one before, cannot be written; older checkpoints stay as they are.
+            UserError: this checkpoint, or the one before, cannot be written; older ones stay as they are.
         """
         self.finish()
-        team, config = self.team, self.config
-        begin = lambda: checkpoints.begin(self.run_dir, state.step)  # noqa: E731
-        temporary = team.decide(begin)
+        team, config, step = self.team, self.config, state.step
+        temporary = team.decide(lambda: begin_checkpoint(self.run_dir, step))
         if temporary is None:
             if team.first:
-                checkpoints.prune(self.run_dir, config.run.keep)
+                prune(self.run_dir, config.run.keep)
             return
         if team.first:
             averages = ema.updates if ema is not None else 0
-            checkpoints.write_small_files(temporary, config, self.tokenizer, state, objective_state, averages)
-        step = state.step
+            write_small_files(temporary, config, self.tokenizer, state, objective_state, averages)
 
         def seal(listing: Listing) -> None:
-            checkpoints.seal(self.run_dir, temporary, step, self.tokenizer, config.run.keep, listing)
+            seal_checkpoint(self.run_dir, temporary, step, self.tokenizer, config.run.keep, listing)
 
-        tensors = _state(model, optimizer, ema)
+        tensors = _live_tensors(model, optimizer, ema)
         writer = _Writer(temporary, list(tensors), seal)
         if config.parallel.async_checkpoints:
             future: Any = dcp.async_save(tensors, storage_writer=writer, process_group=team.saving)
@@ -126,26 +134,22 @@ class ShardedSaver:
                 future.set_result(None)
             except dcp.CheckpointException as error:
                 future.set_exception(error)
-        self._pending = temporary, future
+        self._pending = temporary, step_folder(self.run_dir, step), future
         if not config.parallel.async_checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun is there. Raises `UserError` where it could not be written."""
+        """Wait until the checkpoint that was begun is there. Raises `UserError` if it could not be written."""
         if self._pending is None:
             return
-        (temporary, future), self._pending = self._pending, None
+        (temporary, target, future), self._pending = self._pending, None
         try:
             future.result()
         except dcp.CheckpointException as error:
             if self.team.first:
-                checkpoints.drop(temporary)
+                discard(temporary)
             rank, (cause, _) = next(iter(error.failures.items()))
-            reason = getattr(cause, "strerror", None) or str(cause)
-            target = temporary.with_name(temporary.name.removeprefix(checkpoints.WRITING))
-            raise UserError(
-                f"cannot write checkpoint {target} (process {rank}): {reason}; earlier checkpoints are intact"
-            ) from None
+            raise UserError(cannot_write(target, cause, f" (process {rank})")) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
-def _load(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
+def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
     """Fill tensors, sharded or not, in place."""
     if not tensors:
         return
@@ -170,43 +174,46 @@ def _load(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
             raise UserError(f"checkpoint {folder} cannot be read: {cause}") from None
 
 
-def read(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one of `KINDS` by name, on the CPU, read by this process alone; empty where there are none."""
+def read_shards(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Whole tensors of one of `KINDS` by name, on the CPU, read by this process alone; empty if there are none."""
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _contents(folder).items()
         if name.startswith(kind + "/")
     }
-    _load(tensors, folder, alone=True)
+    _fill(tensors, folder, alone=True)
     return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items()}
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
-    """Continue from shards: fill the model, the optimizer and the average in place. Each process reads what it holds,
-    however many wrote."""
-    contents = _contents(checkpoint.path)
+def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    """Fill the model, the optimizer and the average in place. Each process reads the part that it holds, however many
+    processes wrote.
+
+    Raises:
+        UserError: the shards lack a tensor of this model, or cannot be read.
+    """
+    contents = _contents(folder)
     parameters = dict(model.named_parameters())
+    has_average = any(name.startswith("average/") for name in contents)
     tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-    if ema is not None:
-        kind = "average" if any(name.startswith("average/") for name in contents) else "weights"
-        if kind == "average":
-            tensors |= {f"average/{name}": shadow for name, shadow in ema.shadow.items()}
+    if ema is not None and has_average:
+        tensors |= {f"average/{name}": shadow for name, shadow in ema.shadow.items()}
     states: dict[str, Tensor] = {}
     for name, entry in contents.items():
         if name.startswith("optimizer/"):
             parameter = parameters[name.split("/", 2)[2]]
-            same = entry.size == parameter.shape
+            like_parameter = entry.size == parameter.shape
             states[name] = (
                 torch.zeros_like(parameter, dtype=entry.properties.dtype)
-                if same
+                if like_parameter
                 else torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
             )
     for name in tensors:
         if name not in contents:
-            raise UserError(f"{checkpoint.path} has no {name}: it was made with another model shape")
+            raise UserError(f"{folder} has no {name}: it was made with another model shape")
     with torch.no_grad():
-        _load(tensors | states, checkpoint.path, alone=not dist.is_initialized())
-        if ema is not None and kind == "weights":
+        _fill(tensors | states, folder, alone=not dist.is_initialized())
+        if ema is not None and not has_average:
             for name, shadow in ema.shadow.items():
                 shadow.copy_(parameters[name])
     for key, value in states.items():

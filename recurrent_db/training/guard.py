@@ -32,7 +32,10 @@ from recurrent_db.distributed.team import local
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.recurrence.walk import NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
-from recurrent_db.store.checkpoint import Checkpoint, TrainState, fault, list_checkpoints, optimizer_tensors
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import fault, list_checkpoints
+from recurrent_db.store.tensors import optimizer_tensors
+from recurrent_db.store.train_state import TrainState
 
 WARM_UP = 50
 """Steps before a loss is called a spike; then the memory of the running mean, in steps."""

@@ -18,7 +18,7 @@ from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import build_optimizer, update_flops
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import TrainState
+from recurrent_db.store.train_state import TrainState
 
 CONFIG = Path(__file__).parents[2] / "train/configs/tiny.toml"
 

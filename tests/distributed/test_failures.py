@@ -18,7 +18,7 @@ import pytest
 from dist_runs import assert_equal, everything, rows, train, words
 from helpers import ROOT, load_script
 
-from recurrent_db.store.checkpoint import fault, find_checkpoint, list_checkpoints
+from recurrent_db.store.folder import fault, find_checkpoint, list_checkpoints
 
 # Seconds: the start of two processes on a busy machine must fit, in which neither has a turn to tell of.
 PATIENCE = 20

@@ -25,7 +25,9 @@ from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import Checkpoint, TrainState, fault, find_checkpoint, save_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint, build_saver, load_checkpoint, save_checkpoint
+from recurrent_db.store.folder import fault, find_checkpoint
+from recurrent_db.store.train_state import TrainState
 
 KINDS = {
     "next_token": ["--objective.name", "next_token"],
@@ -263,15 +265,12 @@ def save_both_ways(data: str, sharded: str, whole: str) -> None:
         step_unless(torch.zeros((), dtype=torch.bool), optimizer)
         ema.update(model, torch.zeros((), dtype=torch.bool))
         optimizer.zero_grad(set_to_none=True)
-    saver = team.saver(Path(sharded), config, tokenizer)
-    assert saver is not None
+    saver = build_saver(team, Path(sharded), config, tokenizer)
     saver.save(model, optimizer, ema, state, {})
     for parameter in model.parameters():  # what is written is the state of the moment, however long writing takes
         local(parameter.detach()).zero_()
     saver.finish()
-    from recurrent_db.store.checkpoint import restore
-
-    restore(Checkpoint(find_checkpoint(Path(sharded))), model, optimizer, ema)
+    load_checkpoint(Checkpoint(find_checkpoint(Path(sharded))), model, optimizer, ema)
     gathered = build_model(config.model, 0)
     full = build_optimizer(gathered, config.optim)
     average = EMA(gathered, 0.9)
@@ -356,7 +355,7 @@ def test_settings_that_cannot_work(
 
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(UserError, match=r"data.batch_size = 16 does not divide among 3 processes"):
-        Team("ddp", torch.device("cpu"), rank=0, world=3).share(16)
+        Team("ddp", torch.device("cpu"), rank=0, world=3).sequences_per_process(16)
 
 
 def test_mistakes_are_one_line_of_one_process(data: Path, tmp_path: Path) -> None:

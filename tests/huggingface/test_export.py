@@ -28,7 +28,9 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.optim.optimizer import EMA, build_optimizer
 from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.store.checkpoint import Checkpoint, TrainState, find_checkpoint, save_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
+from recurrent_db.store.folder import find_checkpoint
+from recurrent_db.store.train_state import TrainState
 
 transformers = pytest.importorskip("transformers", reason="extra `hf` is not installed")
 

@@ -33,7 +33,8 @@ from recurrent_db.repl.session import ReplArgs, Session
 from recurrent_db.repl.session import main as repl_main
 from recurrent_db.repl.trace import table, trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.join_blocks import join
 
 # What the processes of `blocks.sh` may not do. The files that one opens are kept, to see that no other's are among them.

@@ -31,9 +31,11 @@ from recurrent_db.evaluation.answer_cache import HEADER, Answers
 from recurrent_db.files import file_digest, read_json, sealed
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.huggingface.import_folder import Weights
-from recurrent_db.objectives import build_objective, restore
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint, load_optimizer_tensors, load_weights
+from recurrent_db.objectives import build_objective, load_objective_state
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.metrics import read_metrics, truncate_metrics
+from recurrent_db.store.tensors import load_optimizer_tensors, load_weights
 
 sys.path.insert(0, str(ROOT))  # the targets, and their inputs, are modules beside the command
 fuzz: ModuleType = load_script("benchmarks/reliability/fuzz.py")
@@ -395,7 +397,9 @@ def test_states_of_training(content: bytes, run: Path) -> None:
 )  # fmt: skip
 def test_states_of_the_adaptive_density(state: dict[str, Any]) -> None:
     config = load_config(None, ["--objective.name", "denoise", "--objective.denoise.density", "adaptive"])
-    refused("its objective's state is not what Denoise keeps", restore, build_objective(config), state, "x")
+    refused(
+        "its objective's state is not what Denoise keeps", load_objective_state, build_objective(config), state, "x"
+    )
 
 
 def test_weights_and_configurations_that_do_not_fit(run: Path) -> None:

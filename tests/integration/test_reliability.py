@@ -24,7 +24,8 @@ from recurrent_db.data import open_data
 from recurrent_db.errors import UserError
 from recurrent_db.files import is_altered, locked, sealed
 from recurrent_db.rng import Rng
-from recurrent_db.store.checkpoint import TrainState, fault, find_checkpoint, list_checkpoints
+from recurrent_db.store.folder import fault, find_checkpoint, list_checkpoints
+from recurrent_db.store.train_state import TrainState
 from recurrent_db.training.guard import LossGuard, data_seed, unigram_entropy
 
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",

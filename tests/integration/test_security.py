@@ -27,7 +27,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, file_digest, read_json, sealed
 from recurrent_db.report import write_report
 from recurrent_db.report.page import POLICY
-from recurrent_db.store.checkpoint import find_checkpoint
+from recurrent_db.store.folder import find_checkpoint
 
 SOURCES = sorted(
     path

@@ -15,7 +15,8 @@ from recurrent_db.files import locked
 from recurrent_db.report import write_report
 from recurrent_db.report.blocks import accounts
 from recurrent_db.report.data import read_runs
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.join_blocks import join
 
 

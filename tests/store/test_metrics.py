@@ -22,8 +22,9 @@ from helpers import MICRO, ROOT, load_script, micro_config
 
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.store import metrics
-from recurrent_db.store.checkpoint import TrainState, list_checkpoints
+from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import MetricLog, StepClock, read_metrics
+from recurrent_db.store.train_state import TrainState
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -29,7 +29,8 @@ from recurrent_db.huggingface.export import export
 from recurrent_db.model import attention, build_model
 from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import build_optimizer
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, restore
+from recurrent_db.store.checkpoint import Checkpoint, load_checkpoint
+from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -266,9 +267,9 @@ def test_where_the_core_begins_to_run_averages_begin_anew(data: Path, tmp_path: 
     # A run that goes back to there takes no moments along.
     model = build_model(at.config().model, 0)
     optimizer = build_optimizer(model, at.config().optim)
-    restore(end, model, optimizer, None)
+    load_checkpoint(end, model, optimizer, None)
     assert optimizer.state.keys() == set(model.parameters())
-    restore(at, model, optimizer, None)
+    load_checkpoint(at, model, optimizer, None)
     assert optimizer.state.keys() == set(model.parameters()) - set(model.core.blocks.parameters())
 
 
