@@ -30,7 +30,7 @@ from recurrent_db.config import Config, config_from_json, from_dict, load_config
 from recurrent_db.data import DataWriter, Loader, document, load_tokenizer, open_data, validation_batches
 from recurrent_db.data.sources import ReadOptions, read_documents, split_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates, train
-from recurrent_db.evaluation.answer_cache import HEADER, Answers
+from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import sealed
 from recurrent_db.huggingface.export import export
 from recurrent_db.huggingface.import_folder import Weights, import_folder, load_model
@@ -725,7 +725,7 @@ class AnswerFiles:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "answers.jsonl"
         self.path.unlink(missing_ok=True)
-        first = Answers(self.path, {"k": 1})
+        first = AnswerCache(self.path, {"k": 1})
         self.owner = first.owner
         first.add({"00ff": [-1.5, True], "01ff": "text"})
         self.lines = self.path.read_bytes().splitlines()
@@ -736,10 +736,10 @@ class AnswerFiles:
             rows = [HEADER, *(altered(rng, row, 2) if rng.random() < 0.6 else row for row in rows[1:])]
         raw = b"\n".join(as_json(rng, row) if rng.random() < 0.5 else json.dumps(row).encode() for row in rows)
         put(self.path, damaged(rng, raw) if rng.random() < 0.3 else raw + b"\n")
-        kept = Answers(self.path, {"k": 1})
+        kept = AnswerCache(self.path, {"k": 1})
         kept.get(["text", [1, 2], {"until": []}, 0])
         kept.add({"02ff": "new"})
-        assert Answers(self.path, {"k": 1}).known["02ff"] == "new"
+        assert AnswerCache(self.path, {"k": 1}).answers["02ff"] == "new"
 
 
 class RunFiles:

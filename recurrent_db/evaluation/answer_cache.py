@@ -1,8 +1,9 @@
-"""Answers of an evaluation kept in a file, so that one that was killed goes on where it was.
+"""A file of answers to an evaluation's requests, so that an evaluation that was killed goes on where it stopped.
 
-The file is JSON lines, only ever appended to: first a line that says what it is, then one line for each answer, with the
-hash of whose answer it is (the checkpoint's content, K, and all else that changes a number) and of what was asked. Files
-of several models may be one. Nothing in it is executed; a line cut short by a kill, or altered, counts as absent.
+The file is JSON lines and is only appended to. The first line says what the file is. Each further line holds one answer,
+a hash of its owner (the checkpoint's content, K, and everything else that changes a number) and a hash of the request.
+Several models may share one file. Nothing in it is executed. A line that was cut short by a kill, or altered, counts as
+absent.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ def fingerprint(value: Any) -> str:
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-class Answers:
-    """A file of answers, as one model sees it. Answers are JSON values.
+class AnswerCache:
+    """One model's answers in a file. Answers are JSON values.
 
     Several processes may append to one file at once: each call of `add` is one write.
 
     Args:
-        path: the file; made, with its folder, where it is not there.
-        owner: whose answers: everything that changes one. JSON.
+        path: the file. It is made, with its folder, if it is missing.
+        owner: everything that changes an answer, as JSON.
 
     Raises:
-        UserError: the file cannot be read or written, or it is something else.
+        UserError: the file cannot be read or written, or holds something else.
     """
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
         self.path, self.owner = path, fingerprint(dict(owner))
-        self.known: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
+        """Answers by the fingerprint of their request."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
@@ -66,15 +68,15 @@ class Answers:
                 and entry["owner"] == self.owner
                 and isinstance(entry["asked"], str)
             ):
-                self.known[entry["asked"]] = entry["answer"]
+                self.answers[entry["asked"]] = entry["answer"]
 
-    def get(self, asked: Any) -> Any | None:
-        """The answer to a request (JSON), None where there is none."""
-        return self.known.get(fingerprint(asked))
+    def get(self, request: Any) -> Any | None:
+        """The answer to a request (JSON), or None."""
+        return self.answers.get(fingerprint(request))
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers by their requests' fingerprints."""
-        self.known.update(answers)
+        """Keep answers, given by the fingerprints of their requests."""
+        self.answers.update(answers)
         lines = (
             json.dumps({"owner": self.owner, "asked": asked, "answer": answer}) + "\n"
             for asked, answer in answers.items()

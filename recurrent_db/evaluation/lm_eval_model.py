@@ -38,7 +38,7 @@ from tqdm import tqdm
 from recurrent_db.denoise.noise import Below
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
-from recurrent_db.evaluation.answer_cache import Answers, fingerprint
+from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
 from recurrent_db.evaluation.window_scorer import Result, Scorer, Window
 from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
 from recurrent_db.generation.loop_decoder import plain_loop
@@ -143,7 +143,7 @@ class RecurrentDBLM(TemplateLM):
         device: cpu, cuda, cuda:N or auto.
         seed: of the noise and of sampling.
         prefix_reuse: run what the choices of a question (or other requests) begin with once.
-        cache: file to keep answers in and to take them from, JSON lines; see `answers`. Answers are told apart by the
+        cache: file to keep answers in and to take them from, JSON lines (`answer_cache`). Answers are told apart by the
             checkpoint's content and everything else that changes them.
         sampler, exit: how text is generated, as in `generate.generate`; likelihoods are always of all k iterations.
 
@@ -258,7 +258,7 @@ class RecurrentDBLM(TemplateLM):
             }
             if (self.sampler, self.exit) != ("sequential", None):
                 owner |= {"sampler": self.sampler, "exit": self.exit}
-            self.scorer.answers = Answers(self.cache, owner)
+            self.scorer.answers = AnswerCache(self.cache, owner)
 
     def untrain(self, seed: int = 0) -> None:
         """Replace the weights by the ones that training of this model could have started from."""

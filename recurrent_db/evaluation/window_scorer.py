@@ -27,7 +27,7 @@ from tqdm import tqdm
 from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
-from recurrent_db.evaluation.answer_cache import Answers, fingerprint
+from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
 from recurrent_db.evaluation.likelihood import read_positions
 from recurrent_db.evaluation.prefix_tree import PlacedNoise, Row, common_length, lay_out
 from recurrent_db.model.looped import LoopedLM
@@ -133,7 +133,7 @@ class Scorer:
     max_batch_size: int | None = None
     reuse: bool = True
     processes: Processes = field(default_factory=Processes)
-    answers: Answers | None = None
+    answers: AnswerCache | None = None
     """Where results are kept, and found again. It must be this model's and this ``k``'s."""
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     flops: float = 0.0

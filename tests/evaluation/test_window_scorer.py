@@ -24,7 +24,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.evaluation.answer_cache import HEADER, Answers
 from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
 from recurrent_db.evaluation.window_scorer import Costs, Scorer, Window, plan
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
@@ -381,38 +380,6 @@ def test_texts_are_kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lm = RecurrentDBLM(str(runs / "denoise"), k=2, cache=str(tmp_path / "a.jsonl"))
     monkeypatch.setattr(lm.model, "encode", None)
     assert lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) == first
-
-
-def test_a_file_of_answers_cut_anywhere_is_read(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    answers = Answers(whole, {"k": 1})
-    answers.add({"a": [-1.5, True], "b": "naïve \n"})
-    answers.add({"c": [-math.inf, False]})
-    assert Answers(whole, {"k": 1}).known == {"a": [-1.5, True], "b": "naïve \n", "c": [-math.inf, False]}
-    assert Answers(whole, {"k": 2}).known == {}
-    content, seen = whole.read_bytes(), set()
-    for length in range(len(json.dumps(HEADER)) + 1, len(content)):
-        cut.write_bytes(content[:length])
-        part = Answers(cut, {"k": 1})
-        seen.add(len(part.known))
-        part.add({"d": 0})
-        assert Answers(cut, {"k": 1}).known == {**part.known, "d": 0}
-    assert seen == {0, 1, 2, 3}  # a line that lacks its end alone is whole
-    cut.write_bytes(b"")
-    assert Answers(cut, {"k": 1}).known == {}
-    for other in (
-        b"important\n",
-        b'{"format": "recurrent_db.evaluation.answer_cache", "version": 99}\n',
-        b"\xff\xfe\n",
-    ):
-        cut.write_bytes(other)
-        with pytest.raises(UserError, match="holds something else"):
-            Answers(cut, {"k": 1})
-        assert cut.read_bytes() == other
-    with pytest.raises(UserError, match="cannot keep answers"):
-        Answers(tmp_path, {"k": 1})
-    with pytest.raises(UserError, match="cannot keep answers"):
-        Answers(whole / "below", {"k": 1})
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

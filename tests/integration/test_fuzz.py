@@ -27,7 +27,7 @@ from recurrent_db.config import config_from_json, load_config
 from recurrent_db.data import document, open_data, read_documents, sources
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.evaluation.answer_cache import HEADER, Answers
+from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import file_digest, read_json, sealed
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.huggingface.import_folder import Weights
@@ -503,10 +503,10 @@ def test_no_line_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_kept_answers_and_metrics(tmp_path: Path) -> None:
     path = tmp_path / "answers"
-    owner = Answers(path, {}).owner
+    owner = AnswerCache(path, {}).owner
     odd = [{"owner": owner, "asked": asked, "answer": 1} for asked in ({"a": 1}, [1], None, 3)]
     path.write_text("\n".join(json.dumps(line) for line in (HEADER, *odd, {"owner": owner, "asked": "x", "answer": 2})))
-    assert Answers(path, {}).known == {"x": 2}
+    assert AnswerCache(path, {}).answers == {"x": 2}
     rows = tmp_path / "metrics.jsonl"
     rows.write_bytes(b'{"step": 1}\n{"step": ' + b"9" * 5000 + b"}\n\xff\n")
     truncate_metrics(rows, 10)
