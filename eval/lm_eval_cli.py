@@ -51,7 +51,7 @@ from typing import Any, NoReturn, TypeVar
 
 from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, task_name
 
-from recurrent_db.arguments import guard
+from recurrent_db.arguments import run_and_exit
 from recurrent_db.errors import UserError
 
 T = TypeVar("T")
@@ -343,4 +343,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_and_exit(main)

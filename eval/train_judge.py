@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from recurrent_db.arguments import guard
+from recurrent_db.arguments import run_and_exit
 from recurrent_db.data import read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.judge import check_apart, record, write_record
@@ -60,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    guard(main)
+    run_and_exit(main)

@@ -116,7 +116,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def guard(action: Callable[[], int | None]) -> NoReturn:
+def run_and_exit(action: Callable[[], int | None]) -> NoReturn:
     """Run ``action``; a `UserError`, a full disk, an unwritable path or Ctrl-C ends in one line instead of a traceback."""
     try:
         raise SystemExit(action() or 0)
@@ -139,7 +139,7 @@ def guard(action: Callable[[], int | None]) -> NoReturn:
 
 def run_command(kind: type[Args], main: Callable[[Args], int | None]) -> NoReturn:
     """Parse the command line into ``kind``, run ``main`` on it and exit."""
-    guard(lambda: main(parse(kind)))
+    run_and_exit(lambda: main(parse(kind)))
 
 
 def parse_ints(text: str, option: str, least: int) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 from recurrent_db import arguments as commandline
 from recurrent_db import cli
 from recurrent_db.accounting.flops import Passes, step_cost
+from recurrent_db.commands import flops
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.objectives import build_objective
@@ -39,14 +40,14 @@ def test_flops_of_the_recipe_are_the_mean_of_its_steps() -> None:
     config.model.vocab_size = 2048
     none = step_cost(config, Passes(core_grad=0, injections_grad=1)).total
     one, two = (step_cost(config, Passes(core_no_grad=before, core_grad=1)).total for before in (0, 1))
-    recipe = cli.flops_table(config, 3.0, 2)["recipe"]
+    recipe = flops.flops_table(config, 3.0, 2)["recipe"]
     assert recipe["per_token"] == pytest.approx(0.4 * none + 0.1 * one + 0.5 * two)
     assert recipe["ratio_to_next_token"] == pytest.approx(recipe["per_token"] / one)
     assert recipe["shallow_share"] == 0.4
     config.budget.tokens = None
-    assert cli.flops_table(config, 3.0, 2)["recipe"]["shallow_share"] is None
+    assert flops.flops_table(config, 3.0, 2)["recipe"]["shallow_share"] is None
     config.budget.tokens = 10**9
-    long = cli.flops_table(config, 3.0, 2)["recipe"]
+    long = flops.flops_table(config, 3.0, 2)["recipe"]
     assert long["shallow_share"] == 0 < long["shallow_asked"] < 0.15
 
 
@@ -58,7 +59,7 @@ def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
     config = load_config(path, ["--objective.name", "denoise"])
     config.model.vocab_size = 2048
     own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
-    assert cli.flops_table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)
+    assert flops.flops_table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)
 
 
 def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ from recurrent_db.accounting.hardware import (
     peak_memory_bytes,
 )
 from recurrent_db.accounting.memory_split import MemorySplit
-from recurrent_db.arguments import guard
+from recurrent_db.arguments import run_and_exit
 from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.data.tokenizer import Tokenizer
@@ -528,4 +528,4 @@ def arguments(given: list[str]) -> tuple[Config, str, bool]:
 
 
 if __name__ == "__main__":
-    guard(lambda: report_lost(lambda: train(*arguments(sys.argv[1:]))))
+    run_and_exit(lambda: report_lost(lambda: train(*arguments(sys.argv[1:]))))

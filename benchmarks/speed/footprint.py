@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from recurrent_db.accounting import plan
 from recurrent_db.accounting.hardware import choose_device
 from recurrent_db.accounting.memory_split import peak_live_bytes
+from recurrent_db.accounting.plan import lines
 from recurrent_db.accounting.step_memory import Step
-from recurrent_db.arguments import parse, run_command
+from recurrent_db.arguments import run_command
+from recurrent_db.commands import plan
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
 from recurrent_db.files import write_atomic
@@ -148,10 +149,9 @@ QUOTED = re.compile(r"(<!-- recurrent-db plan (.*?) -->\n```\n).*?(\n```\n)", re
 
 def plan_text(words: str) -> str:
     """What `recurrent-db plan WORDS` prints, for a path from the repository's root."""
-    own, dotted = plan.split_dotted(words.split())
-    args = parse(plan.PlanArgs, own)
-    source, args.config, args.overrides = str(args.config), ROOT / args.config, dotted
-    return "\n".join(plan.lines(plan.make_planner(args), args.gpus, source))
+    args = plan.arguments(words.split(), "recurrent-db plan")
+    source, args.config = str(args.config), ROOT / args.config
+    return "\n".join(lines(plan.make_planner(args), args.gpus, source))
 
 
 def with_plans(text: str) -> str:

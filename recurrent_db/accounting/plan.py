@@ -1,4 +1,4 @@
-"""`recurrent-db plan`: memory, communication and time of a training run before one pays for it.
+"""What a training run takes: memory, communication and time of a training run before one pays for it.
 
 Memory is `footprint`'s walk through a step, the deepest that the run's first draws hold. FLOPs are `flops`', the mean over
 the same draws. Time is FLOPs over the GPUs' peak at a stated utilisation, plus communication over a share of the links' line
@@ -8,73 +8,26 @@ rate as if nothing overlapped: a run that hides its communication is faster. Eve
 from __future__ import annotations
 
 import difflib
-import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from recurrent_db.accounting.flops import cache_numbers_per_token, step_cost
+from recurrent_db.accounting.flops import Passes, cache_numbers_per_token, step_cost
 from recurrent_db.accounting.hardware import GPUS, Gpu, table_peak_flops
 from recurrent_db.accounting.step_memory import PARTS, Mode, Sizes, Step
-from recurrent_db.config import Config, load_config
+from recurrent_db.config import Config
 from recurrent_db.errors import UserError
-from recurrent_db.objectives import build_objective, drawn_passes
 
-COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DRAWS = 1000
-"""Steps whose draws of depth are looked at."""
+"""Steps whose draws of depth a plan is the mean of."""
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 USABLE = 0.94
 """Share of a GPU's memory that tensors may fill: the rest is the CUDA context, NCCL's own buffers, and gaps."""
 BUCKET = 25 * 2**20
 """Bytes of gradients that DDP sends at once (PyTorch's default)."""
 HOP = 20e-6
 """Seconds that a collective takes besides its bytes, for each doubling of the number of GPUs."""
-
-
-@dataclass
-class PlanArgs:
-    """Memory per GPU by part, communication and time of a training run, before it is started.
-
-    Dotted options override the file, as they do for the trainer: --data.micro-batch-size 2, --budget.tokens 1e11.
-    """
-
-    config: Annotated[Path, tyro.conf.Positional]
-    """TOML configuration."""
-    gpus: int
-    """GPUs, over all nodes."""
-    gpu: str
-    """Their name: H100, H200, B200, A100, ..."""
-    mfu: float = 0.4
-    """Share of the bf16 peak that a step's model FLOPs reach while nothing waits for the network."""
-    gpus_per_node: int = 8
-    """GPUs that the faster links join."""
-    intra_node: float | None = None
-    """GB/s of a GPU's links within a node, one way; none takes the table's."""
-    inter_node: float | None = None
-    """GB/s of a GPU's share of its node's network, one way; none takes the table's."""
-    link_utilisation: float = 0.8
-    """Share of a link's line rate that collectives reach."""
-    vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
-    json: bool = False
-    """Print JSON instead of tables."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """Dotted options; filled from the command line."""
-
-
-def split_dotted(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The command's own options, and those of the configuration: with a dot in the name, or ``--seed``, values included."""
-    own: list[str] = []
-    dotted: list[str] = []
-    into = own
-    for word in words:
-        if word.startswith("--"):
-            into = dotted if "." in word.split("=")[0] or word.split("=")[0] == "--seed" else own
-        into.append(word)
-    return own, tuple(dotted)
 
 
 def find_gpu(name: str) -> tuple[str, Gpu, float]:
@@ -180,24 +133,42 @@ class Estimate:
         return self.communication_seconds / self.seconds
 
 
-class Planner:
-    """A configuration on one kind of GPU, asked for different numbers of them."""
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind, what they reach, and the network between them."""
 
-    def __init__(self, config: Config, args: PlanArgs) -> None:
+    name: str
+    """The GPU's, as the table has it."""
+    gpu: Gpu
+    peak: float
+    """Dense bf16 FLOPs per second of one GPU."""
+    mfu: float
+    """Share of the peak that a step's model FLOPs reach while nothing waits for the network."""
+    network: Network
+
+
+class Planner:
+    """A configuration on a cluster, asked for different numbers of GPUs.
+
+    Args:
+        drawn: what the run's steps compute, and the share of each.
+        inference: what the recurrence computes at K iterations.
+
+    Raises:
+        UserError: the model is in blocks.
+    """
+
+    def __init__(
+        self, config: Config, cluster: Cluster, drawn: Mapping[Passes, float], inference: Callable[[int], Passes]
+    ) -> None:
         if config.model.n_blocks:
             raise UserError(
                 "a plan is for looped models; a model in blocks trains each block alone: recurrent-db flops CONFIG lists"
                 " what each takes"
             )
-        self.config = config
-        self.name, self.gpu, self.peak = find_gpu(args.gpu)
-        self.mfu = args.mfu
-        intra = self.gpu.intra if args.intra_node is None else 1e9 * args.intra_node
-        inter = self.gpu.inter if args.inter_node is None else 1e9 * args.inter_node
-        self.network = Network(intra, inter, args.gpus_per_node, args.link_utilisation)
+        self.config, self.cluster, self.inference = config, cluster, inference
         self.sizes = Sizes.of(config)
         self.half = config.run.dtype != "float32"
-        drawn = drawn_passes(config, DRAWS)
         self.deepest = max(drawn, key=lambda passes: (passes.core_grad, passes.core_no_grad))
         self.tokens = config.data.batch_size * config.data.sequence_length
         per_token = sum(step_cost(config, passes).total * share for passes, share in drawn.items())
@@ -206,7 +177,7 @@ class Planner:
     def modes(self, gpus: int) -> list[tuple[Mode, int]]:
         """Ways to share the model that the configuration allows, and how many GPUs hold one copy of it."""
         parallel = self.config.parallel
-        group = parallel.shard_size or self.network.per_node
+        group = parallel.shard_size or self.cluster.network.per_node
         hybrid: list[tuple[Mode, int]] = [("hsdp", group)] if 1 < group < gpus and gpus % group == 0 else []
         if gpus == 1:
             return [("none", 1)]
@@ -222,11 +193,11 @@ class Planner:
         micro_batches = math.ceil(share / sequences)
         step = Step(self.config, sequences, micro_batches, self.deepest, mode, shards, self.half, cuda=True)
         line = step.timeline()
-        sent = collectives(self.sizes, mode, gpus, shards, micro_batches, step.size, self.network)
+        sent = collectives(self.sizes, mode, gpus, shards, micro_batches, step.size, self.cluster.network)
         return Estimate(
             mode, gpus, shards, sequences, micro_batches,
-            {part: line.peak.get(part, 0) for part in PARTS}, line.largest, line.largest <= USABLE * self.gpu.memory,
-            sent, self.step_flops / (gpus * self.peak * self.mfu), sum(c.seconds for c in sent),
+            {part: line.peak.get(part, 0) for part in PARTS}, line.largest, line.largest <= USABLE * self.cluster.gpu.memory,
+            sent, self.step_flops / (gpus * self.cluster.peak * self.cluster.mfu), sum(c.seconds for c in sent),
         )  # fmt: skip
 
     def divides(self, gpus: int) -> bool:
@@ -272,8 +243,7 @@ class Planner:
 
     def cache_bytes(self) -> dict[int, int]:
         """Bytes of a key-value cache in bfloat16 for one sequence of the longest context, by K."""
-        recurrence = build_objective(self.config).recurrence
-        numbers = {k: cache_numbers_per_token(self.config.model, recurrence.passes(k)) for k in self.config.eval.k}
+        numbers = {k: cache_numbers_per_token(self.config.model, self.inference(k)) for k in self.config.eval.k}
         return {k: 2 * count * self.config.model.max_seq_len for k, count in numbers.items()}
 
 
@@ -293,15 +263,15 @@ def table(planner: Planner, gpus: int) -> dict[str, Any]:
     """Everything that the command prints, as plain values."""
     fits = planner.best(gpus).fits
     return {
-        "gpu": planner.name,
+        "gpu": planner.cluster.name,
         "gpus": gpus,
         "objective": planner.config.objective.name,
         "parameters": asdict(planner.sizes) | {"total": planner.sizes.total},
-        "memory_per_gpu_bytes": planner.gpu.memory,
+        "memory_per_gpu_bytes": planner.cluster.gpu.memory,
         "usable_share": USABLE,
-        "peak_flops": planner.peak,
-        "mfu": planner.mfu,
-        "network": asdict(planner.network),
+        "peak_flops": planner.cluster.peak,
+        "mfu": planner.cluster.mfu,
+        "network": asdict(planner.cluster.network),
         "tokens_per_step": planner.tokens,
         "flops_per_step": planner.step_flops,
         "core_iterations_backpropagated": planner.deepest.core_grad,
@@ -324,10 +294,10 @@ def duration(seconds: float) -> str:
 def lines(planner: Planner, gpus: int, source: str) -> list[str]:
     """The printed plan."""
     config, found, best = planner.config, planner.estimates(gpus), planner.best(gpus)
-    network, steps = planner.network, planner.steps()
+    network, steps = planner.cluster.network, planner.steps()
     gb = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
     out = [
-        f"{source}: {config.objective.name} on {gpus} x {planner.name}, {planner.sizes.total:,} parameters",
+        f"{source}: {config.objective.name} on {gpus} x {planner.cluster.name}, {planner.sizes.total:,} parameters",
         f"a step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
         f" {planner.step_flops:.4g} model FLOPs; per GPU {best.micro_batches} micro-batches of {best.sequences}",
         "",
@@ -338,14 +308,14 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
             if any(e.memory[part] for e in found)
         ),
         "  all                       " + "".join(f"{gb(e.peak_bytes):>10}" for e in found),
-        f"  fits in {gb(USABLE * planner.gpu.memory)}            "
+        f"  fits in {gb(USABLE * planner.cluster.gpu.memory)}            "
         + "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
         "",
     ]  # fmt: skip
     if not best.fits:
         remedies = planner.remedies(gpus)
         out += [
-            f"does not fit on {gpus} x {planner.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
+            f"does not fit on {gpus} x {planner.cluster.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
             + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller"
             " micro-batches nor more GPUs help"),
             "",
@@ -385,7 +355,7 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         f"inference: a bfloat16 key-value cache of {config.model.max_seq_len:,} tokens, for each sequence: {cache}",
         "",
         "assumed:",
-        f"- memory: {planner.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
+        f"- memory: {planner.cluster.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
         f" deepest of {DRAWS} drawn steps"
         f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
         f"{' bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
@@ -393,7 +363,7 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         " iterations and held until"
         " the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in fp32, and"
         " held whole until then where there is more than one micro-batch",
-        f"- compute: {planner.mfu:.0%} of {planner.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
+        f"- compute: {planner.cluster.mfu:.0%} of {planner.cluster.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
         f" the mean of the drawn depths",
         f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node},"
         f" {network.inter / 1e9:g} GB/s between them,"
@@ -402,42 +372,3 @@ def lines(planner: Planner, gpus: int, source: str) -> list[str]:
         "- evaluation, checkpoints and the update's own time are not counted",
     ]
     return out
-
-
-def make_planner(args: PlanArgs) -> Planner:
-    """Check the command line and read the configuration. Raises `UserError`."""
-    if args.gpus < 1:
-        raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
-    for option, value in (
-        ("--mfu", args.mfu), ("--link-utilisation", args.link_utilisation), ("--intra-node", args.intra_node),
-        ("--inter-node", args.inter_node), ("--gpus-per-node", args.gpus_per_node), ("--vocab-size", args.vocab_size),
-    ):  # fmt: skip
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{option} must be above 0, got {value}")
-    if max(args.mfu, args.link_utilisation) > 1:
-        raise UserError("--mfu and --link-utilisation are shares: at most 1")
-    find_gpu(args.gpu)
-    config = load_config(args.config, list(args.overrides))
-    config.model.vocab_size = config.model.vocab_size or args.vocab_size
-    planner = Planner(config, args)
-    parallel = config.parallel  # what the trainer would refuse
-    if parallel.mode == "none" and args.gpus > 1:
-        raise UserError(f"parallel.mode = none is one process, and there are {args.gpus} GPUs: take ddp or fsdp")
-    if parallel.shard_size and parallel.mode != "fsdp":
-        raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {parallel.mode}")
-    if parallel.shard_size and args.gpus % parallel.shard_size:
-        raise UserError(f"parallel.shard_size = {parallel.shard_size} does not divide {args.gpus} GPUs")
-    if parallel.mode == "fsdp" and config.optim.name == "muon":
-        raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
-    if not planner.divides(args.gpus):
-        raise UserError(f"data.batch_size = {config.data.batch_size} does not divide among {args.gpus} GPUs")
-    return planner
-
-
-def main(args: PlanArgs) -> int:
-    planner = make_planner(args)
-    if args.json:
-        print(json.dumps(table(planner, args.gpus), indent=1))
-    else:
-        print("\n".join(lines(planner, args.gpus, str(args.config))))
-    return 0

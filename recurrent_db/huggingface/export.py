@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
 from safetensors.torch import save_file
 
 from recurrent_db.config import Config, to_dict
@@ -34,27 +31,6 @@ MODEL_TYPE = "recurrent_db"
 MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py")
 TOKENIZER_CODE = "tokenization_recurrent_db.py"
 """Files of `huggingface.exported`. The last goes with sentencepiece models; other tokenizers have classes in the library."""
-
-
-@dataclass
-class ExportArgs:
-    """Write a run as a folder for Hugging Face transformers: weights, configuration, tokenizer and modelling code.
-
-    `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads it, and so does `AutoTokenizer` with the same
-    option. Where the run kept an average of its weights, that is what is written, as everywhere else.
-    """
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run directory or checkpoint."""
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; it must not exist or be empty."""
-    to: Literal["hf"] = "hf"
-    """Format; there is one."""
-    k: int = 0
-    """Core iterations where a caller does not say (`num_recurrence`); 0 takes 1 for next_token and denoise, the mean
-    training depth for unrolled."""
-    seed: int = 0
-    """Seed of the random initial states of unrolled and denoise."""
 
 
 def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
@@ -157,7 +133,12 @@ def _without_paths(config: Config) -> dict[str, Any]:
 
 
 def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
-    """Write the newest good checkpoint of ``run`` to ``folder``, whole or not at all. Arguments as in `ExportArgs`.
+    """Write the newest good checkpoint of ``run`` to ``folder``, whole or not at all.
+
+    Args:
+        folder: it must not exist or be empty.
+        k: core iterations where a caller does not say (`num_recurrence`); 0 takes the objective's own.
+        seed: seed of the random initial states.
 
     Returns:
         The checkpoint that was taken.
@@ -202,9 +183,3 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return checkpoint.path
-
-
-def main(args: ExportArgs) -> int:
-    checkpoint = export(args.run, args.folder, args.k, args.seed)
-    print(f"wrote {args.folder} from {checkpoint}", file=sys.stderr)
-    return 0

@@ -19,12 +19,10 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -47,20 +45,6 @@ MOST_DIMENSIONS = 8
 
 _MOST_BYTES = 1 << 28
 """Largest JSON file or tokenizer that is read."""
-
-
-@dataclass
-class ImportArgs:
-    """Make a run of a folder of Hugging Face transformers: one that export wrote, or a Huginn checkpoint.
-
-    Weights are read from safetensors alone and nothing in the folder is executed. The run can be scored, sampled, and
-    trained on (`train/pretrain.py CONFIG.toml --init.from RUN`, on data prepared with its tokenizer).
-    """
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder with config.json, *.safetensors and the tokenizer."""
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run directory to make; it must not exist or be empty."""
 
 
 def _check_size(path: Path) -> None:
@@ -353,9 +337,3 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         except RuntimeError as error:
             print(f"warning: {error}: bits per byte of such texts count other bytes than theirs", file=sys.stderr)
     return model
-
-
-def main(args: ImportArgs) -> int:
-    model = import_folder(args.folder, args.run)
-    print(f"made {args.run}: {model.parameter_counts()['total']:,} parameters", file=sys.stderr)
-    return 0

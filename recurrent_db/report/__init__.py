@@ -15,32 +15,10 @@ style.py   the page's style sheet
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
-
-__all__ = ["ReportArgs", "main", "write_report"]
-
-
-@dataclass
-class ReportArgs:
-    """Compare runs on one self-contained HTML page: loss against FLOPs, NLL by K, FLOPs, memory, throughput, samples.
-
-    What a run directory does not hold is left out of the page, with a note.
-    """
-
-    runs: Annotated[list[Path], tyro.conf.Positional]
-    """Run directories. A baselines.json beside them ({"unigram": nats, ...}) adds reference lines."""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """HTML file to write."""
-    png: Path | None = None
-    """Folder for the same plots as PNG files."""
 
 
 def write_report(
@@ -64,9 +42,3 @@ def write_report(
     loaded = read_runs(runs)
     page = build_page(loaded, merge_baselines(runs, baselines), png_dir)
     write_atomic(output, page)
-
-
-def main(args: ReportArgs) -> int:
-    write_report(args.runs, args.output, png_dir=args.png)
-    print(f"wrote {args.output}", file=sys.stderr)
-    return 0

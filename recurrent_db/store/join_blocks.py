@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from recurrent_db.accounting.flop_count import FlopCount
@@ -40,24 +39,6 @@ ACCOUNT = "blocks.json"
 """What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""
 TOLD = tuple(TrainState().row())
 """What the account has of each block, as in a row of metrics.jsonl."""
-
-
-@dataclass
-class JoinArgs:
-    """Make one model of blocks that were trained apart: `recurrent-db blocks join RUN... OUT`.
-
-    A run of a whole model among them (an earlier join) gives the blocks that no other run has.
-    """
-
-    action: Annotated[Literal["join"], tyro.conf.Positional]
-    """What to do with the blocks."""
-    paths: Annotated[list[Path], tyro.conf.Positional]
-    """Run directories (or checkpoints) of the blocks, in any order, and last the run directory to make."""
-    overwrite: bool = False
-    """Replace an older joined run of that name, once the new one is complete. One that has these blocks already stays as it
-    is; one that was evaluated or trained further is moved aside."""
-    json: bool = False
-    """Print what each block cost as JSON."""
 
 
 @dataclass
@@ -287,27 +268,3 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return account
-
-
-def _told(value: float | None, form: str) -> str:
-    return "unknown" if value is None else format(value, form)
-
-
-def main(args: JoinArgs) -> int:
-    if len(args.paths) < 2:
-        raise UserError("blocks join needs one run or more, and last the run directory to make")
-    *runs, out = args.paths
-    account = join(runs, out, args.overwrite)
-    if args.json:
-        print(json.dumps(account, indent=1))
-        return 0
-    for number, block in account["blocks"].items():
-        if block.get("budget_spent", 1) < 1:  # an earlier version's join does not say
-            print(f"note: {block['run']} was stopped at {block['budget_spent']:.0%} of its budget", file=sys.stderr)
-        print(
-            f"block {number}: {block['layers']} layers, {_told(block['tokens'], ',')} tokens,"
-            f" {_told(block['flops'], '.4g')} FLOPs,"
-            f" from {block['run']} ({block['checkpoint']})"
-        )
-    print(f"the joined model: {out}", file=sys.stderr)
-    return 0

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from recurrent_db.accounting.flops import Cost, Passes, cached_cost, cost_per_token, inference_cost, step_cost, total
-from recurrent_db.cli import flops_table
+from recurrent_db.commands.flops import flops_table
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.generation.generate import Decoder, stream

@@ -11,7 +11,7 @@ from helpers import ROOT, load_script
 from recurrent_db import cli
 from recurrent_db.accounting import plan
 from recurrent_db.accounting.step_memory import PARTS, Sizes, Step
-from recurrent_db.arguments import parse
+from recurrent_db.commands import plan as command
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.model import build_model
@@ -21,10 +21,7 @@ benchmark = load_script("benchmarks/speed/footprint.py")
 
 
 def planner(*words: str) -> plan.Planner:
-    own, dotted = plan.split_dotted(list(words))
-    args = parse(plan.PlanArgs, own)
-    args.overrides = dotted
-    return plan.make_planner(args)
+    return command.make_planner(command.arguments(list(words), "recurrent-db plan"))
 
 
 @pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: f"{case[0]}: {case[1]} {case[2] or ''}")

@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from recurrent_db.arguments import guard  # noqa: E402
+from recurrent_db.arguments import run_and_exit  # noqa: E402
 from recurrent_db.data import prepare  # noqa: E402
 from recurrent_db.data.tokenizer import Tokenizer  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
@@ -481,7 +481,7 @@ def test_mistakes_are_one_line(
     ]
     for argv, expected in cases:
         with pytest.raises(SystemExit) as stop:
-            guard(lambda argv=argv: cli.main(list(map(str, argv))))
+            run_and_exit(lambda argv=argv: cli.main(list(map(str, argv))))
         err = capsys.readouterr().err
         assert stop.value.code == 2
         assert expected in err

@@ -11,7 +11,7 @@ from helpers import micro_config, micro_model
 from torch import Tensor, nn
 
 from recurrent_db.accounting.flops import cache_numbers_per_token
-from recurrent_db.cli import flops_table
+from recurrent_db.commands.flops import flops_table
 from recurrent_db.errors import UserError
 from recurrent_db.generation.cache import Cache
 from recurrent_db.model import LoopedLM

@@ -20,6 +20,7 @@ from block_runs import options, train, weights
 from helpers import ROOT, blocks_config
 
 import recurrent_db
+from recurrent_db.commands import repl
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import token_log_probabilities
@@ -29,8 +30,7 @@ from recurrent_db.model import build_model
 from recurrent_db.objectives.blocks import noise_partition
 from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.repl.reply import Settings
-from recurrent_db.repl.session import ReplArgs, Session
-from recurrent_db.repl.session import main as repl_main
+from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import table, trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import Checkpoint
@@ -231,7 +231,7 @@ def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]
         recurrent_db.generate(model, tokenizer, "ab", k=2, max_new_tokens=2)
     for run, k in ((frozen_runs[1], 1), (frozen_runs[0], 2)):
         with pytest.raises(UserError, match=r"block . of 2 alone"):
-            repl_main(ReplArgs(run, k=k, device="cpu"))
+            repl.run(repl.Args(run, k=k, device="cpu"))
 
 
 def test_a_model_in_blocks_is_not_exported(frozen_runs: list[Path], tmp_path: Path) -> None:

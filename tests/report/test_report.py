@@ -13,10 +13,10 @@ import pytest
 from fake_runs import OBJECTIVES, fake_config, fake_run, save
 from helpers import browse
 
-from recurrent_db.arguments import parse
+from recurrent_db.commands import report
 from recurrent_db.config import load_config, to_dict
 from recurrent_db.errors import UserError
-from recurrent_db.report import ReportArgs, main, write_report
+from recurrent_db.report import write_report
 from recurrent_db.report.data import (
     Evaluation,
     evaluations,
@@ -199,8 +199,10 @@ def test_runs_that_do_not_compare_are_called_out(tmp_path: Path) -> None:
 
 def test_one_run_with_png_files_and_the_same_bytes_again(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "denoise", "denoise", steps=20)
-    args = parse(ReportArgs, [str(run), "-o", str(tmp_path / "1.html"), "--png", str(tmp_path / "png")])
-    assert main(args) == 0
+    args = report.arguments(
+        [str(run), "-o", str(tmp_path / "1.html"), "--png", str(tmp_path / "png")], "recurrent-db report"
+    )
+    assert report.run(args) == 0
     write_report([run], tmp_path / "2.html")
     html = (tmp_path / "1.html").read_text(encoding="utf-8")
     check_page(html)

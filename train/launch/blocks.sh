@@ -41,7 +41,7 @@ import sys
 from pathlib import Path
 
 from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from recurrent_db.arguments import guard
+from recurrent_db.arguments import run_and_exit
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 
@@ -66,7 +66,7 @@ def say() -> None:
     print(config.model.n_blocks, config.blocks.shared, config.blocks.owner)
 
 
-guard(say)
+run_and_exit(say)
 PYTHON
 ) || exit 2
 if [ -n "$dry_run" ]; then
