@@ -40,7 +40,7 @@ from torch.profiler import record_function
 from benchmarks.speed.tables import rewrite, tables
 from recurrent_db.accounting.flops import Passes, cost_per_token, step_cost
 from recurrent_db.accounting.hardware import attainable_flops, choose_device, environment, table_peak_flops
-from recurrent_db.accounting.llama_reference import build_reference, reference_flops
+from recurrent_db.accounting.llama_reference import build_llama, llama_flops
 from recurrent_db.accounting.memory_split import peak_live_bytes
 from recurrent_db.accounting.profiling import TimeSplit, time_split
 from recurrent_db.arguments import run_command
@@ -228,9 +228,9 @@ def compile_ours(model: LoopedLM, setting: Setting) -> None:
 def reference_arm(setting: Setting) -> Arm:
     config = setting.config("next_token")
     torch.manual_seed(setting.args.seed)
-    model = build_reference(config).to(setting.device)
+    model = build_llama(config).to(setting.device)
     one = synthetic_batch(config, 1, setting.args.seed, setting.device)
-    flops = reference_flops(model, one.tokens_BT)
+    flops = llama_flops(model, one.tokens_BT)
     called: Any = torch.compile(model) if setting.compiled else model
     step = training_step(setting, model, lambda b: called(input_ids=b.tokens_BT, labels=b.tokens_BT).loss)
     return Arm(step, flops)
@@ -411,7 +411,7 @@ def run(args: Args, result: dict[str, Any]) -> None:
     """Measure, adding to ``result``."""
     every = settings(args)
     if not args.no_reference:
-        build_reference(load_config(CONFIGS / "tiny.toml", ["--model.vocab_size", "16"]))
+        build_llama(load_config(CONFIGS / "tiny.toml", ["--model.vocab_size", "16"]))
         import transformers
 
         result["machine"]["packages"]["transformers"] = transformers.__version__

@@ -1,4 +1,4 @@
-"""What the machine is and what it can do at best."""
+"""What the machine is, and the best it can do: devices, peak rates, energy, memory, environment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PEAK_FLOPS = {
     "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
 }  # fmt: skip
 """Dense bf16 matrix FLOPs per second with fp32 accumulation (V100, T4: fp16) by a part of the device's name, from the
-makers' data sheets. The longest part that fits counts, so ``H100 PCIe`` is not taken for ``H100``."""
+makers' data sheets. The longest part that matches counts, so ``H100 PCIe`` is not taken for ``H100``."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ def product_seconds(
 def attainable_flops(
     model: ModelConfig, passes: Passes, rows: int, dtype: torch.dtype, best: dict[Any, tuple[float, float]]
 ) -> float:
-    """FLOPs per second of a training step of ``rows`` tokens that did nothing but its products with weights, at their own
-    sizes and as often as it does them, each as fast as this CPU does it alone. Unlike the rate of one large product, it is
-    within reach of a step. ``best`` keeps the best times between calls: the machine may be busy during one of them.
+    """FLOPs per second of a training step of ``rows`` tokens that only did its products with weights.
+
+    Each product has its own size and count, and runs as fast as this CPU runs it alone. A step can come near this rate,
+    unlike that of one large product. ``best`` keeps the best times between calls: the machine may be busy during one.
     """
     width, hidden = model.d_model, model.d_mlp
     ends, grad = model.n_prelude + model.n_coda, passes.core_grad + passes.clean_grad
@@ -130,7 +131,8 @@ def attainable_flops(
 
 
 def table_peak_flops(device_name: str) -> float | None:
-    """The table's entry for a GPU by its name; None where it has none, or only a sibling's or the whole of a slice."""
+    """The table's peak for a GPU by its name. None for a GPU that the table lacks, even if it has a sibling, and for a
+    slice of a GPU (MIG)."""
     if " MIG " in device_name:
         return None
     end = r"(?![A-Za-z0-9]| (?:Ti|SUPER|D|Laptop)\b)"
@@ -139,8 +141,8 @@ def table_peak_flops(device_name: str) -> float | None:
 
 
 def peak_flops(device: torch.device, override: float | None = None) -> float | None:
-    """Peak FLOPs per second that utilisation is a share of: ``override`` where given, the table's on a GPU (None where
-    it knows none), the measured rate of a matrix product on a CPU."""
+    """Peak FLOPs per second, for utilisation: ``override`` if given; on a GPU the table's, or None; on a CPU the measured
+    rate of a matrix product."""
     if override is not None:
         return override
     if device.type != "cuda":
@@ -151,7 +153,7 @@ def peak_flops(device: torch.device, override: float | None = None) -> float | N
 class EnergyMeter:
     """Energy that a GPU has used since the last reading, from NVML's counter (Volta and later, whole device).
 
-    Needs the package nvidia-ml-py (extra `gpu`); without it, without a GPU or without a counter it reads None.
+    Needs the package nvidia-ml-py (extra `gpu`). Without it, without a GPU or without a counter it reads None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -183,10 +185,10 @@ class EnergyMeter:
 
 
 class UpdateClock:
-    """The share of the steps' time that their updates take: clipping, optimizer, weight average.
+    """Measures the share of a step's time that its update takes: clipping, optimizer, weight average.
 
-    Three marks a step: its start, its update's start, its end. On CUDA they are events in the device's own stream, which
-    `share` waits for and nothing else does.
+    Each step has three marks: its start, its update's start, its end. On CUDA they are events in the device's stream; only
+    `share` waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:

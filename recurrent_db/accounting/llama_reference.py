@@ -1,4 +1,4 @@
-"""A plain Llama of the same shape, for comparison: what a user would train with Hugging Face's transformers."""
+"""A plain Llama of the looped model's shape: the baseline that a user would train with Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recurrent_db.config import Config
 from recurrent_db.errors import UserError
 
 
-def build_reference(config: Config) -> nn.Module:
+def build_llama(config: Config) -> nn.Module:
     """Llama with the looped model's widths, its layers at K = 1, its vocabulary, tied embeddings and fused attention.
 
     Raises:
@@ -39,9 +39,9 @@ def build_reference(config: Config) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def reference_flops(model: nn.Module, tokens_1T: Tensor) -> float:
-    """FLOPs per token of forward and backward, by PyTorch's counter. It knows nothing of some fused attention kernels, so
-    the plain one is run for it."""
+def llama_flops(model: nn.Module, tokens_1T: Tensor) -> float:
+    """FLOPs per token of forward and backward, by PyTorch's counter. The counter misses some fused attention kernels, so
+    attention runs without fusion here."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(input_ids=tokens_1T, labels=tokens_1T).loss.backward()
     model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Where a training step's memory goes: peaks from the allocator's own events, and a split by what holds it."""
+"""Measures a training step's memory: the peak from the allocator's own events, and a split by what holds it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from recurrent_db.optim.optimizer import EMA
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' elements, of sharded ones this process's."""
+    """Bytes of the tensors' elements; of a sharded tensor, this process's part."""
     return sum(t.numel() * t.element_size() for t in map(local, tensors))
 
 
 class MemorySplit:
     """Bytes by what holds them in this process: parameters, gradients, optimizer, weight average, activations.
 
-    Activations are what the forward pass of a micro-batch leaves alive for its backward. On CUDA that is the
-    allocator's difference; on the CPU the sum over autograd's saved tensors, each storage once and parameters not
-    counted. Buffers within single operations are in none of them: see the peak beside it.
+    Activations are what the forward pass of a micro-batch leaves alive for its backward. On CUDA they are the allocator's
+    difference. On the CPU they are the sum over autograd's saved tensors, each storage once, parameters not counted.
+    Buffers inside single operations are not part of the split; the peak has them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.activations: dict[int, int] = {}
-        """Bytes by the number of backpropagated iterations, which alone changes them from step to step."""
+        """Bytes by the number of backpropagated iterations: nothing else changes them from step to step."""
         self._own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
         self._constant: dict[str, int] = {}
 
@@ -73,8 +73,8 @@ class MemorySplit:
 def peak_live_bytes(action: Callable[[], object], device: torch.device | None = None) -> int:
     """Most bytes of tensors that ``action`` holds at once, above what was held before it.
 
-    On CUDA the allocator's peak; on the CPU the running sum of the allocator's events, which the profiler records:
-    exact for PyTorch's own tensors, blind to what libraries allocate for themselves.
+    On CUDA this is the allocator's peak. On the CPU it is the running sum of the allocator's events, which the profiler
+    records: exact for PyTorch's own tensors, without what libraries allocate for themselves.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

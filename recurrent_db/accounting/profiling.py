@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: by what its operations do, and by phase.
+"""Splits the time of a training step by what its operations do, and by phase.
 
-PyTorch's profiler records every operation with the time that it spent itself, without the operations that it called: on
-a CPU that operation's own, on CUDA that of the kernels it launched. Here each is put into one of `GROUPS` by its name, or
-by the operation that called it. The profiler takes time of its own for each operation, so that a small model's many
-small operations look dearer than they are; what a step takes in all is measured without it.
+PyTorch's profiler records the time of every operation without the operations that it called: on a CPU its own, on CUDA
+that of its kernels. Each operation goes into one of `GROUPS` by its name, or by the operation that called it. The
+profiler adds time to each operation, so a small model's many small operations look more expensive than they are; the
+time of a whole step is measured without it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ GROUPS = {
     r"|_?(Fused|Scaled)R(MS|ms).*|_SwiGLU.*|_RotatedQKV.*"
     r"|.*Compiled(Fx|Func).*|Torch-Compiled Region.*|triton_.*|.*cpp_fused.*",
 }
-"""Group by the operation's name without its namespace, the first that fits whole; what fits none is `OTHER`: views,
-dispatch, autograd's bookkeeping. What a compiler fused is one piece of code: it counts as elementwise, whatever norms,
-softmax or lookups it holds (its matrix products and its attention are called as operations and count as such)."""
+"""Patterns of operation names without their namespace. The first pattern that matches the whole name gives the group;
+names without one are `OTHER`: views, dispatch, autograd's bookkeeping. Code that a compiler fused counts as elementwise,
+whatever norms, softmax or lookups it holds; its matrix products and attention are operations of their own."""
 
 _PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
 _PHASES = ("forward", "backward", "update")
 
 
 def group_of(name: str, callers: tuple[str, ...] = ()) -> str:
-    """The group of an operation called ``name``; ``callers`` are the names of what called it, nearest first.
+    """The group of an operation; ``callers`` are the names of what called it, nearest first.
 
-    All that happens in a range called ``update`` is `OPTIMIZER`; of the linear cross-entropy all but matrix products is
-    `LOSS`.
+    Everything inside a range called ``update`` is `OPTIMIZER`. Everything in the linear cross-entropy but its matrix
+    products is `LOSS`.
     """
     if "update" in callers or name == "update":
         return OPTIMIZER

@@ -1,4 +1,4 @@
-"""From text to batches. The pipeline, in the order of its files:
+"""Turns text into batches. The pipeline, in the order of its files:
 
 1. ``corpus``: the embedded corpus, the Python standard library's sources, as `Document` (id, text).
 2. ``sources``: any source (``stdlib``, files, folders, ``hf:NAME``) as a stream of documents in bounded memory,

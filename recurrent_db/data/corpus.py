@@ -1,9 +1,9 @@
 """The embedded corpus: the Python standard library's own sources, which every machine that runs this has.
 
-About 10 MB of code and English in some 600 files. Left out: tests, installed packages, byte code, and modules that are
-tables rather than text (character encodings, the help topics of pydoc, build settings, the case-folding and
-string-preparation tables, the grammar's token lists). What is read depends on the interpreter's version;
-`prepare_data` records a hash of it.
+It is about 10 MB of code and English in some 600 files. Tests, installed packages, byte code and modules that are tables
+rather than text are left out (character encodings, the help topics of pydoc, build settings, the case-folding and
+string-preparation tables, the grammar's token lists). The text depends on the interpreter's version; a data directory's
+manifest records its hash.
 """
 
 from __future__ import annotations

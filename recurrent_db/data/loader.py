@@ -1,4 +1,4 @@
-"""Token shards -> batches: which tokens form sample p of a run, for every number of processes.
+"""Batches from token shards: defines which tokens form sample p of a run, for every number of processes.
 
 Shapes: B sequences, T positions.
 
@@ -10,7 +10,7 @@ Sample p of a run (p counts sequences from its start) is a pure function of (see
       -> epoch       n // N, where N is its number of sequences
       -> sequence    a keyed permutation of range(N) at n % N, with a new key every epoch
 
-Nothing is stored or drawn: a resumed run, and a run on another number of processes, sees the same samples.
+Nothing is stored: a resumed run, and a run on another number of processes, see the same samples.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _MASK = (1 << 64) - 1
 
 @dataclass
 class Batch:
-    """B packed sequences of T tokens, and who they are."""
+    """B packed sequences of T tokens, and their place in the run."""
 
     tokens_BT: torch.Tensor
     """int64: input tokens."""
     targets_BT: torch.Tensor
     """int64: the token after each input token."""
     doc_ids_BT: torch.Tensor
-    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends. Who sees
-    whom is planned from it on the CPU."""
+    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends. Stays on
+    the CPU, where attention's mask is made from it."""
     sample_index_B: torch.Tensor
-    """int64: each sequence's global position p in the run; randomness is keyed by it."""
+    """int64: each sequence's global position p in the run. It keys the sequence's random numbers."""
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``. ``doc_ids_BT`` and ``sample_index_B`` stay on the CPU, where attention is planned
-        and noise is drawn by them, without waiting for the device."""
+        """The same batch on ``device``. ``doc_ids_BT`` and ``sample_index_B`` stay on the CPU: attention and noise are
+        prepared from them there, without waiting for the device."""
         return Batch(
             self.tokens_BT.to(device, non_blocking=True),
             self.targets_BT.to(device, non_blocking=True),
@@ -60,7 +60,7 @@ class Batch:
         )
 
     def pin(self) -> Batch:
-        """The same batch, what `to` copies in pinned memory: a copy from there to a GPU makes nobody wait."""
+        """The same batch, with what `to` copies in pinned memory, from which a copy to a GPU does not wait."""
         return Batch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), self.doc_ids_BT, self.sample_index_B)
 
     def slice(self, start: int, stop: int) -> Batch:
@@ -140,7 +140,8 @@ def _floor_share(positions: np.ndarray, a: int, b: int) -> np.ndarray:
 
 
 def _cut(rows: np.ndarray, data: TokenData, positions: np.ndarray) -> Batch:
-    """(B, T + 1) ids -> Batch. Raises `UserError` for an id that is none: shards may be damaged after they were checked."""
+    """(B, T + 1) ids -> Batch. Raises `UserError` for an id outside the vocabulary: shards may be damaged after they were
+    checked."""
     if rows.max() >= data.vocab_size:
         raise UserError(f"{data.where}: damaged: token id {rows.max()} outside the vocabulary of {data.vocab_size}")
     tokens_BT1 = torch.from_numpy(rows)

@@ -1,4 +1,4 @@
-"""Unigram and bigram models over the same tokens: the floor that a trained network must be under."""
+"""Unigram and bigram models over tokens: a trained network must have a lower loss than they."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def unigram_log_p(counts_V: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Log-probabilities (V,) of tokens seen so often (add-one)."""
+    """Log-probabilities (V,) of tokens from their counts (add-one)."""
     smoothed = counts_V + 1.0
     return np.log(smoothed / smoothed.sum())
 

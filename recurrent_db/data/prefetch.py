@@ -1,4 +1,4 @@
-"""Batches ahead of the step that reads them: gathered and pinned by one thread while the device works."""
+"""Prepares batches ahead of the step that reads them: a thread gathers and pins them while the device works."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def prefetch(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Iterable[Batch]]:
-    """For every optimizer step from ``first_step`` on, its micro-batches on ``device``: those of `Loader.micro_batches` for
-    the ``rank``-th of ``world`` processes.
+    """Yield the micro-batches of every optimizer step from ``first_step`` on, on ``device``: `Loader.micro_batches` of
+    process ``rank`` of ``world``.
 
-    With a thread the next `STEPS_AHEAD` steps are prepared in the background; for a CUDA device in pinned memory, from
-    which the copy does not wait. The default takes one where batches go to another device: on the CPU gathering costs
-    a hundredth of a step, and a thread would compete for the cores that compute it. Whatever the loader raises is raised
-    by the step whose batch it was. The thread waits for nothing but work, so that it ends with the iterator or with
-    the program, however these end.
+    With ``thread``, a thread prepares the next `STEPS_AHEAD` steps, for a CUDA device in pinned memory, from which the
+    copy does not wait. The default uses a thread if batches go to another device: on the CPU gathering costs a hundredth
+    of a step, and a thread would compete for the cores. An error of the loader is raised by the step whose batch it was.
+    The thread ends with the iterator or the program.
     """
     if thread is None:
         thread = device.type != "cpu"

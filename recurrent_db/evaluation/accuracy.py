@@ -1,4 +1,4 @@
-"""How often a model is right on a task's items, how sure that is, and whether it beats another on the same items.
+"""Accuracy on a task's items, its uncertainty, and the difference between two models on the same items.
 
 Shapes: N items, R resamples.
 """
@@ -20,9 +20,11 @@ RESAMPLES = 1000
 
 
 def credit(scores: Sequence[float], right: int) -> float:
-    """1 where the right choice has the highest score; where several have it, the share of it that guessing among them
-    gets. (The harness takes the first of them, which makes a model that cannot tell right from wrong look perfect
-    on a task whose right choice always comes first.) Scores a billionth apart are the same."""
+    """1 if the right choice has the highest score, 1/n if it shares it with n - 1 others, else 0.
+
+    The harness instead takes the first of tied choices, which makes a model that cannot tell right from wrong look
+    perfect on a task whose right choice always comes first. Scores a billionth apart count as equal.
+    """
     best = max(scores)
     tied = [index for index, score in enumerate(scores) if score >= best - 1e-9 * max(1.0, abs(best))]
     return (right in tied) / len(tied)
@@ -59,16 +61,16 @@ class Accuracy:
 
     @classmethod
     def average(cls, parts: Sequence[Accuracy]) -> Accuracy:
-        """Of a group of tasks that weigh the same, their items being independent."""
+        """Accuracy over a group of tasks of equal weight with independent items."""
         stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
-        # In an order of its own each: tasks of one length are resampled alike.
+        # Tasks of the same length have the same resamples: each gets an order of its own.
         mixed = [np.random.default_rng(number).permutation(part.resamples_R) for number, part in enumerate(parts)]
         return cls(float(np.mean([part.mean for part in parts])), stderr, np.mean(mixed, axis=0))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two models' accuracies on the same items."""
+    """The difference between two models' accuracies on the same items."""
 
     mean: float
     stderr: float
@@ -81,13 +83,13 @@ class Difference:
 
     @classmethod
     def average(cls, parts: Sequence[Difference]) -> Difference:
-        """Of a group of tasks that weigh the same."""
+        """Difference over a group of tasks of equal weight."""
         stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
         return cls(float(np.mean([part.mean for part in parts])), stderr)
 
     @property
     def z(self) -> float:
-        """In units of its standard error; 0 where no item differs."""
+        """The difference in units of its standard error; 0 if no item differs."""
         if self.stderr == 0:
             return math.copysign(math.inf, self.mean) if self.mean else 0.0
         return self.mean / self.stderr

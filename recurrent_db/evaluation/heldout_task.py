@@ -1,10 +1,10 @@
-"""Tasks for the harness made from the held-out documents of a data directory, so that a fresh run can be put through it
+"""Makes tasks for the lm-eval harness from the held-out documents of a data directory, so that a run can be evaluated
 offline. Nothing is downloaded, and the same data give the same items.
 
-- ``heldout_cloze``, multiple choice: a span of held-out text that ends at a line break, and four candidates for how the
-  text goes on: the true next line and three lines of other held-out documents, of about its length. Chance is 0.25.
-- ``heldout_last_word``, in the manner of LAMBADA (arXiv 1606.06031): a passage whose last word has occurred in it before;
-  asked for is that word, whole.
+- ``heldout_cloze``, multiple choice: held-out text that ends at a line break, and four candidates for the next line: the
+  true one and three lines of other held-out documents, of about its length. Chance is 0.25.
+- ``heldout_last_word``, after LAMBADA (arXiv 1606.06031): a passage whose last word occurred in it before. The answer is
+  that whole word.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WORD = re.compile(r"(?<= )[^\W\d_]{4,}(?!\w)")
 
 @dataclass(frozen=True)
 class _Line:
-    """A line that may be asked for."""
+    """A line that may become the answer of an item."""
 
     document: str
     context: str
@@ -82,7 +82,7 @@ def _context(text: str, end: int, most: int = _CONTEXT) -> str:
 
 
 def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
-    """The lines of a document that have a context, and enough letters to tell them from another's."""
+    """The lines of a document that have a context, and enough letters to differ from other documents' lines."""
     for match in re.finditer(r"(?<=\n)[^\n]+(?=\n)", text):
         if len(text[: match.start()].strip()) < _LEAST_CONTEXT:
             continue
@@ -94,7 +94,7 @@ def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
 
 
 def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
-    """(name, text) of a sample of the held-out documents, of a long one a part."""
+    """(name, text) of a sample of the held-out documents; a part of a long document."""
     tokenizer = load_tokenizer(directory)
     data = open_data(directory, "validation", verify=True)
     names = [(source, number) for source in data.sources for number in range(data.sources[source].documents)]

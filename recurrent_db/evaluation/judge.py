@@ -1,8 +1,8 @@
 """The judge of generated text: a flat next-token model trained on other documents than the models it judges.
 
-A judge that has read what a model was trained on rewards the model for reciting it, and one that has read the held-out
-text flatters the anchor. So documents are told apart by marks, hashes of how their text begins, which do not depend on
-tokenizer, order or folder; `eval/train_judge.py` keeps those of the judge's training documents in its run directory.
+A judge that has read a model's training documents rewards the model for reciting them. A judge that has read the held-out
+text rates that text too high. A document's mark, a hash of how its text begins, tells documents apart: it does not depend
+on tokenizer, order or folder. `eval/train_judge.py` keeps the marks of the judge's training documents in its run directory.
 
 Shapes: N texts, B texts at once, T positions, D width.
 """
@@ -33,10 +33,10 @@ from recurrent_db.store.loading import load_with_config
 
 RECORD = "judge.json"
 MARKED_BYTES = 1024
-"""Bytes of a document's beginning that its mark is a hash of: more than a licence, less than what is left of a document
-whose end was held out."""
+"""Bytes at a document's beginning that its mark hashes: more than a licence, and less than a document keeps when its end
+is held out."""
 COMPARED_DOCUMENTS = 2000
-"""Documents of a run's training data, spread evenly over it, that are looked for among the judge's."""
+"""How many of a run's training documents, spread evenly, are looked up among the judge's."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -45,9 +45,8 @@ COMPARED_DOCUMENTS = 2000
 
 def mark(ids: Sequence[int] | NDArray[Any], tokenizer: Tokenizer) -> str:
     """16 hexadecimal digits that stand for the text of a document."""
-    text = tokenizer.decode_bytes(ids[: MARKED_BYTES + 1])[
-        :MARKED_BYTES
-    ]  # a token has a byte or more, but for separators
+    # Every token but a separator stands for one byte or more.
+    text = tokenizer.decode_bytes(ids[: MARKED_BYTES + 1])[:MARKED_BYTES]
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
@@ -92,25 +91,25 @@ def check_apart(kept: dict[str, Any], other: Path, split: str, most: int | None 
 
 @dataclass
 class Reading:
-    """What the judge makes of N continuations."""
+    """The judge's scores and features of N continuations."""
 
     nats: NDArray[np.float64]
     """-log p of each continuation given its prompt, (N,). The end of a text is not scored."""
     tokens: NDArray[np.int64]
     """The judge's tokens in each, (N,)."""
     bytes: NDArray[np.int64]
-    """UTF-8 bytes of what was read of each, (N,)."""
+    """UTF-8 bytes of those tokens, (N,)."""
     features: NDArray[np.float32]
-    """Of prompt and continuation, the hidden vector (after the final norm) of the last token, (N, D)."""
+    """Hidden vector (after the final norm) at the last token of prompt and continuation, (N, D)."""
     mean_features: NDArray[np.float32]
-    """The mean of these vectors over the continuation (of an empty one, the same as ``features``), (N, D)."""
+    """Mean of the hidden vectors over the continuation, (N, D); for an empty continuation the same as ``features``."""
     ids: list[list[int]] = field(default_factory=list)
     """Each continuation in the judge's tokens."""
 
 
 @dataclass
 class Judge:
-    """A trained flat model with the means to read."""
+    """A trained flat model that scores continuations."""
 
     model: LoopedLM
     tokenizer: Tokenizer
@@ -150,15 +149,15 @@ class Judge:
         return cls(model, tokenizer, config, checkpoint, kept)
 
     def saw(self, marked: Iterable[str]) -> list[str]:
-        """Those of some documents' marks that are among the judge's training documents."""
+        """Which of these marks belong to the judge's training documents."""
         mine = set(self.kept["documents"])
         return [one for one in marked if one in mine]
 
     def windows(self, prompts: Sequence[str], texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """(prompt, continuation) in the judge's tokens, cut to its context: prompts at their front, a continuation that by
-        itself fills it at its end.
+        """(prompt, continuation) in the judge's tokens, cut to its context: a prompt loses its beginning; a continuation
+        that alone fills the context loses its end.
 
-        Prompt and continuation are tokenised by themselves, real text as well as generated, so that scores compare.
+        Prompt and continuation are tokenised separately, for real and for generated text, so that scores are comparable.
         """
         encode, room = self.tokenizer.encode_batch, self.model.config.max_seq_len
         cut = []

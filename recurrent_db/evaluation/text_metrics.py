@@ -1,15 +1,15 @@
 """Measures of generated text that likelihood misses: variety, repetition, MAUVE, and their intervals.
 
-All are functions of texts as token ids (or of their features) and of nothing else. Which tokens is the caller's choice;
-texts of several models are comparable where all of them are cut by one tokenizer.
+All are functions of texts as token ids, or of their features. The caller chooses the tokens; texts of several models are
+comparable if one tokenizer cuts all of them.
 
 - `distinct`: distinct n-grams over all n-grams of a set of texts (Li et al., arXiv 1510.03055). It falls with the size of
-  the set, so only sets of as many texts of the same length compare.
+  the set, so compare only sets of equally many texts of equal length.
 - `repetition`: the share of a text's 4-grams that occurred before in the same text, seq-rep-4 of Welleck et al. (arXiv
   1908.04319).
 - `mauve_score`: the area under the divergence curve of two sets of texts (Pillutla et al., arXiv 2102.01454), from
-  given features. Its value depends on the features and on the number of texts, so it compares with nobody else's.
-- `interval`: 95 percent by resampling halves.
+  given features. Its value depends on the features and on the number of texts, so published values are not comparable.
+- `interval`: 95 percent intervals by resampling halves.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DISTINCT = (1, 2, 4)
 """Orders n of distinct-n."""
 
 DISTINCT_MARGIN = 0.03
-"""A row is ranked where its distinct-2 is this near to that of real text: below are repetitions, above is noise."""
+"""A row is ranked if its distinct-2 is this near to real text's: below it text repeats itself, above it text is noise."""
 
 
 def ngrams(texts: Sequence[Sequence[int]], n: int) -> list[NDArray[np.int64]]:
-    """Each text's n-grams in order, as numbers that are equal where the n-grams are."""
+    """Each text's n-grams in order, as numbers: equal n-grams have equal numbers."""
     numbers: dict[tuple[int, ...], int] = {}
     return [
         np.array(
@@ -52,13 +52,13 @@ def ngrams(texts: Sequence[Sequence[int]], n: int) -> list[NDArray[np.int64]]:
 
 
 def distinct_share(numbered: Sequence[NDArray[np.int64]]) -> float:
-    """Distinct numbers over all numbers, over all arrays together; NaN where there is none."""
+    """Number of distinct values over number of values, all arrays together; NaN without values."""
     together = np.concatenate(numbered) if numbered else np.empty(0)
     return len(np.unique(together)) / len(together) if len(together) else float("nan")
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of ``texts``; no n-gram spans two texts. NaN where there is none."""
+    """Distinct n-grams over all n-grams of ``texts``; no n-gram spans two texts. NaN without n-grams."""
     return distinct_share(ngrams(texts, n))
 
 
@@ -87,7 +87,7 @@ def _compute_mauve() -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what faiss prints to standard error from C++ each time that clusters are small."""
+    """Drop the warning about small clusters that faiss prints to standard error from C++."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -100,7 +100,7 @@ def _quiet() -> Iterator[None]:
 
 
 def mauve_score(p_ND: NDArray[Any], q_ND: NDArray[Any], buckets: int | None = None, restarts: int = 5) -> float:
-    """MAUVE of two sets of features, in (0, 1]; 1 where they fall alike. The library's own settings and seed.
+    """MAUVE of two sets of features, in (0, 1]; 1 for equal distributions. The library's own settings and seed.
 
     Args:
         p_ND, q_ND: one row a text; the sets may differ in size.
@@ -121,7 +121,7 @@ def mauve_score(p_ND: NDArray[Any], q_ND: NDArray[Any], buckets: int | None = No
 
 
 def mauve_buckets(texts: int) -> int:
-    """The number of clusters that the library takes for sets of so many texts."""
+    """The library's number of clusters for sets of ``texts`` texts."""
     return max(2, round(texts / 10))
 
 
@@ -132,17 +132,17 @@ def mauve_buckets(texts: int) -> int:
 def half_samples(count: int, resamples: int, seed: int = 0) -> list[NDArray[np.int64]]:
     """Random halves of range(count), each drawn without replacement.
 
-    The mean over half of a sample, drawn without replacement, strays from the mean over all of it as much as that strays
-    from the truth: sigma^2 / (n/2) (1 - 1/2) = sigma^2 / n. So halves do what bootstrap samples do, and hold nothing
-    twice: a text drawn twice would be repetition to `distinct`, and a difference between two sets to MAUVE.
+    The mean over a random half varies around the sample's mean as much as the sample's mean varies around the truth:
+    sigma^2 / (n/2) (1 - 1/2) = sigma^2 / n. Halves therefore replace bootstrap samples, and hold no text twice: `distinct`
+    would count a second copy as repetition, and MAUVE as a difference between two sets.
     """
     rng = np.random.default_rng(key("halves", seed))
     return [np.sort(rng.permutation(count)[: count // 2]) for _ in range(resamples)]
 
 
 def interval(value: float, halves: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of ``value`` from its values on `half_samples`: their quantiles, moved so that their mean is
-    ``value``, since measures that depend on the size of the set are others on half of it. NaN without halves."""
+    """The interval of ``value``: quantiles of its values on `half_samples`, shifted so that their mean is ``value``, because
+    some measures depend on the size of the set. NaN without halves."""
     finite = np.array([half for half in halves if np.isfinite(half)])
     if not len(finite):
         return float("nan"), float("nan")
@@ -157,7 +157,7 @@ def interval(value: float, halves: Sequence[float], level: float = 0.95) -> tupl
 
 @dataclass(frozen=True)
 class Measures:
-    """The measures of some sets of texts by name, and their 95 percent intervals; a name is absent where it has no value."""
+    """Measures of sets of texts by name, and their 95 percent intervals. A measure without a value is left out."""
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -166,14 +166,13 @@ class Measures:
 def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequence[NDArray[np.int64]]) -> Measures:
     """Measure J sets of N texts, text i of each set being a continuation of prompt i.
 
-    Perplexity and bits per byte pool all sets; repetition is the mean over texts; distinct-n and MAUVE, which depend on the
-    size of a set, are means over the sets, so that rows with several continuations of a prompt compare with real text,
-    which has one.
+    Perplexity and bits per byte pool all sets. Repetition is the mean over texts. Distinct-n and MAUVE depend on the
+    size of a set, so they are means over the sets: several continuations of a prompt then compare with real text's one.
 
     Args:
-        readings: the judge's, one for each set.
-        reference: the judge's reading of real continuations; without it there is no MAUVE. ``mauve`` is that of the last
-            token's features, as its authors have it, ``mauve_mean`` that of their mean over the continuation.
+        readings: the judge's reading of each set.
+        reference: the judge's reading of real continuations; without it there is no MAUVE. ``mauve`` takes the last
+            token's features, as its authors do; ``mauve_mean`` their mean over the continuation.
         halves: `half_samples` of the N prompts.
     """
     nats_JN, tokens_JN, bytes_JN = (

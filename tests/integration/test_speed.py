@@ -23,7 +23,7 @@ from torch.profiler import record_function
 
 from recurrent_db.accounting.flops import Passes
 from recurrent_db.accounting.hardware import attainable_flops
-from recurrent_db.accounting.llama_reference import build_reference, reference_flops
+from recurrent_db.accounting.llama_reference import build_llama, llama_flops
 from recurrent_db.accounting.profiling import GROUPS, OTHER, group_of, time_split
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM
@@ -289,14 +289,14 @@ def test_memory_that_does_not_hold_a_batch(speed: ModuleType) -> None:
 def test_the_reference_is_the_flat_models_size_and_counted_whole() -> None:
     pytest.importorskip("transformers", reason=WHY)
     config = micro_config("--model.vocab_size", 61)
-    model, reference = config.model, build_reference(config)
+    model, reference = config.model, build_llama(config)
     layers, width = model.n_prelude + model.n_core + model.n_coda, model.d_model
     weights = layers * (4 * width**2 + 3 * width * model.d_mlp) + model.vocab_size * width
     norms = (2 * layers + 1) * width
     assert sum(p.numel() for p in reference.parameters()) == weights + norms
     assert {p.dtype for p in reference.parameters()} == {torch.float32}
     length = config.data.sequence_length
-    counted = reference_flops(reference, torch.zeros(1, length, dtype=torch.long))
+    counted = llama_flops(reference, torch.zeros(1, length, dtype=torch.long))
     assert counted == 6 * weights + 12 * length * width * layers
     assert all(p.grad is None for p in reference.parameters())
     # As many matrix entries as the looped model has besides its adapter.
