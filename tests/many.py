@@ -33,7 +33,7 @@ def _main(module: str, name: str, arguments: tuple[Any, ...], environment: dict[
 def train(words: list[str]) -> None:
     """What `python train/pretrain.py WORDS` does."""
     from recurrent_db.arguments import run_and_exit
-    from recurrent_db.distributed.team import report_lost
+    from recurrent_db.distributed.watchdog import report_lost
 
     script = load_script("train/pretrain.py")
     run_and_exit(lambda: report_lost(lambda: script.train(*script.arguments(words))))

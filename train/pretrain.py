@@ -34,7 +34,9 @@ from recurrent_db.arguments import run_and_exit
 from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.data.tokenizer import Tokenizer
-from recurrent_db.distributed.team import Team, job_identity, report_lost, restarted
+from recurrent_db.distributed.rendezvous import job_identity, restarted
+from recurrent_db.distributed.team import Team
+from recurrent_db.distributed.watchdog import report_lost
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_links, locked, write_atomic

@@ -1,20 +1,20 @@
 """Several processes that train one model, on PyTorch's own engine: torch.distributed, DDP, FSDP2.
 
-`Team` is all that the trainer knows of it; a team of one does nothing. What makes several processes the same run as one:
+The trainer knows several processes only as a `Team`; a team of one does nothing. Several processes give the same run as
+one, because
 
-- each reads its own part of every batch, and noise is drawn by a sample's place in the run, so nothing that is drawn
-  depends on who draws it;
-- a micro-batch's loss weighs as many sequences as it has of the whole batch, and gradients, losses and metrics are summed
-  over processes, as is what an objective learns on the way;
-- gradients are clipped by their norm over all processes, so that whether a step is skipped is the same everywhere;
-- when to stop, and every fact about the disk, is decided in one place and told to all.
+- each reads its own part of every batch, and noise depends on a sample's place in the run, not on who draws it;
+- a micro-batch's loss has the weight of its sequences in the whole batch, and gradients, losses, metrics and what an
+  objective learns are summed over processes;
+- gradients are clipped by their norm over all processes, so all agree on whether a step is skipped;
+- the first process decides when to stop and what is on the disk, and tells the others.
 
-`ddp`: every process holds the model, gradients are averaged while the backward runs. `fsdp`: parameters, gradients and
-optimizer state are sharded (FSDP2, DTensor). Its units are the blocks of prelude and coda, one each; the core, all its
-blocks and its adapter, as one, which is gathered once for all K iterations and kept until their backward; and the rest:
-embedding, final norm, noise embedding.
+`ddp`: every process holds the model, and gradients are averaged during the backward. `fsdp`: parameters, gradients and
+optimizer state are sharded (FSDP2, DTensor). Its units are each block of prelude and coda; the whole core with its adapter,
+which is gathered once for all K iterations and kept until their backward; and the rest: embedding, final norm, noise
+embedding.
 
-A process that stops answering ends the run with an error that names it: see `Watch`.
+A process that stops answering ends the run with an error that names it: see `watchdog`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import socket
-import sys
-import threading
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -38,6 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recurrent_db.config import WALKS, Config, ParallelConfig
+from recurrent_db.distributed.rendezvous import rendezvous_store
+from recurrent_db.distributed.watchdog import Watchdog
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.model.looped import LoopedLM
@@ -73,22 +69,6 @@ class _Unit(nn.Module):
         return function()
 
 
-def _meeting_place(first: bool, timeout: timedelta) -> Any:
-    """The store in which the processes find each other: torchrun's own, or the first process's.
-
-    torchrun may keep one store over its restarts, where those who are started anew would read the addresses of the dead: so
-    each start has its own part of it. The first process's store is new each time and needs no parts; they would do harm
-    there, since each node counts its own restarts, and one that came back after it was lost counts from 0 again.
-    """
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
-    store = dist.TCPStore(
-        *address, is_master=first and not kept, timeout=timeout, wait_for_workers=False, multi_tenant=True
-    )
-    return dist.PrefixStore(f"recurrent_db/start-{start}", store)
-
-
 class Team:
     """This process among those that train one model. ``rank`` counts from 0, ``device`` is its own."""
 
@@ -98,7 +78,7 @@ class Team:
         """A gloo group for what the host must know: small CPU tensors, and never a wait for the device."""
         self.saving: Any = None
         """Another one, which checkpoints use from their own thread."""
-        self.watch: Watch | None = None
+        self.watchdog: Watchdog | None = None
         self.shard_size = world
         self._unit: Any = None
         self._doing = "starting"
@@ -132,13 +112,13 @@ class Team:
                 raise UserError(f"process {rank} would need GPU {place}; this machine has {torch.cuda.device_count()}")
             device = torch.device("cuda", place if device.index is None or world > 1 else device.index)
             torch.cuda.set_device(device)
-        # The watch speaks first: it knows who is missing.
+        # The watchdog speaks first: it knows who is missing.
         timeout = timedelta(seconds=config.timeout + 60)
         options: dict[str, Any] = {"rank": rank, "world_size": world, "timeout": timeout}
         if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             raise UserError("several processes are started by torchrun, which tells them where to meet")
         try:
-            options["store"] = _meeting_place(rank == 0, timeout) if world > 1 else dist.HashStore()
+            options["store"] = rendezvous_store(rank == 0, timeout) if world > 1 else dist.HashStore()
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"cannot reach the other processes: {error}") from None
@@ -148,7 +128,7 @@ class Team:
         team.shard_size = shard_size
         team.control, team.saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         if world > 1:
-            team.watch = Watch(rank, world, config.timeout)
+            team.watchdog = Watchdog(rank, world, config.timeout)
         return team
 
     def __str__(self) -> str:
@@ -164,8 +144,8 @@ class Team:
             self._asked[0].wait()
         self.beat("leaving")
         dist.barrier(group=self.control)
-        if self.watch is not None:
-            self.watch.stop()
+        if self.watchdog is not None:
+            self.watchdog.stop()
         dist.destroy_process_group()
 
     @property
@@ -175,7 +155,7 @@ class Team:
 
     @property
     def processes(self) -> Processes:
-        """The same processes, to share out a list of work among."""
+        """The same processes, as those that divide a list of work."""
         return Processes(self.rank, self.world, self.control)
 
     def sequences_per_process(self, batch_size: int) -> int:
@@ -240,14 +220,14 @@ class Team:
         return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
 
     def beat(self, what: str) -> None:
-        """Say what this process does now: the watch knows it alive, and what it was at when it was last heard of."""
+        """Tell the watchdog that this process makes progress, and what it does next."""
         self._doing = what
-        if self.watch is not None:
-            self.watch.beat(what)
+        if self.watchdog is not None:
+            self.watchdog.beat(what)
 
     def _beat_within(self, part: str) -> None:
-        if self.watch is not None:
-            self.watch.beat(f"{self._doing}, {part}")
+        if self.watchdog is not None:
+            self.watchdog.beat(f"{self._doing}, {part}")
 
     def beating(self, work: Iterable[T]) -> Iterator[T]:
         """The items of long work, each of which is progress."""
@@ -364,128 +344,3 @@ class Team:
                 unit.reshard()
             for block in (*model.prelude, *model.coda):
                 cast(Any, block).set_reshard_after_forward(True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can go wrong
-
-
-class Watch:
-    """A thread that turns a hang into an error that names the process that the others wait for.
-
-    Every process says at each turn what it does (`beat`); the watch leaves that in the processes' common store. When its own
-    process has made no turn for ``timeout`` seconds it looks at what the others left there: one that leaves nothing
-    any more is stopped or cut off, one that is turns behind is what the others wait for. Then it ends the process, and so
-    torchrun the job, or restarts it.
-    """
-
-    def __init__(self, rank: int, world: int, timeout: float) -> None:
-        self.rank, self.world, self.timeout = rank, world, timeout
-        self.turns, self.what, self.at = 0, "starting", time.monotonic()
-        self.period = min(5.0, timeout / 4)
-        self._ticks = 0
-        self._done = threading.Event()
-        self.store = dist.PrefixStore("watch", _meeting_place(False, timedelta(seconds=60)))
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self._thread.start()
-
-    def beat(self, what: str) -> None:
-        self.turns, self.what, self.at = self.turns + 1, what, time.monotonic()
-
-    def stop(self) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _tell(self) -> None:
-        self._ticks += 1
-        line = f"{self._ticks}\t{self.turns}\t{socket.gethostname()}\t{self.what}"
-        self.store.set(str(self.rank), line)
-
-    def _others(self) -> dict[int, list[str]]:
-        there = [rank for rank in range(self.world) if self.store.check([str(rank)])]
-        return {rank: self.store.get(str(rank)).decode().split("\t", 3) for rank in there}
-
-    def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the job
-            self._tell()
-            while not self._done.wait(self.period):
-                self._tell()
-                if time.monotonic() - self.at > self.timeout:
-                    self._give_up()
-
-    def _give_up(self) -> None:
-        before = self._others()
-        for _ in range(4):  # time for all to tell where they are
-            time.sleep(self.period / 2)
-            self._tell()
-        now = self._others()
-        silent = [rank for rank in range(self.world) if rank not in now or now[rank][0] == before.get(rank, [""])[0]]
-        fewest = min(int(turns) for _, turns, _, _ in now.values())
-        behind = silent or [rank for rank, (_, turns, _, _) in now.items() if int(turns) == fewest]
-        if self.rank == min((rank for rank in now if rank not in silent), default=self.rank):
-            who = "; ".join(
-                f"process {rank} on {now[rank][2]}, last heard of while {now[rank][3]}"
-                if rank in now
-                else f"process {rank}"
-                for rank in behind[:8]
-            )
-            why = (
-                "no answer from"
-                if silent
-                else "all wait for"
-                if len(behind) < self.world
-                else "all are at the same point:"
-            )
-            print(f"error: no progress for {self.timeout:g} seconds (parallel.timeout); {why} {who}", file=sys.stderr)
-            sys.stderr.flush()
-        else:
-            time.sleep(self.period)  # the line first, then the end of the job
-        os._exit(1)
-
-
-_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "Connect", "NCCL", "Socket")
-
-
-def report_lost(action: Callable[[], T]) -> T:
-    """Run ``action``; where it fails because another process is gone, say so in one line and end with status 1. A process of
-    several that fails ends at once, so that the others need not wait for it."""
-    try:
-        return action()
-    except (UserError, SystemExit, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            raise
-        text = " ".join(str(error).split())
-        if isinstance(error, RuntimeError) and any(word in text for word in _LOST):
-            print(
-                f"error (process {dist.get_rank()}): lost contact with another process: {text[:200]}", file=sys.stderr
-            )
-        else:
-            traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Restarts
-
-
-def job_identity() -> dict[str, str] | None:
-    """What stays the same when torchrun restarts its processes: its --rdzv-id where it was given one, else the launcher's
-    process. None without torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run is None:
-        return None
-    if run != "none":
-        return {"run": run}
-    parent = os.getppid()
-    with contextlib.suppress(OSError, IndexError):
-        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
-        return {"host": socket.gethostname(), "launcher": f"{parent}/{started}"}
-    return {"host": socket.gethostname(), "launcher": str(parent)}
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process anew after a failure (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

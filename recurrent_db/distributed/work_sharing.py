@@ -1,7 +1,7 @@
-"""Several processes that share one list of work, as torchrun starts them.
+"""Several processes, as torchrun starts them, that divide one list of work.
 
-Every process holds the whole list, does its share of it, and gets all results. What a process does never depends on how
-many there are, so neither do the numbers.
+Every process holds the whole list, works on its part of it, and gets all results. How an item is computed does not depend
+on the number of processes, so the results do not either.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its like; by itself unless `join` says otherwise."""
+    """The processes that divide a list of work; by default this one alone."""
 
     rank: int = 0
     world: int = 1
@@ -32,7 +32,7 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """The processes that a process group, or torchrun's environment, speaks of. They talk through gloo, on the CPU.
+        """The processes of the process group, or else of torchrun's environment. They communicate through gloo, on the CPU.
 
         Raises:
             UserError: the others cannot be reached.
@@ -43,7 +43,7 @@ class Processes:
             if int(os.environ.get("WORLD_SIZE", "1")) < 2:
                 return cls()
             try:
-                # The slowest process may take long over its share.
+                # The slowest process may take long over its part.
                 dist.init_process_group("gloo", timeout=timedelta(weeks=1))
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"cannot reach the other processes: {error}") from None
@@ -57,9 +57,9 @@ class Processes:
         return work[self.rank :: self.world]
 
     def merge(self, results: Sequence[Any]) -> list[Any]:
-        """The results (JSON values) of the whole list, from every process's results of its share, in its order.
+        """The results (JSON values) of the whole list, in its order, from each process's results of its part.
 
-        All processes must call it. Floats come through exactly.
+        All processes must call it. Floats are exact.
         """
         if self.world == 1:
             return list(results)

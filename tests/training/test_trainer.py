@@ -547,7 +547,7 @@ def test_resume_refuses_another_model(script_here: Run, data: Path, tmp_path: Pa
     train(data, run, "--budget.steps", 2)
     for option, value, message in (
         ("--model.d_mlp", 64, "model.d_mlp was 48 and is now 64"),
-        ("--objective.name", "next_token", "objective.name was denoise and is now next_token"),
+        ("--objective.name", "next_token", "objective.name was one_step and is now next_token"),
         ("--seed", 5, "seed was 0 and is now 5"),
     ):
         told = complain(script_here, *words(data, run, "--budget.steps", 4, option, value), "--resume")
