@@ -1,8 +1,8 @@
-"""What a training run takes: memory, communication and time of a training run before one pays for it.
+"""Plans a training run before one pays for it: memory, communication and time.
 
-Memory is `footprint`'s walk through a step, the deepest that the run's first draws hold. FLOPs are `flops`', the mean over
-the same draws. Time is FLOPs over the GPUs' peak at a stated utilisation, plus communication over a share of the links' line
-rate as if nothing overlapped: a run that hides its communication is faster. Every assumption is printed with the figures.
+Memory is `step_memory`'s, for the deepest of the run's first steps. FLOPs are `flops`', the mean over the same steps. Time
+is FLOPs over the GPUs' peak at a stated utilisation, plus communication over a share of the links' line rate. Nothing
+overlaps in it, so a run that hides its communication is faster. Every assumption is printed with the figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recurrent_db.config import Config
 from recurrent_db.errors import UserError
 
 DRAWS = 1000
-"""Steps whose draws of depth a plan is the mean of."""
+"""First steps of a run whose draws of depth a plan looks at."""
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 USABLE = 0.94
 """Share of a GPU's memory that tensors may fill: the rest is the CUDA context, NCCL's own buffers, and gaps."""
@@ -31,7 +31,7 @@ HOP = 20e-6
 
 
 def find_gpu(name: str) -> tuple[str, Gpu, float]:
-    """The table's name for a GPU, what is known of it, and its peak. Raises `UserError` with a suggestion."""
+    """A GPU's name in the table, its entry, and its peak. Raises `UserError` with a suggestion."""
     known = {key.lower(): key for key in GPUS}
     key = known.get(name.lower().removeprefix("nvidia ").strip())
     if key is None:
@@ -45,14 +45,14 @@ def find_gpu(name: str) -> tuple[str, Gpu, float]:
 
 @dataclass(frozen=True)
 class Collective:
-    """What a step sends of one kind."""
+    """What a step sends by one kind of collective."""
 
     kind: str
     count: int
     bytes: float
-    """Of the tensors, over a step."""
+    """Size of the tensors, over a step."""
     wire_bytes: float
-    """That each GPU sends (and receives)."""
+    """Bytes that each GPU sends (and receives)."""
     seconds: float
 
 
@@ -66,8 +66,8 @@ class Network:
     utilisation: float
 
     def rate(self, group: int, one_per_node: bool = False) -> float:
-        """Of a ring over ``group`` GPUs: within a node its links; over nodes all of a node's network cards together, which
-        its ring's channels share, unless the group has one GPU of each node alone."""
+        """Rate of a ring over ``group`` GPUs. Within a node it is that of the node's links. Across nodes the ring's channels
+        share all network cards of a node; with ``one_per_node``, one GPU of each node, it is one card's."""
         if one_per_node:
             return self.inter * self.utilisation
         across = self.intra if group <= self.per_node else min(self.intra, self.inter * self.per_node)
@@ -83,8 +83,8 @@ class Network:
 def collectives(
     sizes: Sizes, mode: Mode, world: int, shards: int, micro_batches: int, size: int, network: Network
 ) -> list[Collective]:
-    """What a step sends. The core is gathered once for all its iterations and all micro-batches; a block of prelude or coda
-    for the first forward and for each backward; gradients, fp32, are sent once."""
+    """What a step sends. The core is gathered once for all its iterations and all micro-batches. A block of prelude or coda
+    is gathered for the first forward and for each backward. Gradients, fp32, are sent once."""
     if world == 1:
         return []
     if mode == "ddp":
@@ -125,7 +125,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Of a step, nothing overlapping."""
+        """Seconds of a step in which nothing overlaps."""
         return self.compute_seconds + self.communication_seconds
 
     @property
@@ -135,10 +135,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, what they reach, and the network between them."""
+    """GPUs of one kind, the rate they reach, and the network between them."""
 
     name: str
-    """The GPU's, as the table has it."""
+    """The GPU's name in the table."""
     gpu: Gpu
     peak: float
     """Dense bf16 FLOPs per second of one GPU."""
@@ -207,13 +207,13 @@ class Planner:
         return [self.estimate(gpus, mode, shards) for mode, shards in self.modes(gpus)]
 
     def best(self, gpus: int) -> Estimate:
-        """Of the modes that fit the fastest; where none fits, the smallest."""
+        """The fastest mode that fits; if none fits, the smallest."""
         found = self.estimates(gpus)
         fitting = [e for e in found if e.fits]
         return min(fitting, key=lambda e: e.seconds) if fitting else min(found, key=lambda e: e.peak_bytes)
 
     def remedies(self, gpus: int) -> list[str]:
-        """What makes a model fit that does not; each was tried."""
+        """Changes that make the model fit; each was tried."""
         run, data, found = self.config.run, self.config.data, []
         before = run.activation_checkpointing, data.micro_batch_size
         sequences = self.best(gpus).sequences
@@ -235,7 +235,7 @@ class Planner:
         return found
 
     def steps(self) -> float | None:
-        """Optimizer steps of the budget; the limit that is reached first."""
+        """Optimizer steps until the first limit of the budget is reached."""
         budget = self.config.budget
         limits = [(budget.steps, 1.0), (budget.tokens, self.tokens), (budget.flops, self.step_flops)]
         counts = [limit / each for limit, each in limits if limit is not None]
@@ -284,6 +284,35 @@ def table(planner: Planner, gpus: int) -> dict[str, Any]:
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The printed plan
+
+
+def lines(planner: Planner, gpus: int, source: str) -> list[str]:
+    """The printed plan."""
+    config, estimates, best = planner.config, planner.estimates(gpus), planner.best(gpus)
+    return [
+        f"{source}: {config.objective.name} on {gpus} x {planner.cluster.name}, {planner.sizes.total:,} parameters",
+        f"a step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
+        f" {planner.step_flops:.4g} model FLOPs; per GPU {best.micro_batches} micro-batches of {best.sequences}",
+        "",
+        *_memory_lines(planner, gpus, estimates),
+        *_network_lines(estimates),
+        "",
+        *_time_lines(planner, estimates),
+        "",
+        *_scaling_lines(planner),
+        "",
+        *_inference_lines(planner),
+        "",
+        *_assumption_lines(planner),
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
 def duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
         if seconds >= size:
@@ -291,84 +320,100 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def lines(planner: Planner, gpus: int, source: str) -> list[str]:
-    """The printed plan."""
-    config, found, best = planner.config, planner.estimates(gpus), planner.best(gpus)
-    network, steps = planner.cluster.network, planner.steps()
-    gb = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
+def _budget(planner: Planner, estimate: Estimate) -> str:
+    steps = planner.steps()
+    return "none set" if steps is None else duration(steps * estimate.seconds)
+
+
+def _memory_lines(planner: Planner, gpus: int, estimates: list[Estimate]) -> list[str]:
+    """Memory by part and mode, and what would fit if nothing does."""
+    cells = lambda words: "".join(f"{word:>10}" for word in words)  # noqa: E731
     out = [
-        f"{source}: {config.objective.name} on {gpus} x {planner.cluster.name}, {planner.sizes.total:,} parameters",
-        f"a step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
-        f" {planner.step_flops:.4g} model FLOPs; per GPU {best.micro_batches} micro-batches of {best.sequences}",
-        "",
-        "GB per GPU at the peak      " + "".join(f"{e.mode:>10}" for e in found),
+        "GB per GPU at the peak      " + cells(e.mode for e in estimates),
         *(
-            f"  {part:<26}" + "".join(f"{gb(e.memory[part]):>10}" for e in found)
+            f"  {part:<26}" + cells(_gb(e.memory[part]) for e in estimates)
             for part in PARTS
-            if any(e.memory[part] for e in found)
+            if any(e.memory[part] for e in estimates)
         ),
-        "  all                       " + "".join(f"{gb(e.peak_bytes):>10}" for e in found),
-        f"  fits in {gb(USABLE * planner.cluster.gpu.memory)}            "
-        + "".join(f"{'yes' if e.fits else 'no':>10}" for e in found),
+        "  all                       " + cells(_gb(e.peak_bytes) for e in estimates),
+        f"  fits in {_gb(USABLE * planner.cluster.gpu.memory)}            "
+        + cells("yes" if e.fits else "no" for e in estimates),
         "",
-    ]  # fmt: skip
+    ]
+    best = planner.best(gpus)
     if not best.fits:
         remedies = planner.remedies(gpus)
+        told = (
+            f"what fits: {'; or '.join(remedies)}"
+            if remedies
+            else "neither checkpointing, smaller micro-batches nor more GPUs help"
+        )
         out += [
-            f"does not fit on {gpus} x {planner.cluster.name}: {gb(best.peak_bytes)} GB in its smallest mode; "
-            + (f"what fits: {'; or '.join(remedies)}" if remedies else "neither checkpointing, smaller"
-            " micro-batches nor more GPUs help"),
+            f"does not fit on {gpus} x {planner.cluster.name}: {_gb(best.peak_bytes)} GB in its smallest mode; {told}",
             "",
-        ]  # fmt: skip
-    out.append(f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}")
-    for e in found:
+        ]
+    return out
+
+
+def _network_lines(estimates: list[Estimate]) -> list[str]:
+    out = [f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}"]
+    for e in estimates:
         out += [
             f"{e.mode:<14}{c.kind:<16}{c.count:>7}{c.bytes / 1e9:>10.2f}{c.wire_bytes / 1e9:>16.2f}{c.seconds:>10.4f}"
             for c in e.collectives
         ] or [f"{e.mode:<14}nothing"]
-    out += ["", f"{'time':<14}{'compute s':>12}{'network s':>12}{'its share':>11}{'tokens/s':>14}{'budget':>16}"]
-    for e in found:
-        whole = "none set" if steps is None else duration(steps * e.seconds)
+    return out
+
+
+def _time_lines(planner: Planner, estimates: list[Estimate]) -> list[str]:
+    out = [f"{'time':<14}{'compute s':>12}{'network s':>12}{'its share':>11}{'tokens/s':>14}{'budget':>16}"]
+    for e in estimates:
         out.append(
             f"{e.mode:<14}{e.compute_seconds:>12.3f}{e.communication_seconds:>12.4f}{e.communication_share:>11.1%}"
-            f"{planner.tokens / e.seconds:>14,.0f}{whole:>16}"
+            f"{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
         )
-    out += [
-        "",
+    return out
+
+
+def _scaling_lines(planner: Planner) -> list[str]:
+    """The best mode on each number of GPUs."""
+    out = [
         "from 1 to 1,024 GPUs, the fastest mode that fits",
         f"{'GPUs':>6} {'mode':<6}{'fits':>5}{'GB per GPU':>12}{'micro':>9}{'network':>9}{'tokens/s':>14}{'budget':>16}",
     ]
     for n in COUNTS:
         if not planner.divides(n):
-            out.append(f"{n:>6} data.batch_size = {config.data.batch_size} does not divide among them")
+            out.append(f"{n:>6} data.batch_size = {planner.config.data.batch_size} does not divide among them")
             continue
         e = planner.best(n)
-        whole = "none set" if steps is None else duration(steps * e.seconds)
         out.append(
-            f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{gb(e.peak_bytes):>12}{e.micro_batches:>5} x {e.sequences:<2}"
-            f"{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{whole:>16}"
+            f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{_gb(e.peak_bytes):>12}{e.micro_batches:>5} x {e.sequences:<2}"
+            f"{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
         )
+    return out
+
+
+def _inference_lines(planner: Planner) -> list[str]:
     cache = ", ".join(f"K={k}: {size / 1e9:.3g} GB" for k, size in planner.cache_bytes().items())
-    deepest = planner.deepest
-    out += [
-        "",
-        f"inference: a bfloat16 key-value cache of {config.model.max_seq_len:,} tokens, for each sequence: {cache}",
-        "",
+    length = planner.config.model.max_seq_len
+    return [f"inference: a bfloat16 key-value cache of {length:,} tokens, for each sequence: {cache}"]
+
+
+def _assumption_lines(planner: Planner) -> list[str]:
+    deepest, cluster, network = planner.deepest, planner.cluster, planner.cluster.network
+    return [
         "assumed:",
-        f"- memory: {planner.cluster.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
+        f"- memory: {cluster.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
         f" deepest of {DRAWS} drawn steps"
         f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
         f"{' bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
-        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its"
-        " iterations and held until"
-        " the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in fp32, and"
-        " held whole until then where there is more than one micro-batch",
-        f"- compute: {planner.cluster.mfu:.0%} of {planner.cluster.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
+        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its iterations and held"
+        " until the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in"
+        " fp32, and held whole until then where there is more than one micro-batch",
+        f"- compute: {cluster.mfu:.0%} of {cluster.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
         f" the mean of the drawn depths",
         f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node},"
-        f" {network.inter / 1e9:g} GB/s between them,"
-        f" {network.utilisation:.0%} of it reached, {HOP * 1e6:.0f} us for each doubling of GPUs in each"
-        f" collective; nothing overlaps",
+        f" {network.inter / 1e9:g} GB/s between them, {network.utilisation:.0%} of it reached,"
+        f" {HOP * 1e6:.0f} us for each doubling of GPUs in each collective; nothing overlaps",
         "- evaluation, checkpoints and the update's own time are not counted",
     ]
-    return out
