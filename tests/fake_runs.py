@@ -11,11 +11,12 @@ import numpy as np
 
 from recurrent_db.accounting.flop_count import FlopCount
 from recurrent_db.accounting.flops import step_cost
-from recurrent_db.config import Config, resolve, to_dict
+from recurrent_db.config import Config, resolve
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
+from recurrent_db.schema import to_dict
 
 OBJECTIVES = ("denoise", "unrolled", "next_token")
 
@@ -23,7 +24,7 @@ OBJECTIVES = ("denoise", "unrolled", "next_token")
 def fake_config(objective: str = "next_token", steps: int = 200) -> Config:
     """A tiny run's configuration, resolved as training saves it."""
     config = Config()
-    config.objective.name = objective  # type: ignore[assignment]
+    config.objective.name = objective
     config.model.vocab_size = 512
     config.objective.unrolled.mean_depth, config.objective.unrolled.truncation = 8, 4
     config.budget.steps = float(steps)

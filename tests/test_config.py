@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_db.config import Config, config_from_json, from_dict, load_config, to_dict
+from recurrent_db.config import DenoisePaperConfig, config_from_json, load_config, rows_of_vocabulary
 from recurrent_db.errors import UserError
+from recurrent_db.schema import to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))
 
@@ -16,7 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_parse_and_survive_json(path: Path) -> None:
     config = load_config(path)
-    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+    assert config_from_json(json.dumps(to_dict(config)), "") == config
 
 
 def test_every_preset_is_there() -> None:
@@ -105,14 +106,20 @@ def test_flags_need_no_value() -> None:
 
 
 def test_the_paper_preset_fixes_the_constants() -> None:
-    denoise = load_config(None, ["--objective.name", "denoise_paper"]).objective.denoise
+    denoise = load_config(None, ["--objective.name", "denoise_paper"]).objective.own
+    assert isinstance(denoise, DenoisePaperConfig)
     assert (denoise.p_mean, denoise.p_std, denoise.sigma_min, denoise.sigma_max) == (-1.2, 1.2, 0.002, 80.0)
-    assert (denoise.sd, denoise.atom) == (0.5, 0.0)
+    assert (denoise.sd, denoise.atom, denoise.mute) == (0.5, 0.0, False)
 
 
-def test_the_paper_preset_refuses_other_constants() -> None:
-    with pytest.raises(UserError, match=r"objective.denoise.sd = 0.25 contradicts .* fixes it at 0.5"):
-        load_config(None, ["--objective.name", "denoise_paper", "--objective.denoise.sd", "0.25"])
+def test_the_paper_preset_has_choices_and_refuses_other_constants(tmp_path: Path) -> None:
+    config = load_config(None, ["--objective.name", "denoise_paper", "--objective.denoise_paper.grid", "karras"])
+    assert (config.objective.denoise_paper.grid, config.objective.denoise.grid) == ("karras", "equal-probability")
+    (tmp_path / "c.toml").write_text('[objective]\nname = "denoise_paper"\n[objective.denoise_paper]\np_mean = 0.1')
+    with pytest.raises(UserError, match=r"did you mean 'objective.denoise.p_mean'\?"):
+        load_config(tmp_path / "c.toml")
+    with pytest.raises(UserError, match=r"objective.denoise_paper.p_mean"):
+        load_config(None, ["--objective.denoise_paper.p_mean", "0.1"])
 
 
 def test_a_density_without_mass_is_refused() -> None:
@@ -125,9 +132,19 @@ def test_an_option_without_its_value_is_not_taken_for_a_flag() -> None:
         load_config(None, ["--data.path", "--seed", "2"])
 
 
-def test_noise_conditioning_follows_the_objective() -> None:
-    assert load_config(None, ["--objective.name", "next_token"]).model.noise_conditioning is False
-    assert load_config(None, ["--objective.name", "denoise"]).model.noise_conditioning is True
+@pytest.mark.parametrize(
+    ("name", "conditioned", "silent", "rows"),
+    [("next_token", False, False, 9), ("unrolled", False, False, 9), ("one_step", False, True, 9),
+     ("denoise", True, False, 9), ("denoise_paper", True, False, 9), ("masked", True, False, 10)],
+)  # fmt: skip
+def test_the_model_follows_the_objective(name: str, conditioned: bool, silent: bool, rows: int) -> None:
+    options = ["--model.n_blocks", "1", "--model.n_prelude", "0", "--model.n_coda", "0"] if name == "masked" else []
+    config = load_config(None, ["--objective.name", name, *options])
+    for again in (config, config_from_json(json.dumps(to_dict(config)), "")):
+        assert (again.model.noise_conditioning, again.model.silent_state) == (conditioned, silent)
+        assert rows_of_vocabulary(again, 9) == rows
+    assert "noise_conditioning" not in to_dict(config)["model"]
+    assert not {"next_token", "masked"} & set(to_dict(config)["objective"])
 
 
 def test_saved_configuration_that_is_none_is_refused() -> None:

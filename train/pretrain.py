@@ -31,7 +31,7 @@ from recurrent_db.accounting.hardware import (
 )
 from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.arguments import run_and_exit
-from recurrent_db.config import WALKS, Config, load_config, rows_of_vocabulary, to_dict
+from recurrent_db.config import Config, load_config, rows_of_vocabulary
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.distributed.rendezvous import job_identity, restarted
@@ -47,6 +47,7 @@ from recurrent_db.objectives.blocks import freeze_shared
 from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
+from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import Checkpoint, build_saver, load_checkpoint
 from recurrent_db.store.folder import clean_leftovers, find_checkpoint, list_checkpoints
 from recurrent_db.store.loading import check_owner, start_from
@@ -190,7 +191,7 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
         head_size=config.model.d_model // config.model.n_heads,
         documents=config.data.document_mask,
-        two_stream=config.objective.name in WALKS and config.objective.denoise.conditioning == "two-stream",
+        two_stream=getattr(config.objective.own, "conditioning", "") == "two-stream",
     )
     attention, attention_line = choose(config.run.attention, need)
     objective = build_objective(config)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recurrent_db.config import Config, to_dict
+from recurrent_db.config import Config
 from recurrent_db.data import DataWriter, document, load_tokenizer, open_data
 from recurrent_db.errors import UserError
+from recurrent_db.schema import to_dict
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 

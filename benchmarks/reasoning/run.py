@@ -36,7 +36,7 @@ from benchmarks.slices import ROOT
 from recurrent_db.accounting.flops import step_cost
 from recurrent_db.accounting.hardware import choose_device
 from recurrent_db.arguments import parse_ints, run_command
-from recurrent_db.config import WALKS, Config, load_config
+from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
@@ -90,7 +90,7 @@ def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budg
         "--optim.lr", f"{rate:g}", "--budget.flops", f"{budget:g}",
     ]  # fmt: skip
     config = load_config(ROOT / "train/configs/tiny.toml", [str(word) for word in words])
-    if config.objective.name in WALKS and config.objective.denoise.neighbours == "known":
+    if getattr(config.objective.own, "neighbours", "own") == "known":
         raise UserError(
             "objective.denoise.neighbours = known puts the next token where these tasks have another answer"
         )

@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from benchmarks.reliability.fuzz_inputs import altered, as_json, damaged, number, text, value
 from recurrent_db.accounting.flops import step_cost
-from recurrent_db.config import Config, config_from_json, from_dict, load_config, read_toml, resolve, to_dict, validate
+from recurrent_db.config import Config, config_from_json, load_config, resolve, validate
 from recurrent_db.data import DataWriter, Loader, document, load_tokenizer, open_data, validation_batches
 from recurrent_db.data.sources import ReadOptions, read_documents, split_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates, train
@@ -41,6 +41,7 @@ from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import ACTIONS, ALIASES, VALUES, Session
 from recurrent_db.report.data import merge_baselines, read_run
 from recurrent_db.rng import Rng
+from recurrent_db.schema import from_dict, read_toml, to_dict
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
 from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.loading import load as load_run

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recurrent_db.config import WALKS, Config, ParallelConfig
+from recurrent_db.config import Config, ParallelConfig
 from recurrent_db.distributed.rendezvous import rendezvous_store
 from recurrent_db.distributed.watchdog import Watchdog
 from recurrent_db.distributed.work_sharing import Processes
@@ -246,11 +246,6 @@ class Team:
                 f"parallel.mode = {self.mode}: a model in blocks trains each block in a process of its own,"
                 " which share nothing (train/launch/blocks.sh)"
             )
-        if config.objective.name not in WALKS:
-            # Made for another objective: nobody would ever give them a gradient, and gradients are waited for.
-            for unread in (model.noise_embedding, model.target_embedding):
-                if unread is not None:
-                    unread.requires_grad_(False)
         unit = _Unit(model)
         if self.mode == "ddp":
             # The graph is the same at every step: how often the core is run does not change who gets a gradient.

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from recurrent_db.config import Config, to_dict
+from recurrent_db.config import Config
 from recurrent_db.data.byte_level_tokenizer import unwrap
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.noise import PiecewiseLogUniform
@@ -23,6 +23,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import new_file_mode
 from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.recurrence.walk import DenoiseWalk, PlainRecurrence
+from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.loading import warn_of_untrained_core
@@ -85,7 +86,7 @@ def hf_config(
         "dtype": "float32",
         **{theirs: getattr(model, ours) for theirs, ours in SHAPE.items()},
         "noise_features": model.d_condition if model.noise_conditioning else 0,
-        "separate_targets": bool(model.separate_targets),
+        "separate_targets": model.separate_targets,
         "num_recurrence": k or default_k,
         "initial_state": "noise" if isinstance(recurrence, DenoiseWalk) else recurrence.initial,
         "seed": seed,

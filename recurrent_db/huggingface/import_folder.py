@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, to_dict, validate
+from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, validate
 from recurrent_db.data.byte_level_tokenizer import wrap
 from recurrent_db.data.tokenizer import Tokenizer, check_lossless
 from recurrent_db.errors import UserError
@@ -37,6 +37,7 @@ from recurrent_db.model.layers import rope_table
 from recurrent_db.model.looped import LoopedLM, build_model
 from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.optim.optimizer import build_optimizer
+from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import save_checkpoint
 from recurrent_db.store.train_state import TrainState
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from recurrent_db.accounting.flops import Passes, step_cost
-from recurrent_db.config import WALKS, Config
+from recurrent_db.config import Config, DenoiseConfig
 from recurrent_db.errors import UserError
 from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
 from recurrent_db.objectives.blocks import BlockDenoise
@@ -30,7 +30,7 @@ OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
 
 def build_objective(config: Config) -> Objective:
     """The objective that ``config.objective.name`` names; for a model in blocks its form for them."""
-    if config.model.n_blocks and config.objective.name in WALKS:
+    if config.model.n_blocks and isinstance(config.objective.own, DenoiseConfig):
         return BlockDenoise(config)
     return OBJECTIVES[config.objective.name](config)
 

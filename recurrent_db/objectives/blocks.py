@@ -29,7 +29,7 @@ from recurrent_db.denoise.sampler import EVALUATIONS
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
-from recurrent_db.objectives.denoise import Denoise, noised
+from recurrent_db.objectives.denoise import Denoise, noised, own_section
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
@@ -40,7 +40,7 @@ HELD_OUT_LEVELS = 4
 def noise_partition(config: Config) -> Partition:
     """Which block has which noise level. A density that is fitted in training is fitted within each block's range, which
     does not move: the ranges are cut by the log-uniform law where ``density`` is that, else by the log-normal."""
-    denoise = config.objective.denoise
+    denoise = own_section(config)
     ends = denoise.sigma_min, denoise.sigma_max
     law = LogUniform(*ends) if denoise.density == "log-uniform" else LogNormal(denoise.p_mean, denoise.p_std, *ends)
     return Partition.cut(law, config.model.n_blocks, config.blocks.gamma, config.blocks.partition == "uniform")
@@ -105,11 +105,10 @@ class BlockDenoise(NeverGrows):
     def _denoise(self, block: int) -> Denoise:
         """`denoise` on the block's range. The atom at sigma_max is the first block's."""
         low, high = self.partition.range_of(block)
-        part = dataclasses.replace(
-            self.config.objective.denoise, sigma_min=low, sigma_max=high,
-            atom=self.config.objective.denoise.atom if block == 1 else 0.0,
-        )  # fmt: skip
-        objective = dataclasses.replace(self.config.objective, denoise=part)
+        whole, name = own_section(self.config), self.config.objective.name
+        part = dataclasses.replace(whole, sigma_min=low, sigma_max=high, atom=whole.atom if block == 1 else 0.0)
+        changed: dict[str, Any] = {name: part}
+        objective = dataclasses.replace(self.config.objective, **changed)
         return Denoise(dataclasses.replace(self.config, objective=objective))
 
     @property
@@ -117,7 +116,7 @@ class BlockDenoise(NeverGrows):
         first = next(iter(self.blocks.values()))
         whole = Denoise(self.config).density  # the whole range's; a fitted one is each block's own
         return BlockWalk(
-            whole, first.precond, self.config.objective.denoise, partition=self.partition,
+            whole, first.precond, own_section(self.config), partition=self.partition,
             layers=tuple(self.config.model.block_layers),
         )  # fmt: skip
 
@@ -177,7 +176,7 @@ class BlockDenoise(NeverGrows):
         if block == 1:  # where z says nothing: the likelihood at sigma_max
             levels.append(self.partition.edges[0])
         sums, rng, count = dict.fromkeys(levels, 0.0), Rng(seed, EVALUATION_STEP), 0
-        device, norm = model.embedding.weight.device, self.config.objective.denoise.target_norm
+        device, norm = model.embedding.weight.device, own_section(self.config).target_norm
         for batch in batches:
             batch = batch.to(device)
             visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recurrent_db.accounting.flops import Passes
-from recurrent_db.config import Config
+from recurrent_db.config import Config, DenoiseConfig
 from recurrent_db.data import Batch
 from recurrent_db.denoise.noise import AdaptiveFit, build_density, draw_sigma, share_below, sigma_star
 from recurrent_db.denoise.precond import Precond
@@ -47,11 +47,18 @@ def noised(rows_BTD: Tensor, eps_BTD: Tensor, sigma_Bs: Tensor, norm: float) -> 
     return y_BTD, torch.addcmul(y_BTD, sigma_Bs[..., None], eps_BTD)
 
 
+def own_section(config: Config) -> DenoiseConfig:
+    """The options of a run whose objective denoises the token."""
+    section = config.objective.own
+    assert isinstance(section, DenoiseConfig)
+    return section
+
+
 class Denoise(NeverGrows):
     """The published method, with its choices as options (config.DenoiseConfig)."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.length = config.objective.denoise, config.data.sequence_length
+        self.config, self.length = own_section(config), config.data.sequence_length
         self.density = build_density(self.config)
         self.fit = AdaptiveFit(self.config.sigma_min, self.config.sigma_max)
         self.tally: Tensor | None = None

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recurrent_db.config import Config, to_dict
+from recurrent_db.config import Config
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, file_digest, is_altered, new_file_mode, read_json, sealed
+from recurrent_db.schema import to_dict
 from recurrent_db.store.train_state import TrainState, write_state
 
 MANIFEST = "manifest.json"

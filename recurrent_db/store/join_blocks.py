@@ -22,13 +22,14 @@ from torch import Tensor
 
 from recurrent_db.accounting.flop_count import FlopCount
 from recurrent_db.accounting.memory_split import tensor_bytes
-from recurrent_db.config import Config, to_dict, validate
+from recurrent_db.config import Config, validate
 from recurrent_db.errors import UserError
 from recurrent_db.files import locked, read_json, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
 from recurrent_db.store.folder import content_hash, find_checkpoint
 from recurrent_db.store.metrics import counted_where, read_metrics

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from recurrent_db.accounting.hardware import choose_device
-from recurrent_db.config import WALKS, Config, validate
+from recurrent_db.config import Config, DenoiseConfig, validate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.model.blocks_lm import BlocksLM, plain_weights
@@ -50,10 +50,10 @@ def load_with_config(
     config = checkpoint.config()
     chosen = {name: value for name, value in (walk or {}).items() if value is not None}
     if chosen:
-        if config.objective.name not in WALKS:
+        if not isinstance(config.objective.own, DenoiseConfig):
             raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
         for name, value in chosen.items():
-            setattr(config.objective.denoise, name, value)
+            setattr(config.objective.own, name, value)
         validate(config)
     weights, shape, source = checkpoint.weights(averaged), config.model, str(checkpoint.path)
     # Before anything is allocated: a configuration may claim any size.

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.accounting.hardware import EnergyMeter, hide_secrets
-from recurrent_db.config import Config, to_dict
+from recurrent_db.config import Config
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
+from recurrent_db.schema import to_dict
 from recurrent_db.store.train_state import TrainState
 
 FINISH_TIMEOUT = 300.0

@@ -10,10 +10,11 @@ from typing import Any
 
 from recurrent_db.accounting.flop_count import FlopCount
 from recurrent_db.accounting.flops import Cost
-from recurrent_db.config import MOST_INTEGER, BudgetConfig
+from recurrent_db.config import BudgetConfig
 from recurrent_db.errors import UserError
 from recurrent_db.files import read_json
 from recurrent_db.optim.schedule import budget_progress
+from recurrent_db.schema import MOST_INTEGER
 
 
 @dataclass

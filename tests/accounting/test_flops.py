@@ -167,8 +167,6 @@ def test_known_neighbours() -> None:
     "options",
     [
         ["next_token"],
-        ["next_token", "--model.noise_conditioning", "True"],  # built, and never run
-        ["unrolled", "--model.noise_conditioning", "True"],
         *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
         ["one_step"],  # its first step, which runs none of the core's blocks
         ["one_step", "--objective.one_step.skip_core", "0"],

@@ -25,13 +25,14 @@ CASES: dict[str, dict[str, str]] = {
     "two-stream": {"conditioning": "two-stream"},
     "separate": {"targets": "separate"},
     "state heun": {"bridge": "state", "sampler": "heun"},
-    "paper": {"atom": "0", "mute": "False", "sd": "0.5"},
+    "paper": {},
 }
 
 
 def model_of(case: str, spread: float = 0.3) -> LoopedLM:
     options = [f"--objective.denoise.{name}={value}" for name, value in CASES[case].items()]
-    return micro_model(micro_config("--objective.name", "denoise", *options), spread=spread)[0]
+    name = "denoise_paper" if case == "paper" else "denoise"
+    return micro_model(micro_config("--objective.name", name, *options), spread=spread)[0]
 
 
 def toy(vocab: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, torch.Generator]:

@@ -130,15 +130,6 @@ def test_shards_in_half_precision_follow_whole_ones(data: Path, tmp_path: Path) 
     assert {t.dtype for t in everything(two).values()} == {torch.float32}
 
 
-@pytest.mark.long
-def test_parameters_that_an_objective_never_reads_are_not_waited_for(data: Path, tmp_path: Path) -> None:
-    options = ["--objective.name", "next_token", "--model.noise_conditioning", "true", "--model.separate_targets", "true",
-               "--budget.steps", 3]  # fmt: skip
-    one = train(data, tmp_path / "one", *options)
-    two = train(data, tmp_path / "two", *options, world=2)
-    assert curve(two) == pytest.approx(curve(one), rel=1e-4)
-
-
 def one_bad_loss(words: list[str]) -> None:
     """The trainer, where the last process's loss is not finite at the third step."""
     script = load_script("train/pretrain.py")

@@ -236,8 +236,8 @@ def test_the_mixture_converges_to_the_exact_integral(monkeypatch: pytest.MonkeyP
     """Vocabulary of 3, one position, 16 noise values: the exact likelihood is a sum. The NLL falls towards it with a
     bias of order 1/M, and at M = 4,096 agrees within three standard errors."""
     config = micro_config("--objective.name", "denoise", "--model.d_model", "8", "--model.n_heads", "1",
-                          "--objective.denoise.sigma_max", "2", "--objective.denoise.mute", "false")  # fmt: skip
-    config.model.vocab_size = 3
+                          "--objective.denoise.sigma_max", "2")  # fmt: skip
+    config.model.vocab_size, config.objective.denoise.mute = 3, False
     model, _ = micro_model(config, vocab_size=3, spread=1.0)
     inputs, targets, k = torch.tensor([[1]]), torch.tensor([[2]]), 2
     monkeypatch.setattr("recurrent_db.evaluation.likelihood.NoiseSource", FiniteNoise)

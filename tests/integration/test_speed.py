@@ -300,7 +300,6 @@ def test_the_reference_is_the_flat_models_size_and_counted_whole() -> None:
     assert counted == 6 * weights + 12 * length * width * layers
     assert all(p.grad is None for p in reference.parameters())
     # As many matrix entries as the looped model has besides its adapter.
-    config.model.noise_conditioning = False
     looped = LoopedLM(config.model)
     entries = sum(p.numel() for name, p in looped.named_parameters() if p.ndim == 2)
     assert entries - 2 * width**2 == weights

@@ -103,9 +103,8 @@ def test_the_noisy_target_fades_with_sigma() -> None:
 
 
 def test_the_trainer_warns_when_most_draws_teach_copying() -> None:
-    config = micro_config("--objective.name", "denoise", "--objective.denoise.sd", "0.5",
-                          "--objective.denoise.target_norm", "5.6", "--objective.denoise.atom", "0",
-                          "--objective.denoise.p_mean", "-1.2")  # fmt: skip
+    config = micro_config("--objective.name", "denoise_paper")
+    config.objective.denoise_paper.sd, config.objective.denoise_paper.target_norm = 0.5, 5.6
     config.model.vocab_size = 61
     lines = build_objective(config).describe(build_model(config.model, 0))
     assert lines[1].startswith("warning: ")
@@ -116,7 +115,7 @@ def test_the_trainer_warns_when_most_draws_teach_copying() -> None:
 
 CHOICES = [
     ("conditioning", "two-stream"), ("loss", "l2"), ("weight", "edm"), ("targets", "separate"), ("density", "adaptive"),
-    ("density", "log-uniform"), ("draw", "token"), ("draw", "batch"), ("mute", "false"), ("sd", "0.5"),
+    ("density", "log-uniform"), ("draw", "token"), ("draw", "batch"),
 ]  # fmt: skip
 
 

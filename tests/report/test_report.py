@@ -14,7 +14,7 @@ from fake_runs import OBJECTIVES, fake_config, fake_run, save
 from helpers import browse
 
 from recurrent_db.commands import report
-from recurrent_db.config import load_config, to_dict
+from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.report import write_report
 from recurrent_db.report.data import (
@@ -29,6 +29,7 @@ from recurrent_db.report.data import (
 from recurrent_db.report.page import POLICY, SECTIONS, Page
 from recurrent_db.report.plots import Plots
 from recurrent_db.report.reach import Reached, choose_levels, reached_at_constant_rate, reached_at_end
+from recurrent_db.schema import to_dict
 
 SCRIPT = "<script>alert(1)</script>"
 
