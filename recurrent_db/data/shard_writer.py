@@ -1,4 +1,4 @@
-"""Writing a data directory of token shards; `shards` describes the format and reads it."""
+"""Writes a data directory of token shards. `shards` describes the format and reads it."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ class _SourceWriter:
 
 
 class DataWriter:
-    """Builds a data directory; a context manager that leaves nothing behind unless `commit` was reached.
+    """Builds a data directory. A context manager: unless `commit` was reached, it leaves nothing behind.
 
-    (A process that is killed outright leaves its half-made ``.NAME.partial-PID`` beside the target; delete it at will.)
+    (A process that is killed leaves its unfinished ``.NAME.partial-PID`` beside the target. It may be deleted.)
 
     Args:
         out: the directory to make; its parents are made as needed.

@@ -53,10 +53,10 @@ def check_source_name(name: str) -> None:
 
 
 class FileArray:
-    """A one-dimensional array in a file; a slice of it (of step 1) is read into a NumPy array of its own.
+    """A one-dimensional array in a file. A slice (of step 1) is read into a new NumPy array.
 
-    It need not fit in memory, and unlike a memory map, which kills the process (SIGBUS) when it is read past the end of a
-    file that was cut short in the meantime, it ends in an error then. A file that was removed is read on.
+    The array need not fit in memory. If the file is cut short while it is open, reading raises an error, where a memory map
+    would kill the process (SIGBUS). A file that was removed can still be read.
 
     Args:
         path: the file, which stays open as long as the array lives.
@@ -158,7 +158,7 @@ class TokenData:
 
     @property
     def where(self) -> str:
-        """What error messages call these data."""
+        """The name of these data in error messages."""
         return f"{self.directory or 'data'} ({self.split})"
 
     @classmethod
@@ -300,7 +300,7 @@ def open_data(
     """Open one split ("train" or "validation") of a data directory; its tokens are read when they are asked for.
 
     Args:
-        expect_tokenizer_hash: refuse data made with another tokenizer than the one of this `Tokenizer.hash`.
+        expect_tokenizer_hash: refuse data made with a tokenizer of another `Tokenizer.hash`.
         verify: compare every file's SHA-256 with the manifest's. Sizes are always compared.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Reading documents: the embedded corpus, files, folders and the Hugging Face hub, as a stream of bounded memory.
+"""Reads documents from the embedded corpus, files, folders and the Hugging Face hub, as a stream in bounded memory.
 
-A source is written ``stdlib``, a FILE, a DIR or ``hf:NAME[:CONFIG[:SPLIT]]``, optionally with a name in front for
-weighting it in a mixture: ``code=stdlib``, ``web=crawl/``.
+A source is written ``stdlib``, a FILE, a DIR or ``hf:NAME[:CONFIG[:SPLIT]]``. A name in front of it, as in
+``code=stdlib`` or ``web=crawl/``, lets a mixture weight it.
 
 - Text (.txt .md .rst .py, and any other file named explicitly): one document per file, or cut at a separator.
 - .jsonl .ndjson: one document per line, the text under a key. .json: such lines, or one list of such objects, of at most
@@ -9,9 +9,9 @@ weighting it in a mixture: ``code=stdlib``, ``web=crawl/``.
 - Each of these also as .gz or .zst, except parquet. A folder is read recursively in order of path; hidden files, and
   files of other kinds, are left out.
 
-Input that is not UTF-8 is decoded with U+FFFD in place of what cannot be read, and counted. A file with a NUL byte in
-its first 8 KiB counts as binary: its NULs are replaced as well. A file of which more than 30 percent would be replaced
-(judged by its first MiB) is skipped. A byte order mark at the start is dropped; nothing else is changed.
+Bytes that are not UTF-8 become U+FFFD, and are counted. A file with a NUL byte in its first 8 KiB counts as binary: its
+NULs are replaced as well. A file is skipped if more than 30 percent of its first MiB would be replaced. A byte order mark
+at the start is dropped. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MAX_DOCUMENT_CHARACTERS = 4 << 20
 """A longer text is cut at a line end into several documents, so that a file of any size streams."""
 
 MAX_LINE_CHARACTERS = 64 << 20
-"""A longer line of JSON is refused, and a longer text without a separator cut: no file, nor what a small one unpacks to,
-fills the memory."""
+"""A longer line of JSON is refused, and a longer text without a separator is cut, so that no file fills the memory, nor what
+a small compressed file unpacks to."""
 
 MAX_TABLE_CHARACTERS = 1 << 28
-"""A larger list in one .json file is refused; lines, and parquet, stream."""
+"""A larger list in one .json file is refused. JSON lines and parquet stream."""
 
 FEW_DOCUMENTS = 64
-"""A source of fewer documents is not split by document: the end of each document is held out instead."""
+"""A source with fewer documents is not split by document: the end of each document is held out instead."""
 
 _BLOCK_BYTES = 1 << 20
 _SNIFF_BYTES = 8 << 10
@@ -183,8 +183,8 @@ def _text_blocks(path: Path, report: ReadReport) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
-    """Join ``blocks`` and cut them at ``separator``; without one, or where none comes for long, into parts that bound the
-    memory."""
+    """Join ``blocks`` and cut them at ``separator``. Without a separator, or in a long text between two, cut parts that fit
+    in memory."""
     most = MAX_LINE_CHARACTERS if separator else MAX_DOCUMENT_CHARACTERS
     buffer = ""
     for block in blocks:

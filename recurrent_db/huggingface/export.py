@@ -1,7 +1,7 @@
-"""``recurrent-db export``: a run as a folder that Hugging Face transformers loads.
+"""Writes a run as a folder that Hugging Face transformers loads.
 
 The folder holds the weights (safetensors), the configuration, the tokenizer, and the files of `exported` that run them,
-so it needs nothing of this package. ``config.json`` also carries the run's own configuration, so that
+so it does not need this package. ``config.json`` also carries the run's own configuration, so that
 `import_folder` brings the folder back. Nothing in it is pickled.
 """
 
@@ -35,7 +35,7 @@ TOKENIZER_CODE = "tokenization_recurrent_db.py"
 
 
 def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
-    """What the exported model needs of a denoiser. Raises `UserError` for what it has no code for."""
+    """What the exported model needs to know of a denoiser. Raises `UserError` for a variant that it has no code for."""
     config, density = walk.config, walk.density
     for name, supported in (("conditioning", ("inject",)), ("neighbours", ("own",)), ("sampler", ("euler",)),
                             ("bridge", ("soft", "hard", "state")),
@@ -59,13 +59,13 @@ SHAPE = {
     "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
     "injection": "injection", "rope_base": "rope_base", "norm_eps": "norm_eps",
 }  # fmt: skip
-"""Keys of config.json and of config.ModelConfig."""
+"""Keys of config.json, and the fields of config.ModelConfig that they stand for."""
 
 
 def hf_config(
     config: Config, recurrence: PlainRecurrence | DenoiseWalk, tokenizer: Tokenizer, k: int, seed: int
 ) -> dict[str, Any]:
-    """``config.json`` of the exported folder, but for ``run``.
+    """``config.json`` of the exported folder, without ``run``.
 
     Raises:
         UserError: for a denoiser that walks in a way which the exported model has no code for.
@@ -127,7 +127,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _without_paths(config: Config) -> dict[str, Any]:
-    """The run's configuration without places on the machine that it was trained on."""
+    """The run's configuration without paths of the machine that it was trained on."""
     values = to_dict(config)
     values["data"]["path"] = values["data"]["val_path"] = values["run"]["dir"] = values["init"]["from"] = ""
     return values

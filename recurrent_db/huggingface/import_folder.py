@@ -1,15 +1,15 @@
-"""``recurrent-db import``: a folder of Hugging Face transformers as a run, to score, to generate and to train on from.
+"""Makes a run from a folder of Hugging Face transformers, to score, to generate and to train on from.
 
-Two formats, told apart by ``model_type`` in ``config.json``:
+``model_type`` in ``config.json`` says which of two formats a folder has:
 
-- ``recurrent_db``: what `hf_export` writes, or what transformers saved after changing it;
+- ``recurrent_db``: what `export` writes, or what transformers saved after changing it;
 - ``huginn_raven``: Huginn (arXiv 2502.05171), as tomg-group-umd/huginn-0125. Its model is this project's: the same fused
   projections (queries, keys, values; gate half first), q/k bias before interleaved RoPE, sandwich norms, adapter on
   [state, e], one final norm used twice, embeddings times sqrt(D), a state of standard deviation sqrt(2/5).
-  Only names and a shape differ.
+  Only names and one shape differ.
 
-The folder is untrusted: none of its code is run or looked at, weights are read from safetensors alone, and every shape is
-compared with the configuration's before anything is allocated.
+The folder is untrusted: its code is neither run nor read, weights come from safetensors only, and every shape is compared
+with the configuration's before anything is allocated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from recurrent_db.store.checkpoint import save_checkpoint
 from recurrent_db.store.train_state import TrainState
 
 MOST_DIMENSIONS = 8
-"""Of a tensor that is read."""
+"""Most dimensions of a tensor that is read."""
 
 _MOST_BYTES = 1 << 28
 """Largest JSON file or tokenizer that is read."""
@@ -92,7 +92,7 @@ def _number(values: dict[str, Any], key: str, kind: type, source: str, default: 
 
 
 def huginn_config(values: dict[str, Any], source: str) -> Config:
-    """The configuration of a run like a Huginn checkpoint's. Raises `UserError`, naming ``source``, for one that this
+    """A run's configuration from that of a Huginn checkpoint. Raises `UserError`, naming ``source``, for one that this
     model does not compute."""
     for key, expected in _HUGINN_FIXED.items():
         if values.get(key, expected) != expected:
@@ -126,7 +126,7 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _huginn_name(name: str) -> str:
-    """What Huginn calls one of our parameters."""
+    """Huginn's name of one of our parameters."""
     fixed = {
         "embedding.weight": "transformer.wte.weight",
         "final_norm.weight": "transformer.ln_f.weight",
@@ -136,10 +136,10 @@ def _huginn_name(name: str) -> str:
 
 
 class Weights:
-    """The tensors of a folder's safetensors files, found by their headers and read one by one.
+    """The tensors of a folder's safetensors files: found by the files' headers, read one by one.
 
     Raises:
-        UserError: no safetensors, an index that names other files or tensors than there are, a damaged file.
+        UserError: no safetensors, an index that does not match the files, a damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -200,8 +200,8 @@ class Weights:
 
 
 def _check_extras(weights: Weights, config: ModelConfig) -> None:
-    """What a Huginn file holds beside the parameters: a copy of the tied embedding, and rotary tables (position, pair,
-    [cos, sin]). They must say what this model computes. Raises `UserError`."""
+    """Check what a Huginn file may hold beside the parameters: a copy of the tied embedding, and rotary tables (position,
+    pair, [cos, sin]). Raises `UserError` unless they are what this model computes with."""
     if "lm_head.weight" in weights.files:
         shape = (config.vocab_size, config.d_model)
         wte = weights.read("transformer.wte.weight")
@@ -256,8 +256,8 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
 
 
 def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a folder: ``tokenizer.model``, or else ``tokenizer.json``, whose special tokens are those of
-    ``tokenizer_config.json`` or of ``config.json`` (``values``). Raises `UserError` where there is none that can be used."""
+    """The tokenizer of a folder: ``tokenizer.model`` if it is there, else ``tokenizer.json``, whose special tokens are named
+    in ``tokenizer_config.json`` or in ``config.json`` (``values``). Raises `UserError` if neither can be used."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         _check_size(model)

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 
 class RecurrentDBConfig(PretrainedConfig):
-    """Shape, and how iterations start. Unlisted keys are those of every configuration.
+    """The model's shape, and how its iterations start. Every key that is not listed is transformers' own.
 
     Args:
         num_recurrence: core iterations K.

@@ -6,17 +6,17 @@
     hidden --the embedding's own table--> logits
 
 The architecture is Huginn's (arXiv 2502.05171). K is ``config.num_recurrence``, or an argument of ``forward`` and
-``generate``. Where K iterations start is ``config.initial_state``:
+``generate``. ``config.initial_state`` says where the K iterations start:
 
 - ``zeros``, or ``random``: a truncated normal, as in Huginn's training;
 - ``noise``: the K iterations are a reverse diffusion over K noise levels (arXiv 2506.14202); K = 1 is the read-out at the
   highest one.
 
-Random starts are a function of (``config.seed``, row of the batch, position), so the same call gives the same answer, alone
-or after a cache, and a text of row 0 is the one that `recurrent_db.generation.generate` gives with that seed.
+Random starts are a function of (``config.seed``, row of the batch, position). The same call therefore gives the same
+answer, with or without a cache, and row 0 is the text that `recurrent_db.generate` gives with that seed.
 
-Every iteration keeps keys and values of its own, so the cache has a layer for each visit of a block and has to be one
-that grows (`DynamicCache`); one cache serves one K.
+Every iteration has its own keys and values, so the cache has one layer for each visit to a block and must be one that
+grows (`DynamicCache`). One cache serves one K.
 
 Shapes: B rows, T positions of a pass, S positions so far, D width, H heads, E head size, V vocabulary.
 """
@@ -55,7 +55,7 @@ def key(*parts: int | str) -> int:
 
 
 class Noise:
-    """fp32 draws for rows at positions, in pages, so that a position's do not depend on the length of the text."""
+    """fp32 random numbers by row and position. They are drawn in pages, so they do not depend on the text's length."""
 
     def __init__(self, seed: int, page: int) -> None:
         self.seed, self.page = seed, page
@@ -85,7 +85,7 @@ class Noise:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What norms and rotations are computed in."""
+    """The dtype that norms and rotations compute in."""
     return torch.promote_types(dtype, torch.float32)
 
 

@@ -1,8 +1,8 @@
 """The tokenizer of a recurrent_db model for Hugging Face transformers: a sentencepiece model with byte fallback, lossless.
 
-Any text comes back exactly, byte for byte, and gets the ids that it was trained with: the model's own normalisation is
-switched off, a literal U+2581 (sentencepiece's mark of a space) is spelled in bytes, and text that looks like a special
-token stays text. This file needs nothing but sentencepiece and transformers.
+Any text comes back byte for byte, and gets the ids of training: the model's own normalisation is switched off, a literal
+U+2581 (sentencepiece's mark of a space) is spelled in bytes, and text that looks like a special token stays text. This
+file needs only sentencepiece and transformers.
 """
 
 from __future__ import annotations
