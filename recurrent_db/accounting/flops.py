@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from recurrent_db.config import Config, ModelConfig
 from recurrent_db.errors import UserError
@@ -108,6 +108,10 @@ class Cost:
             self.attention + other.attention,
             self.masked + other.masked,
         )
+
+    def __rmul__(self, share: float) -> Cost:
+        """``share`` times each kind."""
+        return Cost(*(share * value for value in astuple(self)))
 
 
 def _part(

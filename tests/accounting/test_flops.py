@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from recurrent_db.accounting.flops import Cost, Passes, cached_cost, cost_per_token, inference_cost, step_cost, total
-from recurrent_db.commands.flops import flops_table
+from recurrent_db.commands import flops
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.generation.generate import Decoder, stream
@@ -239,7 +239,7 @@ def test_update_is_counted_apart() -> None:
 def test_the_largest_preset_is_counted_in_five_seconds() -> None:
     config = load_config(CONFIGS / "huginn-3.5b.toml")
     start = time.perf_counter()
-    table = flops_table(config, 3.0, 2)
+    table = flops.table(config, 3.0, 2)
     assert time.perf_counter() - start < 5
     assert table["parameters"]["total"] > 3.5e9
 

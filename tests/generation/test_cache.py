@@ -11,7 +11,7 @@ from helpers import micro_config, micro_model
 from torch import Tensor, nn
 
 from recurrent_db.accounting.flops import cache_numbers_per_token
-from recurrent_db.commands.flops import flops_table
+from recurrent_db.commands import flops
 from recurrent_db.errors import UserError
 from recurrent_db.generation.cache import Cache
 from recurrent_db.model import LoopedLM
@@ -210,7 +210,7 @@ def test_the_printed_bytes_are_a_caches() -> None:
     for name, objective in (("unrolled", "unrolled"), ("denoise", "denoise")):
         config = micro_config("--objective.name", objective)
         model = micro_model(config)[0].bfloat16()
-        for policy, by_name in flops_table(config, 3.0, 2)["cache_bytes_per_token_by_policy"].items():
+        for policy, by_name in flops.table(config, 3.0, 2)["cache_bytes_per_token_by_policy"].items():
             for k in (1, 8):
                 cache = Cache(model, 1, 5, policy=policy)
                 cached(model, cache, text(1, 5), [k], [0])

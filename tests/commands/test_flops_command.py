@@ -1,0 +1,89 @@
+"""`recurrent-db flops`: the keys of its JSON, the cost of each way of training, the paper's ratio."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+from recurrent_db import cli
+from recurrent_db.accounting.flops import Passes, step_cost
+from recurrent_db.commands import flops
+from recurrent_db.config import load_config
+from recurrent_db.objectives import build_objective
+from recurrent_db.rng import Rng
+
+CONFIGS = ROOT / "train/configs"
+
+
+def test_flops_json_has_the_contracts_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["flops", str(CONFIGS / "pythia-70m-looped.toml"), "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    ways = {"next_token", "unrolled_truncated", "unrolled_full", "denoise", "denoise_two_stream", "one_step"}
+    assert set(table["per_token"]) == ways == set(table["ratio_to_denoise"])
+    assert {"by_part", "parameters", "cache_bytes_per_token"} <= table.keys()
+    for name, parts in table["by_part"].items():
+        assert sum(c["forward"] + c["backward"] for c in parts.values()) == pytest.approx(table["per_token"][name])
+    assert 1 < table["ratio_to_denoise"]["denoise_two_stream"] < 2
+    # 2 (keys and values) x 512 x 2 bytes for each of 2 + 4 K + 2 layers.
+    assert table["cache_bytes_per_token"]["8"] == 2 * 512 * 2 * 36
+
+
+def test_one_step_costs_the_mean_of_its_steps() -> None:
+    config = load_config(CONFIGS / "tiny.toml", [
+        "--objective.one_step.next_token_share", "0.5", "--objective.one_step.first_probability", "0",
+        "--objective.one_step.prior_iterations", "1", "--budget.tokens", "1e6",
+    ])  # fmt: skip
+    config.model.vocab_size = 2048
+    none = step_cost(config, Passes(core_grad=0, injections_grad=1)).total
+    one, two = (step_cost(config, Passes(core_no_grad=before, core_grad=1)).total for before in (0, 1))
+    table = flops.table(config, 3.0, 2)
+    assert table["per_token"]["one_step"] == pytest.approx(0.4 * none + 0.1 * one + 0.5 * two)
+    assert table["per_token"]["next_token"] == pytest.approx(one)
+    by_kind = table["by_kind"]["one_step"]
+    assert by_kind["forward"] + by_kind["backward"] == pytest.approx(table["per_token"]["one_step"])
+
+
+def test_the_opening_phase_of_one_step() -> None:
+    config = load_config(CONFIGS / "tiny.toml", ["--budget.tokens", "1e6"])
+    config.model.vocab_size = 2048
+    assert flops.table(config, 3.0, 2)["one_step"] == {"skip_core_share": 0.4, "skip_core_asked": 0.4}
+    config.budget.tokens = None
+    assert flops.table(config, 3.0, 2)["one_step"] == {"skip_core_share": None, "skip_core_asked": None}
+    config.budget.tokens = 10**9
+    long = flops.table(config, 3.0, 2)["one_step"]
+    assert long["skip_core_share"] == 0 < long["skip_core_asked"] < 0.15
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", "(no budget in the configuration, so its opening phase, without the core's blocks, is left out)"),
+        ("tokens = 1e6", "(40% of the budget without the core's blocks)"),
+        ("tokens = 1e9", "of the budget without the core's blocks is left out as too little)"),
+    ],
+)
+def test_the_opening_phase_is_told(options: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f"{(CONFIGS / 'tiny.toml').read_text()}\n[budget]\n{options}\n")
+    assert cli.run(["flops", str(path)]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
+    """The table is that of the configuration's own step."""
+    path = tmp_path / "token.toml"
+    text = (CONFIGS / "tiny.toml").read_text()
+    path.write_text(text.replace("[objective.unrolled]", '[objective.denoise]\ndraw = "token"\n[objective.unrolled]'))
+    config = load_config(path, ["--objective.name", "denoise"])
+    config.model.vocab_size = 2048
+    own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
+    assert flops.table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)
+
+
+def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["flops", str(CONFIGS / "pythia-70m-looped.toml")])
+    told = capsys.readouterr().out
+    assert "Counted in iterations, as the paper does: 10.7; counted in FLOPs:" in told
