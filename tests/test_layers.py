@@ -54,6 +54,15 @@ def test_an_import_that_points_up_is_found(tmp_path: Path) -> None:
     assert "recurrent_db.model is not allowed to import recurrent_db.training" in result.stdout
 
 
+def test_a_cycle_within_a_room_is_found(tmp_path: Path) -> None:
+    package = copy_package(tmp_path)
+    with (package / "data/tokenizer_backend.py").open("a") as module:
+        module.write("\nfrom recurrent_db.data import tokenizer\n")
+    result = lint(tmp_path)
+    assert result.returncode == 1
+    assert "No cycles are allowed in recurrent_db.data" in result.stdout
+
+
 def test_a_room_that_the_contract_does_not_know_is_found(tmp_path: Path) -> None:
     (copy_package(tmp_path) / "attic.py").write_text("")
     result = lint(tmp_path)
