@@ -16,7 +16,7 @@ from helpers import synthetic_data
 
 from recurrent_db.data import corpus, prepare
 from recurrent_db.data.tokenizer import Tokenizer, train
-from recurrent_db.report import write_report
+from recurrent_db.report.page import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_BYTES = 300_000

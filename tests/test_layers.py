@@ -21,9 +21,7 @@ LONG_FUNCTIONS: set[str] = {
 }
 LONG_MODULES: set[str] = {
     "config.py",
-    "distributed/team.py",
     "evaluation/lm_eval_model.py",
-    "store/checkpoint.py",
 }
 
 

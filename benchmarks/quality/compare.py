@@ -37,7 +37,7 @@ from recurrent_db.data import load_tokenizer, open_data, read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.objectives import build_objective
-from recurrent_db.report.data import evaluations
+from recurrent_db.report.runs import evaluations
 from recurrent_db.rng import Rng
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics

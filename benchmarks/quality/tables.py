@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from recurrent_db.report.data import Evaluation
-from recurrent_db.report.reach import reached_at_constant_rate
+from recurrent_db.report.flops_to_loss import reached_at_constant_rate
+from recurrent_db.report.runs import Evaluation
 
 FLAT = "next_token"
 """Arms of this name, and those whose name begins with it, are the flat control."""
@@ -136,7 +136,7 @@ def sweep_cost(results: Iterable[Result], at: Mapping[str, float], all_budgets: 
 def reach(
     results: Sequence[Result], arms: Sequence[str], budgets: Sequence[float], nll: float
 ) -> dict[str, dict[str, Any]]:
-    """FLOPs at which each arm reaches a level, by two measures that are not to be mixed (recurrent_db.report.reach).
+    """FLOPs at which each arm reaches a level, by two measures that are not to be mixed (recurrent_db.report.flops_to_loss).
 
     ``annealed``: complete runs at several budgets, the mean over seeds interpolated in log FLOPs between the last that
     misses the level and the first that makes it; ``at_most`` where already the smallest budget makes it. ``constant``:

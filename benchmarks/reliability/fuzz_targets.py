@@ -39,7 +39,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.schedule import learning_rate_scale
 from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import ACTIONS, ALIASES, VALUES, Session
-from recurrent_db.report.data import merge_baselines, read_run
+from recurrent_db.report.runs import merge_baselines, read_run
 from recurrent_db.rng import Rng
 from recurrent_db.schema import from_dict, read_toml, to_dict
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint

@@ -32,7 +32,7 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    from recurrent_db.report import write_report
+    from recurrent_db.report.page import write_report
 
     write_report(args.runs, args.output, png_dir=args.png)
     print(f"wrote {args.output}", file=sys.stderr)

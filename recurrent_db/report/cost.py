@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from recurrent_db.accounting.flops import Cost, cost_per_token
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.objectives.one_step import OneStep, passes_of
-from recurrent_db.report.data import Run, number
+from recurrent_db.report.runs import Run, number
 from recurrent_db.rng import Rng
 
 HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")

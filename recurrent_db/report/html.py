@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from recurrent_db.report.data import printable
 from recurrent_db.report.figure import Panel, memory_unit
+from recurrent_db.report.runs import printable
 
 DASH = "–"
 

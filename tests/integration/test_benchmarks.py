@@ -24,7 +24,7 @@ from recurrent_db.model.looped import STATE_STD
 from recurrent_db.objectives import build_objective
 from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, truncated_normal
 from recurrent_db.report.cost import memory_by_holder, training_cost
-from recurrent_db.report.data import read_run
+from recurrent_db.report.runs import read_run
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 

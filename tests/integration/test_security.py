@@ -24,8 +24,7 @@ from recurrent_db.data import open_data
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, file_digest, read_json, sealed
-from recurrent_db.report import write_report
-from recurrent_db.report.page import POLICY
+from recurrent_db.report.page import POLICY, write_report
 from recurrent_db.schema import to_dict
 from recurrent_db.store.folder import find_checkpoint
 

@@ -23,7 +23,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.objectives import masked
 from recurrent_db.objectives.masked import Masked, both_sides, hidden_vectors, strata, time_partition, unmask
-from recurrent_db.report import write_report
+from recurrent_db.report.page import write_report
 from recurrent_db.rng import Rng
 from recurrent_db.store.join_blocks import join
 

@@ -16,14 +16,16 @@ from matplotlib.patches import Rectangle
 
 from recurrent_db.accounting.flops import Cost, Passes, cost_per_token, step_cost, total
 from recurrent_db.objectives import build_objective
-from recurrent_db.report import machine
-from recurrent_db.report.bars import HOLDER_HATCHES, flop_split, memory_split, worth_drawing
+from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.cost import HOLDERS, energy, memory_by_holder, training_cost
-from recurrent_db.report.data import read_run
 from recurrent_db.report.figure import Panel, drawing, scientific
 from recurrent_db.report.html import joules, memory
-from recurrent_db.report.page import Page
-from recurrent_db.report.plots import Plots
+from recurrent_db.report.line_plots import LinePlots
+from recurrent_db.report.runs import read_run
+from recurrent_db.report.sections import flops_and_memory
+from recurrent_db.report.sections.inference import state_by_iteration
+from recurrent_db.report.sections.summary import summary
+from recurrent_db.report.stacked_bars import HOLDER_HATCHES, flop_split, memory_split, worth_drawing
 from recurrent_db.rng import Rng
 
 
@@ -38,8 +40,7 @@ def test_flop_split_adds_up_to_what_the_run_logged(three_runs: list[Path], objec
 
 
 def test_what_the_recipes_steps_cost_is_what_their_rows_say(tmp_path: Path) -> None:
-    """A run of before there was a first phase, or one that went on with another budget, ran other steps than its
-    configuration would draw now."""
+    """A run that went on with another budget ran other steps than its configuration would draw now."""
     run = read_run(fake_run(tmp_path / "run", "one_step"), "run")
     for row, depth in zip(run.rows, itertools.cycle((0.0, 1.0, 3.0)), strict=False):
         row["depth"] = depth
@@ -80,7 +81,7 @@ def test_flop_counts_are_those_of_the_metrics(page: str, three_runs: list[Path],
     assert update == each("flops_update")
 
 
-class Drawn(Plots):
+class Drawn(LinePlots):
     """Keeps what was drawn last."""
 
     figure: Figure
@@ -112,7 +113,7 @@ def test_recomputation_is_drawn_where_it_is_worth_it(tmp_path: Path) -> None:
         flop_split(plots, [(runs[2], costs[2])])
         assert plots.widths(0, "....") == 0
     for run, shown in ((runs[1], True), (runs[2], False)):
-        html = machine.flops(Page([run], {}, Plots([run])))
+        html = flops_and_memory.flops(Comparison([run], {}))
         assert ("dotted: recomputed" in html, "below 1%" in html) == (shown, not shown)
     # Checkpointing runs the core and its adapter forward once more for each backpropagated iteration.
     model, length = runs[0].config.model, runs[0].config.data.sequence_length
@@ -155,17 +156,17 @@ def test_energy_is_in_the_summary_when_it_was_logged(page: str, tmp_path: Path) 
     used = energy(run)
     assert used is not None and used.per_token == pytest.approx(0.0125)  # by the reading of step 20, not of step 25
     assert used.joules == run.rows[19]["energy_joules"]
-    html = Page([run], {"unigram": 5.0}, Plots([run])).summary()
+    html = summary(Comparison([run], {"unigram": 5.0}))
     assert cells(html, "gpu")[-1].split() == [*joules(used.joules).split(), "12.5", "mJ"]
     assert "Energy" in html and "Energy" not in section(page, "summary")
     assert [joules(v) for v in (3.6e6, 7.2e5, 5000, 2.5, 0.0013)] == ["1 kWh", "0.2 kWh", "5 kJ", "2.5 J", "1.3 mJ"]
     assert html.count("<td>") == 2 * 11  # the baseline's row has as many cells
 
 
-def test_columns_of_the_machine_are_not_the_objectives_own(page: str, three_runs: list[Path]) -> None:
+def test_columns_of_every_run_are_not_the_objectives_own(page: str, three_runs: list[Path]) -> None:
     own = {path.name: read_run(path, path.name).own_columns() for path in three_runs}
     assert own == {"denoise": ["loss_sigma_max"], "unrolled": ["depth", "state_rms"], "next_token": []}
-    titles = re.findall(r"<figcaption>(.*?)</figcaption>", section(page, "machine"))
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", section(page, "throughput"))
     assert titles[:4] == [
         "Throughput", "Utilisation by the model (MFU)", "Utilisation with recomputation (HFU)", "Peak memory",
     ]  # fmt: skip
@@ -192,10 +193,10 @@ def test_state_norm_is_drawn_as_measured(page: str, three_runs: list[Path]) -> N
     assert "For a denoiser (denoise) it is its estimate" in section(page, "state")
 
 
-def test_state_norm_as_a_list_damaged_or_missing(tmp_path: Path) -> None:
+def test_state_norm_damaged_or_missing(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", steps=5)
     for table, expected in (
-        ([0.5, 0.75], [(1, 0.5), (2, 0.75)]),
+        ([0.5, 0.75], []),
         ({"2": 1, "1": None, "x": 3, "3": -1, "10": 4.0}, [(2, 1.0), (10, 4.0)]),
         ("nothing", []),
         (None, []),
@@ -203,4 +204,4 @@ def test_state_norm_as_a_list_damaged_or_missing(tmp_path: Path) -> None:
         save(run, "depth_curve", {"by_k": {}, "state_rms_by_iteration": table, "state_is": "estimate"})
         assert read_run(run, "run").state_rms == expected
     loaded = [read_run(run, "run")]
-    assert "Left out" in Page(loaded, {}, Plots(loaded)).state()
+    assert "Left out" in state_by_iteration(Comparison(loaded, {}))

@@ -12,9 +12,9 @@ from block_runs import rows, train
 from recurrent_db import cli
 from recurrent_db.errors import UserError
 from recurrent_db.files import locked
-from recurrent_db.report import write_report
-from recurrent_db.report.blocks import accounts
-from recurrent_db.report.data import read_runs
+from recurrent_db.report.page import write_report
+from recurrent_db.report.runs import read_runs
+from recurrent_db.report.sections.blocks import accounts
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.join_blocks import join
@@ -122,7 +122,7 @@ def test_the_report_shows_blocks(frozen_runs: list[Path], tmp_path: Path) -> Non
     join(frozen_runs, tmp_path / "joined")
     write_report([tmp_path / "joined", *frozen_runs], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    section = page[page.index('id="blocks"') : page.index('id="machine"')]
+    section = page[page.index('id="blocks"') : page.index('id="throughput"')]
     assert section.count("block 1") == section.count("block 2") == 2  # of the joined run, and of its own
     losses = read_runs([tmp_path / "joined"])[0]
     account = json.loads((tmp_path / "joined/blocks.json").read_text())["blocks"]
@@ -140,7 +140,7 @@ def test_the_report_shows_blocks_of_one_process(data: Path, tmp_path: Path) -> N
             assert block[name] == pytest.approx(joined[number][name])
     write_report([tmp_path / "whole"], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    section = page[page.index('id="blocks"') : page.index('id="machine"')]
+    section = page[page.index('id="blocks"') : page.index('id="throughput"')]
     assert section.count("trained with others") == 2
 
 

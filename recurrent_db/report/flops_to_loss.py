@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recurrent_db.report.data import Evaluation, Run
+from recurrent_db.report.runs import Evaluation, Run
 
 
 @dataclass(frozen=True)

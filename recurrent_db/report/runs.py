@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recurrent_db.accounting.flop_count import FLOP_COLUMNS
 from recurrent_db.accounting.flops import inference_cost
@@ -21,10 +20,10 @@ from recurrent_db.files import check_links, read_json
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.report.curves import Array
 from recurrent_db.store.metrics import read_metrics
 
 Phase = Literal["constant", "end", "other"]
-Array = NDArray[np.float64]
 
 STANDARD_COLUMNS = frozenset({
     "step", "tokens", *FLOP_COLUMNS, "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
@@ -258,10 +257,8 @@ def _read_depth(run: Run, curve: dict[str, Any]) -> None:
 
 
 def _read_state(run: Run, curve: dict[str, Any]) -> None:
-    """Fill in the size of the state by iteration; a list counts from iteration 1."""
+    """Fill in the size of the state by iteration."""
     table = curve.get("state_rms_by_iteration")
-    if isinstance(table, list):
-        table = {str(index): value for index, value in enumerate(table, 1)}
     for key, value in table.items() if isinstance(table, dict) else ():
         if str(key).isdecimal() and (rms := number(value)) is not None and rms >= 0:
             run.state_rms.append((int(key), rms))
@@ -374,30 +371,3 @@ def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> di
             if (nll := number(value)) is not None:
                 merged.setdefault(printable(name), nll)
     return merged
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves
-
-
-SMOOTHING = "an exponential average over about 2% of the run's steps"
-
-
-def smooth(values: Array, share: float = 0.02) -> Array:
-    """Exponential moving average with a span of ``share`` of the points, corrected for its start."""
-    decay = 1 - 2 / (max(share * len(values), 1) + 1)
-    result = np.empty_like(values)
-    total = weight = 0.0
-    for index, value in enumerate(values):
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        result[index] = total / weight
-    return result
-
-
-def thin(x: Array, most: int = 300, log: bool = False) -> NDArray[np.int64]:
-    """Indices of at most ``most`` points, spread evenly along the axis that they will be drawn on, both ends kept."""
-    if len(x) <= most:
-        return np.arange(len(x))
-    positive = log and bool((x > 0).all())
-    grid = np.geomspace(x[0], x[-1], most) if positive else np.linspace(x[0], x[-1], most)
-    return np.unique(np.clip(np.searchsorted(x, grid), 0, len(x) - 1))

@@ -1,30 +1,24 @@
-"""The sections on what the runs cost: FLOPs, memory, throughput."""
+"""The sections on what the runs cost: FLOPs and memory."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from recurrent_db.accounting.flops import Cost, total
-from recurrent_db.report.bars import (
+from recurrent_db.report.comparison import Comparison
+from recurrent_db.report.cost import HOLDERS, memory_by_holder, training_cost, update_flops_per_token
+from recurrent_db.report.figure import scientific
+from recurrent_db.report.html import DASH, memory, note, panels, table, text
+from recurrent_db.report.runs import Run
+from recurrent_db.report.stacked_bars import (
     FLOP_HATCHES,
     HOLDER_HATCHES,
     HOLDER_NAMES,
     PARTS,
-    box,
     flop_split,
+    legend_box,
     memory_split,
     worth_drawing,
 )
-from recurrent_db.report.cost import HOLDERS, memory_by_holder, training_cost, update_flops_per_token
-from recurrent_db.report.data import SMOOTHING, Run
-from recurrent_db.report.figure import scientific
-from recurrent_db.report.html import DASH, memory, note, panels, table, text
 from recurrent_db.report.svg import INK, SERIES
-
-if TYPE_CHECKING:
-    from recurrent_db.report.page import Page
-
-MAX_OWN_PANELS = 9
 
 FLOP_COUNTS = {
     "Model FLOPs": "forward and backward, attention over all pairs of positions; budgets and MFU count these.",
@@ -43,17 +37,17 @@ def _legend(items: list[tuple[str, str]]) -> str:
     return f'<ul class="legend">{"".join(f"<li>{svg}{words}</li>" for svg, words in items)}</ul>'
 
 
-def flops(page: Page) -> str:
+def flops(comparison: Comparison) -> str:
     """Where the FLOPs of a training token go."""
-    shown = [(run, training_cost(run)) for run in page.runs if run.config.model.vocab_size]
+    shown = [(run, training_cost(run)) for run in comparison.runs if run.config.model.vocab_size]
     if not shown:
         return note("Left out: no configuration names the vocabulary's size.")
     drawn = any(worth_drawing(cost) for _, cost in shown)
     used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
-    boxes = [(box(f"part-{part}", SERIES[PARTS.index(part)]), part) for part in used]
+    boxes = [(legend_box(f"part-{part}", SERIES[PARTS.index(part)]), part) for part in used]
     looks = {"forward": "plain", "backward": "hatched", "recomputed": "dotted"}
     boxes += [
-        (box(f"kind-{kind}", INK, hatch), f"{looks[kind]}: {kind}")
+        (legend_box(f"kind-{kind}", INK, hatch), f"{looks[kind]}: {kind}")
         for kind, hatch in FLOP_HATCHES.items()
         if kind != "recomputed" or drawn
     ]
@@ -66,18 +60,18 @@ def flops(page: Page) -> str:
         sentence += " Recomputation is below 1% of every run and not drawn."
     counts = "".join(f"<dt>{name}</dt><dd>{line}</dd>" for name, line in FLOP_COUNTS.items())
     return (
-        note(sentence) + _legend(boxes) + panels([flop_split(page.plots, shown)], "wide")
-        + _flop_counts(page, shown) + f'<dl class="note">{counts}</dl>' + _flops_by_part(page, shown, used)
+        note(sentence) + _legend(boxes) + panels([flop_split(comparison.plots, shown)], "wide")
+        + _flop_counts(comparison, shown) + f'<dl class="note">{counts}</dl>' + _flops_by_part(comparison, shown, used)
     )  # fmt: skip
 
 
-def _flops_by_part(page: Page, shown: list[tuple[Run, dict[str, Cost]]], used: list[str]) -> str:
+def _flops_by_part(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]], used: list[str]) -> str:
     """Every number of the bars; folded away where many runs would make it long."""
     kinds = {"forward": "forward", "backward_input": "backward, inputs", "backward_weight": "backward, weights"}
     rows = []
     for run, cost in shown:
         whole = total(cost)
-        rows.append([page.run_label(run)])
+        rows.append([comparison.label(run)])
         for kind, name in {**kinds, "recomputed": "recomputed"}.items():
             cells = [scientific(v) if (v := getattr(cost[part], kind)) else DASH for part in used]
             rows.append([name, *cells, scientific(getattr(whole, kind))])
@@ -90,7 +84,7 @@ def _flops_by_part(page: Page, shown: list[tuple[Run, dict[str, Cost]]], used: l
     return f"<details{opened}><summary>By part of the model</summary>{inner}{caption}</details>"
 
 
-def _flop_counts(page: Page, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
+def _flop_counts(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
     """The totals, counted in the ways that people count."""
     rows = []
     for run, cost in shown:
@@ -98,7 +92,7 @@ def _flop_counts(page: Page, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
         logged, tokens = run.last("flops"), run.last("tokens")
         rows.append(
             [
-                page.run_label(run),
+                comparison.label(run),
                 scientific(whole.total),
                 f"{whole.attention / whole.total:.1%}",
                 scientific(whole.causal),
@@ -110,13 +104,13 @@ def _flop_counts(page: Page, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
     return table(["FLOPs/token", *FLOP_COUNTS], rows)
 
 
-def memory_held(page: Page) -> str:
+def memory_held(comparison: Comparison) -> str:
     """What holds the memory, beside the measured peak."""
-    shown = [(run, split, run.most("peak_memory_bytes")) for run in page.runs if (split := memory_by_holder(run))]
+    shown = [(run, split, run.most("peak_memory_bytes")) for run in comparison.runs if (split := memory_by_holder(run))]
     if not shown:
         return note("Left out: no run has metrics.jsonl with memory by holder.")
     boxes = [
-        (box(f"holder-{holder}", SERIES[index], HOLDER_HATCHES[holder]), HOLDER_NAMES[holder])
+        (legend_box(f"holder-{holder}", SERIES[index], HOLDER_HATCHES[holder]), HOLDER_NAMES[holder])
         for index, holder in enumerate(HOLDERS)
     ]
     boxes.append(('<span aria-hidden="true">◆</span>', "measured peak"))
@@ -129,28 +123,13 @@ def memory_held(page: Page) -> str:
     rows = []
     for run, split, peak in shown:
         cells = [memory(split[holder]) if split[holder] else DASH for holder in HOLDERS]
-        rows.append([page.run_label(run), *cells, memory(sum(split.values())), memory(peak)])
+        rows.append([comparison.label(run), *cells, memory(sum(split.values())), memory(peak)])
     head = ["Run", *(HOLDER_NAMES[holder].capitalize() for holder in HOLDERS), "Sum", "Measured<br>peak"]
-    missing = [run.name for run in page.runs if run not in [r for r, _, _ in shown]]
+    missing = [run.name for run in comparison.runs if run not in [r for r, _, _ in shown]]
     caption = f"Not logged by {text(', '.join(missing))}." if missing else ""
     return (
-        note(sentence) + _legend(boxes) + panels([memory_split(page.plots, shown)], "wide") + table(head, rows, caption)
+        note(sentence)
+        + _legend(boxes)
+        + panels([memory_split(comparison.plots, shown)], "wide")
+        + table(head, rows, caption)
     )
-
-
-def machine(page: Page) -> str:
-    """Throughput, and what else the runs logged at every step."""
-    own = dict.fromkeys(name for run in page.runs for name in run.own_columns())
-    own.pop("loss_sigma_max", None)  # drawn as the training loss
-    columns = ["tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "lr", "grad_norm", *list(own)[:MAX_OWN_PANELS]]
-    drawn = [p for name in columns if (p := page.plots.column(name))]
-    if not drawn:
-        return note("Left out: no run has metrics.jsonl.")
-    sentence = (
-        f"Over optimizer steps; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
-        "step. MFU is the share of the device's peak that model FLOPs took, HFU the share with what was recomputed; "
-        "on a CPU the peak is that of a measured matrix product."
-    )
-    left_out = list(own)[MAX_OWN_PANELS:]
-    more = note(f"Also logged, not drawn: {text(', '.join(left_out))}.") if left_out else ""
-    return note(sentence) + page.legend() + panels(drawn, "grid small") + more

@@ -1,4 +1,4 @@
-"""The report page: what it holds, what it refuses, how it reads runs, and FLOPs to reach a loss."""
+"""The report page: what it holds and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,27 +8,19 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fake_runs import OBJECTIVES, fake_config, fake_run, save
 from helpers import browse
 
 from recurrent_db.commands import report
-from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
-from recurrent_db.report import write_report
-from recurrent_db.report.data import (
-    Evaluation,
-    evaluations,
-    merge_baselines,
+from recurrent_db.report.comparison import Comparison
+from recurrent_db.report.page import POLICY, SECTIONS, write_report
+from recurrent_db.report.runs import (
     read_run,
     read_runs,
-    run_names,
-    smooth,
 )
-from recurrent_db.report.page import POLICY, SECTIONS, Page
-from recurrent_db.report.plots import Plots
-from recurrent_db.report.reach import Reached, choose_levels, reached_at_constant_rate, reached_at_end
+from recurrent_db.report.sections.summary import summary
 from recurrent_db.schema import to_dict
 
 SCRIPT = "<script>alert(1)</script>"
@@ -193,7 +185,7 @@ def test_runs_that_do_not_compare_are_called_out(tmp_path: Path) -> None:
     (runs[1] / "config.json").write_text(json.dumps(to_dict(config)))
     save(runs[1], "depth_curve", {"by_k": {"1": {"nll": 3.0}}, "tokens": 100})
     loaded = read_runs(runs)
-    html = Page(loaded, {}, Plots(loaded)).summary()
+    html = summary(Comparison(loaded, {}))
     assert "different vocabularies: compare bits per byte" in html
     assert "not scored on the same amount of held-out text" in html
 
@@ -225,108 +217,6 @@ def test_a_directory_that_is_no_run_is_refused_in_one_line(tmp_path: Path, conte
     with pytest.raises(UserError, match="no run directory is given"):
         write_report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
-
-
-def point(flops: float, nll: float, phase: str = "constant", stretch: int = 0) -> Evaluation:
-    return Evaluation(1, 1.0, flops, 1.0, {1: nll + 1, 4: nll}, {}, phase, stretch)  # type: ignore[arg-type]
-
-
-def test_flops_to_reach_is_interpolated_in_log_flops_at_the_constant_rate() -> None:
-    points = [point(1e12, 5.0), point(1e14, 3.0), point(1e15, 3.5), point(1e16, 2.5)]
-    halfway = reached_at_constant_rate(points, 4.0)  # halfway in NLL is halfway in log FLOPs: 1e13
-    assert halfway is not None and halfway.flops == pytest.approx(1e13) and not halfway.at_most
-    again = reached_at_constant_rate(points, 3.25)  # the first crossing, not the later one
-    assert again is not None and again.flops == pytest.approx(1e12 * 100**0.875)
-    later = reached_at_constant_rate(points, 2.75)  # 3/4 of the way from 1e15 to 1e16
-    assert later is not None and later.flops == pytest.approx(10**15.75)
-    assert reached_at_constant_rate(points, 2.4) is None
-    assert reached_at_constant_rate(points, 6.0) == Reached(1e12, at_most=True)
-    assert reached_at_constant_rate([], 6.0) is None
-
-
-def test_flops_to_reach_never_mixes_annealed_and_constant() -> None:
-    points = [point(1e12, 5.0), point(2e12, 3.2, "other", 1), point(1e13, 3.0, "end", 2)]
-    assert reached_at_constant_rate(points, 4.0) is None
-    assert reached_at_end(points, 4.0) == Reached(1e13, at_most=True)
-    assert reached_at_end(points, 2.9) is None
-    # A second stretch at the peak rate, after an annealed one, is not joined to the first.
-    resumed = [point(1e12, 5.0, "constant", 3), point(1e13, 3.0, "constant", 9)]
-    assert reached_at_constant_rate(resumed, 4.0) == Reached(1e13, at_most=True)
-
-
-def test_an_end_before_the_rate_has_come_down_is_no_annealed_end(tmp_path: Path) -> None:
-    """A run of 40 steps that was resumed at step 20 with a budget of 20 is complete, and halfway through its decay."""
-    config = load_config(None, ["--budget.steps", "20", "--schedule.name", "cosine", "--schedule.warmup", "0"])
-    spent = {"tokens": 1.0, "flops": 1.0, "seconds": 1.0}
-    halfway = [
-        {**spent, "step": n, "lr": config.optim.lr * (0.5 + (20 - n) / 40), "eval/nll_k1": 3.0} for n in (19, 20)
-    ]
-    assert [e.phase for e in evaluations(config, halfway)] == ["other", "other"]
-    annealed = [{**row, "lr": 0.01 * config.optim.lr} for row in halfway]
-    assert [e.phase for e in evaluations(config, annealed)] == ["other", "end"]
-
-
-def test_scores_of_a_core_that_has_not_begun_are_of_no_phase() -> None:
-    config = load_config(None, ["--budget.steps", "100", "--schedule.warmup", "0", "--schedule.decay", "0.1"])
-    spent = {"tokens": 1.0, "flops": 1.0, "seconds": 1.0, "lr": config.optim.lr, "eval/nll_k1": 3.0}
-    along = [{**spent, "step": n, "depth": float(n > 40)} for n in (20, 40, 60, 80)]
-    found = evaluations(config, along)
-    assert [e.phase for e in found] == ["other", "other", "constant", "constant"]
-    assert found[2].stretch == found[3].stretch
-
-
-def test_phases_come_from_the_schedule_and_the_rate(tmp_path: Path) -> None:
-    run = read_run(fake_run(tmp_path / "wsd", steps=100), "wsd")
-    assert [e.phase for e in run.evaluations] == ["constant", "constant", "constant", "other", "end"]
-    assert len({e.stretch for e in run.evaluations[:3]}) == 1
-    cut = read_run(fake_run(tmp_path / "cut", steps=100, share=0.9), "cut")
-    assert [e.phase for e in cut.evaluations] == ["constant", "constant", "constant", "other"] and not cut.complete
-
-    rows = [{"step": s, "tokens": s, "flops": s, "seconds": s, "lr": 3e-3, "eval/nll_k1": 3.0} for s in (1, 50, 100)]
-    rows[-1]["lr"] = 1e-5
-    config = fake_config(steps=100)
-    config.schedule.name, config.schedule.warmup = "cosine", 0.0
-    assert [e.phase for e in evaluations(config, rows)] == ["other", "other", "end"]
-    config.schedule.name, rows[-1]["lr"] = "constant", 3e-3
-    assert [e.phase for e in evaluations(config, rows)] == ["constant"] * 3
-
-
-def test_levels_are_round_and_within_what_was_reached(tmp_path: Path) -> None:
-    run = read_run(fake_run(tmp_path / "run", steps=100), "run")
-    levels = choose_levels([run])
-    counted = [e.best_nll for e in run.evaluations if e.phase != "other"]
-    assert 3 <= len(levels) <= 8 and levels == sorted(levels, reverse=True)
-    assert min(counted) <= levels[-1] and levels[0] <= max(counted)
-    assert all(round(level, 2) == level for level in levels)
-    run.evaluations = [point(1e12, 3.017, "end")]
-    assert choose_levels([run]) == [3.05]
-    run.evaluations = []
-    assert choose_levels([run]) == []
-
-
-def test_lm_eval_results_of_the_harness_are_read(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "run", steps=20)
-    results = {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.01}}
-    for arguments, k in (("checkpoint=x,k=16", "16"), ({"k": 4}, "4"), ("checkpoint=x", "")):
-        save(run, "lm_eval", {"results": results, "config": {"model_args": arguments}})
-        assert read_run(run, "run").lm_eval == {k: results}
-    save(run, "lm_eval", {"by_k": {"2": results}})
-    assert read_run(run, "run").lm_eval == {"2": results}
-
-
-def test_names_smoothing_and_baselines(tmp_path: Path) -> None:
-    assert run_names([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
-    assert run_names([Path("a/x"), Path("b/y")]) == ["x", "y"]
-    assert run_names([Path("a/x"), Path("a/x")]) == ["x (1)", "x (2)"]
-    assert smooth(np.full(1000, 3.0)) == pytest.approx(3.0)
-    steps = smooth(np.array([0.0, 1.0]), share=1.5)  # span 3, decay 1/2: (0/4 + 1/2) / (3/4)
-    assert steps[1] == pytest.approx(2 / 3)
-    (tmp_path / "baselines.json").write_text(json.dumps({"unigram": 6.0, "bigram": 4.0}))
-    assert merge_baselines([tmp_path / "run"], {"bigram": 3.5}) == {"bigram": 3.5, "unigram": 6.0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

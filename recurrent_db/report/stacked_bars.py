@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.report.cost import HOLDERS
-from recurrent_db.report.data import Run
 from recurrent_db.report.figure import SIZE, Frame, Panel, memory_unit, short, tick
+from recurrent_db.report.runs import Run
 from recurrent_db.report.svg import INK, SERIES, inline_svg
 
 PARTS = ("prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
@@ -46,7 +46,7 @@ def _face(color: str, hatch: str) -> list[dict[str, Any]]:
     return [*ground, {"fill": False, "edgecolor": color, "lw": 1, "hatch": hatch or None}]
 
 
-def box(key: str, color: str, hatch: str = "") -> str:
+def legend_box(key: str, color: str, hatch: str = "") -> str:
     """A legend's box that looks like the bar's piece; ``key`` must be unique in the page."""
     figure = Figure(figsize=(24 / 72, 14 / 72))
     axes = figure.add_axes((0, 0, 1, 1))

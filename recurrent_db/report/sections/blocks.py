@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.cost import memory_by_holder
-from recurrent_db.report.data import Run, number
 from recurrent_db.report.figure import scientific
 from recurrent_db.report.html import DASH, count, fixed, memory, table, text
+from recurrent_db.report.runs import Run, number
 from recurrent_db.store.metrics import counted_where
-
-if TYPE_CHECKING:
-    from recurrent_db.report.page import Page
 
 FLOPS = ("flops", "flops_forward", "flops_backward")
 """FLOP columns of metrics.jsonl that the table shows."""
@@ -45,13 +43,13 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def blocks(page: Page) -> str:
+def blocks(comparison: Comparison) -> str:
     """One row for each block of each run."""
     rows: list[list[str]] = []
-    for run in page.runs:
+    for run in comparison.runs:
         found = accounts(run)
         if found:
-            rows.append([page.run_label(run)])
+            rows.append([comparison.label(run)])
         for name, block in found.items():
             split = block.get("memory") or {}
             held = sum(v for v in (number(value) for value in split.values()) if v is not None)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from recurrent_db.report.data import Array, smooth, thin
+from recurrent_db.report.curves import Array, smooth, thin
 from recurrent_db.report.figure import SMALL, THIRD, Frame, Panel, linear_tick, memory_unit, short, tick
 from recurrent_db.report.svg import MUTED, PAPER
 
@@ -33,7 +33,7 @@ EXACT_COLUMNS = frozenset({"lr", "peak_memory_bytes"})
 """Columns that are drawn as logged; the others are smoothed."""
 
 
-class Plots(Frame):
+class LinePlots(Frame):
     """Draws the panels of a report that have lines."""
 
     # -----------------------------------------------------------------------------------------------------------------
