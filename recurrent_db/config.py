@@ -249,22 +249,34 @@ class DenoiseConfig(ObjectiveSection):
         )
         need(
             config.objective.own is not self or not config.model.n_blocks or self.conditioning == "two-stream",
-            f"a model in blocks needs objective.{config.objective.name}.conditioning = two-stream",
+            "a model in blocks needs objective.denoise.conditioning = two-stream",
         )
 
 
 @dataclass
 class DenoisePaperConfig(DenoiseConfig):
-    """`denoise` with the constants that arXiv 2506.14202 prints, which cannot be changed."""
+    """The constants that arXiv 2506.14202 prints; the other choices are those of [objective.denoise]."""
 
-    p_mean: Hidden[float] = -1.2
-    p_std: Hidden[float] = 1.2
-    sigma_min: Hidden[float] = 0.002
-    sigma_max: Hidden[float] = 80.0
-    atom: Hidden[float] = 0.0
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    atom: float = 0.0
 
     sd = 0.5
     mute = False
+
+    def resolve(self, config: Config) -> None:
+        super().resolve(config)
+        for f in dataclasses.fields(DenoiseConfig):
+            given, own = getattr(config.objective.denoise, f.name), getattr(self, f.name)
+            if f.name not in vars(type(self)):
+                setattr(self, f.name, given)
+            elif given not in (f.default, own):
+                raise UserError(
+                    f"objective.denoise.{f.name} = {given} contradicts objective.name = {config.objective.name}, which fixes"
+                    f" it at {own}; name the objective denoise to choose"
+                )
 
 
 @dataclass
@@ -288,7 +300,7 @@ class Objectives(Section):
 
     one_step: OneStepConfig = field(default_factory=OneStepConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
-    denoise_paper: DenoisePaperConfig = field(default_factory=DenoisePaperConfig)
+    denoise_paper: Hidden[DenoisePaperConfig] = field(default_factory=DenoisePaperConfig)
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
     next_token: NextTokenConfig = field(default_factory=NextTokenConfig)
     masked: MaskedConfig = field(default_factory=MaskedConfig)
