@@ -26,7 +26,8 @@ from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, Probe
+from recurrent_db.model.recurrence import NoiseSource, Probe
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -60,8 +61,6 @@ class Args:
     """Step of a denoiser's walk; the run's own by default."""
     grid: Literal["equal-probability", "karras", "log-uniform", "edges"] | None = None
     """Noise levels of a denoiser's walk; the run's own by default."""
-    neighbours: Literal["own", "known"] | None = None
-    """What positions before i hold while i walks; the run's own by default."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
@@ -98,7 +97,7 @@ def main(args: Args) -> int:
     model, tokenizer, config, checkpoint = load_with_config(
         args.run,
         args.device,
-        walk={name: getattr(args, name) for name in ("bridge", "sampler", "grid", "neighbours")},
+        walk={name: getattr(args, name) for name in ("bridge", "sampler", "grid")},
     )
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens or None))

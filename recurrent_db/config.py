@@ -68,8 +68,6 @@ class ModelConfig(Section):
     The objective decides."""
     noise_conditioning: Hidden[bool] = False
     """AdaLN on the core from the noise level. The objective decides."""
-    separate_targets: Hidden[bool] = False
-    """A table of clean targets beside the embedding. The objective decides."""
     d_condition: Annotated[int, above(0), at_most(1 << 16)] = 128
     """Width of the noise embedding."""
     expected_depth: Annotated[int, above(0), at_most(1 << 20)] = 32
@@ -176,9 +174,6 @@ class OneStepConfig(ObjectiveSection):
 class DenoiseConfig(ObjectiveSection):
     """One noise-conditioned pass a step, the token as clean target (DiffusionBlocks, arXiv 2506.14202)."""
 
-    density: Literal["log-normal", "log-uniform", "adaptive"] = "log-normal"
-    """Law of the training noise level sigma. ``adaptive`` is fitted while training so that equal probability means equal
-    decrease of the loss (time warping, CDCD, arXiv 2211.15089)."""
     p_mean: float = -0.4
     """Mean of ln sigma before truncation."""
     p_std: Positive = 1.0
@@ -189,27 +184,12 @@ class DenoiseConfig(ObjectiveSection):
     """Largest noise level: where the target is invisible and the read-out is a next-token prediction."""
     atom: Share = 0.5
     """Probability of drawing exactly sigma_max instead of from the density."""
-    draw: Literal["batch", "sequence", "token"] = "sequence"
-    """One noise level per batch, per sequence or per token."""
     conditioning: Literal["inject", "two-stream"] = "inject"
     """How z meets the context: one stream in which neighbours hold noisy targets too, or beside a clean stream, each
     position seeing clean keys and its own noisy one (the paper's concatenation)."""
-    loss: Literal["cross-entropy", "l2"] = "cross-entropy"
-    """Cross-entropy of the read-out, or the squared error of the estimate in embedding space plus the read-out's
-    cross-entropy, whose gradient then stops at the estimate."""
-    weight: Literal["uniform", "edm"] = "uniform"
-    """Weight over sigma of the cross-entropy; ``edm`` is w(sigma) = (sigma^2 + sd^2) / (sigma sd)^2, as the paper prints
-    it. The squared error always has it."""
-    targets: Literal["tied", "separate"] = "tied"
-    """Rows of the embedding, or of a table of their own."""
-    target_norm: Positive = 1.0
-    """Norm of the clean target (an L2-normalised embedding row times this)."""
     bridge: Literal["soft", "hard", "sample", "state"] = "soft"
     """From a read-out back to an estimate of the target during a walk: expected row, most likely row, sampled row; or
     the core's own output, with one read-out at the end."""
-    neighbours: Literal["own", "known"] = "own"
-    """What positions before i hold while i walks (one stream): their own walks, or the known tokens' targets with noise
-    of the same level, as in training, at twice the cost."""
     sampler: Literal["euler", "heun", "ancestral"] = "euler"
     """Step of the walk from one noise level to the next."""
     grid: Literal["equal-probability", "karras", "log-uniform", "edges"] = "equal-probability"
@@ -219,14 +199,9 @@ class DenoiseConfig(ObjectiveSection):
     noise_conditioning = True
     in_blocks = True
     sd = 0.0
-    """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true one,
-    target_norm / sqrt(d_model)."""
+    """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true 1 / sqrt(d_model)."""
     mute = True
-    """Scale the network's view of z by target_norm^2 / (target_norm^2 + sigma^2), so that pure noise is silent."""
-
-    def resolve(self, config: Config) -> None:
-        super().resolve(config)
-        config.model.separate_targets = self.targets == "separate"
+    """Scale the network's view of z by 1 / (1 + sigma^2), so that pure noise is silent."""
 
     def check(self, config: Config) -> None:
         need(
@@ -238,14 +213,9 @@ class DenoiseConfig(ObjectiveSection):
             for sigma in (self.sigma_min, self.sigma_max)
         )
         need(
-            high - low > 1e-6
-            or not (self.density == "log-normal" or (config.model.n_blocks and self.density == "adaptive")),
+            high - low > 1e-6,
             f"objective.denoise: log-normal({self.p_mean}, {self.p_std}) has no mass in"
             f" [{self.sigma_min}, {self.sigma_max}]",
-        )
-        need(
-            self.conditioning == "inject" or self.neighbours == "own",
-            "objective.denoise.neighbours = known belongs to conditioning = inject; two-stream never sees neighbours' noise",
         )
         need(
             config.objective.own is not self or not config.model.n_blocks or self.conditioning == "two-stream",

@@ -123,7 +123,8 @@ def make_checkpoint(folder: Path, tokenizer: Tokenizer, objective: str, window: 
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(folder, config, tokenizer, model, optimizer, None, TrainState(), {})
+    state = build_objective(config).state_dict()
+    save_checkpoint(folder, config, tokenizer, model, optimizer, None, TrainState(), state)
     return folder
 
 

@@ -42,8 +42,7 @@ from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_links, locked, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
-from recurrent_db.objectives import Metrics, ScoresItself, build_objective, load_objective_state
-from recurrent_db.objectives.blocks import freeze_shared
+from recurrent_db.objectives import Metrics, build_objective, load_objective_state
 from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
@@ -186,21 +185,21 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
         next(validation_batches(validation, length, 1, length))
     resume, overwrite = team.decide(lambda: after_restart(config, resume, overwrite))
     checkpoint = team.decide(lambda: check_run_dir(config, resume, overwrite, held))
+    objective = build_objective(config)
     need = Need(
         device=device,
         dtype=torch.bfloat16 if bfloat16 else torch.float32,
         head_size=config.model.d_model // config.model.n_heads,
         documents=config.data.document_mask,
-        two_stream=getattr(config.objective.own, "conditioning", "") == "two-stream",
+        two_stream=objective.two_stream,
     )
     attention, attention_line = choose(config.run.attention, need)
-    objective = build_objective(config)
     model = build_model(config.model, config.seed, device, config.blocks.only)
     model.recurrence, model.attention, model.document_mask = objective.recurrence, attention, config.data.document_mask
     model.checkpoint_activations(config.run.activation_checkpointing)
     if config.run.compile:
         model.compile_parts()
-    freeze_shared(config, model)
+    objective.prepare(model)
     state, notes = TrainState(), []
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -267,10 +266,8 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
             ema.swap(model)
         model.recurrence = objective.recurrence  # what the objective has learned by now is part of it
         model.eval()
-        row: dict[str, float] = {}
         with autocast, team.whole(model):
-            if isinstance(objective, ScoresItself):
-                row = objective.held_out(model, batches, tokenizer, config.seed)
+            row = objective.held_out(model, batches, tokenizer, config.seed)
             if not row:
                 lengths = tokenizer.byte_lengths()
                 row = score(

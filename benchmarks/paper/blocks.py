@@ -43,7 +43,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.objectives.blocks import freeze_shared
+from recurrent_db.objectives.block_choice import freeze_shared
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
 from recurrent_db.store.folder import list_checkpoints
@@ -68,7 +68,6 @@ ARMS: dict[str, Arm] = {
     **{f"blocks-{b}": Arm(b) for b in (1, 2, 3, 4, 6)},
     **{f"blocks-{b}-uniform": Arm(b, ("--blocks.partition", "uniform")) for b in (2, 3, 4, 6)},
     "blocks-4-frozen": Arm(4, ("--blocks.shared", "frozen")),
-    "blocks-4-adaptive": Arm(4, ("--objective.denoise.density", "adaptive")),
     "blocks-4-swap": Arm(4, swap="blocks-4"),
     **{f"masked-{b}": Arm(b, masked=True) for b in (1, 3)},
 }

@@ -41,10 +41,10 @@ from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import build_optimizer, step_unless
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
@@ -90,10 +90,6 @@ def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budg
         "--optim.lr", f"{rate:g}", "--budget.flops", f"{budget:g}",
     ]  # fmt: skip
     config = load_config(ROOT / "train/configs/tiny.toml", [str(word) for word in words])
-    if getattr(config.objective.own, "neighbours", "own") == "known":
-        raise UserError(
-            "objective.denoise.neighbours = known puts the next token where these tasks have another answer"
-        )
     return config
 
 

@@ -45,8 +45,8 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.generate import Decoder
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -114,7 +114,7 @@ def products(model: LoopedLM, k: int) -> tuple[Callable[[], None], int]:
     passes = model.recurrence.passes(k)
     prelude, core = weights(*model.prelude), weights(model.core)
     read = [*weights(*model.coda), model.embedding.weight]
-    bridge = [model.target_rows().T] if passes.bridges else []
+    bridge = [model.embedding.weight.T] if passes.bridges else []
     condition = weights(model.noise_embedding) if model.noise_embedding is not None and passes.noise_levels else []
     if passes.beside:
         raise UserError("products of inference with two streams are not listed here")

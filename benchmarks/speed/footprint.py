@@ -44,7 +44,6 @@ STEPS = {
     "denoise": "--objective.name denoise",
     "denoise, weight average": "--objective.name denoise --optim.ema_decay 0.99",
     "denoise, two-stream": "--objective.name denoise --objective.denoise.conditioning two-stream",
-    "denoise, level per token": "--objective.name denoise --objective.denoise.draw token",
 }
 SHAPES = {
     "d 64, 1/2/1": "--model.d_model 64 --model.n_heads 4 --model.n_prelude 1 --model.n_core 2 --model.n_coda 1"

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from benchmarks.speed.tables import rewrite, tables
-from recurrent_db.accounting.flops import Passes, cost_per_token, step_cost
+from recurrent_db.accounting.flops import cost_per_token, step_cost
 from recurrent_db.accounting.hardware import attainable_flops, choose_device, environment, table_peak_flops
 from recurrent_db.accounting.llama_reference import build_llama, llama_flops
 from recurrent_db.accounting.memory_split import peak_live_bytes
@@ -50,6 +50,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import Need, choose
+from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng

@@ -27,7 +27,7 @@ from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.cache import Cache
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 

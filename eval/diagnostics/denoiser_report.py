@@ -27,9 +27,10 @@ from recurrent_db.denoise.noise import log_uniform_grid, share_below, sigma_star
 from recurrent_db.evaluation.likelihood import score_draws
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model.looped import STATE_STD, LoopedLM
+from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.objectives.base import cross_entropy
 from recurrent_db.objectives.denoise import mean_pairwise_cosine
-from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, Probe
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -134,7 +135,7 @@ class Probes:
             row = []
             for index, state in enumerate(probe.states):
                 if isinstance(walk, DenoiseWalk):
-                    hidden = walk.read(probe.parts[index], state, e_BTD.dtype, probe.codas[index], visible)
+                    hidden = walk.read(probe.parts[index], state, e_BTD.dtype, visible)
                 else:
                     hidden = model.decode(state, visible=visible)
                 log_p = model.logits(hidden).float().log_softmax(-1)
@@ -251,7 +252,7 @@ def main(args: Args) -> int:
             "nll_sigma_max": by_draws[max(by_draws)].by_k[ks[0]].nll if ks[0] == 1 else None,
             "sigma_star": star,
             "share_below_sigma_star": share_below(walk.density, walk.config.atom, star),
-            "target_cosine": mean_pairwise_cosine(model.target_rows()).item(),
+            "target_cosine": mean_pairwise_cosine(model.embedding.weight).item(),
         }
     bar.update()
     bar.set_description("context and entropy")

@@ -30,7 +30,8 @@ from recurrent_db.denoise.sampler import ancestral
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -74,7 +75,7 @@ class Level:
 @torch.no_grad()
 def levels(model: LoopedLM, walk: DenoiseWalk, batches: Iterable[Batch], k: int, seed: int) -> list[Level]:
     """The table, first level first."""
-    rng, sigmas, rows_VD = Rng(seed, EVALUATION_STEP), walk.grid(k), walk.targets(model)
+    rng, sigmas, rows_VD = Rng(seed, EVALUATION_STEP), walk.levels(k), walk.targets(model)
     sums, count = torch.zeros(k, 4, dtype=torch.float64), 0
     device = model.embedding.weight.device
     for batch in batches:
@@ -82,7 +83,7 @@ def levels(model: LoopedLM, walk: DenoiseWalk, batches: Iterable[Batch], k: int,
         visible = model.visible(tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(tokens_BT, visible)
         noise = NoiseSource(rng, batch.sample_index_B, model.config.max_seq_len)
-        read, y_BTD = walk.reader(model, tokens_BT, e_BTD, noise, visible), rows_VD[answers_BT]
+        read, y_BTD = walk.reader(model, e_BTD, visible), rows_VD[answers_BT]
 
         def normals(stream: str, noise: NoiseSource = noise, like: Tensor = y_BTD) -> Tensor:
             return noise.normal(like.shape[1], like.shape[2], stream, like.device).to(like.dtype)

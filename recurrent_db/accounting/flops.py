@@ -19,46 +19,7 @@ from dataclasses import astuple, dataclass, replace
 
 from recurrent_db.config import Config, ModelConfig
 from recurrent_db.errors import UserError
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How often a step runs each part for each token. A training step by default; see `Recurrence.passes` for
-    inference."""
-
-    core_no_grad: int = 0
-    """Core iterations that cost their forward alone."""
-    core_grad: int = 1
-    """Core iterations that are backpropagated."""
-    injections_grad: int = 0
-    """Injections that none of the core's blocks follows, backpropagated."""
-    readouts_no_grad: int = 0
-    """Coda and head, forward alone."""
-    readouts_grad: int = 1
-    """Coda and head, backpropagated."""
-    prelude_grad: bool = True
-    """Whether the prelude is backpropagated."""
-    clean_no_grad: int = 0
-    """Passes of two-stream conditioning's clean stream, forward alone."""
-    clean_grad: int = 0
-    """The same, backpropagated."""
-    known_no_grad: int = 0
-    """Passes of a stream of known tokens' noised targets through core and coda."""
-    beside: bool = False
-    """Whether the core's passes attend to another stream's keys besides their own."""
-    noise_levels: int = 0
-    """Noise levels per sequence that the core is conditioned on in one pass: none, 1, or T for per-token draws."""
-    bridges: int = 0
-    """Products of the vocabulary's probabilities with the target table."""
-    core_layers: float = 0
-    """Layers of the core that one of its passes runs, on average; 0 means all. Of a model in blocks, those of the block."""
-    clean_layers: float = 0
-    """The same of the clean stream's passes."""
-    causal: bool = True
-    """Whether positions see those before them alone."""
-    tables_grad: bool = True
-    """Whether the tables of embedding and head get gradients. Of frozen ones the head passes the gradient on alone, and an
-    adapter that reads the embedding itself, without a prelude between, needs none to its inputs."""
+from recurrent_db.model.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -142,12 +103,11 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     width, hidden = model.d_model, model.d_mlp
     block = 4 * width * width + 3 * width * hidden
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
-    known = passes.known_no_grad
     core_layers, clean_layers = passes.core_layers or model.n_core, passes.clean_layers or model.n_core
     # Keys that a query meets and keys that it may see, on average over positions: its own stream's; and, beside another
-    # stream, that stream's (strictly before it, where neighbours are known) and itself.
+    # stream, that stream's and itself.
     plain = length, (length + 1) / 2 if passes.causal else length
-    beside = 2 * length, (length - 1) / 2 + 1 if known else (length + 1) / 2 + 1
+    beside = 2 * length, (length + 1) / 2 + 1
 
     def blocks(count: float, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
         met, seen = beside if two else plain
@@ -163,27 +123,24 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     core_runs = passes.core_no_grad, passes.core_grad
     clean_runs = passes.clean_no_grad, passes.clean_grad
     read_runs = passes.readouts_no_grad, passes.readouts_grad
-    conditioned = core_runs[0] + known, core_runs[1]
     conditioning = Cost()
     if passes.noise_levels:
         share = passes.noise_levels / length
-        first = _part(model.d_condition**2, 0, 0, share * conditioned[0], share * conditioned[1])
+        first = _part(model.d_condition**2, 0, 0, share * core_runs[0], share * core_runs[1])
         # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * core_layers * 6 * width
-        conditioning = first + _part(out, 0, 0, share * conditioned[0], share * conditioned[1])
-    injected = _part(adapter, 0, 0, *conditioned, checkpointing)
+        conditioning = first + _part(out, 0, 0, share * core_runs[0], share * core_runs[1])
+    injected = _part(adapter, 0, 0, *core_runs, checkpointing)
     injected += _part(adapter, 0, 0, *clean_runs) + _part(adapter, 0, 0, 0, passes.injections_grad)
     head = _part(model.vocab_size * width, 0, 0, *read_runs)
     return {
         "embedding": Cost(),  # a lookup; its backward adds rows up
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
         "adapter": injected if passes.tables_grad or model.n_prelude else replace(injected, backward_input=0.0),
-        "core": blocks(core_layers, *core_runs, passes.beside, checkpointing)
-        + context(clean_layers, *clean_runs)
-        + blocks(model.n_core, known, 0),
+        "core": blocks(core_layers, *core_runs, passes.beside, checkpointing) + context(clean_layers, *clean_runs),
         "conditioning": conditioning,
-        "coda": blocks(model.n_coda, *read_runs, known > 0) + context(model.n_coda, known, 0),
+        "coda": blocks(model.n_coda, *read_runs),
         "head": head if passes.tables_grad else replace(head, backward_weight=0.0),
         "bridge": Cost(forward=passes.bridges * 2 * model.vocab_size * width),
     }
@@ -214,19 +171,15 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
     Attention is counted over all keys that there are, ``stop`` for each position. ``read``: whether the result is read
     out, which is done at the last position alone.
     """
-    count, known, width = stop - first, passes.known_no_grad, model.d_model
+    count, width = stop - first, model.d_model
 
     def each(runs: Passes) -> float:
         parts = cost_per_token(model, stop, runs)
         return total(parts).forward - parts["conditioning"].forward
 
     cost = count * each(passes) + stop * cost_per_token(model, stop, passes)["conditioning"].forward
-    if known and first:  # known neighbours' streams run the position before the first once more
-        cost += each(replace(passes, known_no_grad=2 * known)) - each(passes)
     if passes.beside:  # a query meets the other stream's keys and those of its own pass
-        layers = (passes.core_layers or model.n_core) * passes.core_no_grad + (
-            model.n_coda * passes.readouts_no_grad if known else 0
-        )
+        layers = (passes.core_layers or model.n_core) * passes.core_no_grad
         cost -= count * layers * 4 * width * (stop - count)
     return cost - (count - read) * 2 * model.vocab_size * width
 
@@ -259,12 +212,11 @@ def visits_kept(policy: str) -> int | None:
 
 def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "full") -> int:
     """What a key-value cache (`cache.Cache`) keeps of a token, in numbers: a key and a value for each layer and visit of
-    the streams that later positions see, and the prelude's output for known neighbours."""
-    core = passes.clean_no_grad or passes.core_no_grad  # known neighbours' passes are as many as the core's
-    coda = passes.known_no_grad or passes.readouts_no_grad
+    the streams that later positions see."""
+    core, coda = passes.clean_no_grad or passes.core_no_grad, passes.readouts_no_grad
     most = visits_kept(policy) or max(core, coda)
     in_core = model.n_core * min(core, most)
     if model.n_blocks:  # each layer is visited once, by its block's clean stream
         in_core = round(passes.clean_layers * passes.clean_no_grad)
     layers = model.n_prelude + in_core + model.n_coda * min(coda, most)
-    return model.d_model * (2 * layers + (passes.known_no_grad > 0))
+    return model.d_model * 2 * layers

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import ModelConfig
 from recurrent_db.errors import UserError
+from recurrent_db.model.passes import Passes
 
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,

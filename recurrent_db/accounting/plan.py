@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from recurrent_db.accounting.flops import Passes, cache_numbers_per_token, step_cost
+from recurrent_db.accounting.flops import cache_numbers_per_token, step_cost
+from recurrent_db.model.passes import Passes
 from recurrent_db.accounting.hardware import GPUS, Gpu, table_peak_flops
 from recurrent_db.accounting.step_memory import PARTS, Mode, Sizes, Step
 from recurrent_db.config import Config

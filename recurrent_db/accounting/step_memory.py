@@ -18,10 +18,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.model import build_model
 from recurrent_db.model.head import chunk_rows
+from recurrent_db.model.passes import Passes
 from recurrent_db.optim.optimizer import hidden_matrices
 
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]

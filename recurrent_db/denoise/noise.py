@@ -12,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recurrent_db.config import DenoiseConfig
 from recurrent_db.rng import key
 
 
@@ -93,30 +91,6 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class PiecewiseLogUniform:
-    """Equal steps in ln sigma, each with a probability of its own, uniform in ln sigma within."""
-
-    sigma_min: float
-    sigma_max: float
-    masses: tuple[float, ...]
-    """Probability of each step, lowest noise first; all above 0, summing to 1."""
-
-    def _nodes(self) -> tuple[np.ndarray, np.ndarray]:
-        grid = np.linspace(math.log(self.sigma_min), math.log(self.sigma_max), len(self.masses) + 1)
-        cumulative = np.concatenate([[0.0], np.cumsum(self.masses)])
-        return grid, cumulative / cumulative[-1]
-
-    def cdf(self, sigma: Tensor) -> Tensor:
-        grid, cumulative = self._nodes()
-        return torch.as_tensor(np.interp(sigma.double().log().numpy(), grid, cumulative))
-
-    def quantile(self, u: Tensor) -> Tensor:
-        grid, cumulative = self._nodes()
-        sigma = torch.as_tensor(np.interp(u.double().numpy(), cumulative, grid)).exp()
-        return sigma.clamp(self.sigma_min, self.sigma_max)
-
-
-@dataclass(frozen=True)
 class Below:
     """A law of sigma cut off at ``sigma_max``: what lies below it, with probability 1."""
 
@@ -135,80 +109,6 @@ class Below:
 
     def quantile(self, u: Tensor) -> Tensor:
         return self.law.quantile(u.double() * self._share()).clamp(max=self.sigma_max)
-
-
-class AdaptiveFit:
-    """Fits a density to the loss as a function of sigma so that equal probability means equal decrease of the loss
-    (time warping, CDCD, arXiv 2211.15089, section 3.3): p(ln sigma) proportional to dL / d ln sigma.
-
-    The loss is the unweighted cross-entropy, whatever is trained. It is averaged in ``n_bins`` equal steps of ln sigma with
-    exponential forgetting, made monotone (least squares, pool-adjacent-violators), and differenced. A share ``floor`` of
-    the draws stays uniform in ln sigma, so that no level goes unseen. Until every bin has been seen the density is
-    uniform in ln sigma.
-    """
-
-    def __init__(
-        self, sigma_min: float, sigma_max: float, n_bins: int = 48, floor: float = 0.1, memory: float = 0.99
-    ) -> None:
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.n_bins, self.floor, self.memory = n_bins, floor, memory
-        self.sums, self.counts = np.zeros(n_bins), np.zeros(n_bins)
-
-    def bins(self, sigma: Tensor) -> Tensor:
-        """Bin of each noise level, int64, sigma's shape."""
-        share = torch.log(sigma.double() / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
-        return (share * self.n_bins).long().clamp(0, self.n_bins - 1)
-
-    def tally(self, sigma: Tensor, losses: Tensor) -> Tensor:
-        """Sums of the losses and numbers of draws by bin, float64 (2, n_bins), to be added over a step's micro-batches
-        and processes before `update`. Both arguments have one shape."""
-        where = self.bins(sigma.cpu()).flatten()
-        result = torch.zeros(2, self.n_bins, dtype=torch.float64)
-        result[0].index_add_(0, where, losses.detach().double().cpu().flatten())
-        result[1].index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
-        return result
-
-    def update(self, tally: Tensor) -> None:
-        """Take in one optimizer step's tally."""
-        self.sums = self.memory * self.sums + tally[0].numpy()
-        self.counts = self.memory * self.counts + tally[1].numpy()
-
-    def density(self) -> PiecewiseLogUniform:
-        """The density fitted so far."""
-        uniform = np.full(self.n_bins, 1 / self.n_bins)
-        if (self.counts < 1e-3).any():
-            return PiecewiseLogUniform(self.sigma_min, self.sigma_max, tuple(uniform))
-        loss = monotone(self.sums / self.counts, self.counts)
-        # Bin means stand at the bins' centres; the ends of a bin lie half-way to its neighbours, and the outermost ends
-        # as far on the other side.
-        middle = (loss[1:] + loss[:-1]) / 2
-        edges = np.concatenate([[2 * loss[0] - middle[0]], middle, [2 * loss[-1] - middle[-1]]])
-        rise = np.diff(edges)
-        if rise.sum() <= 0:
-            return PiecewiseLogUniform(self.sigma_min, self.sigma_max, tuple(uniform))
-        masses = (1 - self.floor) * rise / rise.sum() + self.floor * uniform
-        return PiecewiseLogUniform(self.sigma_min, self.sigma_max, tuple(masses))
-
-
-def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The nearest non-decreasing sequence in weighted least squares, by pooling adjacent violators. float64 (n,)."""
-    pools: list[list[float]] = []  # [mean, weight, length]
-    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
-        pools.append([value, weight, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            mean, mass, length = pools.pop()
-            before = pools[-1]
-            before[0] = (before[0] * before[1] + mean * mass) / (before[1] + mass)
-            before[1] += mass
-            before[2] += length
-    return np.concatenate([np.full(int(length), mean) for mean, _, length in pools])
-
-
-def build_density(config: DenoiseConfig) -> Density:
-    """The training density without its atom; for ``adaptive`` the one that training starts from."""
-    if config.density in ("log-uniform", "adaptive"):
-        return LogUniform(config.sigma_min, config.sigma_max)
-    return LogNormal(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
 
 
 def draw_sigma(density: Density, atom: float, u: Tensor) -> Tensor:

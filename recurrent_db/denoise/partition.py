@@ -13,7 +13,7 @@ levels, and is told the level (AdaLN). A denoiser's loss needs nothing of the ot
 are counted from 1; block 1 has the highest noise.
 
 For language models: `model.blocks.BlocksLM`, whose blocks are `Block`s with a clean context beside them, and
-`objectives.blocks`, `objectives.masked`.
+`objectives.denoise_blocks`, `objectives.masked`.
 """
 
 from __future__ import annotations

@@ -23,16 +23,13 @@ class Precond:
     """The scalings for a clean target whose components have standard deviation ``sd``. sigma: fp32, any shape."""
 
     sd: float
-    mute_norm: float = 0.0
-    """Norm n of the clean target: what the network sees of z is scaled by n^2 / (n^2 + sigma^2), so that z falls silent
-    where it says nothing: sigma = n is where the noise along any one direction is as large as the whole target. 0 leaves
-    z at unit variance, as published."""
+    mute: bool = False
+    """Scale what the network sees of z by 1 / (1 + sigma^2), so that z falls silent where it says nothing: at sigma = 1 the
+    noise along any one direction is as large as the whole target. False leaves z at unit variance, as published."""
 
-    def mute(self, sigma: Tensor) -> Tensor:
+    def loudness(self, sigma: Tensor) -> Tensor:
         """Factor on the network's view of z, in (0, 1]."""
-        if not self.mute_norm:
-            return torch.ones_like(sigma)
-        return self.mute_norm**2 / (self.mute_norm**2 + sigma**2)
+        return 1 / (1 + sigma**2) if self.mute else torch.ones_like(sigma)
 
     def c_skip(self, sigma: Tensor) -> Tensor:
         return self.sd**2 / (sigma**2 + self.sd**2)
@@ -53,7 +50,7 @@ class Precond:
 
     def view(self, z_BTD: Tensor, sigma: Tensor) -> Tensor:
         """What the network sees of z: c_in z, muted."""
-        return self.c_in(sigma) * self.mute(sigma) * z_BTD
+        return self.c_in(sigma) * self.loudness(sigma) * z_BTD
 
     def denoise(
         self,

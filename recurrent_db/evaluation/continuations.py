@@ -23,7 +23,8 @@ from recurrent_db.errors import UserError
 from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk, Recurrence
+from recurrent_db.model.recurrence import Recurrence
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import key
 
 

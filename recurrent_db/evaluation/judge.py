@@ -27,7 +27,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 

@@ -30,7 +30,8 @@ from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.data import Batch
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 ALONE = Processes()
@@ -122,7 +123,7 @@ def draw_log_probabilities(
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
         if bound and isinstance(recurrence, DenoiseWalk):
             for k in each:
-                log_w_BT = recurrence.log_weight(model, tokens_BT, targets_BT, e_BTD, k, noise, visible)
+                log_w_BT = recurrence.log_weight(model, targets_BT, e_BTD, k, noise, visible)
                 each[k].append(log_w_BT.float())
             continue
         for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise, visible=visible):

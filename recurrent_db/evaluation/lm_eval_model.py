@@ -44,7 +44,7 @@ from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
 from recurrent_db.generation.loop_decoder import plain_loop
 from recurrent_db.generation.samplers import Method
 from recurrent_db.generation.sampling import Sampling
-from recurrent_db.model.looped import build_model
+from recurrent_db.model import build_model
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
 from recurrent_db.store.folder import content_hash

@@ -20,17 +20,15 @@ from torch import Tensor, nn
 
 from recurrent_db.model.attention import SDPA, Rule, Sees, Visible, to_device
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 
 Tokens = tuple[int, ...]
 
 
-def common_length(a: Tokens, b: Tokens, known: bool = False) -> int:
-    """How many positions two sequences begin with together. With ``known`` neighbours a position also holds the token
-    after it, so that the last one before the sequences part is not one of them."""
+def common_length(a: Tokens, b: Tokens) -> int:
+    """How many positions two sequences begin with together."""
     shorter = min(len(a), len(b))
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), shorter)
-    return max(0, same - 1) if known and same < shorter else same
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), shorter)
 
 
 @dataclass
@@ -49,11 +47,11 @@ class Row:
         self.paths.append([*path, *range(first, len(self.tokens))])
 
     @classmethod
-    def of(cls, sequences: Sequence[Tokens], known: bool = False) -> Row:
+    def of(cls, sequences: Sequence[Tokens]) -> Row:
         """The row of sorted sequences."""
         row = cls()
         for before, sequence in itertools.pairwise([(), *sequences]):
-            row.add(sequence, common_length(before, sequence, known))
+            row.add(sequence, common_length(before, sequence))
         return row
 
     @property
@@ -80,8 +78,6 @@ class Tree(Rule):
             seen = seen_BTT[b, i, there]
             if stream == "own":
                 return seen
-            if stream == "strictly beside":
-                seen = seen & (there != i)
             return (seen & (j < positions)) | (j == positions + i)
 
         return sees
@@ -92,13 +88,9 @@ class Placed:
     """What a pass over trees has in place of a past (`model.attention.Past`): the rotary tables of its places."""
 
     rope: tuple[Tensor, Tensor]
-    again: int = 0
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
         return k_BHTE, v_BHTE
-
-    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
-        return visible, e_BTD
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
 from recurrent_db.evaluation.likelihood import read_positions
 from recurrent_db.evaluation.prefix_tree import PlacedNoise, Row, common_length, lay_out
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import Rng
 
 logger = logging.getLogger("lm_eval.recurrent_db")
@@ -66,8 +65,8 @@ class Group:
     row: Row
 
     @classmethod
-    def of(cls, windows: list[Window], known: bool) -> Group:
-        return cls(windows, Row.of([window.inputs for window in windows], known))
+    def of(cls, windows: list[Window]) -> Group:
+        return cls(windows, Row.of([window.inputs for window in windows]))
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,12 @@ class Costs:
 # What to share
 
 
-def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True, known: bool = False) -> list[Group]:
+def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> list[Group]:
     """Windows in groups, those with the longest rows first.
 
     Args:
         costs: None puts each window into a row of its own.
         noisy: whether the noise matters, so that only windows of one request have a beginning in common.
-        known: whether positions hold their successors (`forest.common_length`).
     """
     groups: list[Group] = []
     by_request: dict[int, list[Window]] = {}
@@ -100,7 +98,7 @@ def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True, kno
         alike.sort(key=lambda window: (window.inputs, window.targets))
         before: tuple[int, ...] = ()
         for window in alike:
-            common, before = common_length(before, window.inputs, known), window.inputs
+            common, before = common_length(before, window.inputs), window.inputs
             if costs is not None and common:
                 last, own = len(groups[-1].row.tokens), len(window.inputs)
                 joint = last + own - common
@@ -109,7 +107,7 @@ def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True, kno
                     groups[-1].windows.append(window)
                     groups[-1].row.add(window.inputs, common)
                     continue
-            groups.append(Group.of([window], known))
+            groups.append(Group.of([window]))
     groups.sort(key=lambda group: (-len(group.row.tokens), group.row.tokens, group.windows[0].request))
     return groups
 
@@ -154,7 +152,7 @@ class Scorer:
         started = time.perf_counter()
         unique = list(dict.fromkeys(windows))
         scored: dict[Window, Result] = {window: (0.0, True) for window in unique if not window.targets}
-        groups = plan([w for w in unique if w.targets], self._costs(), self.model.recurrence.stochastic, self._known)
+        groups = plan([w for w in unique if w.targets], self._costs(), self.model.recurrence.stochastic)
         mine: dict[Window, Result] = {}
         self.flops += sum(map(self._cost, groups))
         todo = []
@@ -164,7 +162,7 @@ class Scorer:
             mine.update(found)
             left = [window for window in group.windows if window not in found]
             if left:
-                todo.append(group if not found else Group.of(left, self._known))
+                todo.append(group if not found else Group.of(left))
         total = sum(len(group.windows) for group in todo)
         hide = None if show and self.processes.rank == 0 else True
         with tqdm(total=total, desc="scoring", unit="request", leave=False, disable=hide) as bar:
@@ -189,11 +187,6 @@ class Scorer:
         unread = length - sum(len(window.targets) for window in group.windows)
         flops -= unread * 2 * config.vocab_size * config.d_model
         return flops * (self.draws if recurrence.stochastic else 1)
-
-    @property
-    def _known(self) -> bool:
-        walk = self.model.recurrence
-        return isinstance(walk, DenoiseWalk) and walk.config.neighbours == "known"
 
     def _costs(self) -> Costs | None:
         if not self.reuse:
@@ -259,7 +252,7 @@ class Scorer:
         if len(batch) == 1:
             middle = count // 2
             parts = batch[0].windows[:middle], batch[0].windows[middle:]
-            halves = [[Group.of(part, self._known)] for part in parts]
+            halves = [[Group.of(part)] for part in parts]
         else:
             middle = len(batch) // 2
             halves = [batch[:middle], batch[middle:]]

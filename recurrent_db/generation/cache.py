@@ -8,7 +8,7 @@
 
 A slot holds what one layer made in one of its visits during a pass. Prelude layers are visited once; a layer of the core
 in each iteration or noise level, by the stream that positions see there (the states' own; of two-stream conditioning the
-clean one, once; the known neighbours'); a layer of the coda in each read-out. A position thus meets, in its n-th visit to
+clean one, once); a layer of the coda in each read-out. A position thus meets, in its n-th visit to
 a layer, what earlier positions left in theirs, which is what recomputing everything would show it. The passes over one
 cache must therefore make the same visits: ask for the same K and draws each time, and run `Recurrence.hidden` to its end.
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,6 @@ class Cache:
         self.length = 0
         """Positions so far, padding included."""
         self.slots: dict[SlotName, KeysValues] = {}
-        self.e_BSD: Tensor | None = None
-        """The prelude's output, kept where a stream needs that of the last position again."""
         self.names = {module: name for name, module in model.named_modules()}
 
     @property
@@ -71,8 +69,7 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Bytes of all slots, filled or not."""
-        kept = [tensor for slot in self.slots.values() for tensor in slot]
-        return tensor_bytes(kept if self.e_BSD is None else [*kept, self.e_BSD])
+        return tensor_bytes([tensor for slot in self.slots.values() for tensor in slot])
 
     def grow(self, count: int) -> Visible:
         """Room for ``count`` more tokens of each row: who sees whom in the pass over them, which reads and fills the
@@ -115,7 +112,6 @@ class Cache:
             return copy
 
         other.slots = {name: (copied(k, 2), copied(v, 2)) for name, (k, v) in self.slots.items()}
-        other.e_BSD = None if self.e_BSD is None else copied(self.e_BSD, 1)
         return other
 
     def slot(self, name: SlotName, like_BHTE: Tensor) -> KeysValues:
@@ -135,7 +131,6 @@ class _Pass:
     stop: int
     visits: Counter[nn.Module]
     """How often each layer has been visited in this pass."""
-    again: int = 0
 
     def __post_init__(self) -> None:
         cos_SF, sin_SF = self.cache.model.rope(self.stop)
@@ -154,12 +149,3 @@ class _Pass:
         k_BHSE[:, :, self.first : self.stop] = k_BHTE
         v_BHSE[:, :, self.first : self.stop] = v_BHTE
         return k_BHSE[:, :, : self.stop], v_BHSE[:, :, : self.stop]
-
-    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
-        cache = self.cache
-        if cache.e_BSD is None:
-            cache.e_BSD = e_BTD.new_empty(cache.rows, cache.capacity, e_BTD.shape[2])
-        cache.e_BSD[:, self.first : self.stop] = e_BTD
-        if self.first == 0:
-            return visible, e_BTD
-        return cache._visible(replace(self, first=self.first - 1, again=1)), cache.e_BSD[:, self.first - 1 : self.stop]

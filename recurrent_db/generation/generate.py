@@ -30,7 +30,7 @@ from recurrent_db.generation.loop_decoder import LoopRows, Sampler, Stats
 from recurrent_db.generation.samplers import Method
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 _LOGITS_AT_ONCE = 1 << 26

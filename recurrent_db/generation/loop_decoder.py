@@ -22,7 +22,8 @@ from recurrent_db.generation.sampling import Sampling
 from recurrent_db.generation.slot_cache import RaggedCache
 from recurrent_db.model.attention import Visible
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource, PlainRecurrence
+from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.recurrence.loop import PlainLoop
 from recurrent_db.rng import Rng
 
 
@@ -79,9 +80,9 @@ class Sampler(Protocol):
         ...
 
 
-def plain_loop(model: LoopedLM) -> PlainRecurrence:
+def plain_loop(model: LoopedLM) -> PlainLoop:
     """What a model that samplers besides the plain sequential one serve does at inference. Raises `UserError` for others."""
-    if not isinstance(model.recurrence, PlainRecurrence):
+    if not isinstance(model.recurrence, PlainLoop):
         raise UserError(
             "the speculative and the diagonal sampler, exits and warm starts are for models whose inference is a plain loop"
             " (next_token, unrolled): the noise levels of a denoiser's walk depend on how many there are"

@@ -107,7 +107,6 @@ class _Pass:
     planes: int = 1
     rows: Sequence[int] = ()
     visits: Counter[nn.Module] = field(default_factory=Counter)
-    again: int = 0
 
     def __post_init__(self) -> None:
         cos_SF, sin_SF = self.cache.rope
@@ -135,6 +134,3 @@ class _Pass:
 
         kept_k, kept_v = cache.planes(layer, k_NHTE)
         return extended(kept_k, k_NHTE), extended(kept_v, v_NHTE)
-
-    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
-        raise NotImplementedError("a plain loop has no stream of known neighbours")

@@ -18,15 +18,14 @@ from safetensors.torch import save_file
 from recurrent_db.config import Config
 from recurrent_db.data.byte_level_tokenizer import unwrap
 from recurrent_db.data.tokenizer import Tokenizer
-from recurrent_db.denoise.noise import PiecewiseLogUniform
 from recurrent_db.errors import UserError
 from recurrent_db.files import new_file_mode
-from recurrent_db.objectives import build_objective, load_objective_state
-from recurrent_db.recurrence.walk import DenoiseWalk, PlainRecurrence
+from recurrent_db.objectives import Objective
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
-from recurrent_db.store.loading import warn_of_untrained_core
+from recurrent_db.store.loading import trained_objective
 
 MODEL_TYPE = "recurrent_db"
 MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py")
@@ -34,10 +33,10 @@ TOKENIZER_CODE = "tokenization_recurrent_db.py"
 """Files of `huggingface.exported`. The last goes with sentencepiece models; other tokenizers have classes in the library."""
 
 
-def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
-    """What the exported model needs to know of a denoiser. Raises `UserError` for a variant that it has no code for."""
-    config, density = walk.config, walk.density
-    for name, supported in (("conditioning", ("inject",)), ("neighbours", ("own",)), ("sampler", ("euler",)),
+def _walk_keys(walk: DenoiseWalk) -> dict[str, Any]:
+    """What the exported model needs of a denoiser. Raises `UserError` for what it has no code for."""
+    config = walk.config
+    for name, supported in (("conditioning", ("inject",)), ("sampler", ("euler",)),
                             ("bridge", ("soft", "hard", "state")),
                             ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
         if getattr(config, name) not in supported:
@@ -45,12 +44,9 @@ def _denoise_keys(walk: DenoiseWalk) -> dict[str, Any]:
                 f"objective.denoise.{name} = {getattr(config, name)} cannot be exported: the exported model has"
                 f" {' and '.join(supported)} alone"
             )
-    masses = list(density.masses) if isinstance(density, PiecewiseLogUniform) else None
-    law = {"adaptive": "adaptive" if masses else "log-uniform"}.get(config.density, config.density)
     return {
-        "sd": walk.precond.sd, "mute_norm": walk.precond.mute_norm, "target_norm": config.target_norm,
-        "bridge": config.bridge, "grid": config.grid, "density": law, "sigma_min": config.sigma_min,
-        "sigma_max": config.sigma_max, "p_mean": config.p_mean, "p_std": config.p_std, "masses": masses,
+        "sd": walk.precond.sd, "mute": walk.precond.mute, "bridge": config.bridge, "grid": config.grid,
+        "sigma_min": config.sigma_min, "sigma_max": config.sigma_max, "p_mean": config.p_mean, "p_std": config.p_std,
     }  # fmt: skip
 
 
@@ -62,19 +58,13 @@ SHAPE = {
 """Keys of config.json, and the fields of config.ModelConfig that they stand for."""
 
 
-def hf_config(
-    config: Config, recurrence: PlainRecurrence | DenoiseWalk, tokenizer: Tokenizer, k: int, seed: int
-) -> dict[str, Any]:
-    """``config.json`` of the exported folder, without ``run``.
+def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int, seed: int) -> dict[str, Any]:
+    """``config.json`` of the exported folder, but for ``run``.
 
     Raises:
         UserError: for a denoiser that walks in a way which the exported model has no code for.
     """
-    model = config.model
-    objective = config.objective
-    default_k = {"unrolled": objective.unrolled.mean_depth, "one_step": 1 + objective.one_step.prior_iterations}.get(
-        objective.name, 1
-    )
+    model, walk = config.model, objective.recurrence.walk
     configuration, modeling = (name.removesuffix(".py") for name in MODEL_CODE)
     return {
         "model_type": MODEL_TYPE,
@@ -86,11 +76,10 @@ def hf_config(
         "dtype": "float32",
         **{theirs: getattr(model, ours) for theirs, ours in SHAPE.items()},
         "noise_features": model.d_condition if model.noise_conditioning else 0,
-        "separate_targets": model.separate_targets,
-        "num_recurrence": k or default_k,
-        "initial_state": "noise" if isinstance(recurrence, DenoiseWalk) else recurrence.initial,
+        "num_recurrence": k or objective.default_k,
+        "initial_state": "noise" if walk else objective.recurrence.loop.initial,
         "seed": seed,
-        "denoise": _denoise_keys(recurrence) if isinstance(recurrence, DenoiseWalk) else None,
+        "walk": _walk_keys(walk) if walk else None,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
@@ -155,13 +144,9 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
     if config.model.n_blocks:
         raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
-    objective, objective_state = build_objective(config), checkpoint.training()[1]
-    load_objective_state(objective, objective_state, checkpoint.path)
-    warn_of_untrained_core(checkpoint)
-    recurrence = objective.recurrence
-    assert isinstance(recurrence, PlainRecurrence | DenoiseWalk)
-    values = hf_config(config, recurrence, tokenizer, k, seed)
-    values["run"] = {"config": _without_paths(config), "objective": objective_state}
+    objective = trained_objective(checkpoint, config)
+    values = hf_config(config, objective, tokenizer, k, seed)
+    values["run"] = {"config": _without_paths(config), "objective": objective.state_dict()}
     generation = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     files = {
         "config.json": json.dumps(values, indent=1).encode(),

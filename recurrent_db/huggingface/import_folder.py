@@ -33,9 +33,9 @@ from recurrent_db.data.tokenizer import Tokenizer, check_lossless
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE
+from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.layers import rope_table
-from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective, load_objective_state
+from recurrent_db.objectives import build_objective, load_objective_state, unrolled
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import save_checkpoint
@@ -98,7 +98,7 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
         if values.get(key, expected) != expected:
             raise UserError(f"{source}: {key} = {str(values[key])[:80]!r} is not what Huginn has ({expected!r})")
     config = Config()
-    model, unrolled = config.model, config.objective.unrolled
+    model, depth = config.model, config.objective.unrolled
     for ours, theirs in _HUGINN_SHAPE.items():
         setattr(model, ours, _number(values, theirs, int, source))
     rows = "padded_vocab_size" if "padded_vocab_size" in values else "vocab_size"
@@ -107,9 +107,9 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
     model.norm_eps = _number(values, "norm_eps", float, source, 1e-6)
     if values.get("num_key_value_heads", model.n_heads) != model.n_heads:
         raise UserError(f"{source}: num_key_value_heads differs from n_heads: this model has no grouped queries")
-    config.objective.name = "unrolled"
-    unrolled.mean_depth = model.expected_depth = _number(values, "mean_recurrence", int, source, 32)
-    unrolled.truncation = _number(values, "mean_backprop_depth", int, source, 8)
+    config.objective.name = unrolled.NAME
+    depth.mean_depth = model.expected_depth = _number(values, "mean_recurrence", int, source, 32)
+    depth.truncation = _number(values, "mean_backprop_depth", int, source, 8)
     config.data.sequence_length = model.max_seq_len
     resolve(config)
     validate(config)

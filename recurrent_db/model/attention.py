@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from recurrent_db.errors import UserError
 
-Stream = Literal["own", "beside", "strictly beside"]
+Stream = Literal["own", "beside"]
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -43,7 +43,7 @@ class Rule:
 
     The queries are the last ``queries`` of ``positions``. A query sees the positions up to its own, of its own document.
     ``beside`` another stream, the keys are that stream's, then the queries' own: position i sees the other stream's
-    positions up to i (``strictly``: before i), of its own document, and itself, but no other position of its stream.
+    positions up to i, of its own document, and itself, but no other position of its stream.
     """
 
     queries: int
@@ -67,7 +67,7 @@ class Rule:
         def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             here = i + first
             there = j if stream == "own" else j % positions
-            seen = there < here if stream == "strictly beside" else there <= here
+            seen = there <= here
             if not causal:
                 seen = (here >= 0) & (there >= 0)
             if docs_BS is not None:
@@ -226,18 +226,9 @@ class Past(Protocol):
         """Rotary tables of the pass's positions, (T, E/2) each, or (B, T, E/2) where rows differ."""
         ...
 
-    @property
-    def again(self) -> int:
-        """How many of the pass's first positions an earlier pass has had; no stream beside it has them."""
-        ...
-
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions so far, (B, H, S, E) each, these among them: what the layer's attention sees.
         Called once for each of a layer's visits in a pass."""
-        ...
-
-    def once_more(self, visible: Visible, e_BTD: Tensor) -> tuple[Visible, Tensor]:
-        """`Visible.once_more` of ``visible``, the pass that this belongs to."""
         ...
 
 
@@ -275,8 +266,7 @@ class Visible:
         return cls(rule, device, dtype, backend, chosen, chosen.plan(rule, device, dtype), compiled, past)
 
     def _other(self, stream: Stream) -> Visible:
-        queries = self.rule.queries - (0 if self.past is None else self.past.again)
-        rule = replace(self.rule, queries=queries, stream=stream)
+        rule = replace(self.rule, stream=stream)
         return self.make(rule, self.device, self.dtype, self.asked, self.compiled)
 
     @cached_property
@@ -284,19 +274,9 @@ class Visible:
         """The same for a stream beside this one: each position sees this stream's positions up to its own, and itself."""
         return self._other("beside")
 
-    @cached_property
-    def strictly_beside(self) -> Visible:
-        """As `beside`, but only this stream's positions before its own."""
-        return self._other("strictly beside")
-
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of these positions, after those of the positions before, where there are any."""
         return (k_BHTE, v_BHTE) if self.past is None else self.past.extend(layer, k_BHTE, v_BHTE)
-
-    def once_more(self, e_BTD: Tensor) -> tuple[Visible, Tensor]:
-        """The pass and its contexts from one position earlier on, where there is one: for a stream that holds at each
-        position what follows it, which of the last one became known only now."""
-        return (self, e_BTD) if self.past is None else self.past.once_more(self, e_BTD)
 
 
 def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> Tensor:

@@ -53,16 +53,14 @@ class BlocksLM(LoopedLM):
             raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
         self.config, self.only = config, only
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.target_embedding = Embedding(config.vocab_size, config.d_model) if config.separate_targets else None
         self.prelude = nn.ModuleList()
         self.noise_embedding = None
         self.blocks = nn.ModuleDict()
         self._ropes = {}
         for number in [only] if only else range(1, config.n_blocks + 1):
             block = LoopedLM(block_config(config, number))
-            for name in ("embedding", "target_embedding"):  # the shared ones, which belong to this module alone
-                delattr(block, name)
-                object.__setattr__(block, name, getattr(self, name))
+            del block.embedding  # it has the shared one, which belongs to this module alone
+            object.__setattr__(block, "embedding", self.embedding)
             self.blocks[str(number)] = block
 
     def block(self, number: int) -> LoopedLM:
@@ -86,10 +84,8 @@ class BlocksLM(LoopedLM):
         return [int(number) for number in self.blocks]
 
     def train_shared(self, on: bool) -> None:
-        """Whether the tables that all blocks share get gradients."""
-        for table in (self.embedding, self.target_embedding):
-            if table is not None:
-                table.weight.requires_grad_(on)
+        """Whether the table that all blocks share (embedding and head) gets gradients."""
+        self.embedding.weight.requires_grad_(on)
 
     def compile_parts(self, backend: str = "inductor") -> None:
         for number in self.held():
@@ -106,13 +102,11 @@ class BlocksLM(LoopedLM):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """The tables from ``generator``, each block from one of its own, which its number and the same seed key: the values
+        """The table from ``generator``, each block from one of its own, which its number and the same seed key: the values
         do not depend on which blocks there are."""
         seed = generator.initial_seed()
         std = (2 / (5 * self.config.d_model)) ** 0.5
-        for table in (self.embedding, self.target_embedding):
-            if table is not None:
-                nn.init.trunc_normal_(table.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+        nn.init.trunc_normal_(self.embedding.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
         for number in self.held():
             self.block(number).initialize(torch.Generator().manual_seed(key(seed, "block", number)))
 
@@ -121,12 +115,6 @@ class BlocksLM(LoopedLM):
         for number in self.held():
             for part, count in self.block(number).parameter_counts().items():
                 sums[part] = sums.get(part, 0) + count
-        again = len(self.held()) - 1  # each block counts the tables that they share
+        repeats = len(self.held()) - 1  # each block counts the table that they share
         tables = self.embedding.weight.numel()
-        targets = self.target_embedding.weight.numel() if self.target_embedding is not None else 0
-        return {
-            **sums,
-            "embedding": tables,
-            "total": sums["total"] - again * tables,
-            "target_table": targets,
-        }
+        return {**sums, "embedding": tables, "total": sums["total"] - repeats * tables}

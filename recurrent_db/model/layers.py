@@ -195,7 +195,7 @@ KeysValues = tuple[Tensor, Tensor]
 class Context:
     """Keys and values of one layer of a context stream, for a second stream that attends to it.
 
-    The second stream's position i sees the context's positions <= i (< i where it is strict) and itself. Nothing of
+    The second stream's position i sees the context's positions <= i and itself. Nothing of
     size 2T x 2T exists: T queries meet S + T keys, and S is T where nothing came before.
     """
 
@@ -242,7 +242,7 @@ class Attention(nn.Module):
         """What each position sees of the values, (B, T, D), before the output projection.
 
         Positions see those of their own stream, and what came before it; with a ``context`` its keys up to their own
-        position (or before it, where the context is strict) and their own key, and no other of their stream: see
+        position and their own key, and no other of their stream: see
         `Context`. Where ``keep`` is given, this layer's keys and values are appended to it.
         """
         if context is not None:
@@ -390,21 +390,15 @@ def contexts(
     x_BTD: Tensor,
     rope: tuple[Tensor, Tensor],
     visible: Visible,
-    strict: bool,
     modulation: Sequence[tuple[Tensor, ...]] | None = None,
-    finish: bool = False,
-) -> tuple[list[Context], Tensor]:
-    """Run a context stream through ``blocks`` and keep each layer's keys and values.
-
-    Returns them and the stream's output. Unless ``finish`` asks for that output, of the last block only the keys and
-    values are made, and what is returned is its input.
-    """
+) -> list[Context]:
+    """Run a context stream through ``blocks`` and keep each layer's keys and values. Of the last block only these are
+    made."""
     kept: list[KeysValues] = []
     for index, block in enumerate(cast(list[Block], blocks)):
         layer = modulation[index] if modulation is not None else None
-        if finish or index + 1 < len(blocks):
+        if index + 1 < len(blocks):
             x_BTD = block(x_BTD, rope, visible, layer, keep=kept)
         else:
             kept.append(block.keys_values(x_BTD, rope, visible, layer))
-    beside = visible.strictly_beside if strict else visible.beside
-    return [Context(k, v, beside) for k, v in kept], x_BTD
+    return [Context(k, v, visible.beside) for k, v in kept]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,7 @@ from recurrent_db.model.layers import (
     rope_table,
     wide,
 )
-from recurrent_db.rng import key
-
-if TYPE_CHECKING:
-    from recurrent_db.recurrence.walk import Recurrence
+from recurrent_db.model.recurrence import Recurrence
 
 Modulation = list[tuple[Tensor, ...]]
 
@@ -155,12 +152,10 @@ class Core(nn.Module):
         e_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         visible: Visible,
-        strict: bool,
         modulation: Modulation | None,
-        finish: bool,
-    ) -> tuple[list[Context], Tensor]:
+    ) -> list[Context]:
         """One iteration as a context stream: see `LoopedLM.core_contexts`."""
-        return contexts(self.blocks, self.injection(state_BTD, e_BTD), rope, visible, strict, modulation, finish)
+        return contexts(self.blocks, self.injection(state_BTD, e_BTD), rope, visible, modulation)
 
 
 def _compiled_in_training(owner: nn.Module, part: Callable[..., Any], backend: str) -> Callable[..., Any]:
@@ -192,7 +187,6 @@ class LoopedLM(nn.Module):
         width = config.d_model
         block = lambda: Block(width, config.n_heads, config.d_mlp, config.norm_eps)  # noqa: E731
         self.embedding = Embedding(config.vocab_size, width)
-        self.target_embedding = Embedding(config.vocab_size, width) if config.separate_targets else None
         self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(block() for _ in range(config.n_coda))
@@ -280,41 +274,25 @@ class LoopedLM(nn.Module):
         state_BTD: Tensor,
         e_BTD: Tensor,
         c_noise_Bs: Tensor | None = None,
-        strict: bool = False,
-        finish: bool = False,
         visible: Visible | None = None,
-    ) -> tuple[list[Context], Tensor]:
-        """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block,
-        and with ``finish`` the pass's output."""
+    ) -> list[Context]:
+        """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block."""
         rope, visible = self._frame(e_BTD.shape[1], visible)
         modulation = self._modulation(c_noise_Bs)
-        return self.core.contexts(state_BTD, e_BTD, rope, visible, strict, modulation, finish)
+        return self.core.contexts(state_BTD, e_BTD, rope, visible, modulation)
 
-    def decode(self, state_BTD: Tensor, beside: list[Context] | None = None, visible: Visible | None = None) -> Tensor:
+    def decode(self, state_BTD: Tensor, visible: Visible | None = None) -> Tensor:
         """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
-        return self._decode(state_BTD, beside, *self._frame(state_BTD.shape[1], visible))
+        return self._decode(state_BTD, *self._frame(state_BTD.shape[1], visible))
 
-    def _decode(
-        self, state_BTD: Tensor, beside: list[Context] | None, rope: tuple[Tensor, Tensor], visible: Visible
-    ) -> Tensor:
+    def _decode(self, state_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
         x_BTD = self.final_norm(state_BTD)
-        for index, block in enumerate(self.coda):
-            x_BTD = block(x_BTD, rope, visible, None, beside[index] if beside else None)
+        for block in self.coda:
+            x_BTD = block(x_BTD, rope, visible)
         return self.final_norm(x_BTD)
 
-    def coda_contexts(self, state_BTD: Tensor, strict: bool = False, visible: Visible | None = None) -> list[Context]:
-        """Keys and values of the coda over a context stream's states, for `decode`'s ``beside``."""
-        rope, visible = self._frame(state_BTD.shape[1], visible)
-        return contexts(self.coda, self.final_norm(state_BTD), rope, visible, strict)[0]
-
-    def target_rows(self) -> Tensor:
-        """The table whose normalised rows are clean targets: the embedding, or a table of their own. (V, D)."""
-        return self.embedding.weight if self.target_embedding is None else self.target_embedding.weight
-
-    def target_rows_of(self, ids: Tensor) -> Tensor:
-        """Rows of `target_rows`, (*ids, D); without a table of their own they share the head's gradient."""
-        if self.target_embedding is not None:
-            return cast(Tensor, self.target_embedding(ids))
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, (*ids, D); they share the head's gradient."""
         return lookup(ids, self.embedding.weight)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -410,25 +388,4 @@ class LoopedLM(nn.Module):
             **parts,
             "total": sum(parts.values()),
             "noise_conditioning": conditioning,
-            "target_table": count(self.target_embedding),
         }
-
-
-def build_model(
-    config: ModelConfig, seed: int | None, device: torch.device | str = "cpu", only_block: int = 0
-) -> LoopedLM:
-    """A model on ``device`` with Huginn's initialisation drawn from ``seed``; ``seed=None`` leaves it empty.
-
-    Weights are drawn on the CPU, so that every device starts from the same ones. Of a model in blocks ``only_block`` (from
-    1) makes that block and the embedding alone, with the values that they have in the whole.
-    """
-    from recurrent_db.model.blocks_lm import BlocksLM  # which is made of this module's parts
-
-    with torch.device("meta"):
-        model = BlocksLM(config, only_block) if config.n_blocks else LoopedLM(config)
-    if torch.device(device).type == "meta":
-        return model
-    model = model.to_empty(device="cpu")
-    if seed is not None:
-        model.initialize(torch.Generator().manual_seed(key(seed, "weights")))
-    return model.to(device)

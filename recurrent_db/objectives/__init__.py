@@ -1,48 +1,24 @@
-"""Ways of training, one file each, behind the contract in `base`."""
+"""Ways of training, one file each, behind the contract in `base`. A file's name is its objective's."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import Any
+import importlib
+from typing import Any, cast
 
-from recurrent_db.accounting.flops import Passes, step_cost
-from recurrent_db.config import Config, DenoiseConfig
+from recurrent_db.config import Config
 from recurrent_db.errors import UserError
-from recurrent_db.objectives.base import Metrics, Objective, ScoresItself
-from recurrent_db.objectives.blocks import BlockDenoise
-from recurrent_db.objectives.denoise import Denoise
-from recurrent_db.objectives.masked import Masked
-from recurrent_db.objectives.next_token import NextToken
-from recurrent_db.objectives.one_step import OneStep
-from recurrent_db.objectives.unrolled import Unrolled
-from recurrent_db.rng import Rng
-
-OBJECTIVES: dict[str, Callable[[Config], Objective]] = {
-    "next_token": NextToken,
-    "unrolled": Unrolled,
-    "one_step": OneStep,
-    "denoise": Denoise,
-    "denoise_paper": Denoise,
-    "masked": Masked,
-}
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives.base import Metrics, Objective, mean_passes
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that ``config.objective.name`` names; for a model in blocks its form for them."""
-    if config.model.n_blocks and isinstance(config.objective.own, DenoiseConfig):
-        return BlockDenoise(config)
-    return OBJECTIVES[config.objective.name](config)
+    """The objective that ``config.objective.name`` names."""
+    return cast(Objective, importlib.import_module(f"{__name__}.{config.objective.name}").build(config))
 
 
 def drawn_passes(config: Config, draws: int) -> dict[Passes, float]:
-    """What a run's steps would compute, and the share of each, by so many draws spread evenly over the budget. Of a budget
-    in FLOPs alone a dearer step takes more, so that there are fewer of them."""
-    objective, budget = build_objective(config), config.budget
-    drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
-    by_flops = budget.flops is not None and budget.tokens is None and budget.steps is None
-    steps = {passes: times / (step_cost(config, passes).total if by_flops else 1) for passes, times in drawn.items()}
-    return {passes: count / sum(steps.values()) for passes, count in steps.items()}
+    """`base.mean_passes` of the configuration's own objective."""
+    return mean_passes(build_objective(config), config, draws)
 
 
 def load_objective_state(objective: Objective, state: dict[str, Any], source: object) -> None:
@@ -55,12 +31,4 @@ def load_objective_state(objective: Objective, state: dict[str, Any], source: ob
         ) from None
 
 
-__all__ = [
-    "OBJECTIVES",
-    "Metrics",
-    "Objective",
-    "ScoresItself",
-    "build_objective",
-    "drawn_passes",
-    "load_objective_state",
-]
+__all__ = ["Metrics", "Objective", "build_objective", "drawn_passes", "load_objective_state"]

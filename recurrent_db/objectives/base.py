@@ -1,6 +1,9 @@
 """The contract of an objective, and what objectives share.
 
-An objective says how a model is trained; nothing else knows. It is called once for each micro-batch,
+An objective says how a model is trained, and what it needs of the rest; nobody else asks for an objective by name. To add
+one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME`` in `config.Objectives`, and a test.
+
+It is called once for each micro-batch,
 
     loss, metrics = objective(model, batch, rng, progress)
 
@@ -11,97 +14,103 @@ or pairs (sum, weight), shape (2,), where the average is over some of the tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from recurrent_db.accounting.flops import Passes
+from recurrent_db.accounting.flops import step_cost
+from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import Recurrence
+from recurrent_db.model.passes import Passes
+from recurrent_db.model.recurrence import Recurrence
 from recurrent_db.rng import Rng
 
 Metrics = dict[str, Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
 
-class Objective(Protocol):
-    """One way of training. See `next_token` for the smallest example."""
+class Objective:
+    """One way of training. `next_token` is the smallest example.
 
-    @property
-    def recurrence(self) -> Recurrence:
-        """How a checkpoint of this objective runs K iterations."""
-        ...
+    A subclass has a ``recurrence``, `__call__` and `passes`. The rest has defaults: an objective that trains the whole
+    model from the first step on, learns nothing of its own, and is scored as a likelihood by K.
+    """
+
+    recurrence: Recurrence
+    """How a checkpoint of this objective runs K iterations."""
+    default_k: int = 1
+    """Iterations at inference where the user does not say."""
+    flat: ClassVar[bool] = False
+    """Whether only the first iteration is ever trained: K = 1 is the model."""
+    two_stream: bool = False
+    """Whether attention has a second stream of keys to serve."""
+    core_trained: bool = True
+    """Whether the core's blocks have run in training so far."""
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         """The loss of one micro-batch, in nats per token, and what is worth logging."""
-        ...
+        raise NotImplementedError
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         """What a step computes for each token, realised draws included: the basis of the FLOP count."""
-        ...
+        raise NotImplementedError
 
-    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
-        them, unless the step was not ``taken`` because a number was not finite (a 0-dimensional bool on the device;
-        to look at it on the host makes the host wait). ``reduce`` sums a tensor over all
-        processes; draws must not change before this."""
-        ...
+    def passes_of(self, row: Mapping[str, Any]) -> Passes | None:
+        """What the step behind a row of metrics.jsonl computed, where the row says so."""
+        return None
+
+    def cost_rows(self) -> dict[str, dict[Passes, float]]:
+        """Rows of `recurrent-db flops`: ways to train with this objective, each with the shares of its kinds of step. Where
+        objectives give the same row it is printed once."""
+        return {}
+
+    def prepare(self, model: LoopedLM) -> None:
+        """Called once before training: the place to freeze parameters that this run never trains."""
 
     def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
         """Called before each step with the share of the budget that is spent, and before anything is saved: the place to
         set weights by a rule and not by a gradient. Returns those that it set, of a sharded model the shards: what was
         averaged of them before says nothing of them now."""
-        ...
+        return []
+
+    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
+        """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
+        them, unless the step was not ``taken`` because a number was not finite (a 0-dimensional bool on the device; to
+        look at it on the host makes the host wait). ``reduce`` sums a tensor over all processes; draws must not change
+        before this."""
+
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+        """Columns for the metrics from held-out batches; empty where the run is scored as a likelihood by K."""
+        return {}
 
     def describe(self, model: LoopedLM) -> list[str]:
         """Lines worth reading before training starts."""
-        ...
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What the objective learns on the way, as JSON values; empty where it learns nothing."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s result."""
-        ...
-
-
-@runtime_checkable
-class ScoresItself(Protocol):
-    """An objective whose runs are not (or not all) scored as a likelihood by K."""
-
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-        """Columns for the metrics from held-out batches; empty where the run is scored as others are."""
-        ...
-
-
-class NeverGrows:
-    """Base of objectives that train the whole model from the first step on."""
-
-    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
-        return []
-
-
-class Stateless(NeverGrows):
-    """Base of objectives that learn nothing of their own and have nothing to say."""
-
-    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        pass
-
-    def describe(self, model: LoopedLM) -> list[str]:
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`'s result. Raises ValueError, KeyError or TypeError for anything else."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+
+
+def mean_passes(objective: Objective, config: Config, draws: int) -> dict[Passes, float]:
+    """What a run's steps would compute, and the share of each, by so many draws spread evenly over the budget. Of a budget
+    in FLOPs alone a dearer step takes more, so that there are fewer of them."""
+    budget = config.budget
+    drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
+    by_flops = budget.flops is not None and budget.tokens is None and budget.steps is None
+    steps = {passes: times / (step_cost(config, passes).total if by_flops else 1) for passes, times in drawn.items()}
+    return {passes: count / sum(steps.values()) for passes, count in steps.items()}
 
 
 def cross_entropy(

@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from recurrent_db.accounting.flops import Passes
-from recurrent_db.config import Config
-from recurrent_db.objectives import Objective, build_objective, drawn_passes
-from recurrent_db.objectives.one_step import OneStep
+from recurrent_db.config import OBJECTIVE_NAMES, Config
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives import Objective, build_objective
+from recurrent_db.objectives.skipped_core import SkippedCore
 from recurrent_db.rng import Rng
-
-DRAWS = 1000
-"""Steps whose mean is the cost of an objective with several kinds of steps."""
-
 
 def _named(config: Config, name: str) -> Config:
     config = copy.deepcopy(config)
@@ -22,22 +18,11 @@ def _named(config: Config, name: str) -> Config:
 
 
 def training_passes(config: Config) -> dict[str, dict[Passes, float]]:
-    """The passes of a training step by way of training, and the share of the steps that makes each.
-
-    Unrolled steps have depth r = mean_depth exactly. The depth sampler's own mean is r + 1, as its Poisson count starts at
-    one; runs log the depths that they drew.
-    """
-    unrolled = config.objective.unrolled
-    depth, truncation = unrolled.mean_depth, min(unrolled.truncation or unrolled.mean_depth, unrolled.mean_depth)
-    levels = config.data.sequence_length if config.objective.denoise.draw == "token" else 1
-    return {
-        "next_token": {Passes(core_grad=1): 1.0},
-        "unrolled_truncated": {Passes(core_no_grad=depth - truncation, core_grad=truncation): 1.0},
-        "unrolled_full": {Passes(core_grad=depth): 1.0},
-        "denoise": {Passes(core_grad=1, noise_levels=levels): 1.0},
-        "denoise_two_stream": {Passes(core_grad=1, clean_grad=1, beside=True, noise_levels=levels): 1.0},
-        "one_step": drawn_passes(_named(config, "one_step"), DRAWS),
-    }
+    """The passes of a training step by way of training, and the share of the steps that makes each."""
+    rows: dict[str, dict[Passes, float]] = {}
+    for name in OBJECTIVE_NAMES:
+        rows |= build_objective(_named(config, name)).cost_rows()
+    return rows
 
 
 def inference_passes(config: Config) -> dict[str, Callable[[int], Passes]]:
@@ -49,10 +34,10 @@ def opening_phase(config: Config) -> dict[str, float | None]:
     """Shares of the budget that `one_step` spends without the core, and that its ``skip_core`` asks for; None without a
     budget."""
     budgeted = any(limit is not None for limit in vars(config.budget).values())
-    objective = OneStep(config)
+    phase = SkippedCore(config)
     return {
-        "skip_core_share": objective.shallow if budgeted else None,
-        "skip_core_asked": objective.asked if budgeted else None,
+        "skip_core_share": phase.share if budgeted else None,
+        "skip_core_asked": phase.asked if budgeted else None,
     }
 
 

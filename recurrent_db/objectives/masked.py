@@ -25,7 +25,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.data.tokenizer import Tokenizer
@@ -35,9 +34,10 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.attention import Rule, Visible
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
-from recurrent_db.objectives.blocks import drawn_block, trains_shared
-from recurrent_db.recurrence.walk import NoiseSource, Probe
+from recurrent_db.model.passes import Passes
+from recurrent_db.model.recurrence import NoiseSource, Probe
+from recurrent_db.objectives.base import Metrics, Objective, cross_entropy
+from recurrent_db.objectives.block_choice import drawn_block, freeze_shared, trains_shared
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
@@ -91,6 +91,8 @@ class NotLeftToRight:
     """Masked diffusion has no K iterations towards the next token."""
 
     stochastic = False
+    loop = None
+    walk = None
 
     @staticmethod
     def _refuse() -> NoReturn:
@@ -105,6 +107,12 @@ class NotLeftToRight:
     ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
         self._refuse()
 
+    def levels(self, k: int) -> list[float]:
+        self._refuse()
+
+    def start(self, like_BTD: Tensor, noise: NoiseSource) -> Tensor:
+        self._refuse()
+
     def ready(self, model: LoopedLM) -> NotLeftToRight:
         self._refuse()
 
@@ -112,12 +120,16 @@ class NotLeftToRight:
         self._refuse()
 
 
-class Masked(Stateless):
+class Masked(Objective):
     """One draw of time a sequence, in the range of the block that the step trains."""
 
+    recurrence = NotLeftToRight()
+
     def __init__(self, config: Config) -> None:
-        self.config, self.partition = config, time_partition(config.model.n_blocks)
-        self.recurrence = NotLeftToRight()
+        self.config, self.partition = config, time_partition(max(1, config.model.n_blocks))
+
+    def prepare(self, model: LoopedLM) -> None:
+        freeze_shared(self.config, model)
 
     def _losses(self, model: BlocksLM, block: int, batch: Batch, t_B: Tensor, hide_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(1/t) times the cross-entropy where hidden: its mean, to be differentiated, and (B, T), detached."""
@@ -222,3 +234,7 @@ def unmask(model: LoopedLM, tokens_BT: Tensor, steps: int, seed: int = 0) -> Ten
         shown_BT = (tokens_BT == mask) & (u_BT2[..., 1] < (t - s) / t)
         tokens_BT = torch.where(shown_BT, guess_BT, tokens_BT)
     return tokens_BT
+
+
+def build(config: Config) -> Masked:
+    return Masked(config)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy
-from recurrent_db.recurrence.walk import PlainRecurrence
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives.base import Metrics, Objective, cross_entropy
+from recurrent_db.recurrence.loop import PlainLoop
 from recurrent_db.rng import Rng
 
 
-class NextToken(Stateless):
+class NextToken(Objective):
     """One core pass from a zero state."""
 
-    def __init__(self, config: Config) -> None:
-        self.recurrence = PlainRecurrence(initial="zeros")
+    recurrence = PlainLoop(initial="zeros")
+    flat = True
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
@@ -28,3 +28,10 @@ class NextToken(Stateless):
 
     def passes(self, rng: Rng, progress: float) -> Passes:
         return Passes(core_grad=1)
+
+    def cost_rows(self) -> dict[str, dict[Passes, float]]:
+        return {"next_token": {Passes(core_grad=1): 1.0}}
+
+
+def build(config: Config) -> NextToken:
+    return NextToken()

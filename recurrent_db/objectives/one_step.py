@@ -9,9 +9,8 @@ The gradient of one step through the last iteration alone is HRM's (arXiv 2506.2
 holds the answer, so the likelihood at every K is that of one deterministic pass.
 
 The budget has three phases. The first (``skip_core`` tokens per weight; short runs only) skips the core: the coda reads the
-injection, and prelude and coda learn at a lower price. Then the core's blocks start as copies of those (stacking, arXiv
-2405.15319) and the first iteration is trained, which is next-token training. After ``next_token_share`` of the budget, l
-is 0 with ``first_probability`` and otherwise uniform over 1 to ``prior_iterations``.
+injection (`skipped_core`). Then the first iteration is trained, which is next-token training. After
+``next_token_share`` of the budget, l is 0 with ``first_probability`` and otherwise uniform over 1 to ``prior_iterations``.
 
 With ``corrupt_share``, a share of a sequence's context tokens (uniform between 0 and twice that) is replaced by random
 tokens: the state is then an estimate from a corrupted context, which each pass learns to improve.
@@ -19,56 +18,47 @@ tokens: the state is then an estimate from a corrupted context, which each pass 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recurrent_db.accounting.flops import Passes, step_cost
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, Reduce, cross_entropy, position_rms
-from recurrent_db.optim.schedule import budget_progress
-from recurrent_db.recurrence.walk import PlainRecurrence
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives.base import Metrics, Objective, cross_entropy, mean_passes, position_rms
+from recurrent_db.objectives.skipped_core import SKIPPED, SkippedCore
+from recurrent_db.recurrence.loop import PlainLoop
 from recurrent_db.rng import Rng
 
-SHALLOW = Passes(core_grad=0, injections_grad=1)
-"""A step that trains no iteration."""
-MOST, LEAST = 0.4, 0.15
-"""Shares of the budget: such steps take no more than the first, and where they would take less than the second there are
-none: runs of which they took .07 ended no lower by them (docs/method.md)."""
+DRAWS = 1000
+"""Steps, spread over a budget, whose mean is what a run's steps cost."""
 
 
-def shallow_share(config: Config) -> float:
-    """Share of the budget that ``objective.one_step.skip_core`` tokens are for each weight of the matrices that such a step
-    multiplies by; 0 where the budget does not say."""
-    cost, budget = step_cost(config, SHALLOW), config.budget
-    tokens = config.objective.one_step.skip_core * cost.matmul / 6
-    steps = tokens / (config.data.batch_size * config.data.sequence_length)
-    return budget_progress(budget, flops=tokens * cost.total, tokens=tokens, steps=steps, seconds=0.0)
+def passes_of_depth(depth: float) -> Passes:
+    """What a step runs that trains iteration ``depth``, counted from 1; 0 skips the core."""
+    return Passes(core_no_grad=round(depth) - 1, core_grad=1) if depth else SKIPPED
 
 
-def passes_of(depth: float) -> Passes:
-    """What a step ran whose metrics have this ``prior_iterations``."""
-    return Passes(core_no_grad=round(depth) - 1, core_grad=1) if depth else SHALLOW
-
-
-class OneStep:
+class OneStep(Objective):
     """Draw how many iterations came before, run them without gradient, train the next one."""
 
+    recurrence = PlainLoop(initial="zeros")
+
     def __init__(self, config: Config) -> None:
-        self.config = config.objective.one_step
-        self.recurrence = PlainRecurrence(initial="zeros")
-        alone = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
-        self.asked = 0.0 if alone else min(MOST, shallow_share(config))
-        self.shallow = min(self.config.next_token_share, self.asked) if self.asked >= LEAST else 0.0
-        self.grown = not self.shallow
-        self.resumed = False
+        self.whole, self.config = config, config.objective.one_step
+        self.default_k = 1 + self.config.prior_iterations
+        self.skipped_core = SkippedCore(config)
+
+    @property
+    def core_trained(self) -> bool:  # type: ignore[override]
+        return self.skipped_core.over
 
     def _depth(self, rng: Rng, progress: float) -> int:
-        """The iteration that a step trains, from 1; 0 where it trains none."""
-        if not self.grown and progress < self.shallow:
+        """The iteration that a step trains, from 1; 0 where it skips the core."""
+        if self.skipped_core.skips(progress):
             return 0
         if progress < self.config.next_token_share or rng.scalar("start") < self.config.first_probability:
             return 1
@@ -98,44 +88,30 @@ class OneStep:
         loss = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)[0]
         return loss, {"depth": torch.tensor(float(depth)), "state_rms": position_rms(state_BTD)}
 
-    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        pass
+    def passes(self, rng: Rng, progress: float) -> Passes:
+        return passes_of_depth(self._depth(rng, progress))
+
+    def passes_of(self, row: Mapping[str, Any]) -> Passes | None:
+        """By the depth that the row logged: a run that went on with another budget ran other steps than its configuration
+        would draw now."""
+        depth = row.get("depth")
+        return None if depth is None else passes_of_depth(float(depth))
+
+    def cost_rows(self) -> dict[str, dict[Passes, float]]:
+        return {"one_step": mean_passes(self, self.whole, DRAWS)}
 
     def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
-        """When the core's blocks begin to run, make them copies of the blocks around them, from the first to the last."""
-        if self.grown or progress < self.shallow:
-            return []
-        self.grown = True
-        around, core = [*model.prelude, *model.coda], model.core.blocks
-        with torch.no_grad():
-            for number, block in enumerate(core):
-                source = around[number * len(around) // len(core)]
-                for parameter, value in zip(block.parameters(), source.parameters(), strict=True):
-                    parameter.copy_(value)
-        return list(core.parameters())
+        return self.skipped_core.end(model, progress)
 
     def describe(self, model: LoopedLM) -> list[str]:
-        if self.shallow and not self.grown:
-            when = (
-                f"the core's blocks run from {100 * self.shallow:.3g}% of the budget on (objective.one_step.skip_core)"
-            )
-            return [f"{when}: no score before then is that of a trained core"]
-        share = f"{100 * self.asked:.3g}% of the budget"
-        left_out = f"{share} without them (objective.one_step.skip_core) is left out as too little"
-        if not self.grown:  # stopped before they ran, and resumed with another budget or of another version
-            return [f"the core's blocks start now, as copies of those around them: {left_out}"]
-        return (
-            [f"the core's blocks run from the start: {left_out}"] if 0 < self.asked < LEAST and not self.resumed else []
-        )
+        return self.skipped_core.describe()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"grown": self.grown}
+        return self.skipped_core.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() - {"grown"} or not isinstance(state.get("grown", True), bool):
-            raise ValueError(f"grown must be true or false, got {state}")
-        self.resumed = True
-        self.grown = state.get("grown", True)  # runs of before there was this ran all blocks from the start
+        self.skipped_core.load_state_dict(state)
 
-    def passes(self, rng: Rng, progress: float) -> Passes:
-        return passes_of(self._depth(rng, progress))
+
+def build(config: Config) -> OneStep:
+    return OneStep(config)

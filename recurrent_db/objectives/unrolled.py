@@ -5,22 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurrent_db.accounting.flops import Passes
-from recurrent_db.config import Config
+from recurrent_db.config import Config, UnrolledConfig
 from recurrent_db.data import Batch
 from recurrent_db.model.depth import sample_depth
 from recurrent_db.model.looped import STATE_STD, LoopedLM
-from recurrent_db.objectives.base import Metrics, Stateless, cross_entropy, position_rms
-from recurrent_db.recurrence.walk import PlainRecurrence, truncated_normal
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives.base import Metrics, Objective, cross_entropy, position_rms
+from recurrent_db.recurrence.loop import PlainLoop, truncated_normal
 from recurrent_db.rng import Rng
 
+NAME = "unrolled"
+"""What a configuration calls this objective."""
 
-class Unrolled(Stateless):
+
+class Unrolled(Objective):
     """Draw a depth for the step, iterate from a random state, backpropagate through the last iterations."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config.objective.unrolled
-        self.recurrence = PlainRecurrence(initial="random")
+    recurrence = PlainLoop(initial="random")
+
+    def __init__(self, config: UnrolledConfig) -> None:
+        self.config, self.default_k = config, config.mean_depth
 
     def _depth(self, rng: Rng) -> tuple[int, int]:
         return sample_depth(rng, self.config.mean_depth, self.config.depth_sigma, self.config.truncation)
@@ -40,3 +44,16 @@ class Unrolled(Stateless):
     def passes(self, rng: Rng, progress: float) -> Passes:
         without, with_gradient = self._depth(rng)
         return Passes(core_no_grad=without, core_grad=with_gradient)
+
+    def cost_rows(self) -> dict[str, dict[Passes, float]]:
+        """Steps of depth r = mean_depth. The sampler's own mean is r + 1: its Poisson count starts at one."""
+        depth = self.config.mean_depth
+        truncation = min(self.config.truncation or depth, depth)
+        return {
+            "unrolled_truncated": {Passes(core_no_grad=depth - truncation, core_grad=truncation): 1.0},
+            "unrolled_full": {Passes(core_grad=depth): 1.0},
+        }
+
+
+def build(config: Config) -> Unrolled:
+    return Unrolled(config.objective.unrolled)

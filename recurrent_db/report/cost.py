@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import astuple, dataclass
+from typing import Any
 
 from recurrent_db.accounting.flops import Cost, cost_per_token
 from recurrent_db.objectives import build_objective, drawn_passes
-from recurrent_db.objectives.one_step import OneStep, passes_of
 from recurrent_db.report.runs import Run, number
 from recurrent_db.rng import Rng
 
@@ -19,22 +19,19 @@ HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")
 def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
     """Mean FLOPs per training token by part.
 
-    The objective says what each step ran (its draws are a function of seed and step), of the recipe the rows themselves; of
-    longer runs ``most`` evenly spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
+    The objective says what each step ran: by the row where it logged that, else by the draws of (seed, step). Of longer
+    runs ``most`` evenly spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
     """
     config, objective = run.config, build_objective(run.config)
-    steps: list[tuple[int, float, float | None]] = []
+    steps: list[tuple[int, float, dict[str, Any]]] = []
     progress = 0.0
     for row in run.rows:
         if (step := number(row.get("step"))) is not None:
-            steps.append((int(step) - 1, progress, number(row.get("depth"))))
+            steps.append((int(step) - 1, progress, row))
         progress = run.progress_at(row) or progress
     stride = math.ceil(len(steps) / most) or 1
     counts = Counter(
-        passes_of(depth)
-        if isinstance(objective, OneStep) and depth is not None
-        else objective.passes(Rng(config.seed, step), at)
-        for step, at, depth in steps[::stride]
+        objective.passes_of(row) or objective.passes(Rng(config.seed, step), at) for step, at, row in steps[::stride]
     )
     shares = {passes: count / counts.total() for passes, count in counts.items()} or drawn_passes(config, 256)
     mean: dict[str, Cost] = {}

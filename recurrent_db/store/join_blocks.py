@@ -28,7 +28,7 @@ from recurrent_db.files import locked, read_json, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.objectives import build_objective
-from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.objectives.block_choice import trains_shared
 from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
 from recurrent_db.store.folder import content_hash, find_checkpoint

@@ -9,30 +9,28 @@ from pathlib import Path
 import torch
 
 from recurrent_db.accounting.hardware import choose_device
-from recurrent_db.config import Config, DenoiseConfig, validate
+from recurrent_db.config import Config, validate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
+from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.blocks_lm import BlocksLM, plain_weights
-from recurrent_db.model.looped import LoopedLM, build_model
-from recurrent_db.objectives import build_objective, load_objective_state
-from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.objectives import Objective, build_objective, load_objective_state
+from recurrent_db.objectives.block_choice import trains_shared
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.tensors import check_weights, load_weights
 
 
-def core_has_begun(checkpoint: Checkpoint) -> bool:
-    """Whether the core's blocks have run in training (`objectives.one_step` starts without them)."""
-    return checkpoint.training()[1].get("grown") is not False
-
-
-def warn_of_untrained_core(checkpoint: Checkpoint) -> None:
-    """A line on standard error where the core's blocks never ran."""
-    if not core_has_begun(checkpoint):
+def trained_objective(checkpoint: Checkpoint, config: Config) -> Objective:
+    """The objective of a checkpoint, with what it had learned. A core that never ran is said on standard error."""
+    objective = build_objective(config)
+    load_objective_state(objective, checkpoint.training()[1], str(checkpoint.path))
+    if not objective.core_trained:
         print(
             f"warning: {checkpoint.path} was stopped before its core's blocks began to run: they are untrained",
             file=sys.stderr,
         )
+    return objective
 
 
 def load_with_config(
@@ -43,14 +41,14 @@ def load_with_config(
 ) -> tuple[LoopedLM, Tokenizer, Config, Path]:
     """`load`, with the run's configuration and the folder of the checkpoint that was taken.
 
-    ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid``, ``neighbours`` of
+    ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid`` of
     config.DenoiseConfig); None values leave the run's own.
     """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()
     chosen = {name: value for name, value in (walk or {}).items() if value is not None}
     if chosen:
-        if not isinstance(config.objective.own, DenoiseConfig):
+        if not all(hasattr(config.objective.own, name) for name in chosen):
             raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
         for name, value in chosen.items():
             setattr(config.objective.own, name, value)
@@ -62,10 +60,8 @@ def load_with_config(
     check_weights(build_model(shape, None, "meta", config.blocks.only), weights, source)
     model = build_model(shape, seed=None, only_block=config.blocks.only)
     load_weights(model, weights, source)
-    objective = build_objective(config)
-    load_objective_state(objective, checkpoint.training()[1], source)
-    warn_of_untrained_core(checkpoint)
-    model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
+    model.recurrence = trained_objective(checkpoint, config).recurrence
+    model.document_mask = config.data.document_mask
     target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
 
@@ -111,7 +107,7 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
     if source.tokenizer().hash != tokenizer.hash:
         raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
-    if not core_has_begun(source):
+    if not trained_objective(source, source.config()).core_trained:
         raise UserError(
             f"init.from {config.init.from_} was stopped before its core's blocks began to run"
             " (objective.one_step.skip_core): continue it with --resume first"

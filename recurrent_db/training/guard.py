@@ -30,7 +30,7 @@ from recurrent_db.config import Config
 from recurrent_db.data.shards import TokenData
 from recurrent_db.distributed.team import local
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.recurrence.walk import NoiseSource, Probe
+from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import fault, list_checkpoints

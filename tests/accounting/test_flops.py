@@ -14,12 +14,13 @@ from helpers import micro_config, micro_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from recurrent_db.accounting.flops import Cost, Passes, cached_cost, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.accounting.flops import cached_cost, cost_per_token, inference_cost, step_cost, total
 from recurrent_db.commands import flops
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.generation.generate import Decoder, stream
 from recurrent_db.generation.sampling import Sampling
+from recurrent_db.model.passes import Passes
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Rule
 from recurrent_db.optim.optimizer import update_flops
@@ -110,21 +111,19 @@ def test_fused_attention_makes_its_scores_again() -> None:
     assert ours.hardware == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
 
 
-@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_masked_pairs_are_those_that_the_masks_hide(length: int, strict: bool) -> None:
+def test_masked_pairs_are_those_that_the_masks_hide(length: int) -> None:
     """Attention's FLOPs on hidden pairs, against a count over the masks themselves."""
     model = dataclasses.replace(MODEL, n_prelude=0, n_core=1, n_coda=0)
     plain = total(cost_per_token(model, length, Passes(core_grad=1)))
     hidden = 1 - torch.ones(length, length).tril().mean().item()
     assert plain.masked == pytest.approx(hidden * plain.attention)
     assert plain.causal == pytest.approx(plain.total - plain.masked)
-    beside = Passes(core_no_grad=1, core_grad=0, beside=True, known_no_grad=int(strict))
-    rule = Rule(length, length, stream="strictly beside" if strict else "beside")
+    beside = Passes(core_no_grad=1, core_grad=0, beside=True)
+    rule = Rule(length, length, stream="beside")
     seen = rule.mask(torch.device("cpu")).float().mean().item()
     both = cost_per_token(model, length, beside)["core"]
-    known = cost_per_token(model, length, Passes(core_no_grad=1, core_grad=0))["core"] if strict else Cost()
-    assert both.masked - known.masked == pytest.approx((1 - seen) * 2 * length * 4 * model.d_model)
+    assert both.masked == pytest.approx((1 - seen) * 2 * length * 4 * model.d_model)
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
@@ -142,25 +141,11 @@ def test_two_streams(injection: str) -> None:
     tokens = torch.zeros(B, T, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         e_BTD = model.encode(tokens)
-        clean, _ = model.core_contexts(torch.zeros_like(e_BTD), e_BTD)
+        clean = model.core_contexts(torch.zeros_like(e_BTD), e_BTD)
         state = model.iterate(e_BTD, e_BTD, 1, torch.zeros(B, 1, device="meta"), clean)
         model.logits(model.decode(state)).sum().backward()
     ours = total(cost_per_token(config, T, Passes(core_grad=1, clean_grad=1, beside=True, noise_levels=1))).total
     assert ours == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
-
-
-def test_known_neighbours() -> None:
-    config = dataclasses.replace(MODEL, noise_conditioning=True)
-    model = build_model(config, None, "meta")
-    tokens, level = torch.zeros(B, T, dtype=torch.long, device="meta"), torch.zeros(B, 1, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        e_BTD = model.encode(tokens)
-        core, state = model.core_contexts(e_BTD, e_BTD, level, strict=True, finish=True)
-        coda = model.coda_contexts(state, strict=True)
-        model.logits(model.decode(model.iterate(e_BTD, e_BTD, 1, level, core), coda))
-    passes = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False,
-                    known_no_grad=1, beside=True, noise_levels=1)  # fmt: skip
-    assert inference_cost(config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +157,8 @@ def test_known_neighbours() -> None:
         ["one_step", "--objective.one_step.skip_core", "0"],
         ["one_step", "--objective.one_step.next_token_share", "0"],
         ["denoise_paper"],
-        *(["denoise", "--objective.denoise.draw", draw] for draw in ("batch", "sequence", "token")),
+        ["denoise"],
         ["denoise", "--objective.denoise.conditioning", "two-stream"],
-        ["denoise", "--objective.denoise.targets", "separate"],
-        ["denoise", "--objective.denoise.loss", "l2"],
     ],
     ids="-".join,
 )
@@ -262,7 +245,6 @@ def test_inference_costs_forward_passes_alone() -> None:
         ["denoise", "--objective.denoise.bridge", "state"],
         ["denoise", "--objective.denoise.bridge", "hard", "--objective.denoise.sampler", "heun"],
         ["denoise", "--objective.denoise.conditioning", "two-stream"],
-        ["denoise", "--objective.denoise.neighbours", "known"],
     ],
     ids="-".join,
 )

@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT
 
 from recurrent_db import cli
-from recurrent_db.accounting.flops import Passes, step_cost
+from recurrent_db.accounting.flops import step_cost
+from recurrent_db.model.passes import Passes
 from recurrent_db.commands import flops
 from recurrent_db.config import load_config
 from recurrent_db.objectives import build_objective

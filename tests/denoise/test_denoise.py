@@ -14,12 +14,10 @@ from scipy.integrate import quad
 
 from recurrent_db.denoise.noise import (
     GRIDS,
-    AdaptiveFit,
     Density,
     LogNormal,
     LogUniform,
     draw_sigma,
-    monotone,
     nearest_row_accuracy,
     partition,
     share_below,
@@ -235,68 +233,6 @@ def test_ancestral_steps_keep_the_marginal() -> None:
 def test_ancestral_needs_noise() -> None:
     with pytest.raises(ValueError, match="needs noise"):
         ancestral(lambda z, s: z, torch.zeros(1), 1.0, 0.5, None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The adaptive density
-
-
-def test_monotone_is_the_least_squares_fit() -> None:
-    from scipy.optimize import minimize
-
-    rng = np.random.default_rng(0)
-    values, weights = rng.normal(size=6) + np.arange(6) * 0.2, rng.uniform(0.5, 2, size=6)
-    constraints = [{"type": "ineq", "fun": lambda x, i=i: x[i + 1] - x[i]} for i in range(5)]
-    best = minimize(lambda x: (weights * (x - values) ** 2).sum(), np.zeros(6), constraints=constraints, tol=1e-12).x
-    np.testing.assert_allclose(monotone(values, weights), best, atol=1e-5)
-
-
-@pytest.mark.parametrize("centre", [-1.5, 0.0, 1.0])
-def test_the_adaptive_density_finds_the_optimum_of_a_known_loss(centre: float) -> None:
-    """L(sigma) = 5 Phi((ln sigma - c) / .6): equal probability is equal decrease, so ln sigma ~ Normal(c, .6), truncated,
-    with a tenth of the draws uniform."""
-    low, high, floor = 0.02, 20.0, 0.1
-    fit = AdaptiveFit(low, high, floor=floor, memory=0.999)
-    generator = torch.Generator().manual_seed(0)
-    density: Density = LogUniform(low, high)
-    for _ in range(3000):
-        u = torch.rand(64, generator=generator, dtype=torch.float64)
-        sigma = density.quantile(u)
-        noise = 0.5 * torch.randn(64, generator=generator, dtype=torch.float64)
-        fit.update(fit.tally(sigma, 5 * torch.special.ndtr((sigma.log() - centre) / 0.6) + noise))
-        density = fit.density()
-    sigmas = torch.logspace(math.log10(low * 1.01), math.log10(high * 0.99), 60, dtype=torch.float64)
-    optimum = (1 - floor) * LogNormal(centre, 0.6, low, high).cdf(sigmas) + floor * LogUniform(low, high).cdf(sigmas)
-    assert (density.cdf(sigmas) - optimum).abs().max() < 0.03
-    before = (LogUniform(low, high).cdf(sigmas) - optimum).abs().max()
-    assert before > 0.25  # where it started from
-
-
-def test_a_loss_linear_in_log_sigma_gives_a_uniform_density() -> None:
-    """The ends of the range get as much as its middle."""
-    fit = AdaptiveFit(0.1, 10.0, n_bins=10, floor=0.0)
-    sigma = torch.logspace(-1, 1, 10_001, dtype=torch.float64)
-    fit.update(fit.tally(sigma, 3 + sigma.log()))
-    assert fit.density().masses == pytest.approx([0.1] * 10, rel=0.01)
-
-
-def test_the_adaptive_density_is_a_density() -> None:
-    fit = AdaptiveFit(0.1, 10.0, n_bins=8)
-    fit.update(fit.tally(torch.logspace(-1, 1, 50), torch.rand(50, generator=torch.Generator().manual_seed(0))))
-    density = fit.density()
-    u = torch.linspace(0, 1, 101, dtype=torch.float64)
-    torch.testing.assert_close(density.cdf(density.quantile(u)), u, rtol=0, atol=1e-9)
-    assert sum(density.masses) == pytest.approx(1)
-    assert min(density.masses) >= 0.1 / 8 * 0.999
-    for n in range(1, 17):
-        assert len(partition(density, n)) == n
-
-
-def test_no_draw_of_the_adaptive_density_depends_on_micro_batches() -> None:
-    fit = AdaptiveFit(0.1, 10.0)
-    sigma, loss = torch.logspace(-1, 1, 40), torch.linspace(0, 4, 40)
-    parts = fit.tally(sigma[:15], loss[:15]) + fit.tally(sigma[15:], loss[15:])
-    torch.testing.assert_close(parts, fit.tally(sigma, loss))
 
 
 def test_uniform_partition_is_the_control() -> None:

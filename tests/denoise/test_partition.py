@@ -18,18 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recurrent_db import cli
-from recurrent_db.accounting.flops import Passes, cost_per_token, step_cost, total
+from recurrent_db.accounting.flops import cost_per_token, step_cost, total
 from recurrent_db.config import load_config
-from recurrent_db.denoise.noise import LogNormal, LogUniform, draw_sigma
+from recurrent_db.denoise.noise import LogNormal, LogUniform
 from recurrent_db.denoise.partition import Partition, convert, split_layers
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import draw_log_probabilities, token_log_probabilities
 from recurrent_db.generation.generate import generate_tokens
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
+from recurrent_db.model.passes import Passes
+from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.objectives import build_objective
-from recurrent_db.objectives.blocks import BlockDenoise, BlockWalk, noise_partition
-from recurrent_db.recurrence.walk import NoiseSource, Probe
+from recurrent_db.objectives.denoise_blocks import BlockWalk, DenoiseBlocks, noise_partition
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 LAW = LogNormal(-0.4, 1.0, 0.02, 20.0)
@@ -182,9 +183,9 @@ def test_a_block_trains_alone_and_the_walk_of_blocks_finds_the_data() -> None:
 
 def test_one_block_is_the_two_stream_denoiser() -> None:
     """B = 1 against the looped model's own two-stream objective with the same weights: loss and walk."""
-    looped_config = micro_config(*BLOCKS, "--objective.denoise.draw", "token")
+    looped_config = micro_config(*BLOCKS)
     looped, looped_objective = micro_model(looped_config)
-    config = blocks_config("--objective.denoise.draw", "token", n=1)
+    config = blocks_config(n=1)
     model, objective = micro_model(config)
     with torch.no_grad():
         theirs = dict(looped.named_parameters())
@@ -205,10 +206,10 @@ def test_one_block_is_the_two_stream_denoiser() -> None:
 def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam: every pass of a block, in training (no overlap), in scoring and in generation, is at a level that `block_of`
     gives it."""
-    config = blocks_config("--blocks.gamma", "0", "--objective.denoise.draw", "token")
+    config = blocks_config("--blocks.gamma", "0")
     model, objective = micro_model(config)
     assert isinstance(model, BlocksLM)
-    assert isinstance(objective, BlockDenoise)
+    assert isinstance(objective, DenoiseBlocks)
     parts = noise_partition(config)
     seen: list[tuple[int, float]] = []
     for number in model.held():
@@ -396,23 +397,6 @@ def test_flops_command_of_a_model_in_blocks(capsys: pytest.CaptureFixture[str]) 
     assert "exchange nothing" in capsys.readouterr().out
 
 
-def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
-    config = blocks_config("--objective.denoise.density", "adaptive", "--objective.denoise.draw", "token")
-    model, objective = micro_model(config)
-    assert isinstance(objective, BlockDenoise)
-    for step in range(8):
-        objective(model, batch(), Rng(0, step), 0.0)
-        objective.after_step(torch.tensor(True), lambda t: t)
-    restored = build_objective(config)
-    restored.load_state_dict(objective.state_dict())
-    assert restored.state_dict() == objective.state_dict()
-    for block, part in objective.blocks.items():
-        low, high = objective.partition.range_of(block)
-        draws = draw_sigma(part.density, 0.0, torch.linspace(0, 1, 50, dtype=torch.float64))
-        assert draws.min() >= low * 0.999
-        assert draws.max() <= high * 1.001
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -424,7 +408,7 @@ def test_a_fitted_density_stays_in_the_blocks_own_range() -> None:
         (["--objective.name", "next_token"], "cannot train a model in blocks"),
         (["--objective.denoise.conditioning", "inject"], "two-stream"),
         (["--model.n_blocks", 0, "--blocks.only", 1], "needs a model in blocks"),
-        (["--objective.denoise.density", "adaptive", "--objective.denoise.p_mean", 50], "has no mass"),
+        (["--objective.denoise.p_mean", 50], "has no mass"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(words: list[object], message: str) -> None:

@@ -36,9 +36,6 @@ KINDS = {
     "denoise": ["--objective.name", "denoise"],
     "denoise_paper": ["--objective.name", "denoise_paper"],
     "two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
-    "adaptive": ["--objective.name", "denoise", "--objective.denoise.density", "adaptive",
-                 "--objective.denoise.targets", "separate"],
-    "l2": ["--objective.name", "denoise", "--objective.denoise.loss", "l2"],
 }  # fmt: skip
 
 
@@ -62,10 +59,10 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("kind", "mode"),
     [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("one_step", "ddp"),
-     ("one_step", "fsdp"), ("adaptive", "fsdp")])  # fmt: skip
+     ("one_step", "fsdp"), ("denoise", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
-    more = ["--data.micro_batch_size", 1] if kind == "adaptive" else []
+    more = ["--data.micro_batch_size", 1] if kind == "denoise" else []
     options = [*KINDS[kind], "--budget.steps", 6, "--optim.ema_decay", 0.9, "--parallel.mode", mode, *more]
     run = train(data, tmp_path / "run", *options, world=2)
     assert curve(run) == pytest.approx(curve(alone(kind, 6)), rel=1e-4)

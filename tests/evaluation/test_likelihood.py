@@ -12,11 +12,9 @@ from helpers import OBJECTIVES, micro_config, micro_model
 
 from recurrent_db.data import Batch
 from recurrent_db.data.ngram import bigram_nll, unigram_nll
-from recurrent_db.denoise.noise import GRIDS
 from recurrent_db.evaluation.likelihood import score, score_draws, token_log_probabilities
 from recurrent_db.model import LoopedLM
-from recurrent_db.objectives import build_objective
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 RNG = Rng(0, EVALUATION_STEP)
@@ -33,11 +31,8 @@ CASES = {
     "ancestral": {"sampler": "ancestral"},
     "karras": {"grid": "karras"},
     "log-uniform": {"grid": "log-uniform"},
-    "adaptive": {"density": "adaptive"},
-    "known": {"neighbours": "known"},
     "two-stream": {"conditioning": "two-stream"},
     "two-stream heun state": {"conditioning": "two-stream", "sampler": "heun", "bridge": "state"},
-    "separate": {"targets": "separate"},
 }
 """Objectives, and ways of walking of a denoiser."""
 
@@ -122,44 +117,6 @@ def test_two_stream_reads_no_neighbours_noise() -> None:
         a, b = (walk.estimate(model, x, 0.5, e, walk.clean_contexts(model, e)) for x in (z, changed))
     same = (a == b).all(-1).all(0)
     assert same.tolist() == [position != 3 for position in range(12)]
-
-
-def test_known_neighbours_differ_from_own_walks_only_beyond_the_first_token() -> None:
-    """With known neighbours position 0 has none and walks alone, so both choices agree there and nowhere else."""
-    config = micro_config("--objective.name", "denoise")
-    model, _ = micro_model(config)
-    own = logits(model, tokens(), 3)
-    config.objective.denoise.neighbours = "known"
-    model.recurrence = build_objective(config).recurrence
-    known = logits(model, tokens(), 3)
-    torch.testing.assert_close(own[:, 0], known[:, 0], rtol=0, atol=1e-5)
-    assert (own[:, 1:] - known[:, 1:]).abs().amax(-1).min() > 1e-3
-
-
-def test_known_neighbours_against_one_position_at_a_time() -> None:
-    """The two streams equal, for every position i, one ordinary stream in which positions before i hold their known
-    targets with noise and position i its walk."""
-    config = micro_config("--objective.name", "denoise", "--objective.denoise.neighbours", "known")
-    model, _ = micro_model(config)
-    walk, inputs, k = model.recurrence, tokens(n=1, length=7), 3
-    ours = logits(model, inputs, k)
-    noise = NoiseSource(RNG, torch.arange(1), 32)
-    sigmas = GRIDS["equal-probability"](walk.density, k)
-    rows = walk.targets(model)
-    with torch.no_grad():
-        e = model.encode(inputs)
-        start = noise.normal(7, 32, "noise", e.device) * sigmas[0]
-        for i in range(7):
-            z_i = start[:, i]
-            for step, sigma in enumerate(sigmas):
-                eps = noise.normal(7, 32, f"neighbours/{sigma!r}", e.device)
-                z = torch.cat((rows[inputs[:, 1 : i + 1]] + sigma * eps[:, :i], z_i[:, None]), dim=1)
-                estimate = walk.estimate(model, z, sigma, e[:, : i + 1])
-                read = model.logits(walk.read(model, estimate, e.dtype))[:, -1]
-                if step + 1 < k:
-                    ratio = sigmas[step + 1] / sigma
-                    z_i = ratio * z_i + (1 - ratio) * (read.softmax(-1) @ rows)
-            torch.testing.assert_close(ours[:, i], read, rtol=0, atol=1e-9)
 
 
 def test_the_state_bridge_reads_out_once() -> None:

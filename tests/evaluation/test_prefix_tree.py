@@ -7,7 +7,7 @@ import torch
 from helpers import micro_config, micro_model
 
 from recurrent_db.evaluation.prefix_tree import PlacedNoise, Row, common_length, lay_out
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 PAGE = 8  # pages of noise shorter than the sequences, so that these cross their borders
@@ -28,8 +28,6 @@ KINDS = [
     *(denoise(bridge=bridge) for bridge in ("soft", "hard", "sample", "state")),
     *(denoise(sampler=sampler) for sampler in ("heun", "ancestral")),
     denoise(conditioning="two-stream", sampler="heun", bridge="sample"),
-    denoise(neighbours="known"),
-    denoise(neighbours="known", sampler="ancestral", bridge="sample", targets="separate"),
 ]
 
 TRUNKS = [
@@ -54,8 +52,8 @@ TRUNKS = [
 def test_every_position_is_as_it_would_be_alone(options: list[str]) -> None:
     config = micro_config("--objective.name", *options, "--model.n_core", "2", "--model.n_coda", "2")
     model = micro_model(config, spread=0.1)[0]
-    known, k = config.objective.denoise.neighbours == "known", 3
-    rows = [Row.of(sequences, known) for sequences in TRUNKS]
+    k = 3
+    rows = [Row.of(sequences) for sequences in TRUNKS]
     assert sum(len(row.tokens) for row in rows) < sum(len(s) for sequences in TRUNKS for s in sequences)
     tokens, places, visible = lay_out(model, rows, pad=0)
     assert visible is not None
@@ -79,7 +77,6 @@ def test_a_row_holds_what_is_common_once() -> None:
     assert row.branches
     assert not Row.of([(5, 6), (5, 6, 7)]).branches  # one continues the other
     # A position that holds the token after it is common only where that token is.
-    assert Row.of([(5, 4), (5, 6, 7), (5, 6, 8, 9)], known=True).tokens == [5, 4, 5, 6, 7, 6, 8, 9]
     assert [common_length((1, 2, 3), other, True) for other in ((1, 2, 4), (1, 2, 3, 4), (1, 2), (9,))] == [1, 3, 2, 0]
 
 

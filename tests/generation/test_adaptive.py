@@ -19,8 +19,8 @@ from recurrent_db.generation.loop_decoder import Stats
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import SDPA, Rule, Visible
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 WINDOW, K = 32, 7  # of the models here

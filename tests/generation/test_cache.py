@@ -16,7 +16,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.generation.cache import Cache
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.attention import Rule, Visible
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 KS = (1, 4, 16)
@@ -37,9 +37,6 @@ KINDS = [
     *(denoise("grid", grid) for grid in ("karras", "log-uniform")),
     denoise("conditioning", "two-stream"),
     denoise("conditioning", "two-stream", "sampler", "heun", "bridge", "sample"),
-    denoise("neighbours", "known"),
-    denoise("neighbours", "known", "sampler", "ancestral", "bridge", "sample", "targets", "separate"),
-    denoise("neighbours", "known", "bridge", "state"),
 ]
 
 
@@ -107,8 +104,8 @@ def test_prefill_and_decode_equal_recomputation(options: list[str]) -> None:
         torch.testing.assert_close(ours_by_k[k], together[k], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [["unrolled"], denoise("bridge", "soft"), denoise("conditioning", "two-stream"),
-                                     denoise("neighbours", "known")], ids=kind_id)  # fmt: skip
+@pytest.mark.parametrize("options", [["unrolled"], denoise("bridge", "soft"), denoise("conditioning", "two-stream")],
+                         ids=kind_id)  # fmt: skip
 def test_single_precision_differs_by_its_rounding(options: list[str]) -> None:
     """The cache's distance from float64 is that of recomputing in fp32, but for a factor of four."""
     tokens = text()
@@ -197,7 +194,7 @@ def test_rows_are_taken_in_any_order_padding_and_all() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("policy", ["full", "modulo-2", "last"])
 def test_bytes(options: list[str], k: int, policy: str) -> None:
-    """Two vectors for each layer and visit; a stream of known neighbours keeps the prelude's output as well."""
+    """Two vectors for each layer and visit."""
     model, rows, capacity = built(options, torch.float32), 2, 10
     cache = Cache(model, rows, capacity, policy=policy)
     cached(model, cache, text(2, 4), [k])
@@ -250,7 +247,7 @@ class BruteForce:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("options", [k for k in KINDS if "known" not in k], ids=kind_id)
+@pytest.mark.parametrize("options", KINDS, ids=kind_id)
 @pytest.mark.parametrize("k", KS)
 @torch.no_grad()
 def test_policies_against_their_definition(options: list[str], k: int) -> None:

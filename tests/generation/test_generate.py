@@ -17,8 +17,8 @@ from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.generation.generate import Text, complete, generate_texts, generate_tokens, stream
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 LOGITS = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log()
@@ -141,7 +141,7 @@ KINDS = [
     ["next_token"],
     ["unrolled"],
     ["denoise"],
-    ["denoise", "--objective.denoise.neighbours", "known", "--objective.denoise.sampler", "ancestral"],
+    ["denoise", "--objective.denoise.sampler", "ancestral"],
     ["denoise", "--objective.denoise.conditioning", "two-stream", "--objective.denoise.bridge", "sample"],
 ]
 

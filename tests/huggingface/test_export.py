@@ -25,8 +25,8 @@ from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import MODEL_CODE, TOKENIZER_CODE, export
 from recurrent_db.huggingface.import_folder import import_folder
 from recurrent_db.model import LoopedLM
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.optim.optimizer import EMA, build_optimizer
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
 from recurrent_db.store.folder import find_checkpoint
@@ -40,8 +40,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{name: ("--objective.name", name) for name in OBJECTIVES},
     "paper": ("--objective.name", "denoise_paper", "--model.injection", "add"),
     "hard": ("--objective.name", "denoise", *DENOISE),
-    "state": ("--objective.name", "denoise", "--objective.denoise.bridge", "state", "--objective.denoise.targets",
-              "separate", "--objective.denoise.density", "log-uniform", "--model.injection", "diagonal"),
+    "state": ("--objective.name", "denoise", "--objective.denoise.bridge", "state", "--model.injection",
+              "diagonal"),
     "levels": ("--objective.name", "denoise", "--objective.denoise.grid", "log-uniform", "--model.n_prelude", "0"),
 }  # fmt: skip
 
@@ -211,22 +211,6 @@ def test_the_average_of_the_weights_is_what_is_exported(tokenizer: Tokenizer, tm
     assert torch.equal(from_hf(tmp_path / "out").embedding.weight, model.embedding.weight + 1)
 
 
-def test_an_adaptive_density_travels(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    source = Checkpoint(find_checkpoint(make_checkpoint(tmp_path / "plain", tokenizer, "denoise", WINDOW)))
-    config, model = source.config(), recurrent_db.load(tmp_path / "plain", "cpu")[0]
-    config.objective.denoise.density = "adaptive"
-    fit = {"sums": [float(i * i) for i in range(48)], "counts": [2.0] * 48}
-    optimizer = build_optimizer(model, config.optim)
-    save_checkpoint(tmp_path / "run", config, tokenizer, model, optimizer, None, TrainState(), fit)
-    export(tmp_path / "run", tmp_path / "out")
-    import_folder(tmp_path / "out", tmp_path / "back")
-    ours, ids = recurrent_db.load(tmp_path / "run", "cpu")[0], some_ids(300)
-    assert torch.equal(logits(ours, ids, 4), logits(recurrent_db.load(tmp_path / "back", "cpu")[0], ids, 4))
-    with torch.inference_mode():
-        assert torch.equal(logits(ours, ids, 4), from_hf(tmp_path / "out")(ids, num_recurrence=4).logits)
-    assert not torch.equal(logits(ours, ids, 4), logits(recurrent_db.load(tmp_path / "plain", "cpu")[0], ids, 4))
-
-
 @pytest.mark.parametrize("name", [*MODEL_CODE, TOKENIZER_CODE])
 def test_the_code_in_a_folder_needs_nothing_of_this_package(exported: dict[str, tuple[Path, Path]], name: str) -> None:
     tree = ast.parse((exported["denoise"][1] / name).read_text(encoding="utf-8"))
@@ -331,9 +315,7 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize(
-    "option", ["conditioning=two-stream", "neighbours=known", "sampler=heun", "sampler=ancestral", "bridge=sample"]
-)
+@pytest.mark.parametrize("option", ["conditioning=two-stream", "sampler=heun", "sampler=ancestral", "bridge=sample"])
 def test_walks_that_the_exported_code_lacks_are_refused(option: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     key, value = option.split("=")
     folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise", WINDOW, f"--objective.denoise.{key}", value)

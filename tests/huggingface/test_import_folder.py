@@ -28,7 +28,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.huggingface.import_folder import huginn_config, import_folder
 from recurrent_db.model import build_model
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint

@@ -21,8 +21,10 @@ from recurrent_db.denoise.noise import GRIDS
 from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.model.looped import STATE_STD
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
-from recurrent_db.recurrence.walk import DenoiseWalk, NoiseSource, truncated_normal
+from recurrent_db.recurrence.loop import truncated_normal
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.report.cost import memory_by_holder, training_cost
 from recurrent_db.report.runs import read_run
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -37,8 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     synthetic_data(folder / "data")
     kinds = {name: ["--objective.name", name] for name in OBJECTIVES}
-    kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream",
-                           "--objective.denoise.density", "adaptive"]  # fmt: skip
+    kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"]
     for name, options in kinds.items():
         words = [*MICRO, *options, "--data.path", str(folder / "data"), "--run.dir", str(folder / name)]
         load_script("train/pretrain.py").train(
@@ -208,7 +209,7 @@ def test_a_denoisers_walk_can_be_chosen_when_scoring(folder: Path, script_here: 
     """Every way of walking gives another number at K = 3; a run that does not walk has nothing to choose."""
     nlls = []
     for words in ([], ["--bridge", "hard"], ["--bridge", "state"], ["--sampler", "heun"], ["--sampler", "ancestral"],
-                  ["--grid", "karras"], ["--neighbours", "known"]):  # fmt: skip
+                  ["--grid", "karras"]):  # fmt: skip
         out = folder / "walk.json"
         result = script_here(
             "eval/depth_curve.py", folder / "denoise", "--data", folder / "data", "--k", "3", "--draws", "1",

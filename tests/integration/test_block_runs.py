@@ -27,8 +27,8 @@ from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.generation.generate import Decoder
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import build_model
-from recurrent_db.objectives.blocks import noise_partition
-from recurrent_db.recurrence.walk import NoiseSource
+from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.objectives.denoise_blocks import noise_partition
 from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import table, trace

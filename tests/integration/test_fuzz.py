@@ -389,16 +389,11 @@ def test_states_of_training(content: bytes, run: Path) -> None:
     load(run, "cpu")
 
 
-@pytest.mark.parametrize(
-    "state",
-    [{}, {"sums": [1.0], "counts": [1.0]}, {"sums": [[0] * 48], "counts": [[0] * 48]},
-     {"sums": ["x"] * 48, "counts": [0] * 48},
-     {"sums": [float("nan")] * 48, "counts": [1] * 48}, {"sums": [0] * 48, "counts": [-1] * 48}],
-)  # fmt: skip
-def test_states_of_the_adaptive_density(state: dict[str, Any]) -> None:
-    config = load_config(None, ["--objective.name", "denoise", "--objective.denoise.density", "adaptive"])
+@pytest.mark.parametrize("state", [{}, {"core_runs": 1}, {"core_runs": "x"}, {"core_runs": True, "more": 0}])
+def test_states_of_an_objective(state: dict[str, Any]) -> None:
+    config = load_config(None, ["--objective.name", "one_step"])
     refused(
-        "its objective's state is not what Denoise keeps", load_objective_state, build_objective(config), state, "x"
+        "its objective's state is not what OneStep keeps", load_objective_state, build_objective(config), state, "x"
     )
 
 

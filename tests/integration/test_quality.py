@@ -245,12 +245,12 @@ def test_a_result_made_with_another_option_is_another() -> None:
     [
         ("one_step", "one_step.next_token_share", "denoise.atom"),
         ("denoise", "denoise.atom", "one_step.next_token_share"),
-        ("denoise", "denoise.density", "unrolled.truncation"),
+        ("denoise", "denoise.sigma_max", "unrolled.truncation"),
         ("unrolled", "unrolled.truncation", "one_step.next_token_share"),
     ],
 )
 def test_a_result_is_told_apart_by_what_its_objective_reads(arm: str, option: str, other: str) -> None:
-    runs, values = module("quality/runs"), {"denoise.density": "adaptive", "unrolled.truncation": "7"}
+    runs, values = module("quality/runs"), {"denoise.sigma_max": "9", "unrolled.truncation": "7"}
 
     def with_option(key: str) -> Any:
         words = ["--objective.name", arm, f"--objective.{key}", values.get(key, "0.3")]

@@ -326,7 +326,7 @@ def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [["next_token"], ["unrolled"], ["one_step"], ["denoise_paper"],
-     ["denoise", "--objective.denoise.density", "adaptive"],
+     ["denoise"],
      ["denoise", "--objective.denoise.conditioning", "two-stream"], ["unrolled", "--optim.name", "muon"]],
     ids=lambda options: options[0] + options[-1].replace(options[0], ""),
 )  # fmt: skip

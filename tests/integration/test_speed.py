@@ -21,13 +21,13 @@ from helpers import ROOT, load_script, micro_config
 from torch import nn
 from torch.profiler import record_function
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.accounting.hardware import attainable_flops
 from recurrent_db.accounting.llama_reference import build_llama, llama_flops
 from recurrent_db.accounting.profiling import GROUPS, OTHER, group_of, time_split
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.attention import Rule
+from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import build_objective
 
 Run = Callable[..., "CompletedProcess[str]"]

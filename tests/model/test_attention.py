@@ -46,8 +46,8 @@ from recurrent_db.model.attention import (
     import_flash,
 )
 from recurrent_db.model.layers import Block, rope_table
+from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import denoise, next_token, one_step, unrolled
-from recurrent_db.recurrence.walk import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 CPU = torch.device("cpu")
@@ -59,10 +59,8 @@ RULES = {
     "documents": Rule(9, 9, DOCS),
     "documents, fewer queries": Rule(3, 9, DOCS),
     "beside": Rule(9, 9, stream="beside"),
-    "strictly beside": Rule(9, 9, stream="strictly beside"),
     "beside, fewer queries": Rule(3, 9, stream="beside"),
     "documents beside": Rule(9, 9, DOCS, "beside"),
-    "documents strictly beside": Rule(9, 9, DOCS, "strictly beside"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ def seen_keys(rule: Rule, b: int, i: int) -> list[int]:
     keys = []
     for j in range(rule.positions):
         same = rule.docs_BS is None or int(rule.docs_BS[b, j]) == int(rule.docs_BS[b, here])
-        if same and (j < here or (j == here and rule.stream != "strictly beside")):
+        if same and j <= here:
             keys.append(j)
     return keys if rule.stream == "own" else [*keys, rule.positions + i]
 
@@ -132,7 +130,7 @@ def test_masks_and_starts_of_any_documents(data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
     borders = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
     docs = torch.tensor(borders).view(batch, length).cumsum(1).int()
-    stream = data.draw(st.sampled_from(["own", "beside", "strictly beside"]))
+    stream = data.draw(st.sampled_from(["own", "beside"]))
     rule = Rule(data.draw(st.integers(1, length)), length, docs, stream)
     mask = rule.mask(CPU)
     for b in range(batch):
@@ -462,7 +460,6 @@ MODELS = {
     "unrolled": ["unrolled"],
     "one_step": ["one_step", "--objective.one_step.next_token_share", "0"],
     "denoise": ["denoise"],
-    "known": ["denoise", "--objective.denoise.neighbours", "known"],
     "two-stream": ["denoise", "--objective.denoise.conditioning", "two-stream"],
 }
 
@@ -518,7 +515,7 @@ def test_a_packed_document_is_scored_as_if_alone(case: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("case", [case for case in MODELS if case != "known"])
+@pytest.mark.parametrize("case", list(MODELS))
 def test_documents_are_apart_in_training(case: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another first document leaves what the objective reads out of the others as it was, where documents are masked."""
     model, objective = model_of(case)

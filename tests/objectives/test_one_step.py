@@ -11,9 +11,10 @@ import torch
 from helpers import batch, micro_config, micro_model
 from torch import nn
 
-from recurrent_db.accounting.flops import Passes, step_cost
+from recurrent_db.accounting.flops import step_cost
 from recurrent_db.accounting.memory_split import peak_live_bytes
 from recurrent_db.errors import UserError
+from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import drawn_passes
 from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.rng import Rng
@@ -122,8 +123,8 @@ def test_the_core_starts_as_copies_of_what_is_around_it() -> None:
     assert other.passes(Rng(0, 0), 0.1) == SHALLOW
     other.load_state_dict(json.loads(json.dumps(objective.state_dict())))
     assert other.passes(Rng(0, 0), 0.1) == FLAT and not other.grow(model, 0.9)
-    for bad in ({"grown": 1}, {"more": True}):
-        with pytest.raises(ValueError, match="grown must be true or false"):
+    for bad in ({"core_runs": 1}, {"more": True}, {}):
+        with pytest.raises(ValueError, match="core_runs must be true or false"):
             other.load_state_dict(bad)
 
 
@@ -185,7 +186,7 @@ def test_how_long_the_core_stays_out(budget: list[str], share: Callable[[int, fl
     assert (model.n_prelude, model.n_coda) == (1, 1)
     weights = 2 * block + 2 * model.d_model**2 + 61 * model.d_model  # adapter and head
     expected = share(weights, 6 * weights + 3 * 2 * scores)
-    assert OneStep(config).shallow == pytest.approx(expected) and (expected == 0 or 0.15 <= expected <= 0.4)
+    assert OneStep(config).skipped_core.share == pytest.approx(expected) and (expected == 0 or 0.15 <= expected <= 0.4)
 
 
 def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
@@ -196,22 +197,22 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
         config.model.vocab_size = 61
         return OneStep(config)
 
-    weights = run(1e15).asked * 1e15
+    weights = run(1e15).skipped_core.asked * 1e15
     shorter, longer = run(weights / 0.151), run(weights / 0.149)
-    assert shorter.shallow == pytest.approx(0.151, rel=1e-3) and not shorter.grown
+    assert shorter.skipped_core.share == pytest.approx(0.151, rel=1e-3) and not shorter.core_trained
     assert "from 15.1% of the budget on" in shorter.describe(model)[0]
-    assert longer.shallow == 0 and longer.grown
+    assert longer.skipped_core.share == 0 and longer.core_trained
     assert longer.passes(Rng(0, 0), 0.0) == FLAT and longer.grow(model, 1.0) == []
     assert "run from the start: 14.9% of the budget without them" in longer.describe(model)[0]
     assert run(1000, "--objective.one_step.skip_core", "0").describe(model) == []
     # A short run with a flat part that is shorter than any first phase: as long as that.
     short = run(1000, "--objective.one_step.next_token_share", "0.1")
-    assert short.shallow == 0.1 and not short.grown
+    assert short.skipped_core.share == 0.1 and not short.core_trained
 
     # Of a run that goes on it says what it does now.
-    longer.load_state_dict({"grown": True})
+    longer.load_state_dict({"core_runs": True})
     assert longer.describe(model) == []
-    longer.load_state_dict({"grown": False})
+    longer.load_state_dict({"core_runs": False})
     assert longer.describe(model)[0].startswith("the core's blocks start now, as copies of those around them: 14.9% of")
     assert longer.grow(model, 0.05) and longer.describe(model) == []
 

@@ -31,7 +31,8 @@ from recurrent_db.denoise.noise import GRIDS
 from recurrent_db.generation.generate import Decoder, stream
 from recurrent_db.generation.sampling import Sampling
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk, truncated_normal
+from recurrent_db.recurrence.loop import truncated_normal
+from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.repl import console, reply
 from recurrent_db.repl.console import Interrupts, PlainLines, Utf8Writer, as_text, side_by_side, state_file, width_of
 from recurrent_db.repl.reply import Settings
@@ -104,7 +105,7 @@ def read_outs(model: LoopedLM, ids: list[int], k: int, seed: int) -> Tensor:
             rows.append(model.logits(model.decode(state_BTD))[0, -1].double().softmax(-1))
         return torch.stack(rows)
     sigmas = [*GRIDS[walk.config.grid](walk.density, k), None]
-    sd, s_y = 1 / math.sqrt(width), walk.config.target_norm
+    sd, s_y = 1 / math.sqrt(width), 1.0
     table_VD = s_y * torch.nn.functional.normalize(model.embedding.weight, dim=-1)
     z_BTD = sigmas[0] * rng.normal([0], (WINDOW, width), "noise/draw0/page0")[:, : len(ids)]
     for sigma, following in itertools.pairwise(sigmas):

@@ -14,7 +14,8 @@ from fake_runs import OBJECTIVES, fake_run, save
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from recurrent_db.accounting.flops import Cost, Passes, cost_per_token, step_cost, total
+from recurrent_db.accounting.flops import Cost, cost_per_token, step_cost, total
+from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import build_objective
 from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.cost import HOLDERS, energy, memory_by_holder, training_cost

@@ -279,7 +279,7 @@ def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
     options = ["--objective.name", "one_step", "--run.checkpoint_every", 2, "--run.keep", 9]
     train(data, tmp_path / "run", *options, "--budget.steps", 8)
     early = list_checkpoints(tmp_path / "run")[0]
-    assert Checkpoint(early).training()[1] == {"grown": False}
+    assert Checkpoint(early).training()[1] == {"core_runs": False}
     capsys.readouterr()
     recurrent_db.load(early)
     told = f"warning: {early} was stopped before its core's blocks began to run: they are untrained\n"

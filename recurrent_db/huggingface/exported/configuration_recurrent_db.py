@@ -15,8 +15,8 @@ class RecurrentDBConfig(PretrainedConfig):
         num_recurrence: core iterations K.
         initial_state: zeros, random or noise.
         seed: of random starts.
-        denoise: for ``noise``: sd, mute_norm, target_norm, bridge, grid, and the law of the noise level (density, sigma_min,
-            sigma_max, p_mean, p_std, masses).
+        walk: for ``noise``: sd, mute, bridge, grid, and the log-normal law of the noise level (sigma_min, sigma_max, p_mean,
+            p_std).
         run: the configuration of the run that this was exported from; not used here.
     """
 
@@ -36,11 +36,10 @@ class RecurrentDBConfig(PretrainedConfig):
         rope_base: float = 50_000.0,
         norm_eps: float = 1e-6,
         noise_features: int = 0,
-        separate_targets: bool = False,
         num_recurrence: int = 1,
         initial_state: str = "zeros",
         seed: int = 0,
-        denoise: dict[str, Any] | None = None,
+        walk: dict[str, Any] | None = None,
         run: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -48,9 +47,9 @@ class RecurrentDBConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.n_prelude, self.n_core, self.n_coda = n_prelude, n_core, n_coda
         self.max_position_embeddings, self.rope_base, self.norm_eps = max_position_embeddings, rope_base, norm_eps
-        self.injection, self.noise_features, self.separate_targets = injection, noise_features, separate_targets
+        self.injection, self.noise_features = injection, noise_features
         self.num_recurrence, self.initial_state, self.seed = num_recurrence, initial_state, seed
-        self.denoise, self.run = denoise, run
+        self.walk, self.run = walk, run
         self.initializer_range = math.sqrt(2 / (5 * hidden_size))
         kwargs["num_hidden_layers"] = n_prelude + n_core + n_coda
         # The head has no weight of its own: it is a product with the embedding's table.

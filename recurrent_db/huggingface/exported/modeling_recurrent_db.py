@@ -29,7 +29,6 @@ import math
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -254,16 +253,9 @@ class NoiseEmbedding(nn.Module):
 def _quantiles(law: dict[str, Any], u: Tensor) -> list[float]:
     """Noise levels below which shares u (float64) of the training draws lie."""
     low, high = law["sigma_min"], law["sigma_max"]
-    if law["density"] == "log-normal":
-        mean, std = law["p_mean"], law["p_std"]
-        q = [0.5 * math.erfc(-(math.log(sigma) - mean) / (std * math.sqrt(2))) for sigma in (low, high)]
-        sigma = torch.exp(mean + std * torch.special.ndtri(q[0] + u * (q[1] - q[0])))
-    elif law["density"] == "log-uniform":
-        sigma = low * (high / low) ** u
-    else:  # adaptive: equal steps of ln sigma with a probability each
-        nodes = np.linspace(math.log(low), math.log(high), len(law["masses"]) + 1)
-        cumulative = np.concatenate([[0.0], np.cumsum(law["masses"])])
-        sigma = torch.as_tensor(np.interp(u.numpy(), cumulative / cumulative[-1], nodes)).exp()
+    mean, std = law["p_mean"], law["p_std"]
+    q = [0.5 * math.erfc(-(math.log(sigma) - mean) / (std * math.sqrt(2))) for sigma in (low, high)]
+    sigma = torch.exp(mean + std * torch.special.ndtri(q[0] + u * (q[1] - q[0])))
     return sigma.clamp(low, high).tolist()
 
 
@@ -297,7 +289,6 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         width = config.hidden_size
         self.embedding = nn.Embedding(config.vocab_size, width)
-        self.target_embedding = nn.Embedding(config.vocab_size, width) if config.separate_targets else None
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(Block(config) for _ in range(config.n_coda))
@@ -349,13 +340,13 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         """Reverse diffusion over K noise levels: each position walks its own z from noise towards the embedding of the
         token that follows. A level is one conditioned pass of the core and, before the last, a bridge from its read-out
         to the estimate that the step moves towards. EDM's scalings (arXiv 2206.00364)."""
-        law, embed_noise = self.config.denoise, self.noise_embedding
+        law, embed_noise = self.config.walk, self.noise_embedding
         sd = law["sd"]
         assert embed_noise is not None
         z = self.noise(here.positions_BT, e_BTD.shape[-1], "noise", normal=True) * law["sigma_max"]
         for level, following in itertools.pairwise([*noise_levels(law, k), 0.0]):
             sigma = torch.full((len(z), 1, 1), level, dtype=torch.float32, device=z.device)
-            mute = law["mute_norm"] ** 2 / (law["mute_norm"] ** 2 + sigma**2) if law["mute_norm"] else 1.0
+            mute = 1 / (1 + sigma**2) if law["mute"] else 1.0
             view = torch.rsqrt(sigma**2 + sd**2) * mute * z
             modulation = embed_noise(sigma[..., 0].log() / 4)
             state = self.core(view.to(e_BTD.dtype), e_BTD, here, modulation)
@@ -369,13 +360,13 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
     def _bridge(self, estimate: Tensor, here: Pass) -> Tensor:
         """What a step moves towards: the estimate itself (state), or the expected (soft) or most likely (hard) normalised
         target row of its read-out, (B, T, D)."""
-        law = self.config.denoise
+        law = self.config.walk
         if law["bridge"] == "state":
             return estimate
         logits_BTV = self.head(self.decode((estimate / law["sd"]).to(self.embedding.weight.dtype), here))
-        table_VD = (self.embedding if self.target_embedding is None else self.target_embedding).weight
+        table_VD = self.embedding.weight
         rows = table_VD if law["bridge"] == "soft" else table_VD[logits_BTV.argmax(-1)]
-        rows = F.normalize(rows.to(wide(rows.dtype)), dim=-1) * law["target_norm"]
+        rows = F.normalize(rows.to(wide(rows.dtype)), dim=-1)
         return logits_BTV.to(rows.dtype).softmax(-1) @ rows if law["bridge"] == "soft" else rows
 
     def forward(

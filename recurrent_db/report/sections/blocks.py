@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recurrent_db.objectives.blocks import trains_shared
+from recurrent_db.objectives.block_choice import trains_shared
 from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.cost import memory_by_holder
 from recurrent_db.report.figure import scientific

@@ -14,21 +14,21 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from recurrent_db.accounting.flops import Passes
 from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.data.tokenizer import Tokenizer
-from recurrent_db.denoise.noise import LogNormal, LogUniform
+from recurrent_db.denoise.noise import LogNormal
 from recurrent_db.denoise.partition import Partition
 from recurrent_db.denoise.sampler import EVALUATIONS
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.looped import LoopedLM
-from recurrent_db.objectives.base import Metrics, NeverGrows, Reduce, cross_entropy
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives.base import Metrics, Objective, cross_entropy
+from recurrent_db.objectives.block_choice import drawn_block, freeze_shared, trains_shared
 from recurrent_db.objectives.denoise import Denoise, noised, own_section
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -38,28 +38,10 @@ HELD_OUT_LEVELS = 4
 
 
 def noise_partition(config: Config) -> Partition:
-    """Which block has which noise level. A density that is fitted in training is fitted within each block's range, which
-    does not move: the ranges are cut by the log-uniform law where ``density`` is that, else by the log-normal."""
-    denoise = own_section(config)
-    ends = denoise.sigma_min, denoise.sigma_max
-    law = LogUniform(*ends) if denoise.density == "log-uniform" else LogNormal(denoise.p_mean, denoise.p_std, *ends)
+    """Which block has which noise levels."""
+    own = own_section(config)
+    law = LogNormal(own.p_mean, own.p_std, own.sigma_min, own.sigma_max)
     return Partition.cut(law, config.model.n_blocks, config.blocks.gamma, config.blocks.partition == "uniform")
-
-
-def drawn_block(config: Config, rng: Rng) -> int:
-    """The block that a step trains."""
-    return config.blocks.only or 1 + int(rng.scalar("block") * config.model.n_blocks)
-
-
-def trains_shared(config: Config, block: int) -> bool:
-    """Whether a step of this block trains the embedding and head too."""
-    return {"all": True, "frozen": False, "owned": block == config.blocks.owner}[config.blocks.shared]
-
-
-def freeze_shared(config: Config, model: LoopedLM) -> None:
-    """Of a process that trains one block: no gradients, and no optimizer's state, for tables that it does not train."""
-    if isinstance(model, BlocksLM) and config.blocks.only:
-        model.train_shared(trains_shared(config, config.blocks.only))
 
 
 @dataclass(frozen=True)
@@ -74,12 +56,12 @@ class BlockWalk(DenoiseWalk):
         assert isinstance(model, BlocksLM)
         return model.block(self.partition.block_of(sigma))
 
-    def grid(self, k: int) -> list[float]:
+    def levels(self, k: int) -> list[float]:
         whole = self.density.sigma_max == self.partition.edges[0]
-        return self.partition.levels(k) if self.config.grid == "edges" and whole else super().grid(k)
+        return self.partition.levels(k) if self.config.grid == "edges" and whole else super().levels(k)
 
     def passes(self, k: int) -> Passes:
-        levels = self.grid(k)
+        levels = self.levels(k)
         again = EVALUATIONS[self.config.sampler] - 1  # second order looks at the next level too
         runs = [self.partition.block_of(sigma) for sigma in [*levels, *levels[1:] * again]]
         touched = set(runs)
@@ -91,38 +73,34 @@ class BlockWalk(DenoiseWalk):
         )
 
 
-class BlockDenoise(NeverGrows):
+class DenoiseBlocks(Objective):
     """One denoiser a block, each trained for itself."""
+
+    two_stream = True
 
     def __init__(self, config: Config) -> None:
         self.config, self.partition = config, noise_partition(config)
+        own, only = own_section(config), config.blocks.only
         self.blocks = {
-            block: self._denoise(block)
-            for block in ([config.blocks.only] if config.blocks.only else range(1, config.model.n_blocks + 1))
+            block: self._denoise(block) for block in ([only] if only else range(1, config.model.n_blocks + 1))
         }
-        self._last = 0
+        law, precond = self.partition.law, next(iter(self.blocks.values())).precond
+        layers = tuple(config.model.block_layers)
+        self.recurrence: BlockWalk = BlockWalk(law, precond, own, partition=self.partition, layers=layers)
 
     def _denoise(self, block: int) -> Denoise:
         """`denoise` on the block's range. The atom at sigma_max is the first block's."""
         low, high = self.partition.range_of(block)
-        whole, name = own_section(self.config), self.config.objective.name
-        part = dataclasses.replace(whole, sigma_min=low, sigma_max=high, atom=whole.atom if block == 1 else 0.0)
-        changed: dict[str, Any] = {name: part}
-        objective = dataclasses.replace(self.config.objective, **changed)
-        return Denoise(dataclasses.replace(self.config, objective=objective))
+        own = own_section(self.config)
+        part = dataclasses.replace(own, sigma_min=low, sigma_max=high, atom=own.atom if block == 1 else 0.0)
+        return Denoise(part, self.config.model.d_model)
 
-    @property
-    def recurrence(self) -> BlockWalk:
-        first = next(iter(self.blocks.values()))
-        whole = Denoise(self.config).density  # the whole range's; a fitted one is each block's own
-        return BlockWalk(
-            whole, first.precond, own_section(self.config), partition=self.partition,
-            layers=tuple(self.config.model.block_layers),
-        )  # fmt: skip
+    def prepare(self, model: LoopedLM) -> None:
+        freeze_shared(self.config, model)
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         assert isinstance(model, BlocksLM)
-        block = self._last = drawn_block(self.config, rng)
+        block = drawn_block(self.config, rng)
         model.train_shared(trains_shared(self.config, block))
         loss, metrics = self.blocks[block](model.block(block), batch, rng, progress)
         metrics[f"loss_block_{block}"] = metrics.pop("loss_cross_entropy")
@@ -138,9 +116,6 @@ class BlockDenoise(NeverGrows):
             tables_grad=trains_shared(self.config, block),
         )  # fmt: skip
 
-    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        self.blocks[self._last].after_step(taken, reduce)
-
     def describe(self, model: LoopedLM) -> list[str]:
         counts, shared = self.config.model.block_layers, self.config.blocks.shared
         lines = []
@@ -152,14 +127,6 @@ class BlockDenoise(NeverGrows):
             )
         who = f"trained by block {self.config.blocks.owner}" if shared == "owned" else f"trained by {shared} blocks"
         return [*lines, f"embedding and head: {'frozen' if shared == 'frozen' else who}"]
-
-    def state_dict(self) -> dict[str, Any]:
-        states = {str(block): denoise.state_dict() for block, denoise in self.blocks.items()}
-        return states if any(states.values()) else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for block, denoise in self.blocks.items():
-            denoise.load_state_dict(state.get(str(block), {}) if state else {})
 
     @torch.no_grad()
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
@@ -176,18 +143,18 @@ class BlockDenoise(NeverGrows):
         if block == 1:  # where z says nothing: the likelihood at sigma_max
             levels.append(self.partition.edges[0])
         sums, rng, count = dict.fromkeys(levels, 0.0), Rng(seed, EVALUATION_STEP), 0
-        device, norm = model.embedding.weight.device, own_section(self.config).target_norm
+        device = model.embedding.weight.device
         for batch in batches:
             batch = batch.to(device)
             visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
             e_BTD = part.encode(batch.tokens_BT, visible)
             clean = walk.clean_contexts(part, e_BTD, visible)
-            rows_BTD = model.target_rows_of(batch.targets_BT).float()
+            rows_BTD = model.embedding_rows(batch.targets_BT).float()
             eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "held out", device)
             for sigma in levels:
                 sigma_B1 = torch.full((len(rows_BTD), 1), sigma, device=device)
                 top = block == 1 and sigma == self.partition.edges[0]
-                z_BTD = sigma * eps_BTD if top else noised(rows_BTD, eps_BTD, sigma_B1, norm)[1]
+                z_BTD = sigma * eps_BTD if top else noised(rows_BTD, eps_BTD, sigma_B1)
                 estimate = denoise.precond.denoise(part, z_BTD, sigma_B1, e_BTD, clean, visible)
                 hidden = walk.read(part, estimate, e_BTD.dtype, visible=visible)
                 sums[sigma] += cross_entropy(part, hidden, batch.targets_BT)[1].double().sum().item()
