@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from recurrent_db.accounting.flops import cache_numbers_per_token, step_cost
-from recurrent_db.model.passes import Passes
 from recurrent_db.accounting.hardware import GPUS, Gpu, table_peak_flops
 from recurrent_db.accounting.step_memory import PARTS, Mode, Sizes, Step
 from recurrent_db.config import Config
 from recurrent_db.errors import UserError
+from recurrent_db.model.passes import Passes
 
 DRAWS = 1000
 """First steps of a run whose draws of depth a plan looks at."""

@@ -11,6 +11,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.objectives.skipped_core import SkippedCore
 from recurrent_db.rng import Rng
 
+
 def _named(config: Config, name: str) -> Config:
     config = copy.deepcopy(config)
     config.objective.name = name

@@ -20,9 +20,9 @@ from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
 from recurrent_db.generation.generate import Decoder, stream
 from recurrent_db.generation.sampling import Sampling
-from recurrent_db.model.passes import Passes
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Rule
+from recurrent_db.model.passes import Passes
 from recurrent_db.optim.optimizer import update_flops
 from recurrent_db.rng import Rng
 

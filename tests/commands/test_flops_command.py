@@ -10,9 +10,9 @@ from helpers import ROOT
 
 from recurrent_db import cli
 from recurrent_db.accounting.flops import step_cost
-from recurrent_db.model.passes import Passes
 from recurrent_db.commands import flops
 from recurrent_db.config import load_config
+from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
 
@@ -71,17 +71,6 @@ def test_the_opening_phase_is_told(options: str, told: str, tmp_path: Path, caps
     path.write_text(f"{(CONFIGS / 'tiny.toml').read_text()}\n[budget]\n{options}\n")
     assert cli.run(["flops", str(path)]) == 0
     assert told in capsys.readouterr().out
-
-
-def test_flops_of_a_denoiser_with_a_level_per_token(tmp_path: Path) -> None:
-    """The table is that of the configuration's own step."""
-    path = tmp_path / "token.toml"
-    text = (CONFIGS / "tiny.toml").read_text()
-    path.write_text(text.replace("[objective.unrolled]", '[objective.denoise]\ndraw = "token"\n[objective.unrolled]'))
-    config = load_config(path, ["--objective.name", "denoise"])
-    config.model.vocab_size = 2048
-    own = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total
-    assert flops.table(config, 3.0, 2)["per_token"]["denoise"] == pytest.approx(own)
 
 
 def test_the_papers_ratio_is_printed_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
