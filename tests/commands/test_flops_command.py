@@ -13,8 +13,6 @@ from recurrent_db.accounting.flops import step_cost
 from recurrent_db.commands import flops
 from recurrent_db.config import load_config
 from recurrent_db.model.passes import Passes
-from recurrent_db.objectives import build_objective
-from recurrent_db.rng import Rng
 
 CONFIGS = ROOT / "train/configs"
 
