@@ -1,14 +1,14 @@
-"""Who sees whom, and which kernel computes it.
+"""Attention: which keys each query sees, and the back ends that compute it.
 
-`Rule` says which keys a query sees. A back end makes of it, once for a forward pass, what its kernel wants (`Visible`: a
-mask, a block mask, the documents' starts); all layers share that, and each calls `attend`. Where queries are fewer than
-keys they are the last positions (bottom-right alignment), as when a cache holds the keys before them.
+`Rule` says which keys a query sees. Once for each forward pass, a back end turns it into what its kernel needs (`Visible`:
+a mask, a block mask, the documents' starts). All layers share that, and each calls `attend`. If there are fewer queries
+than keys, the queries are the last positions (bottom-right alignment), as when a cache holds the keys before them.
 
-- `sdpa`: PyTorch's fused kernels, everywhere; the reference. Its own causal flag aligns top-left, so unequal lengths get
+- `sdpa`: PyTorch's fused kernels, on every device; the reference. Its causal flag aligns top-left, so unequal lengths get
   a mask.
-- `flex`: PyTorch's FlexAttention, compiled on CUDA; skips blocks that nobody sees. Forward only on the CPU.
-- `flash`: flash-attn 2, 3 or 4 on CUDA in half precision, one stream; documents as its sequences of varying length.
-  Calls that it has no form for (two streams, float32) go to another back end.
+- `flex`: PyTorch's FlexAttention, compiled on CUDA; it skips blocks of hidden pairs. On the CPU it has no backward.
+- `flash`: flash-attn 2, 3 or 4 on CUDA in half precision, for one stream; documents are its sequences of varying length.
+  Other calls (two streams, float32) go to another back end.
 
 Shapes: B sequences, T queries, S positions, N keys (S, or S + T where two streams meet), H heads, E head size.
 """
@@ -34,7 +34,7 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who sees whom
+# Which keys each query sees
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Rule:
     queries: int
     positions: int
     docs_BS: Tensor | None = None
-    """int, on the CPU: the document of each position; the positions of one are next to each other. None: all one."""
+    """int, on the CPU: the document of each position. A document's positions are contiguous. None: one document."""
     stream: Stream = "own"
     causal: bool = True
     """False: a query of its own stream sees all positions of its document, later ones too."""
@@ -84,15 +84,15 @@ class Rule:
 
 
 def one_document_each(docs_BS: Tensor) -> bool:
-    """Whether no sequence has a border between documents. Reads the values: for ids on the CPU."""
+    """Whether no sequence has a border between documents. It reads the values, so the ids should be on the CPU."""
     return bool((docs_BS[:, 1:] == docs_BS[:, :-1]).all())
 
 
 def document_starts(docs_BS: Tensor) -> Tensor:
     """Where each document starts in the flattened batch, then B S: int32, on the CPU, as flash-attn's ``cu_seqlens``.
 
-    Documents of no length fill it up to 16 for each sequence (or the next power of two that holds them all), so that
-    batches of the same shape make the same shape.
+    Empty documents pad it to 16 for each sequence, or to the next power of two that holds all, so that its shape depends
+    only on the batch's.
     """
     starts = torch.ones_like(docs_BS, dtype=torch.bool)
     starts[:, 1:] = docs_BS[:, 1:] != docs_BS[:, :-1]
@@ -125,8 +125,8 @@ class Backend(Protocol):
         ...
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Any:
-        """What `attend` needs to know of a rule, on the device, made without waiting for it. ``dtype``: of queries and
-        keys."""
+        """What `attend` needs to know of a rule, on the device, made without waiting for the device. ``dtype`` is that of
+        queries and keys."""
         ...
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Any) -> Tensor:
@@ -144,7 +144,7 @@ class Sdpa:
         return self
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """A mask, or None where the kernel's causal flag (equal lengths) or no mask at all (one query) says the same."""
+        """A mask, or None if the kernel's causal flag (equal lengths) or no mask at all (one query) does the same."""
         if rule.causal and rule.stream == "own" and rule.docs_BS is None and rule.queries in (1, rule.positions):
             return None
         mask = rule.mask(device)
@@ -160,7 +160,7 @@ class Sdpa:
 
 @dataclass(frozen=True)
 class Flex:
-    """FlexAttention by ``kernel``: compiled, or (on the CPU) as it is."""
+    """FlexAttention. ``kernel`` is PyTorch's function, compiled on CUDA."""
 
     kernel: Callable[..., Any]
     name: str = "flex"
@@ -185,7 +185,7 @@ class Flash:
     dense: Callable[..., Any]
     varlen: Callable[..., Any]
     other: Backend
-    """Serves two streams, and dtypes that are not ``dtypes``."""
+    """Serves two streams, and dtypes outside ``dtypes``."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     name: str = "flash"
 
@@ -234,18 +234,18 @@ class Past(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Visible:
-    """A rule, the back end that serves it, and what that made of it. Made once for a forward pass; see `make`."""
+    """A rule, the back end that serves it, and what the back end needs to know of it. One forward pass `make`s one."""
 
     rule: Rule
     device: torch.device
     dtype: torch.dtype
     asked: Backend
-    """Serves this rule or names the one that does."""
+    """The back end that was asked for."""
     backend: Backend
     plan: Any
     compiled: bool = False
     past: Past | None = None
-    """The positions before the queries', where the rule has any."""
+    """The positions before the queries, if there are any."""
 
     @classmethod
     def make(
@@ -257,7 +257,7 @@ class Visible:
         compiled: bool = False,
         past: Past | None = None,
     ) -> Visible:
-        """``dtype`` is the one that queries and keys will have; ``compiled`` code gets the same form for every batch."""
+        """``dtype`` is that of queries and keys. ``compiled`` code gets the same kind of mask for every batch."""
         # Without borders the mask is the causal one, which a CPU computes faster.
         steady = compiled or device.type != "cpu"
         if not steady and rule.docs_BS is not None and one_document_each(rule.docs_BS):
@@ -295,7 +295,7 @@ def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run asks of attention."""
+    """What a run needs from attention."""
 
     device: torch.device
     dtype: torch.dtype
@@ -309,7 +309,7 @@ class Need:
 
 
 class Unusable(Exception):
-    """Why a back end cannot serve here, in one line."""
+    """The reason, in one line, why a back end cannot serve here."""
 
 
 def _first_line(error: Exception) -> str:
@@ -318,7 +318,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_out(backend: Backend, need: Need) -> None:
-    """Run a back end as it will be used, and compare it with `sdpa`, gradients (where wanted) included: kernels may import
+    """Run a back end as it will be used and compare it with `sdpa`, with gradients if they are needed: a kernel may import
     and yet not run on this device. Raises `Unusable`."""
     length, generator = 128, torch.Generator().manual_seed(0)
     docs = (torch.arange(length) >= 50).int()[None] if need.documents else None
@@ -356,12 +356,12 @@ def _flex(need: Need) -> Backend:
 
 
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
-"""Where flash-attn 3, 4 and 2 keep their functions. The newest one that imports and runs here is taken."""
+"""Modules of flash-attn 3, 4 and 2, in the order in which they are tried."""
 
 
 def import_flash(module: str, other: Backend) -> Flash:
-    """flash-attn from one of `FLASH_MODULES`. Raises `Unusable` where it does not import: a module that can be found may
-    still lack the function (flash-attn 4 alone makes ``flash_attn`` importable) or fail to load."""
+    """flash-attn from one of `FLASH_MODULES`. Raises `Unusable` if it does not import: a module that is found may still
+    lack the function (flash-attn 4 alone makes ``flash_attn`` importable) or fail to load."""
     try:
         found = importlib.import_module(module)
         return Flash(found.flash_attn_func, found.flash_attn_varlen_func, other)
@@ -393,13 +393,13 @@ BACKENDS: dict[str, Callable[[Need], Backend]] = {"sdpa": _sdpa, "flex": _flex, 
 
 
 def choose(name: str, need: Need) -> tuple[Backend, str]:
-    """The back end called ``name``, and a line that says what was taken and why.
+    """The back end called ``name``, and a line that says which was chosen and why.
 
-    ``auto`` always finds one: on CUDA flash, else flex where something other than plain causal attention is needed;
-    elsewhere, and where neither runs, sdpa.
+    ``auto`` always finds one. On CUDA it tries flash, then flex if more than plain causal attention is needed. On other
+    devices, and if neither runs, it takes sdpa.
 
     Raises:
-        UserError: a back end asked for by name cannot serve the need, or there is none of that name.
+        UserError: there is no back end of this name, or it cannot serve the need.
     """
     if name != "auto" and name not in BACKENDS:
         raise UserError(f"there is no attention back end {name!r}; there are auto, {', '.join(BACKENDS)}")
@@ -423,7 +423,7 @@ def choose(name: str, need: Need) -> tuple[Backend, str]:
 
 
 def _aside(backend: Backend, need: Need) -> str:
-    """Which calls of a run go elsewhere."""
+    """Which calls of a run another back end serves."""
     if not isinstance(backend, Flash):
         return ""
     return f", and {backend.other.name} for {'two streams and ' if need.two_stream else ''}float32"

@@ -1,4 +1,4 @@
-"""The parts of a block: norm, rotary embedding, attention, gated MLP, zero-initialised modulation.
+"""The parts of a transformer block: norm, rotary embedding, attention, gated MLP, zero-initialised modulation.
 
 Shapes: B sequences, T positions, D width, H heads, E head size (D = H E), M hidden width of the MLP. Suffixes name
 them, as in ``x_BTD``. Blocks are Huginn's (arXiv 2502.05171, and its released configuration): sandwich RMSNorm, gated
@@ -26,50 +26,50 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """A linear layer that is born without values: the model's own initialisation writes them."""
+    """A linear layer without initial values: the model's own initialisation writes them."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """A table that is born without values, like `Linear`."""
+    """An embedding table without initial values, like `Linear`."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
-    """Rows of a table that also gets a dense gradient in the same backward, as the tied head's does: (*ids, D).
+    """Rows of a table, (*ids, D). The table also gets a dense gradient in the same backward, from the tied head.
 
-    On the CPU the rows' gradient is sparse and is added to the dense one, which saves writing and adding a table of
-    zeros. (On CUDA the sum would make the host wait.)
+    On the CPU the rows' gradient is sparse and is added to the dense one, which saves a table of zeros. (On CUDA that sum
+    would make the host wait.)
     """
     sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
     return F.embedding(ids, table_VD, sparse=sparse)
 
 
-class _Forgetful:
-    """What a `torch.autograd.Function` keeps its tensors in, where nobody will ask for them."""
+class _NoContext:
+    """Stands in for the context of a `torch.autograd.Function` whose backward will not run."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """The function, whose backward is written out; where no gradient is wanted its forward alone, at a third less cost
-    for a single position."""
+    """Apply a function with its own backward. Without gradients its forward runs alone, which costs a third less for a
+    single position."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
-    return function.forward(_Forgetful(), *arguments)
+    return function.forward(_NoContext(), *arguments)
 
 
 class _ScaledRMS(torch.autograd.Function):
-    """x / rms(x) * weight + shift, with the backward written out.
+    """x / rms(x) * weight + shift, with a backward of its own.
 
-    PyTorch composes its RMS norm from a dozen passes over memory where there is no fused kernel, which on a CPU is half of
-    a small model's step; this takes three forward and six backward. x: (..., D) fp32 or wider; weight and shift (or
-    None) broadcast to x.
+    Without a fused kernel PyTorch composes its RMS norm from a dozen passes over memory, half of a small model's step on a
+    CPU. This takes three passes forward and six backward. x: (..., D) fp32 or wider; weight and shift (or None)
+    broadcast to x.
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ class _ScaledRMS(torch.autograd.Function):
 def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight + shift over the last axis. Shape (..., D); weight and shift broadcast to it.
 
-    On the CPU, and where nothing fuses it, by `_ScaledRMS`; in compiled code and on CUDA from PyTorch's own norm.
+    Eager code on the CPU uses `_ScaledRMS`; compiled code and CUDA use PyTorch's own norm.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return cast(Tensor, _applied(_ScaledRMS, x, weight, shift, eps))
@@ -112,7 +112,7 @@ def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> T
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 or wider, returned in x's dtype. Shape (..., D).
 
-    A modulation (scale, shift), broadcastable to x, makes it (1 + scale) * norm(x) + shift at hardly more cost.
+    With a modulation (scale, shift), broadcastable to x, it is (1 + scale) * norm(x) + shift, at hardly more cost.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -143,8 +143,8 @@ def rope_table(
 
 
 def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider. F = E/2. Returns x's dtype. The tables
-    may have a row for each sequence, (B, T, F)."""
+    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider; the result has x's dtype. F = E/2. The
+    tables may differ by sequence, (B, T, F)."""
     pairs = x_BTHE.to(wide(x_BTHE.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos_TF[..., None, :], sin_TF[..., None, :]
     if torch.compiler.is_compiling():
@@ -156,8 +156,8 @@ def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
 
 
 class _RotatedQKV(torch.autograd.Function):
-    """The fused projection's output to queries, keys (both with their bias, rotated) and values, (B, T, H, E) each. The
-    backward is written into one buffer, which PyTorch would stack from three.
+    """Split the fused projection's output into queries, keys (with their bias, rotated) and values, (B, T, H, E) each. The
+    backward writes into one buffer, where PyTorch would stack three.
 
     qkv: (B, T, 3 D) fp32 or wider; bias: (2, H, E); turn: complex (T, E/2), or (B, T, E/2).
     """
@@ -259,8 +259,8 @@ class Attention(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of the two halves of the last axis, with the backward written into one buffer: PyTorch would make
-    the halves' gradients apart and copy them together."""
+    """silu(gate) * up of the two halves of the last axis. The backward writes into one buffer; PyTorch would make the
+    halves' gradients separately and copy them together."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
