@@ -1,18 +1,23 @@
 """The main job, end to end, in ten minutes on two cores: `make demo`.
 
-Trains three looped models on the Python standard library's own sources at one FLOP budget (denoise, unrolled, and the
-flat control next_token), scores them by number of iterations K, runs an lm-eval task, samples text, and writes
-runs/demo/report.html. Every step is a command of this project, printed before it runs, so it can be copied.
+Trains four models on the Python standard library's own sources at one FLOP budget (denoise, one_step, unrolled, and the
+flat control next_token), scores them by number of iterations K, runs an lm-eval task and samples text with one of them,
+and writes runs/demo/report.html. Every step is a command of this project, printed before it runs, so it can be copied.
+Where there is no terminal for progress bars, a line every 15 seconds says how far it is.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +29,23 @@ from recurrent_db.arguments import run_command
 from recurrent_db.data import load_tokenizer, open_data
 from recurrent_db.data.ngram import bigram_nll, unigram_nll
 from recurrent_db.files import write_atomic
+from recurrent_db.store.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-ARMS = ("one_step", "unrolled", "next_token")
+ARMS = ("denoise", "one_step", "unrolled", "next_token")
+SAMPLED = "one_step"
+"""The arm that runs the lm-eval task and writes text; the README's example loads it."""
+EVERY = 15.0
+"""Seconds between lines of progress."""
 
 
 @dataclass
 class Args:
-    """Train, score and sample three looped models on the embedded corpus, and compare them."""
+    """Train and score four models on the embedded corpus, sample one of them, and compare them."""
 
     out: Path = Path("runs/demo")
     """Folder for everything; replaced if it holds an earlier demo."""
-    flops: float = 7.0e12
+    flops: float = 5.0e12
     """Training budget of each arm, in model FLOPs."""
     vocab_size: int = 2048
     """Tokens of the tokenizer."""
@@ -47,12 +57,44 @@ class Args:
     """Seed of the runs."""
 
 
-def command(*words: object) -> None:
+@contextmanager
+def progress_lines(what: str, state: Callable[[], str] | None = None) -> Iterator[None]:
+    """While the body runs, print what it is at: a line every ``EVERY`` seconds, unless progress bars show it."""
+    if sys.stderr.isatty():
+        yield
+        return
+    started, ended = time.perf_counter(), threading.Event()
+
+    def lines() -> None:
+        while not ended.wait(EVERY):
+            parts = [*([state()] if state else []), f"{time.perf_counter() - started:.0f} s"]
+            print(f"{what}: {', '.join(parts)}", flush=True)
+
+    thread = threading.Thread(target=lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def spent(run: Path, flops: float) -> str:
+    """Share of the budget that a run in flight has spent, and its loss."""
+    rows = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+    if not rows:
+        return "0% of the budget"
+    loss = "not finite" if rows[-1]["loss"] is None else f"{rows[-1]['loss']:.3f}"
+    return f"{min(1.0, rows[-1]['flops'] / flops):.0%} of the budget, loss {loss}"
+
+
+def command(*words: object, what: str = "", state: Callable[[], str] | None = None) -> None:
     """Print a command as a user would type it, and run it."""
     print("\n$ python " + shlex.join(str(word) for word in words), flush=True)
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT)
     try:
-        status = process.wait()
+        with progress_lines(what or str(words[0]), state):
+            status = process.wait()
     except KeyboardInterrupt:
         process.wait()  # Ctrl-C reached it too; a trainer saves before it goes
         raise
@@ -85,30 +127,36 @@ def samples(run: Path, seed: int) -> list[dict[str, Any]]:
     return result
 
 
-def best_k(run: Path) -> int:
+def scores(run: Path) -> dict[str, dict[str, float]]:
+    """Held-out scores by number of iterations."""
+    by_k: dict[str, dict[str, float]] = json.loads((run / "eval/depth_curve.json").read_text())["by_k"]
+    return by_k
+
+
+def best_k(run: Path) -> str:
     """The number of iterations with the lowest held-out NLL."""
-    by_k = json.loads((run / "eval/depth_curve.json").read_text())["by_k"]
-    return int(min(by_k, key=lambda k: by_k[k]["nll"]))
+    by_k = scores(run)
+    return min(by_k, key=lambda k: by_k[k]["nll"])
 
 
 def summary(out: Path, floor: dict[str, float], seconds: float) -> str:
-    """The table at the end, and its reading in words."""
-    lines = [f"{'arm':<12}{'best NLL':>9}{'at K':>6}{'bits/byte':>11}{'FLOPs':>11}{'tokens':>11}{'steps':>7}"]
+    """The tables at the end, and their reading in words."""
+    ks = list(scores(out / ARMS[0]))
+    lines = ["Held-out NLL by K, in nats per token", f"{'arm':<12}" + "".join(f"{'K=' + k:>9}" for k in ks)]
+    lines += [f"{arm:<12}" + "".join(f"{scores(out / arm)[k]['nll']:>9.3f}" for k in ks) for arm in ARMS]
+    lines += [f"{name:<12}{nll:>9.3f}" for name, nll in floor.items()]
+    lines += ["", f"{'arm':<12}{'best NLL':>9}{'at K':>6}{'bits/byte':>11}{'FLOPs':>11}{'tokens':>11}{'steps':>7}"]
     best: dict[str, float] = {}
     for arm in ARMS:
-        by_k = json.loads((out / arm / "eval/depth_curve.json").read_text())["by_k"]
         k = best_k(out / arm)
-        score = by_k[str(k)]
-        last = json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])
+        score, last = scores(out / arm)[k], read_metrics(out / arm / "metrics.jsonl")[-1]
         best[arm] = score["nll"]
         lines.append(
             f"{arm:<12}{score['nll']:>9.3f}{k:>6}{score['bits_per_byte']:>11.3f}{last['flops']:>11.3e}"
             f"{last['tokens']:>11,}{last['step']:>7}"
         )
-    lines += [f"{name:<12}{nll:>9.3f}" for name, nll in floor.items()]
-    ranking = sorted(best, key=lambda arm: best[arm])
-    lines.append(f"\nLowest held-out NLL at equal FLOPs: {ranking[0]}, then {ranking[1]}, then {ranking[2]}.")
-    lines.append(f"One seed, a small model, a short budget: a demonstration, not a ranking. Took {seconds:.0f} s.")
+    lines.append(f"\nLowest held-out NLL at equal FLOPs: {', then '.join(sorted(best, key=lambda arm: best[arm]))}.")
+    lines.append(f"One seed, small models, a short budget: a demonstration, not a ranking. Took {seconds:.0f} s.")
     lines.append(f"Open {out / 'report.html'} in a browser.")
     return "\n".join(lines)
 
@@ -125,31 +173,36 @@ def main(args: Args) -> int:
     tokenizer = out / "tokenizer.model"
     command("tokenizers/train_tokenizer.py", "--input", "stdlib", "--vocab-size", args.vocab_size, "--out", tokenizer)
     command("train/prepare_data.py", "--source", "stdlib", "--tokenizer", tokenizer, "--out", data)
-    floor = baselines(data)
+    with progress_lines("baselines"):
+        floor = baselines(data)
     write_atomic(out / "baselines.json", json.dumps(floor))
 
     for arm in ARMS:
         command(
             "train/pretrain.py", "train/configs/tiny.toml", "--objective.name", arm, "--data.path", data,
             "--run.dir", out / arm, "--budget.flops", f"{args.flops:g}", "--seed", args.seed,
+            what=arm, state=functools.partial(spent, out / arm, args.flops),
         )  # fmt: skip
     for arm in ARMS:
-        curve = out / arm / "eval/depth_curve.json"
         command(
             "eval/depth_curve.py", out / arm, "--data", data, "--k", args.k, "--tokens", args.score_tokens,
-            "--draws", 2, "--json", curve,
+            "--draws", 2, "--json", out / arm / "eval/depth_curve.json", what=f"{arm}, NLL by K",
         )  # fmt: skip
-    for arm in ARMS:
-        model = f"checkpoint={out / arm},k={best_k(out / arm)}"
-        command(
-            "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", model,
-            "--tasks", "heldout_cloze", "--data", data, "--limit", "100", "--output_path", out / arm / "eval/lm_eval.json",
-        )  # fmt: skip
-        # The harness puts the date into the name.
-        [result] = (out / arm / "eval").glob("lm_eval_*.json")
-        result.rename(out / arm / "eval/lm_eval.json")
-        write_atomic(out / arm / "eval/samples.json", json.dumps(samples(out / arm, args.seed), indent=1))
-    command("-m", "recurrent_db", "report", *(out / arm for arm in ARMS), "-o", out / "report.html")
+    run = out / SAMPLED
+    command(
+        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={run},k={best_k(run)}",
+        "--tasks", "heldout_cloze", "--data", data, "--limit", "100", "--output_path", run / "eval/lm_eval.json",
+        what=f"{SAMPLED}, lm-eval",
+    )  # fmt: skip
+    [result] = (run / "eval").glob("lm_eval_*.json")  # the harness puts the date into the name
+    result.rename(run / "eval/lm_eval.json")
+    with progress_lines(f"{SAMPLED}, samples"):
+        written = samples(run, args.seed)
+    write_atomic(run / "eval/samples.json", json.dumps(written, indent=1))
+    print(
+        f"\n{SAMPLED} at K = {written[0]['k']} goes on from {written[0]['prompt']!r}:\n{written[0]['text']}", flush=True
+    )
+    command("-m", "recurrent_db", "report", *(out / arm for arm in ARMS), "-o", out / "report.html", what="report")
     print("\n" + summary(out, floor, time.perf_counter() - started))
     return 0
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -282,23 +284,51 @@ def test_table5_tells_a_failed_command_and_two_judges(folder: Path, script_here:
 
 @pytest.mark.long
 def test_the_demo_at_a_size_of_seconds(tmp_path: Path, script: Run) -> None:
-    """Every step of `make demo` on the embedded corpus, with a budget too small to learn anything."""
+    """Every step of `make demo` on the embedded corpus, with a budget too small to learn anything; and again."""
     pytest.importorskip("lm_eval", reason="the demo runs lm-eval, which is not installed")
-    out = tmp_path / "demo"
-    result = script("benchmarks/demo.py", "--out", out, "--flops", "2e10", "--vocab-size", "512", "--k", "1,2",
-                    "--score-tokens", "1024")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    page = (out / "report.html").read_text()
-    for arm in ("one_step", "unrolled", "next_token"):
-        assert arm in page
-        assert (out / arm / "eval/lm_eval.json").exists()
-    flops = [
-        json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"]
-        for arm in ("one_step", "unrolled", "next_token")
-    ]
-    assert min(flops) >= 2e10
+    demo, out = load_script("benchmarks/demo.py"), tmp_path / "demo"
+    assert set(demo.ARMS) == {"denoise", "one_step", "unrolled", "next_token"}
+    words = ["--out", out, "--flops", "2e10", "--vocab-size", "512", "--k", "1,2", "--score-tokens", "1024"]
+    for _ in range(2):
+        result = script("benchmarks/demo.py", *words)
+        assert result.returncode == 0, result.stderr
+        page = (out / "report.html").read_text()
+        rows = [line.split() for line in result.stdout.split("Held-out NLL by K")[1].splitlines()]
+        for arm in demo.ARMS:
+            assert arm in page
+            assert json.loads((out / arm / "metrics.jsonl").read_text().splitlines()[-1])["flops"] >= 2e10
+            [by_k] = [row[1:] for row in rows if row[:1] == [arm]][:1]
+            curve = json.loads((out / arm / "eval/depth_curve.json").read_text())["by_k"]
+            assert by_k == [f"{curve[k]['nll']:.3f}" for k in ("1", "2")]
+        assert (out / demo.SAMPLED / "eval/lm_eval.json").exists()
+        (out / "left over").touch()
     again = script("benchmarks/demo.py", "--out", tmp_path)
     assert again.returncode == 2  # a folder that is no demo is left alone
+
+
+def test_the_readme_loads_the_arm_that_the_demo_samples() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f'load("runs/demo/{load_script("benchmarks/demo.py").SAMPLED}")' in readme
+
+
+def test_the_demo_prints_lines_of_progress(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no terminal shows a progress bar: the arm, the share of its budget, the loss, seconds."""
+    demo = load_script("benchmarks/demo.py")
+    assert demo.EVERY < 20
+    monkeypatch.setattr(demo, "EVERY", 0.1)
+    monkeypatch.setattr(demo.sys.stderr, "isatty", lambda: False)
+    last = json.loads((folder / "unrolled/metrics.jsonl").read_text().splitlines()[-1])
+    state = functools.partial(demo.spent, folder / "unrolled", 2 * last["flops"])
+    demo.command("-c", "import time; time.sleep(1)", what="unrolled", state=state)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled: ")]
+    assert 2 <= len(lines) <= 10
+    assert all(re.fullmatch(rf"unrolled: 50% of the budget, loss {last['loss']:.3f}, \d s", line) for line in lines)
+    assert demo.spent(folder / "no run", 1.0) == "0% of the budget"
+    monkeypatch.setattr(demo.sys.stderr, "isatty", lambda: True)
+    demo.command("-c", "import time; time.sleep(0.5)", what="unrolled")
+    assert "unrolled: " not in capsys.readouterr().out
 
 
 def test_decode(script_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
