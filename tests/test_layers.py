@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,16 @@ def test_a_room_that_the_contract_does_not_know_is_found(tmp_path: Path) -> None
     result = lint(tmp_path)
     assert result.returncode != 0
     assert "attic" in result.stdout + result.stderr
+
+
+def test_the_document_has_the_rooms_in_order() -> None:
+    """docs/architecture.md lists what the contract lists."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    ordered = [room for layer in contract["layers"] for room in layer.split(" : ")]
+    table = (ROOT / "docs/architecture.md").read_text().split("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", row)]
+    assert ordered == ["__main__", *named]
 
 
 def modules(room: str = "") -> Iterator[tuple[str, str]]:
