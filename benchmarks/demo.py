@@ -118,7 +118,7 @@ def baselines(data: Path) -> dict[str, float]:
 def samples(run: Path, seed: int) -> list[dict[str, Any]]:
     """A few continuations at several K."""
     model, tokenizer = recurrent_db.load(run)
-    settings = {"max_new_tokens": 48, "temperature": 0.7, "top_p": 0.95, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": 48, "temperature": 0.7, "top_p": 0.95, "seed": seed}
     result = []
     for prompt in ("def __init__(self", "import os\nimport sys\n\n"):
         for k in (1, 4):

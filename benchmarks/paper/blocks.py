@@ -320,7 +320,7 @@ def memory_of(args: Args, *words: str) -> tuple[int, int]:
 
 
 def memory_table(args: Args) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     block = ["--blocks.shared", "owned"]
     for name, words in (
         ("plain network, end to end", list(PLAIN)),

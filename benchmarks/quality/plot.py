@@ -21,7 +21,7 @@ ABOVE = 1.25
 
 def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object], label: str | None) -> list[float]:
     """One line a seed; their values."""
-    values = []
+    values: list[float] = []
     for number, seed in enumerate(seeds):
         ks = [int(k) for k in seed[key]]
         axes.plot(ks, [seed[key][str(k)] for k in ks], label=None if number else label, **look)  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object]
 
 def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: str) -> list[float]:
     """Best K at each evaluation, against FLOPs; their values."""
-    values = []
+    values: list[float] = []
     for number, seed in enumerate(seeds):
         points = [(point["flops"], min(point["nll"].values())) for point in seed["evaluations"]]
         if points:

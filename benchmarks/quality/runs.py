@@ -43,25 +43,19 @@ def middle_first(rates: Sequence[float]) -> list[float]:
     return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
 
 
-OWN_OPTIONS = {"unrolled": "unrolled", "one_step": "one_step", "denoise": "denoise", "denoise_paper": "denoise"}
-"""The part of ``objective`` that an objective reads; those that are not here read none."""
-
-
 def identity(config: Config) -> dict[str, Any]:
     """The part of a configuration that makes a result what it is."""
     whole = to_dict(config)
     kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
     name = whole["objective"]["name"]
-    kept["objective"] = {"name": name}
-    if name in OWN_OPTIONS:
-        kept["objective"][OWN_OPTIONS[name]] = whole["objective"][OWN_OPTIONS[name]]
+    kept["objective"] = {"name": name, name: whole["objective"].get(name, {})}
     return kept
 
 
 def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
     """The first key that differs."""
-    for key in before.keys() | now.keys():
+    for key in dict.fromkeys([*before, *now]):
         if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
             if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:
                 return found

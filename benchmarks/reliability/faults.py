@@ -293,7 +293,7 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
             need((run / "diagnosis.jsonl").exists(), "no diagnosis.jsonl")
         else:
             bench.train(run, *options, steps=16)
-    need(hit["steps"] or hit.get("calls", 0) >= 7, "never injected")
+    need(hit["steps"] > 0 or hit.get("calls", 0) >= 7, "never injected")
     for checkpoint in list_checkpoints(run):
         for file in checkpoint.glob("*.safetensors"):
             tensors = load_file(file)

@@ -205,7 +205,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
         if over():
-            if failed:
+            if shrunk:
                 return  # nothing fails any more, so nothing is left to be shrunk
             raise TimeIsUp
         here = Outcome(outcome.target)
@@ -213,14 +213,14 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
         outcome.cases, outcome.refused = outcome.cases + 1, outcome.refused + here.refused
         outcome.slowest = max(outcome.slowest, here.slowest)
         if here.failures:
-            failed[:] = [{**here.failures[0], "case": data.hex()}]
+            shrunk[:] = [{**here.failures[0], "case": data.hex()}]
             raise AssertionError(here.failures[0]["place"])
 
-    failed: list[dict[str, Any]] = []
-    # A failure, shrunk or on the way there, is in `failed`; Flaky is what a shrinking that was cut short looks like.
+    shrunk: list[dict[str, Any]] = []
+    # A failure, shrunk or on the way there, is in `shrunk`; Flaky is what a shrinking that was cut short looks like.
     with contextlib.suppress(AssertionError, TimeIsUp, Flaky):
         run()
-    outcome.failures += failed
+    outcome.failures += shrunk
 
 
 def by_atheris(target: Any, outcome: Outcome, seed: int, cases: int) -> None:

@@ -445,7 +445,7 @@ class Tokenizers:
         self.model = tiny_tokenizer().model_bytes
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-        spec = {
+        spec: dict[str, Any] = {
             "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
             "added_tokens": [{"id": 256, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
                               "normalized": False, "special": True}],
@@ -685,7 +685,7 @@ class Harness:
         from lm_eval.api.instance import Instance
 
         def ask(kind: str, *arguments: Any) -> Instance:
-            return Instance(kind, {}, arguments, 0)  # type: ignore[arg-type]
+            return Instance(kind, {}, arguments, 0)
 
         kind = rng.randrange(20)
         model = rng.choice(self.models)

@@ -145,7 +145,7 @@ def die_in_write(n: int, name: str, counter: Path | None) -> None:
                 _die()
         return write(descriptor, data)
 
-    os.write = torn
+    os.write = torn  # type: ignore[assignment]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

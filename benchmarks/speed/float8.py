@@ -121,7 +121,7 @@ def main(args: Args) -> int:
             f"{name:14} {inward:6} -> {outward:6}  bf16 {bf16 * 1e3:8.3f} ms  float8 {float8 * 1e3:8.3f} ms  "
             f"ratio {rows[-1]['ratio']:.2f}  error {max(errors):.3f}"
         )
-    total = [sum(row[key] for row in rows) for key in ("bf16_seconds", "float8_seconds")]  # type: ignore[misc]
+    total = [sum(row[key] for row in rows) for key in ("bf16_seconds", "float8_seconds")]
     print(f"all of a block: float8 is {total[0] / total[1]:.2f} times as fast, on {device}, {args.tokens} tokens")
     if args.json is not None:
         result = {"rows": rows, "ratio": total[0] / total[1], "tokens": args.tokens, "seed": args.seed,

@@ -15,6 +15,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,7 +105,7 @@ def measure(
     return state + peak_live_bytes(train, where), line.largest, state
 
 
-CASES = [
+CASES: list[tuple[str, str, dict[str, Any]]] = [
     *((shape, step, {}) for shape in SHAPES for step in STEPS),
     ("d 128, 2/4/2", "next_token", {"micro_batches": 2}),
     ("d 128, 2/4/2", "unrolled, 4 with gradient", {"micro_batches": 3}),
@@ -118,7 +119,7 @@ CASES = [
 def rows(device: str = "cpu") -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for shape, step, more in CASES:
-        measured, predicted, state = measure(shape, step, device=device, **more)  # type: ignore[arg-type]
+        measured, predicted, state = measure(shape, step, device=device, **more)
         told = ", ".join(f"{name} {value}" if value is not True else name for name, value in more.items())
         above = (predicted - state) / (measured - state) - 1
         found.append({
