@@ -47,7 +47,7 @@ def run(args: Args) -> int:
         print(json.dumps(account, indent=1))
         return 0
     for number, block in account["blocks"].items():
-        if block.get("budget_spent", 1) < 1:  # an earlier version's join does not say
+        if block["budget_spent"] < 1:
             print(f"note: {block['run']} was stopped at {block['budget_spent']:.0%} of its budget", file=sys.stderr)
         print(
             f"block {number}: {block['layers']} layers, {_told(block['tokens'], ',')} tokens,"

@@ -1,9 +1,8 @@
 """`recurrent-db blocks join RUN... OUT`: one model of blocks that were trained apart.
 
-Runs of one block each (`train/pretrain.py --blocks.only`) give their blocks; a run of a whole model, such as an earlier
-join, gives those that no other run has, which is how one block is replaced. The embedding and head that blocks share must be
-the same bits in all runs, or the blocks do not fit. Nothing is trained and nothing averaged: the result holds the runs' own
-tensors.
+A run of one block (`train/pretrain.py --blocks.only`) gives that block. A run of a whole model, such as an earlier join,
+gives the blocks that no other run has; so one block can be replaced. The embedding and head that blocks share must have the
+same bits in all runs. Nothing is trained and nothing averaged: the result holds the runs' own tensors.
 """
 
 from __future__ import annotations
@@ -37,13 +36,14 @@ from recurrent_db.store.tensors import load_weights
 from recurrent_db.store.train_state import TrainState
 
 ACCOUNT = "blocks.json"
-"""What a joined run says of its blocks: where each is from, and what it cost; and what itself was as it was joined."""
-TOLD = tuple(TrainState().row())
-"""What the account has of each block, as in a row of metrics.jsonl."""
+"""File of a joined run: under ``blocks`` where each block is from and what it cost, under ``joined`` the hash of the joined
+weights and the joined run's counters."""
+COUNTERS = tuple(TrainState().row())
+"""Counters in the account, named as the columns of metrics.jsonl."""
 
 
 @dataclass
-class Part:
+class BlockSource:
     """A run that gives blocks."""
 
     path: Path
@@ -52,7 +52,7 @@ class Part:
     weights: dict[str, Tensor]
 
     @classmethod
-    def read(cls, path: Path) -> Part:
+    def read(cls, path: Path) -> BlockSource:
         checkpoint = Checkpoint(find_checkpoint(path))
         config = checkpoint.config()
         if not config.model.n_blocks:
@@ -73,7 +73,7 @@ class Part:
         """What a block cost, from its run's own counters and metrics, up to the checkpoint that is taken."""
         state, weights = self.checkpoint.training()[0], content_hash(self.checkpoint.path)
         before = {} if self.config.blocks.only else read_account(self.run_dir)
-        if before and before["joined"].get("weights", weights) == weights:
+        if before and before["joined"]["weights"] == weights:
             return dict(before["blocks"][str(number)])
         metrics, column = self.run_dir / "metrics.jsonl", f"eval/loss_block_{number}"
         rows = [row for row in (read_metrics(metrics) if metrics.exists() else []) if row["step"] <= state.step]
@@ -84,8 +84,8 @@ class Part:
         }
         counted: dict[str, Any] = dict(state.row())
         if not self.config.blocks.only:  # the run's counters and memory are of all its blocks
-            counted, split = counted_where(rows, f"loss_block_{number}", TOLD, before.get("joined")), {}
-        if before:  # a joined run that was trained further: what its blocks took before comes on top
+            counted, split = counted_where(rows, f"loss_block_{number}", COUNTERS, before.get("joined")), {}
+        if before:  # a joined run that was trained further: add what its blocks took before
             own = before["blocks"][str(number)] | {"step": before["blocks"][str(number)]["steps"]}
             counted = {name: None if None in (own[name], more) else own[name] + more for name, more in counted.items()}
         measured: dict[str, Any] = next((row for row in reversed(rows) if column in row), {})
@@ -109,7 +109,7 @@ class Part:
 
 
 def read_account(run_dir: Path) -> dict[str, Any]:
-    """What a joined run's file says of it; empty for any other run. One of before ``joined`` was written has none there.
+    """The account of a joined run; empty for any other run.
 
     Raises:
         UserError: the file is damaged.
@@ -118,10 +118,10 @@ def read_account(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        account = {"joined": {}, **read_json(path)}
-        told = {"steps", *TOLD} - {"step"} if account["joined"] else {"weights"}
-        if account["joined"].keys() in (set(), {"weights", *TOLD}) and all(
-            block.keys() >= told for block in account["blocks"].values()
+        account: dict[str, Any] = read_json(path)
+        of_block = {"weights", "steps", *COUNTERS} - {"step"}
+        if account["joined"].keys() == {"weights", *COUNTERS} and all(
+            block.keys() >= of_block for block in account["blocks"].values()
         ):
             return account
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -138,7 +138,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _contradiction(first: Part, other: Part) -> str | None:
+def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
     """What keeps two runs' blocks from being of one model."""
     for section in ("model", "objective"):
         ours, theirs = to_dict(getattr(first.config, section)), to_dict(getattr(other.config, section))
@@ -160,20 +160,20 @@ def _contradiction(first: Part, other: Part) -> str | None:
     return None
 
 
-def givers(parts: list[Part]) -> dict[int, Part]:
+def choose_sources(sources: list[BlockSource]) -> dict[int, BlockSource]:
     """Which run gives which block. Raises `UserError` where a block is missing or given twice, or runs do not fit."""
-    for other in parts[1:]:
-        if (problem := _contradiction(parts[0], other)) is not None:
+    for other in sources[1:]:
+        if (problem := _contradiction(sources[0], other)) is not None:
             raise UserError(f"cannot join: {problem}")
-    chosen: dict[int, Part] = {}
-    for part in sorted(parts, key=lambda part: part.config.blocks.only == 0):  # single blocks first
-        for number in part.held:
+    chosen: dict[int, BlockSource] = {}
+    for source in sorted(sources, key=lambda source: source.config.blocks.only == 0):  # single blocks first
+        for number in source.held:
             before = chosen.get(number)
             if before is None:
-                chosen[number] = part
-            elif bool(before.config.blocks.only) == bool(part.config.blocks.only):
-                raise UserError(f"cannot join: both {before.path} and {part.path} hold block {number}")
-    missing = [number for number in range(1, parts[0].config.model.n_blocks + 1) if number not in chosen]
+                chosen[number] = source
+            elif bool(before.config.blocks.only) == bool(source.config.blocks.only):
+                raise UserError(f"cannot join: both {before.path} and {source.path} hold block {number}")
+    missing = [number for number in range(1, sources[0].config.model.n_blocks + 1) if number not in chosen]
     if missing:
         raise UserError(f"cannot join: no run given holds block {', '.join(map(str, missing))}")
     return dict(sorted(chosen.items()))
@@ -200,49 +200,49 @@ def _replace(out: Path, temporary: Path) -> Path | None:
     return aside
 
 
-def _sum_of_blocks(chosen: dict[int, Part], blocks: dict[str, dict[str, Any]]) -> TrainState:
-    """The joined run's counters: the sums of its blocks'. Where a block's is unknown its whole run's stands for it, which is
-    at least as much."""
-    last, sums = 0, dict.fromkeys(TOLD, 0.0)
-    for part in {id(p): p for p in chosen.values()}.values():
-        state = part.checkpoint.training()[0]
-        last = max(last, state.step)
-        for name, whole in state.row().items():
-            given: list[Any] = [blocks[str(number)].get(name) for number, giver in chosen.items() if giver is part]
-            sums[name] += whole if None in given else sum(given)
+def _sum_of_blocks(chosen: dict[int, BlockSource], blocks: dict[str, dict[str, Any]]) -> TrainState:
+    """The joined run's counters: the sums over its blocks, and the last step. A block whose own counter is unknown counts
+    as its whole run, which took at least as much."""
+    last, sums = 0, dict.fromkeys(COUNTERS, 0.0)
+    for source in {id(p): p for p in chosen.values()}.values():
+        state = source.checkpoint.training()[0]
+        last, whole = max(last, state.step), state.row()
+        for name in set(COUNTERS) - {"step"}:
+            given = [blocks[str(number)][name] for number, giver in chosen.items() if giver is source]
+            sums[name] += whole[name] if None in given else sum(given)
     return TrainState(last, int(sums["tokens"]), FlopCount.from_row(sums), sums["seconds"])
 
 
 def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Write the run directory ``out`` with the whole model; returns the account of its blocks.
 
-    An older joined run is replaced with ``overwrite``, once the new one is complete. One that has these very blocks stays
-    as it is; one that holds more than a join, such as evaluations or further training, is moved aside and not deleted.
+    With ``overwrite`` an older joined run is replaced, once the new one is complete. One that has the same blocks stays as
+    it is. One that holds more than a join, such as evaluations or further training, is moved aside and not deleted.
 
     Raises:
-        UserError: runs that do not fit, a missing block, a folder that is there, in use or cannot be written.
+        UserError: runs do not fit together, a block is missing, or ``out`` exists, is in use or cannot be written.
     """
     if out.exists() and not (overwrite and (out / ACCOUNT).exists()):
         why = "and is not a joined run" if overwrite else "; replace it with --overwrite"
         raise UserError(f"{out} exists{'' if why[0] == ';' else ' '}{why}")
-    parts = [Part.read(path) for path in paths]
-    chosen = givers(parts)
-    account: dict[str, Any] = {"blocks": {str(number): part.account(number) for number, part in chosen.items()}}
+    sources = [BlockSource.read(path) for path in paths]
+    chosen = choose_sources(sources)
+    account: dict[str, Any] = {"blocks": {str(number): source.account(number) for number, source in chosen.items()}}
     if out.exists():
         older, wanted = read_account(out), {number: block["weights"] for number, block in account["blocks"].items()}
-        same = wanted == {number: block.get("weights") for number, block in older["blocks"].items()}
-        if same and content_hash(find_checkpoint(out)) == older["joined"].get("weights"):
+        same = wanted == {number: block["weights"] for number, block in older["blocks"].items()}
+        if same and content_hash(find_checkpoint(out)) == older["joined"]["weights"]:
             print(f"{out} has these blocks already: left as it is", file=sys.stderr)
             return older
-    owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), parts[0])
+    owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), sources[0])
     config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
     config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)
     validate(config)
     weights = dict(owner.shared())
     states: dict[str, Any] = {}
-    for number, part in chosen.items():
-        weights |= part.block(number)
-        states[str(number)] = part.checkpoint.training()[1].get(str(number), {})
+    for number, source in chosen.items():
+        weights |= source.block(number)
+        states[str(number)] = source.checkpoint.training()[1].get(str(number), {})
     total = _sum_of_blocks(chosen, account["blocks"])
     model = build_model(config.model, None)
     assert isinstance(model, BlocksLM)

@@ -22,7 +22,7 @@ from recurrent_db.store.tensors import check_weights, load_weights
 
 
 def trained_objective(checkpoint: Checkpoint, config: Config) -> Objective:
-    """The objective of a checkpoint, with what it had learned. A core that never ran is said on standard error."""
+    """A checkpoint's objective, with what it had learned. Prints a line on standard error if the core never ran."""
     objective = build_objective(config)
     load_objective_state(objective, checkpoint.training()[1], str(checkpoint.path))
     if not objective.core_trained:
@@ -39,7 +39,7 @@ def load_with_config(
     averaged: bool = True,
     walk: Mapping[str, str | None] | None = None,
 ) -> tuple[LoopedLM, Tokenizer, Config, Path]:
-    """`load`, with the run's configuration and the folder of the checkpoint that was taken.
+    """`load`, which also returns the run's configuration and the checkpoint's folder.
 
     ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid`` of
     config.DenoiseConfig); None values leave the run's own.
@@ -75,14 +75,14 @@ def load(
         path: run directory or checkpoint folder.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         averaged: take the moving average of the weights where the run kept one.
-        compiled: compile what generation runs for each token (`LoopedLM.compile_decoding`): the first text waits for it.
+        compiled: compile what generation runs for each token (`LoopedLM.compile_decoding`); the first text takes longer.
 
     Returns:
-        The model in fp32, in evaluation mode, and its tokenizer. Nothing of the checkpoint is executed: weights are
+        The model in fp32, in evaluation mode, and its tokenizer. Nothing in a checkpoint is executed: weights are
         safetensors, the rest is JSON and a sentencepiece model.
 
     Raises:
-        UserError: no run there, no undamaged checkpoint, or no such device.
+        UserError: there is no run, no undamaged checkpoint, or no such device.
     """
     model, tokenizer, _, _ = load_with_config(path, device, averaged)
     if compiled:
@@ -91,18 +91,18 @@ def load(
 
 
 def _tables(name: str) -> bool:
-    """Whether a parameter of a model in blocks is of the tables that blocks share."""
+    """Whether a parameter of a model in blocks belongs to the tables that blocks share."""
     return not name.startswith("blocks.")
 
 
 def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     """Fill a new run's model from the run that ``init.from`` names. Returns a line that says what it took.
 
-    A model that starts to be conditioned on noise keeps its own zero-initialised conditioning. Of a model in blocks each
-    takes what the other has of its own, and nothing else is read: the shared tables, and blocks that both hold.
+    A model that is newly conditioned on noise keeps its zero-initialised conditioning. A model in blocks takes the shared
+    tables and the blocks that both runs hold; nothing else is read.
 
     Raises:
-        UserError: no run there, another tokenizer or shape, or one whose core was never trained.
+        UserError: there is no run, its tokenizer or shape differs, or its core was never trained.
     """
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
     if source.tokenizer().hash != tokenizer.hash:
@@ -137,10 +137,10 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
 
 
 def check_owner(model: LoopedLM, config: Config) -> None:
-    """See that a block which goes on still has its owner's tables, where these can be looked at.
+    """Check that a resumed block still has its owner's tables, if the owner's run is there.
 
     Raises:
-        UserError: the owner was trained further, or anew.
+        UserError: the owner was trained further or again.
     """
     only = config.blocks.only
     if (

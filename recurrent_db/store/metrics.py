@@ -1,4 +1,4 @@
-"""Where a run's numbers go: ``metrics.jsonl`` always, Weights & Biases when asked."""
+"""Logging of a run: ``metrics.jsonl`` always, Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from recurrent_db.schema import to_dict
 from recurrent_db.store.train_state import TrainState
 
 FINISH_TIMEOUT = 300.0
-"""Seconds that the end of a run waits for wandb's uploads. What is left then is on disk, for `wandb sync`."""
+"""Seconds that a run waits at its end for wandb's uploads. What is not uploaded by then is on disk, for `wandb sync`."""
 
 
 def plain(value: Any) -> Any:
-    """A JSON value: tensors become numbers, pairs (sum, weight) their quotient, non-finite numbers null."""
+    """A JSON value: a tensor becomes a number, a pair (sum, weight) its quotient, a number that is not finite null."""
     if isinstance(value, Tensor):
         numbers = value.tolist()
         value = numbers if isinstance(numbers, float | int) else (numbers[0] / numbers[1] if numbers[1] else None)
@@ -37,7 +37,7 @@ def plain(value: Any) -> Any:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop the rows after ``last_step``, and a last line that was cut short."""
+    """Drop the rows after ``last_step`` and an incomplete last line."""
     if not path.exists():
         return
     rows = []
@@ -51,7 +51,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line that is still being written is left out."""
+    """The rows of a ``metrics.jsonl``, without an incomplete last line."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -64,25 +64,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def counted_where(
     rows: Sequence[dict[str, Any]], column: str, names: Iterable[str], start: dict[str, Any] | None = None
 ) -> dict[str, float | None]:
-    """What the steps whose rows have ``column`` took: the growth of cumulative counters, summed. They begin at ``start``, by
-    default at 0. None for a counter of which a row, or ``start``, has no number, and where there are no rows."""
+    """What the steps whose rows have ``column`` cost.
+
+    Args:
+        rows: all rows of a run, whose counters are cumulative.
+        names: the counters to sum up.
+        start: the counters before the first row; None is 0.
+
+    Returns:
+        By counter the sum of its increments. None if there are no rows, or one has no number for that counter.
+    """
     sums: dict[str, float | None] = {}
     for name in names:
-        given = [0 if start is None else start.get(name), *(row.get(name) for row in rows)]
+        given = [0 if start is None else start[name], *(row.get(name) for row in rows)]
         ends = [end for end in given if isinstance(end, int | float)]
         steps = zip(itertools.pairwise(ends), rows, strict=False)
-        known = rows and len(ends) == len(given)
-        sums[name] = sum(after - before for (before, after), row in steps if column in row) if known else None
+        complete = rows and len(ends) == len(given)
+        sums[name] = sum(after - before for (before, after), row in steps if column in row) if complete else None
     return sums
 
 
 class WandbLog:
-    """The same rows under the same names at Weights & Biases; null values are left out.
+    """Sends the same rows under the same names to Weights & Biases, without null values.
 
-    Whatever fails there costs one warning and the rest of the run's rows there, never the run itself. A resumed run goes
-    on under its id. Each start sends first what wandb lacks of the ``rows`` so far: online those after the server's last
-    step (a step that it has keeps its values); offline all of them, because a killed run's file lacks its end, so that
-    the newest folder (RUN/wandb/latest-run) is whole by itself and is the one to sync.
+    A failure there prints one warning and ends the logging to wandb; it never ends the run. A resumed run keeps its id.
+    Each start first sends the ``rows`` so far that wandb lacks. Online these are the rows after the server's last step,
+    which keeps its values. Offline they are all rows, because a killed run's file lacks its end: so the newest folder
+    (RUN/wandb/latest-run) is complete, and is the one to sync.
     """
 
     def __init__(self, run_dir: Path, config: Config, rows: Iterable[dict[str, Any]]) -> None:
@@ -122,7 +130,7 @@ class WandbLog:
 
     @staticmethod
     def _id(run_dir: Path) -> str:
-        """The run's identity there: made once and kept with the run."""
+        """The run's id at wandb: made once and kept with the run."""
         path = run_dir / "wandb_id"
         if not path.exists():
             write_atomic(path, secrets.token_hex(8))
@@ -142,9 +150,9 @@ class WandbLog:
 class StepClock:
     """Training time and energy by step, for a device that runs behind the host.
 
-    Only where the host has waited for the device (`settle`) is the clock right; what was used since it last did is shared
-    out among the steps in between in proportion to their FLOPs. What lies between a settling and the next step
-    (evaluation, checkpoints) is not counted.
+    The clock is right only after the host has waited for the device (`settle`). The time and energy since the last wait are
+    divided among the steps in proportion to their FLOPs. What lies between a wait and the next step (evaluation,
+    checkpoints) is not counted.
     """
 
     def __init__(self, peak: float | None, meter: EnergyMeter) -> None:
@@ -162,7 +170,7 @@ class StepClock:
         self.open.append((row, tokens, cost))
 
     def settle(self, state: TrainState) -> None:
-        """The device has caught up: write the columns of time and energy of the rows since the last time, and both sums."""
+        """The device has caught up: write time and energy into the rows since the last call, and into ``state``."""
         if not self.open:
             return
         seconds, joules = time.perf_counter() - self.started, self.meter.joules()
@@ -181,9 +189,9 @@ class StepClock:
 
 
 class MetricLog:
-    """One row for each optimizer step. Rows may hold device tensors; they are read when flushed, not before.
+    """Writes one row for each optimizer step. Rows may hold device tensors, which are read only when flushed.
 
-    It belongs to the run directory's first process; the others have a `NoLog`.
+    Only the first process has one; the others have a `NoLog`.
     """
 
     def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
@@ -197,7 +205,7 @@ class MetricLog:
         self.rows.append(row)
 
     def flush(self) -> dict[str, Any] | None:
-        """Write the rows collected so far to disk. Returns the last one."""
+        """Write the rows since the last call to disk. Returns the last one."""
         written = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         self.rows.clear()
         self.file.writelines(json.dumps(row) + "\n" for row in written)
@@ -209,7 +217,7 @@ class MetricLog:
         return written[-1] if written else None
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``: these steps are taken again."""
+        """Drop the rows after ``step``: those steps are repeated."""
         self.rows.clear()
         self.file.close()
         truncate_metrics(self.path, step)
