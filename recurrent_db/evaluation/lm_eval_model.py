@@ -2,12 +2,12 @@
 
     python eval/lm_eval_cli.py --model recurrent_db --model_args checkpoint=RUN,k=8 --tasks ...
 
-Importing this module registers the name; it needs the extra ``eval``. Scores come from `windows.Scorer` and text from
+Importing this module registers the name; it needs the extra ``eval``. Scores come from `window_scorer` and text from
 `generate.complete`, so the harness sees the model that every other command sees.
 
 - A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
-- Batching, order, padding, shared prefixes and processes change nothing: see `windows`. For a (context, continuation)
+- Batching, order, padding, shared prefixes and processes change nothing: see `window_scorer`. For a (context, continuation)
   pair the noise is keyed by the context, so that the choices of one question are compared under the same noise; for a
   rolling window by the window; for a text by its prompt.
 - A request longer than the window keeps its right end, as in the harness's own models.
@@ -39,7 +39,7 @@ from recurrent_db.denoise.noise import Below
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
-from recurrent_db.evaluation.window_scorer import Result, Scorer, Window
+from recurrent_db.evaluation.window_scorer import Result, Window, WindowScorer
 from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
 from recurrent_db.generation.loop_decoder import plain_loop
 from recurrent_db.generation.samplers import Method
@@ -199,7 +199,7 @@ class RecurrentDBLM(TemplateLM):
             raise UserError(f"model argument max_length = {max_length} is above the model's window of {window} tokens")
         self.run_config, self.objective = config, config.objective.name
         self.sigma = self._start_at(sigma)
-        self.scorer = Scorer(
+        self.scorer = WindowScorer(
             self.model,
             self.k,
             draws if self.model.recurrence.stochastic else 1,

@@ -1,10 +1,11 @@
-"""Sequences that begin alike, run as one row: a tree of tokens in which each position sees what leads to it.
+"""Runs sequences with a shared prefix as one row of a batch, so that shared prefixes are computed once.
 
-The choices of a question, or two sentences with one beginning, are a trunk and its branches. Laid out branch after branch
-they are one row: the trunk is run once, and a mask (`Tree`), rotary tables (`Placed`) and noise (`PlacedNoise`) by place
-in the sequence instead of place in the row give every position what it would have had alone.
+The choices of a question, or sentences with the same beginning, form a tree: a trunk and its branches. The tree's tokens
+are laid out branch after branch in one row. A mask (`TreeRule`) lets each position see only the tokens that lead to it.
+Rotary tables (`TreePast`) and noise (`TreeNoise`) follow a position's place, its index in its own sequence. Every
+position then computes what it would compute in a row of its own.
 
-    sequences (5 6 7), (5 6 8 9), (5 4)  ->  row 5 4 6 7 8 9, places 0 1 1 2 2 3
+    sequences (5 4), (5 6 7), (5 6 8 9)  ->  row 5 4 6 7 8 9, places 0 1 1 2 2 3
 
 Shapes: B rows, T positions of a row, D width.
 """
@@ -25,50 +26,50 @@ from recurrent_db.model.recurrence import NoiseSource
 Tokens = tuple[int, ...]
 
 
-def common_length(a: Tokens, b: Tokens) -> int:
-    """How many positions two sequences begin with together."""
+def shared_prefix_length(a: Tokens, b: Tokens) -> int:
+    """Number of tokens that two sequences begin with in common."""
     shorter = min(len(a), len(b))
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), shorter)
 
 
 @dataclass
-class Row:
-    """A row being laid out: sequences are added in sorted order."""
+class PrefixTree:
+    """Sequences in one row. They are added in sorted order."""
 
     tokens: list[int] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
-    """Of each sequence, the row's positions that hold it."""
+    """For each sequence, its positions in the row."""
 
     def add(self, sequence: Tokens, common: int) -> None:
-        """Add a sequence whose first ``common`` positions are the last one's."""
+        """Add a sequence that shares its first ``common`` tokens with the sequence added last."""
         path = self.paths[-1][:common] if self.paths else []
         first = len(self.tokens)
         self.tokens += sequence[common:]
         self.paths.append([*path, *range(first, len(self.tokens))])
 
     @classmethod
-    def of(cls, sequences: Sequence[Tokens]) -> Row:
-        """The row of sorted sequences."""
-        row = cls()
+    def of(cls, sequences: Sequence[Tokens]) -> PrefixTree:
+        """The tree of sorted sequences."""
+        tree = cls()
         for before, sequence in itertools.pairwise([(), *sequences]):
-            row.add(sequence, common_length(before, sequence))
-        return row
+            tree.add(sequence, shared_prefix_length(before, sequence))
+        return tree
 
     @property
-    def branches(self) -> bool:
-        """Whether it is more than one sequence from first token to last."""
+    def has_branches(self) -> bool:
+        """Whether the row is more than one plain sequence."""
         return self.paths[-1] != list(range(len(self.tokens)))
 
 
 @dataclass(frozen=True, eq=False)
-class Tree(Rule):
-    """A rule for rows of trees: a position sees those that lead to it, and itself.
+class TreeRule(Rule):
+    """Attention's rule for rows of trees: a position sees the positions that lead to it, and itself.
 
-    ``docs_BS`` calls every position a document, so that none of the simpler forms of a rule is taken for it.
+    Its ``docs_BS`` makes every position a document, so that no back end takes a simpler rule for it.
     """
 
     seen_BTT: Tensor = field(kw_only=True)
-    """bool, on the CPU: whether the second position leads to the first, or is it."""
+    """bool, on the CPU: whether the first position sees the second."""
 
     def sees(self, device: torch.device) -> Sees:
         seen_BTT, positions, stream = to_device(self.seen_BTT, device), self.positions, self.stream
@@ -84,8 +85,8 @@ class Tree(Rule):
 
 
 @dataclass(eq=False)
-class Placed:
-    """What a pass over trees has in place of a past (`model.attention.Past`): the rotary tables of its places."""
+class TreePast:
+    """A pass over trees has no past (`model.attention.Past`); this only gives it the rotary tables of its places."""
 
     rope: tuple[Tensor, Tensor]
 
@@ -94,11 +95,11 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class PlacedNoise(NoiseSource):
-    """Noise by place in a sequence; rows of one request share what is drawn."""
+class TreeNoise(NoiseSource):
+    """Noise by place instead of position; rows of the same request share their noise."""
 
     places_BT: Tensor = field(kw_only=True)
-    """int64, on the CPU; (1, T) where all rows have the same."""
+    """int64, on the CPU; (1, T) if all rows have the same."""
 
     def _pages(self, length: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
         requests, which_B = self.requests.unique(return_inverse=True)
@@ -108,21 +109,24 @@ class PlacedNoise(NoiseSource):
         return drawn[to_device(which_B[:, None], device), to_device(self.places_BT, device)]
 
 
-def lay_out(model: LoopedLM, rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor, Visible | None]:
-    """Tokens (B, T) on the model's device, padded on the right with ``pad``; their places, for `PlacedNoise`; and who sees
-    whom, None where rows without branches make it the ordinary causal rule. Ask under the autocast that the pass runs
-    under."""
-    length = max(len(row.tokens) for row in rows)
+def batch_trees(model: LoopedLM, trees: Sequence[PrefixTree], pad: int) -> tuple[Tensor, Tensor, Visible | None]:
+    """One row for each tree. Call it under the autocast of the pass.
+
+    Returns:
+        Tokens (B, T) on the model's device, padded on the right with ``pad``; their places, for `TreeNoise`; and what each
+        position sees, or None for the causal rule if no tree has branches.
+    """
+    length = max(len(tree.tokens) for tree in trees)
     device = model.embedding.weight.device
-    tokens_BT = torch.tensor([row.tokens + [pad] * (length - len(row.tokens)) for row in rows], device=device)
+    tokens_BT = torch.tensor([tree.tokens + [pad] * (length - len(tree.tokens)) for tree in trees], device=device)
     # Right padding: no position of a causal model sees what comes after it.
-    if not any(row.branches for row in rows):
+    if not any(tree.has_branches for tree in trees):
         return tokens_BT, torch.arange(length)[None], None
-    places_BT = torch.zeros(len(rows), length, dtype=torch.int64)
-    seen_BTT = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)
-    for places_T, seen_TT, row in zip(places_BT, seen_BTT, rows, strict=True):
+    places_BT = torch.zeros(len(trees), length, dtype=torch.int64)
+    seen_BTT = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for places_T, seen_TT, tree in zip(places_BT, seen_BTT, trees, strict=True):
         done = -1
-        for path in row.paths:
+        for path in tree.paths:
             # A sequence's own part is the end of its path, and what leads to it the path up to there.
             new = [i for i, position in enumerate(path) if position > done]
             if not new:
@@ -133,10 +137,10 @@ def lay_out(model: LoopedLM, rows: Sequence[Row], pad: int) -> tuple[Tensor, Ten
                 torch.arange(len(path)) <= torch.arange(new[0], len(path))[:, None]
             )
             done = path[-1]
-    each = torch.arange(length).repeat(len(rows), 1)
-    rule = Tree(length, length, each, seen_BTT=seen_BTT)
+    each = torch.arange(length).repeat(len(trees), 1)
+    rule = TreeRule(length, length, each, seen_BTT=seen_BTT)
     cos_SF, sin_SF = model.rope(int(places_BT.max()) + 1)
     at = to_device(places_BT, device)
-    past = Placed((cos_SF[at], sin_SF[at]))
+    past = TreePast((cos_SF[at], sin_SF[at]))
     dtype = model.served(Rule(length, length)).dtype
     return tokens_BT, places_BT, Visible.make(rule, device, dtype, SDPA, past=past)

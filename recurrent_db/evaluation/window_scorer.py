@@ -1,12 +1,13 @@
-"""Log-likelihoods of many windows of tokens: in batches, and what windows begin with in common only once.
+"""Scores many windows of tokens in batches: the log-likelihood of each window's targets.
 
-1. `plan` sorts the windows and puts into one row those that begin alike, where that saves more than the longer row costs
-   (`forest`): the choices of a question, sentences with one beginning, questions after the same examples.
-2. The rows are shared out among the processes, and what is known already is left out.
-3. Rows of like length are run together, and read out at the positions that are asked for and no others.
+1. `group_windows` sorts the windows and puts windows with a shared prefix into one row (`prefix_tree`), if that saves more
+   than the longer row costs: the choices of a question, or questions after the same examples. Shared prefixes are
+   computed once.
+2. The processes share the rows, and leave out windows whose result is in the answer cache.
+3. Rows of similar length run in one batch, and are read out only at the positions of targets.
 
-Neither order, batches, padding, rows nor processes change a number by more than its rounding: a window's noise is a
-function of its own key and of positions.
+Order, batching, padding, grouping and the number of processes change results by no more than rounding: a window's noise
+depends only on its own key and on positions.
 
 Shapes: M noise draws, B rows, T positions, D width, N positions that are read.
 """
@@ -29,7 +30,7 @@ from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
 from recurrent_db.evaluation.likelihood import read_positions
-from recurrent_db.evaluation.prefix_tree import PlacedNoise, Row, common_length, lay_out
+from recurrent_db.evaluation.prefix_tree import PrefixTree, TreeNoise, batch_trees, shared_prefix_length
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.rng import Rng
 
@@ -41,7 +42,7 @@ _TOKENS = {"cpu": 1 << 10, "cuda": 1 << 15}
 _LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 _LONGEST_ROW = 1 << 12
-"""Tokens of a row of several windows, at most: its mask has the square of that."""
+"""Most tokens in a row of several windows: the row's mask grows with their square."""
 
 Result = tuple[float, bool]
 """Sum of log p in nats, and whether every target is the most likely token."""
@@ -49,7 +50,7 @@ Result = tuple[float, bool]
 
 @dataclass(frozen=True)
 class Window:
-    """What one forward pass scores: the tokens after the last ``len(targets)`` of ``inputs``."""
+    """Input tokens, and the targets after the last ``len(targets)`` of them."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -59,36 +60,36 @@ class Window:
 
 @dataclass
 class Group:
-    """Windows in sorted order that are one row: of one request, where there is noise."""
+    """Windows in sorted order that form one row. If there is noise, they are of one request."""
 
     windows: list[Window]
-    row: Row
+    tree: PrefixTree
 
     @classmethod
     def of(cls, windows: list[Window]) -> Group:
-        return cls(windows, Row.of([window.inputs for window in windows]))
+        return cls(windows, PrefixTree.of([window.inputs for window in windows]))
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What `plan` weighs, in FLOPs of a block: a token, and a pair of positions that attention multiplies."""
+    """What `group_windows` weighs, in FLOPs of a block: a token, and a pair of positions in attention."""
 
     token: float
     pair: float
     longest: int
-    """Tokens of a row, at most (unless one window alone is longer)."""
+    """Most tokens in a row (a single window may be longer)."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What to share
+# Which windows share a row
 
 
-def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> list[Group]:
+def group_windows(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> list[Group]:
     """Windows in groups, those with the longest rows first.
 
     Args:
         costs: None puts each window into a row of its own.
-        noisy: whether the noise matters, so that only windows of one request have a beginning in common.
+        noisy: whether results depend on noise; then only windows of one request share a prefix.
     """
     groups: list[Group] = []
     by_request: dict[int, list[Window]] = {}
@@ -98,17 +99,17 @@ def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> 
         alike.sort(key=lambda window: (window.inputs, window.targets))
         before: tuple[int, ...] = ()
         for window in alike:
-            common, before = common_length(before, window.inputs), window.inputs
+            common, before = shared_prefix_length(before, window.inputs), window.inputs
             if costs is not None and common:
-                last, own = len(groups[-1].row.tokens), len(window.inputs)
+                last, own = len(groups[-1].tree.tokens), len(window.inputs)
                 joint = last + own - common
                 saved = common * costs.token - (joint**2 - last**2 - own**2) * costs.pair
                 if saved > 0 and joint <= costs.longest:
                     groups[-1].windows.append(window)
-                    groups[-1].row.add(window.inputs, common)
+                    groups[-1].tree.add(window.inputs, common)
                     continue
             groups.append(Group.of([window]))
-    groups.sort(key=lambda group: (-len(group.row.tokens), group.row.tokens, group.windows[0].request))
+    groups.sort(key=lambda group: (-len(group.tree.tokens), group.tree.tokens, group.windows[0].request))
     return groups
 
 
@@ -117,7 +118,7 @@ def plan(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> 
 
 
 @dataclass
-class Scorer:
+class WindowScorer:
     """Scores windows under one model. Only ``k`` may be changed between calls."""
 
     model: LoopedLM
@@ -125,26 +126,26 @@ class Scorer:
     draws: int
     rng: Rng
     pad: int
-    """A token to fill rows with; which one does not matter."""
+    """Token that fills rows up; which one does not matter."""
     batch_size: int | None = None
-    """Rows at once; None: as many as `_TOKENS` and the other bounds let in."""
+    """Rows at once; None takes as many as `_TOKENS` and the other bounds allow."""
     max_batch_size: int | None = None
     reuse: bool = True
     processes: Processes = field(default_factory=Processes)
     answers: AnswerCache | None = None
-    """Where results are kept, and found again. It must be this model's and this ``k``'s."""
+    """File of results, made for this model and this ``k``."""
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     flops: float = 0.0
-    """Forward FLOPs of what was asked for so far, in all processes, known or not: rows without padding, attention over all
-    pairs, as `flops` counts."""
+    """Forward FLOPs of all requests so far, in all processes and cached or not: rows without padding, attention over all
+    pairs, as `accounting.flops` counts."""
     seconds: float = 0.0
-    """What it took."""
+    """Seconds spent in `score`."""
     _held: int | None = None
-    """Tokens at once that memory was found to hold, where more were too many."""
+    """Tokens at once that fit in memory, once more did not."""
 
     @torch.no_grad()
     def score(self, windows: Sequence[Window], show: bool = False) -> dict[Window, Result]:
-        """Every distinct window's result; no targets score (0, True). All processes must ask for the same.
+        """Every distinct window's result; a window without targets has (0, True). All processes must ask for the same.
 
         Raises:
             UserError: a single window is more than the GPU's memory holds.
@@ -152,7 +153,7 @@ class Scorer:
         started = time.perf_counter()
         unique = list(dict.fromkeys(windows))
         scored: dict[Window, Result] = {window: (0.0, True) for window in unique if not window.targets}
-        groups = plan([w for w in unique if w.targets], self._costs(), self.model.recurrence.stochastic)
+        groups = group_windows([w for w in unique if w.targets], self._costs(), self.model.recurrence.stochastic)
         mine: dict[Window, Result] = {}
         self.flops += sum(map(self._cost, groups))
         todo = []
@@ -181,9 +182,9 @@ class Scorer:
 
     def _cost(self, group: Group) -> float:
         """Forward FLOPs of a group."""
-        config, recurrence, length = self.model.config, self.model.recurrence, len(group.row.tokens)
+        config, recurrence, length = self.model.config, self.model.recurrence, len(group.tree.tokens)
         flops = length * inference_cost(config, length, recurrence.passes(self.k))
-        # The last read-out's head runs where it is asked for alone.
+        # The head of the last read-out runs only at targets.
         unread = length - sum(len(window.targets) for window in group.windows)
         flops -= unread * 2 * config.vocab_size * config.d_model
         return flops * (self.draws if recurrence.stochastic else 1)
@@ -195,41 +196,41 @@ class Scorer:
         token = 8 * config.d_model**2 + 6 * config.d_model * config.d_mlp
         return Costs(token, 4 * config.d_model, min(self._tokens, _LONGEST_ROW))
 
-    # -- kept answers ---------------------------------------------------------------------------------------------------
+    # -- the answer cache ----------------------------------------------------------------------------------------------
 
     def _find(self, window: Window) -> Result | None:
-        match self.answers.get(_asked(window)) if self.answers else None:
+        match self.answers.get(_request(window)) if self.answers else None:
             case [float(total), bool(greedy)]:
                 return total, greedy
         return None
 
     def _keep(self, results: dict[Window, Result]) -> None:
         if self.answers is not None:
-            self.answers.add({fingerprint(_asked(window)): list(result) for window, result in results.items()})
+            self.answers.add({fingerprint(_request(window)): list(result) for window, result in results.items()})
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     @property
     def _tokens(self) -> int:
-        """Tokens at once, where nothing else is asked for."""
+        """Tokens at once by default."""
         kind = "cuda" if self.model.embedding.weight.device.type == "cuda" else "cpu"
         return max(1, min(_TOKENS[kind], _LOGITS[kind] // self.model.config.vocab_size))
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Groups whose rows are run at once: of like length, the longest first, and with branches or without."""
-        groups = sorted(groups, key=lambda group: (group.row.branches, -len(group.row.tokens)))
-        for _, alike in itertools.groupby(groups, lambda group: group.row.branches):
+        """Groups whose rows run in one batch: of similar length, the longest first, all with branches or all without."""
+        groups = sorted(groups, key=lambda group: (group.tree.has_branches, -len(group.tree.tokens)))
+        for _, alike in itertools.groupby(groups, lambda group: group.tree.has_branches):
             rest = list(alike)
             while rest:
-                size = self.batch_size or self._tokens // len(rest[0].row.tokens)
+                size = self.batch_size or self._tokens // len(rest[0].tree.tokens)
                 size = min(size, self.max_batch_size or size)
-                size = size if self._held is None else min(size, self._held // len(rest[0].row.tokens))
+                size = size if self._held is None else min(size, self._held // len(rest[0].tree.tokens))
                 size = max(1, size)
                 yield rest[:size]
                 rest = rest[size:]
 
     def _attempt(self, batch: list[Group]) -> Iterator[dict[Window, Result]]:
-        """The batch's results, in halves where the GPU's memory does not hold it."""
+        """The batch's results; in halves if the GPU's memory does not hold it."""
         try:
             results = self._run(batch)
         except torch.OutOfMemoryError:
@@ -240,12 +241,12 @@ class Scorer:
         count = sum(len(group.windows) for group in batch)
         if count == 1:
             raise UserError(
-                f"the GPU's memory does not hold one sequence of {len(batch[0].row.tokens)} tokens: a smaller max_length, "
+                f"the GPU's memory does not hold one sequence of {len(batch[0].tree.tokens)} tokens: a smaller max_length, "
                 "fewer draws, or dtype=bfloat16 may fit"
             )
         if self._held is None:
             logger.warning("out of GPU memory with %d sequences at once; going on with fewer", count)
-        tokens = len(batch) * max(len(group.row.tokens) for group in batch) // 2
+        tokens = len(batch) * max(len(group.tree.tokens) for group in batch) // 2
         self._held = tokens if self._held is None else min(self._held, tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -266,17 +267,17 @@ class Scorer:
         at = [
             (number, position)
             for number, group in enumerate(batch)
-            for window, path in zip(group.windows, group.row.paths, strict=True)
+            for window, path in zip(group.windows, group.tree.paths, strict=True)
             for position in path[-len(window.targets) :]
         ]
         requests = torch.tensor([group.windows[0].request for group in batch])
         with self.autocast():
-            tokens_BT, places_BT, visible = lay_out(model, [group.row for group in batch], self.pad)
+            tokens_BT, places_BT, visible = batch_trees(model, [group.tree for group in batch], self.pad)
             rows_N, positions_N = torch.tensor(at, device=tokens_BT.device).T
             e_BTD = model.encode(tokens_BT, visible)
             chosen = []
             for draw in range(self.draws if recurrence.stochastic else 1):
-                noise = PlacedNoise(self.rng, requests, model.config.max_seq_len, draw, places_BT=places_BT)
+                noise = TreeNoise(self.rng, requests, model.config.max_seq_len, draw, places_BT=places_BT)
                 [(_, hidden_BTD)] = recurrence.hidden(model, tokens_BT, e_BTD, [self.k], noise, visible=visible)
                 chosen.append(hidden_BTD[rows_N, positions_N])
             targets_N = torch.tensor([target for window in windows for target in window.targets]).to(rows_N)
@@ -287,5 +288,5 @@ class Scorer:
         return dict(zip(windows, zip(sums, flags, strict=True), strict=True))
 
 
-def _asked(window: Window) -> list[Any]:
+def _request(window: Window) -> list[Any]:
     return ["score", window.inputs, window.targets, window.request]

@@ -138,7 +138,7 @@ def test_sweep(script_here: Script, here: Path, tmp_path: Path, monkeypatch: pyt
     assert "K=3: above the better of the unigram and the untrained model, z > 3, on 0 of 2" in done.stdout
     assert "inference FLOPs per item" in (tmp_path / "a.svg").read_text()
     # Again, from the kept answers: the same table.
-    monkeypatch.setattr("recurrent_db.evaluation.window_scorer.Scorer._run", None)
+    monkeypatch.setattr("recurrent_db.evaluation.window_scorer.WindowScorer._run", None)
     again = script_here(*words, "--json", tmp_path / "b.json")
     assert again.returncode == 0, again.stderr
     same = ("accuracy", "stderr", "low", "high", "z", "flops_per_item")

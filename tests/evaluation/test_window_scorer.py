@@ -25,7 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
-from recurrent_db.evaluation.window_scorer import Costs, Scorer, Window, plan
+from recurrent_db.evaluation.window_scorer import Costs, Window, WindowScorer, group_windows
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
 from recurrent_db.store.loading import load
 
@@ -225,30 +225,30 @@ def windows_of(*inputs: tuple[int, ...], request: int = 0) -> list[Window]:
     return [Window(tokens, tokens[-1:], request) for tokens in inputs]
 
 
-def test_a_plan_shares_what_pays(runs: Path) -> None:
+def test_groups_share_what_pays(runs: Path) -> None:
     costs = Costs(token=100.0, pair=1.0, longest=64)
     question = tuple(range(20))
     choices = windows_of(*((*question, 30 + i, 40) for i in range(4)))
     others = windows_of(tuple(range(50, 70)), (50, 1, *range(70, 88)))
-    groups = plan([*choices, *others], costs)
+    groups = group_windows([*choices, *others], costs)
     assert sorted(len(group.windows) for group in groups) == [1, 1, 4]
-    [row] = [group.row for group in groups if len(group.windows) == 4]
-    assert len(row.tokens) == 20 + 4 * 2
+    [tree] = [group.tree for group in groups if len(group.windows) == 4]
+    assert len(tree.tokens) == 20 + 4 * 2
     # Each window is in one group, whatever the order; no row is longer than it may be; nothing shared where it may not be.
     rng = random.Random(0)
     many = list(dict.fromkeys(windows_of(*(tuple(rng.choices((1, 2), k=rng.randrange(1, 12))) for _ in range(300)))))
     for shuffled in (many, rng.sample(many, len(many))):
-        groups = plan(shuffled, costs)
+        groups = group_windows(shuffled, costs)
         assert sorted((w for g in groups for w in g.windows), key=repr) == sorted(many, key=repr)
-        assert max(len(group.row.tokens) for group in groups) <= costs.longest
+        assert max(len(group.tree.tokens) for group in groups) <= costs.longest
         for group in groups:
-            for window, path in zip(group.windows, group.row.paths, strict=True):
-                assert tuple(group.row.tokens[i] for i in path) == window.inputs
-    assert sum(len(g.row.tokens) for g in groups) < sum(len(w.inputs) for w in many) / 2
-    assert all(len(group.windows) == 1 for group in plan(many, None))
+            for window, path in zip(group.windows, group.tree.paths, strict=True):
+                assert tuple(group.tree.tokens[i] for i in path) == window.inputs
+    assert sum(len(g.tree.tokens) for g in groups) < sum(len(w.inputs) for w in many) / 2
+    assert all(len(group.windows) == 1 for group in group_windows(many, None))
     noise = [*windows_of(question), *windows_of(question, request=1)]
-    assert len(plan(noise, costs)) == 2
-    assert len(plan(noise, costs, noisy=False)) == 1
+    assert len(group_windows(noise, costs)) == 2
+    assert len(group_windows(noise, costs, noisy=False)) == 1
 
 
 def test_shared_beginnings_are_paid_once(runs: Path) -> None:
@@ -274,17 +274,17 @@ def test_out_of_memory_halves_the_batch(
     runs: Path, pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = loglikelihood(RecurrentDBLM(str(runs / "unrolled"), k=2), pairs)
-    run, sizes = Scorer._run, []
+    run, sizes = WindowScorer._run, []
     room = 100
 
-    def tight(self: Scorer, batch: list[Any]) -> Any:
-        tokens = len(batch) * max(len(group.row.tokens) for group in batch)
+    def tight(self: WindowScorer, batch: list[Any]) -> Any:
+        tokens = len(batch) * max(len(group.tree.tokens) for group in batch)
         if tokens > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append(tokens)
         return run(self, batch)
 
-    monkeypatch.setattr(Scorer, "_run", tight)
+    monkeypatch.setattr(WindowScorer, "_run", tight)
     for batch_size in ("auto", 64):
         sizes.clear()
         lm = RecurrentDBLM(str(runs / "unrolled"), k=2, batch_size=batch_size)
@@ -302,13 +302,13 @@ def test_out_of_memory_halves_the_batch(
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many windows each batch that is really run has."""
-    run, counts = Scorer._run, []
+    run, counts = WindowScorer._run, []
 
-    def counting(self: Scorer, batch: list[Any]) -> Any:
+    def counting(self: WindowScorer, batch: list[Any]) -> Any:
         counts.append(sum(len(group.windows) for group in batch))
         return run(self, batch)
 
-    monkeypatch.setattr(Scorer, "_run", counting)
+    monkeypatch.setattr(WindowScorer, "_run", counting)
     return counts
 
 
