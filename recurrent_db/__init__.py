@@ -3,12 +3,46 @@
 >>> import recurrent_db
 >>> model, tokenizer = recurrent_db.load("runs/demo/denoise")          # doctest: +SKIP
 >>> recurrent_db.generate(model, tokenizer, "def main(", k=4)          # doctest: +SKIP
+>>> config = recurrent_db.load_config("train/configs/tiny.toml")       # doctest: +SKIP
+>>> recurrent_db.train(config)                                         # doctest: +SKIP
+
+The names below are imported when they are first used, so that importing the package does not wait for torch.
 """
 
-from recurrent_db.config import Config, load_config
-from recurrent_db.errors import UserError
-from recurrent_db.generation.generate import generate, generate_texts
-from recurrent_db.store.loading import load
+from __future__ import annotations
 
-__all__ = ["Config", "UserError", "generate", "generate_texts", "load", "load_config"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recurrent_db.config import Config, load_config
+    from recurrent_db.errors import UserError
+    from recurrent_db.generation.generate import generate, generate_texts
+    from recurrent_db.store.loading import load
+    from recurrent_db.training.trainer import train
+
+__all__ = ["Config", "UserError", "generate", "generate_texts", "load", "load_config", "train"]
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "config",
+    "UserError": "errors",
+    "generate": "generation.generate",
+    "generate_texts": "generation.generate",
+    "load": "store.loading",
+    "load_config": "config",
+    "train": "training.trainer",
+}
+"""Where each public name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -31,7 +31,8 @@ from recurrent_db.accounting.hardware import (
 )
 from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.arguments import run_and_exit
-from recurrent_db.config import Config, load_config, rows_of_vocabulary
+from recurrent_db.commands.train import arguments
+from recurrent_db.config import Config, rows_of_vocabulary
 from recurrent_db.data import Loader, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.distributed.rendezvous import job_identity, restarted
@@ -508,24 +509,5 @@ def pretrain(config: Config, resume: str, overwrite: bool, held: contextlib.Exit
     return 0
 
 
-def arguments(given: list[str]) -> tuple[Config, str, bool]:
-    """The command line as arguments of `train`."""
-    words, resume, overwrite = list(given), "", False
-    if "--resume" in words:
-        at = words.index("--resume")
-        following = "".join(words[at + 1 : at + 2])
-        if at and following and not following.startswith("-") and following != "last-good":
-            raise UserError(f"--resume stands alone or before last-good, not before {following!r}")
-        resume = "last-good" if following == "last-good" else "newest"
-        del words[at : at + (2 if resume == "last-good" else 1)]
-    if "--overwrite" in words:
-        words.remove("--overwrite")
-        overwrite = True
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    return load_config(path, words, prog="pretrain.py CONFIG.toml"), resume, overwrite
-
-
 if __name__ == "__main__":
-    run_and_exit(lambda: report_lost(lambda: train(*arguments(sys.argv[1:]))))
+    run_and_exit(lambda: report_lost(lambda: train(*arguments(sys.argv[1:], prog="pretrain.py"))))

@@ -327,14 +327,6 @@ def test_resume_without_a_checkpoint_starts_afresh(data: Path, tmp_path: Path) -
     assert len(rows(tmp_path / "run")) == 2
 
 
-def test_what_stands_after_resume() -> None:
-    arguments = load_script("train/pretrain.py").arguments
-    for given, expected in ((["--resume"], "newest"), (["--resume", "last-good"], "last-good"), ([], "")):
-        assert arguments(["train/configs/tiny.toml", *given, "--seed", "3"])[1] == expected
-    with pytest.raises(UserError, match="--resume stands alone or before last-good, not before 'last-god'"):
-        arguments(["train/configs/tiny.toml", "--resume", "last-god"])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that blow up
 

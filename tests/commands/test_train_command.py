@@ -1,0 +1,50 @@
+"""`recurrent-db train`: its words, its help, and that it trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from helpers import MICRO, ROOT
+
+from recurrent_db import cli
+from recurrent_db.commands.train import arguments
+from recurrent_db.errors import UserError
+
+TINY = str(ROOT / "train/configs/tiny.toml")
+
+
+def test_what_stands_after_resume() -> None:
+    for given, expected in ((["--resume"], "newest"), (["--resume", "last-good"], "last-good"), ([], "")):
+        config, resume, overwrite = arguments([TINY, *given, "--seed", "3"])
+        assert (config.seed, resume, overwrite) == (3, expected, False)
+    assert arguments([TINY, "--overwrite"])[1:] == ("", True)
+    with pytest.raises(UserError, match="--resume stands alone or before last-good, not before 'last-god'"):
+        arguments([TINY, "--resume", "last-god"])
+    with pytest.raises(UserError, match="exclude each other"):
+        arguments([TINY, "--resume", "--overwrite"])
+
+
+def test_help_is_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["train", "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert "usage: recurrent-db train CONFIG.toml" in told
+    for words in ("--resume", "--overwrite", "--model.d-model INT", "Width of the residual stream"):
+        assert words in told
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("recurrent_db.training.trainer") is None, reason="the trainer is still a script"
+)
+def test_it_trains_and_continues(data: Path, tmp_path: Path) -> None:
+    words = ["train", *MICRO, "--data.path", str(data), "--run.dir", str(tmp_path / "run"), "--eval.points", "0"]
+    assert cli.run([*words, "--budget.steps", "2"]) == 0
+    assert cli.run([*words, "--budget.steps", "3", "--resume"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    with pytest.raises(UserError, match="--overwrite"):
+        cli.run([*words, "--budget.steps", "2"])
