@@ -381,12 +381,6 @@ class OptimConfig(Section):
     Both take the same rate and weight decay."""
     lr: Positive = 3e-3
     """Peak learning rate."""
-    beta1: ShareBelowOne = 0.9
-    """AdamW's first-moment decay."""
-    beta2: ShareBelowOne = 0.95
-    """AdamW's second-moment decay."""
-    eps: Positive = 1e-8
-    """AdamW's epsilon."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay on the matrices of linear layers; norms, biases and embeddings have none."""
     clip_norm: Positive = 1.0
@@ -402,14 +396,12 @@ class ScheduleConfig(Section):
     """Learning rate as a function of the share of the budget that is spent."""
 
     name: Literal["wsd", "cosine", "constant"] = "wsd"
-    """Warm-up, stable, decay; or warm-up and half a cosine; or warm-up and constant."""
+    """Warm-up, stable, decay to zero; or warm-up and half a cosine to zero; or warm-up and constant."""
     warmup: Share = 0.03
     """Share of the budget for the linear warm-up. Of a short one and a high rate runs die: before 3e-3 some 70 steps were
     enough where 20 were not (LOG.md), so a budget of few hundred steps wants .2."""
     decay: Share = 0.3
     """Share of the budget for wsd's final linear decay."""
-    final: Share = 0.0
-    """Final rate as a share of the peak."""
 
 
 @dataclass
@@ -474,9 +466,7 @@ class RunConfig(Section):
     log_every: PositiveInt = 10
     """Optimizer steps between writes of metrics.jsonl and updates of the progress bar."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Also log to Weights & Biases; offline, `wandb sync DIR/wandb/latest-run` uploads the whole run later."""
-    wandb_project: str = "recurrent_db"
-    """Project name there."""
+    """Also log to the project recurrent_db of Weights & Biases; `wandb sync DIR/wandb/latest-run` uploads an offline run."""
 
 
 @dataclass

@@ -20,10 +20,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+BETAS = (0.9, 0.95)
+"""AdamW's decays of the first and second moment."""
+EPSILON = 1e-8
+
+
 def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """One kernel for all parameters on CUDA, one pass each on the CPU."""
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPSILON, fused=True)
 
 
 NEWTON_SCHULZ_STEPS = 5

@@ -15,11 +15,11 @@ def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
         return 1.0
     if schedule.name == "cosine":
         done = (progress - schedule.warmup) / max(1 - schedule.warmup, 1e-12)
-        return schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     left = max(1 - progress, 0.0)
     if schedule.decay == 0 or left >= schedule.decay:
         return 1.0
-    return schedule.final + (1 - schedule.final) * left / schedule.decay
+    return left / schedule.decay
 
 
 def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:

@@ -102,7 +102,7 @@ class WandbLog:
             if config.run.wandb == "online" and not wandb.login(prompt=False):
                 raise UserError("no API key; set WANDB_API_KEY or run `wandb login`")
             self.run = wandb.init(
-                project=config.run.wandb_project,
+                project="recurrent_db",
                 mode="online" if config.run.wandb == "online" else "offline",
                 dir=str(run_dir),
                 name=run_dir.resolve().name,

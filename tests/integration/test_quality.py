@@ -209,10 +209,10 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     # A result that is not of this comparison is not mixed in.
     for words, message in (
         (["--plot", tmp_path / "x.gif"], "must end in .svg, .png or .pdf"),
-        (["--options", OPTIONS + " optim.beta2=0.9"], "another optim.beta2 (0.95, now 0.9)"),
+        (["--options", OPTIONS + " optim.weight_decay=0.9"], "another optim.weight_decay (0.1, now 0.9)"),
         (["--k", "1,4", "--work", tmp_path / "elsewhere"], "was scored with"),
         (
-            ["--options", OPTIONS + " optim.beta2=0.9", "--results", tmp_path / "elsewhere"],
+            ["--options", OPTIONS + " optim.weight_decay=0.9", "--results", tmp_path / "elsewhere"],
             "made with another options: choose another --work",
         ),
         (["--arms", "nobody"], "no arm 'nobody'"),
@@ -560,7 +560,7 @@ def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     for words, message in (
         ([], "another schedule.warmup (0.5, now "),
         (["--tasks", "chess"], "no task 'chess'"),
-        (["--options", "optim.beta2=0.9"], "was made with"),
+        (["--options", "optim.weight_decay=0.9"], "was made with"),
     ):
         told = call(*words)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1), told.stderr

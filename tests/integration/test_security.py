@@ -238,7 +238,7 @@ def hostile_run(folder: Path, attack: str) -> Path:
     """A run with an attack wherever a corpus, a sample, a task or a machine can put words."""
     run = fake_run(folder, "one_step", steps=20)
     config = fake_config("one_step", 20)
-    config.data.path = config.data.val_path = config.run.dir = config.run.wandb_project = attack
+    config.data.path = config.data.val_path = config.run.dir = attack
     (run / "config.json").write_text(json.dumps(to_dict(config)))
     words = {"command": [attack], "git_commit": attack, "device_name": attack, "python": attack, "platform": attack}
     (run / "environment.json").write_text(json.dumps({**words, "packages": {attack: attack}, "peak_note": attack}))

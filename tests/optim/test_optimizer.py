@@ -83,7 +83,7 @@ def separately(model: LoopedLM, config: Config) -> list[torch.optim.Optimizer]:
     muon = torch.optim.Muon(
         hidden_matrices(model), lr=o.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
-    return [muon, torch.optim.AdamW(rest, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, fused=True)]
+    return [muon, torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
 
 
 @pytest.mark.parametrize("flag", [True, False])

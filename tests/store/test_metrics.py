@@ -110,7 +110,7 @@ def expected(run: Path) -> list[tuple[int, dict[str, Any]]]:
 def test_offline_rows_and_config_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    process = start(data, run, "--run.wandb", "offline", "--run.wandb_project", "loops", "--budget.steps", 40,
+    process = start(data, run, "--run.wandb", "offline", "--budget.steps", 40,
                     "--objective.name", "denoise")  # fmt: skip
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0
@@ -124,7 +124,7 @@ def test_offline_rows_and_config_are_those_of_the_run(data: Path, tmp_path: Path
     (started,) = (r.run for r in records(path) if r.HasField("run"))
     config = {item.key: json.loads(item.value_json) for item in started.config.update if item.key != "_wandb"}
     assert config == json.loads((run / "config.json").read_text())
-    assert (started.project, started.display_name) == ("loops", "run")
+    assert (started.project, started.display_name) == ("recurrent_db", "run")
     assert started.run_id == (run / "wandb_id").read_text()
     assert [r.exit.exit_code for r in records(path) if r.HasField("exit")] == [0]
 
