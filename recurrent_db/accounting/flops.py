@@ -1,12 +1,12 @@
-"""FLOPs, counted from shapes and from how often each part really runs.
+"""Counts FLOPs from shapes and from how often each part runs.
 
-A multiply-add is two FLOPs. Counted are matrix products and attention. Norms, activations, softmax, embedding lookups and
-the optimizer's work are not, as is the field's custom for model FLOPs; the optimizer's is counted apart
-(`optim.update_flops`). Backward costs the forward again for the gradient to the inputs and again for the gradient to
-the weights; iterations that run without gradient cost their forward alone. What the backward computes a second time
-(checkpointed iterations, the scores of fused attention) is a kind of its own: it is work of the hardware, not of the
-model. Attention is counted over all T x T pairs, as the field reports it; how much of that a causal mask hides is kept
-beside it, so that both counts can be printed. The figures are per token of the batch.
+A multiply-add is two FLOPs. Matrix products and attention are counted. Norms, activations, softmax, embedding lookups and
+the optimizer's work are not, as usual for model FLOPs; `optim.optimizer.update_flops` counts the optimizer's. The backward
+costs the forward once more for the gradient of the inputs and once more for that of the weights; iterations without
+gradient cost only their forward. What the backward computes a second time (checkpointed iterations, the scores of fused
+attention) is kept apart: it is work of the hardware, not of the model. Attention is counted over all T x T pairs, as usual;
+the share that a causal mask hides is kept beside it, so that both counts can be printed. All figures are per token of the
+batch.
 
 Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 """
@@ -32,9 +32,9 @@ class Cost:
     recomputed: float = 0.0
     """Forward work that the backward does again; not part of ``total``."""
     attention: float = 0.0
-    """Of ``total``, what attention's two products take; the rest are products with weights."""
+    """The part of ``total`` in attention's two products; the rest is products with weights."""
     masked: float = 0.0
-    """Of ``attention``, what is spent on pairs of positions that the causal mask hides."""
+    """The part of ``attention`` on pairs of positions that the causal mask hides."""
 
     @property
     def backward(self) -> float:
@@ -47,7 +47,7 @@ class Cost:
 
     @property
     def matmul(self) -> float:
-        """Of ``total``, products with weights."""
+        """The part of ``total`` in products with weights."""
         return self.total - self.attention
 
     @property
@@ -57,7 +57,7 @@ class Cost:
 
     @property
     def hardware(self) -> float:
-        """Model FLOPs and what is recomputed."""
+        """Model FLOPs and recomputed work."""
         return self.total + self.recomputed
 
     def __add__(self, other: Cost) -> Cost:
@@ -78,11 +78,11 @@ class Cost:
 def _part(
     weights: float, attention: float, masked: float, no_grad: float, grad: float, checkpointed: bool = False
 ) -> Cost:
-    """``weights`` matrix entries and ``attention`` forward FLOPs per token (``masked`` of them for nothing), run so
-    often without and with gradient.
+    """Cost of a part that runs ``no_grad`` times without and ``grad`` times with gradient. It has ``weights`` matrix entries
+    and ``attention`` forward FLOPs per token, ``masked`` of them on hidden pairs.
 
-    Attention has no weights: its two products cost four in the backward, all of them towards the inputs. Fused kernels
-    keep no scores and make them again there, one product of the two; a checkpointed pass is run again whole.
+    Attention has no weights: its two products cost four in the backward, all for the inputs. Fused kernels keep no
+    scores and recompute them there, one product of the two; a checkpointed pass is recomputed whole.
     """
     runs = no_grad + 3 * grad
     return Cost(
@@ -98,7 +98,7 @@ def _part(
 def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointing: bool = False) -> dict[str, Cost]:
     """FLOPs per token by part, for sequences of ``length`` tokens.
 
-    ``checkpointing``: backpropagated core iterations keep their input alone and are run again in the backward.
+    ``checkpointing``: backpropagated core iterations keep only their input and run again in the backward.
     """
     width, hidden = model.d_model, model.d_mlp
     block = 4 * width * width + 3 * width * hidden
@@ -115,7 +115,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         return _part(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
     def context(count: float, no_grad: float, grad: float) -> Cost:
-        """A stream that is run for its keys and values: of the last block only those (one fused product) are made."""
+        """A stream that runs for its keys and values: the last block makes only those (one fused product)."""
         if not count:
             return Cost()
         return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, 0, no_grad, grad)
@@ -168,8 +168,7 @@ def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
 def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read: bool = True) -> float:
     """Forward FLOPs of one sequence's pass over positions ``first`` to ``stop`` (exclusive) that follow those in a cache.
 
-    Attention is counted over all keys that there are, ``stop`` for each position. ``read``: whether the result is read
-    out, which is done at the last position alone.
+    Attention is counted over all ``stop`` keys for each position. ``read``: whether the last position is read out.
     """
     count, width = stop - first, model.d_model
 
@@ -185,8 +184,12 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
 
 
 def visited_cost(model: ModelConfig, visits: Mapping[tuple[bool, int], int], reads: int) -> float:
-    """Forward FLOPs of a plain loop's positions counted block by block (`ragged.RaggedCache.visits`): so many for each
-    (whether a block of the core, keys that a position met), and ``reads`` positions through the head."""
+    """Forward FLOPs of a plain loop that `generation.slot_cache` counted block by block.
+
+    Args:
+        visits: number of positions by (whether the block is in the core, keys that the position met).
+        reads: positions that went through the head.
+    """
     once = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
     cost = reads * cost_per_token(model, 1, once)["head"].forward
     for (core, keys), positions in visits.items():
@@ -200,8 +203,8 @@ CACHE_POLICIES = "full, last or modulo-S (S slots a layer)"
 
 
 def visits_kept(policy: str) -> int | None:
-    """How many of its visits to a layer a position leaves keys and values of, under a cache policy (`cache.Cache`); None
-    for all. Raises `UserError`."""
+    """How many visits to a layer a cache policy keeps the keys and values of, for each position; None is all. Raises
+    `UserError` for an unknown policy."""
     if policy == "full":
         return None
     found = re.fullmatch(r"modulo-([1-9]\d*)", policy)
@@ -211,8 +214,8 @@ def visits_kept(policy: str) -> int | None:
 
 
 def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "full") -> int:
-    """What a key-value cache (`cache.Cache`) keeps of a token, in numbers: a key and a value for each layer and visit of
-    the streams that later positions see."""
+    """How many numbers a key-value cache keeps for each token: a key and a value for each layer and visit of the streams
+    that later positions see."""
     core, coda = passes.clean_no_grad or passes.core_no_grad, passes.readouts_no_grad
     most = visits_kept(policy) or max(core, coda)
     in_core = model.n_core * min(core, most)
