@@ -47,7 +47,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, laid out as ``like`` is: its own part of it where ``like`` is sharded."""
+    """A whole tensor, the same on every process, laid out as ``like``: if that is sharded, each process keeps its part."""
     if not hasattr(like, "placements"):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -58,8 +58,8 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 class _Unit(nn.Module):
-    """The model under a forward that runs any function of it: where DDP and FSDP hook in. What the function is given stays
-    hidden from them, so that they neither move nor cast it."""
+    """The model with a forward that runs any function of it. DDP and FSDP hook in here; they do not see the function's
+    arguments, so they neither move nor cast them."""
 
     def __init__(self, model: LoopedLM) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class Team:
     def __init__(self, mode: str, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.mode, self.device, self.rank, self.world = mode, device, rank, world
         self.control: Any = None
-        """A gloo group for what the host must know: small CPU tensors, and never a wait for the device."""
+        """A gloo group for small CPU tensors that the host reads: no wait for the device."""
         self.saving: Any = None
-        """Another one, which checkpoints use from their own thread."""
+        """Another gloo group, which checkpoints use from their own thread."""
         self.watchdog: Watchdog | None = None
         self.shard_size = world
         self._unit: Any = None
@@ -88,7 +88,7 @@ class Team:
 
     @classmethod
     def join(cls, config: ParallelConfig, device: torch.device) -> Team:
-        """The processes that torchrun started, ready to talk.
+        """Connect to the processes that torchrun started.
 
         Raises:
             UserError: the others cannot be reached, or the settings contradict their number.
@@ -137,7 +137,7 @@ class Team:
         return many + (self.device.type if self.world > 1 else str(self.device))
 
     def leave(self) -> None:
-        """The end of a run that went well: wait for the others."""
+        """End a run that went well: wait for the others."""
         if self.mode == "none":
             return
         if self._asked is not None:
@@ -167,7 +167,7 @@ class Team:
     # -- agreeing ------------------------------------------------------------------------------------------------------
 
     def decide(self, action: Callable[[], T]) -> T:
-        """What ``action`` gives on the first process, on all of them; its `UserError` too."""
+        """Run ``action`` on the first process, and return its result (or raise its `UserError`) on all."""
         if self.world == 1:
             return action()
         answer: list[Any] = [None, ""]
@@ -190,8 +190,8 @@ class Team:
         return bool(flags)
 
     def largest(self, number: int) -> int:
-        """The largest ``number`` that any process gave at the last call, the same on all: asked at every step, and answered
-        at the next one, so that nobody waits for it."""
+        """The largest ``number`` that any process gave at the previous call; 0 at the first. Called at every step, so that
+        no process waits for the answer."""
         if self.world == 1:
             return number
         answer = 0
@@ -203,14 +203,14 @@ class Team:
         return answer
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of a tensor on the CPU or the device; the host waits for none on the device."""
+        """The sum of a tensor over processes. The host does not wait if the tensor is on the device."""
         if self.world > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
         return tensor
 
     def sum_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`sum` of small tensors, in one message; they come back as fp32 on the device."""
+        """`sum` of small tensors in one message, as fp32 on the device."""
         if self.world == 1:
             return tensors
         flat = torch.cat(
@@ -230,7 +230,7 @@ class Team:
             self.watchdog.beat(f"{self._doing}, {part}")
 
     def beating(self, work: Iterable[T]) -> Iterator[T]:
-        """The items of long work, each of which is progress."""
+        """The items of long work; the watchdog is told after each."""
         for number, item in enumerate(work, 1):
             yield item
             self.beat(f"past item {number} of what it is evaluating")
@@ -238,7 +238,7 @@ class Team:
     # -- the model -----------------------------------------------------------------------------------------------------
 
     def wrap(self, model: LoopedLM, config: Config, bfloat16: bool) -> None:
-        """Make ``model``, the same on every process, the team's. FSDP turns its parameters into shards, in place."""
+        """Wrap ``model``, which is the same on every process, in DDP or FSDP. FSDP shards its parameters in place."""
         if self.mode == "none":
             return
         if config.model.n_blocks:
@@ -283,16 +283,18 @@ class Team:
         return cast(T, function() if self._unit is None else self._unit(function))
 
     def rehearse(self, model: LoopedLM, forward: Callable[[], tuple[Tensor, Any]]) -> None:
-        """Run one pass whose gradients are thrown away, always the same one. In its first pass DDP finds out in which order
-        gradients come and how to pack them; were that a step's, a resumed run would add its first step's numbers in
-        another order than a run that went through."""
+        """Run one pass, always the same one, and discard its gradients.
+
+        In its first pass DDP learns in which order gradients come and how to pack them. If that were a training step, a
+        resumed run would add up its first step in another order than an uninterrupted run.
+        """
         self.beat("rehearsing a pass")
         self.forward(forward)[0].backward()
         model.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def micro_batch(self, model: LoopedLM, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: gradients are exchanged in the step's ``last`` one alone."""
+        """Context of a micro-batch's forward and backward: gradients are exchanged only in the step's ``last`` one."""
         if self.mode == "ddp" and not last:
             with self._unit.no_sync():
                 yield
@@ -311,18 +313,19 @@ class Team:
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of this process's part of a loss that is the sum of its parts; the engine averages gradients."""
+        """Backward of this process's part of a loss that is a sum over processes. It is scaled by their number, because DDP
+        and FSDP average gradients."""
         self._beat_within("in the backward pass")
         (loss * self.world if self.world > 1 else loss).backward()
 
     def clip(self, model: LoopedLM, max_norm: float) -> Tensor:
-        """Scale gradients down to a global norm of ``max_norm``; the norm that they had, 0-dimensional, the same on all."""
+        """Clip gradients to a global norm of ``max_norm``. Returns the norm before, 0-dimensional, the same on all."""
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
     @contextlib.contextmanager
     def whole(self, model: LoopedLM) -> Iterator[LoopedLM]:
-        """The model with all its parameters on every process, to call as often as each likes: nothing is exchanged."""
+        """The model with all parameters on every process. Each may call it as often as it likes; nothing is exchanged."""
         if self.mode != "fsdp":
             yield model
             return

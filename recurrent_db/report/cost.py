@@ -43,13 +43,13 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
 
 
 def update_flops_per_token(run: Run) -> float | None:
-    """FLOPs per token of clipping, optimizer and weight average, as logged; None where they were not."""
+    """FLOPs per token of clipping, optimizer and weight average, as logged; None if they were not."""
     tokens, flops = run.series("tokens", "flops_update")
     return float(flops[-1] / tokens[-1]) if len(tokens) and tokens[-1] > 0 else None
 
 
 def memory_by_holder(run: Run) -> dict[str, float] | None:
-    """Bytes by holder, each the most of all steps; None where the run logged none of them."""
+    """Bytes by holder, each the maximum over steps; None if the run logged none of them."""
     found = {holder: run.most(f"memory/{holder}_bytes") for holder in HOLDERS}
     if all(value is None for value in found.values()):
         return None
@@ -65,7 +65,7 @@ class Energy:
 
 
 def energy(run: Run) -> Energy | None:
-    """The newest reading of the energy counter; None where the run logged none."""
+    """The newest reading of the energy counter; None if the run logged none."""
     tokens, joules = run.series("tokens", "energy_joules")
     if not len(tokens) or tokens[-1] <= 0:
         return None

@@ -1,4 +1,4 @@
-"""The frame of the figures: how a run looks in all of them, axes and their ticks, and the way into page and PNG."""
+"""What all figures share: the look of each run, axes and their ticks, output as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scientific(value: float, digits: int = 2) -> str:
 
 
 def tick(value: float, _position: object = None) -> str:
-    """Label of an axis tick: plain where that is short, a power of ten where it is one."""
+    """Label of an axis tick: a plain number if it is short, else in powers of ten."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:g}".replace("-", "−")
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -55,7 +55,7 @@ def tick(value: float, _position: object = None) -> str:
 
 
 def linear_tick(value: float, position: object = None) -> str:
-    """Label of a tick of a linear axis, where 10,000 stands beside 7,500."""
+    """Label of a tick of a linear axis: thousands with a comma, to match 7,500 and 10,000."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else tick(value, position)
 
 
@@ -65,7 +65,7 @@ def memory_unit(most: float) -> tuple[str, float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, or 1-2-5 or 1-3 steps, or evenly spaced where the range is short."""
+    """Ticks of a logarithmic axis: powers of ten, or 1-2-5 or 1-3 steps, or evenly spaced if the range is short."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = [10.0**e for e in range(first, last + 1) if low <= 10.0**e <= high]
     if len(decades) >= 3:
@@ -78,7 +78,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(name: str, most: int = 22) -> str:
-    """A name that fits beside an axis: its end tells runs apart more often than its start."""
+    """A name shortened to fit beside an axis. The end is kept: it tells runs apart more often than the start."""
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
@@ -91,7 +91,7 @@ def drawing() -> Iterator[None]:
 
 
 class Frame:
-    """What all figures of a report share. A key names each panel in the page and among the PNG files."""
+    """Draws figures in which each run keeps its look. A figure's key names it in the page and among the PNG files."""
 
     def __init__(self, runs: Sequence[Run], png_dir: Path | None = None) -> None:
         self.runs = runs
@@ -115,7 +115,7 @@ class Frame:
         return figure, figure.subplots()
 
     def finish(self, figure: Figure, key: str, title: str, handles: list[Any] | None = None) -> Panel:
-        """The panel's SVG; its PNG, where wanted, has a title, a white ground and its own legend."""
+        """The figure as a panel. Its PNG, if wanted, has a title, a white ground and its own legend."""
         axes = figure.axes[0]
         label = f"{title}: {axes.get_ylabel() or 'runs'} against {axes.get_xlabel()}"
         panel = Panel(title, inline_svg(figure, key, label))

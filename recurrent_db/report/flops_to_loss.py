@@ -1,11 +1,10 @@
 """FLOPs to reach a held-out NLL.
 
-Annealing the learning rate lowers the loss at once, so a point in the middle of a decay lies below the curve of the
-constant rate and above that of complete runs; mixing the two flatters whoever decays first. Two kinds of numbers are
-kept apart here and everything else is left out:
+Annealing the learning rate lowers the loss at once, so a point during a decay lies below the curve at the constant rate and
+above that of complete runs; a mixture would flatter whichever run decays first. Two kinds of numbers are used, apart:
 
 - constant rate: between evaluations at the peak learning rate, NLL is interpolated linearly in log FLOPs;
-- annealed end: the end of a complete run says that a level was reached with at most its FLOPs, and no more than that.
+- annealed end: a complete run shows that a level can be reached with its FLOPs or fewer.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ class Reached:
 
     flops: float
     at_most: bool
-    """The level was already passed at the first point that counts, so fewer FLOPs may do."""
+    """The level was already reached at the first point that counts, so fewer FLOPs may be enough."""
 
 
 def reached_at_constant_rate(points: Sequence[Evaluation], level: float) -> Reached | None:
-    """FLOPs at which the best K's NLL first comes down to ``level`` at the peak learning rate; None if it does not."""
+    """FLOPs at which the best K's NLL first falls to ``level`` at the peak learning rate; None if it does not."""
     before: Evaluation | None = None
     for point in points:
         if point.phase != "constant":
@@ -49,7 +48,7 @@ def reached_at_end(points: Sequence[Evaluation], level: float) -> Reached | None
 
 
 def choose_levels(runs: Sequence[Run], wanted: int = 5) -> list[float]:
-    """About ``wanted`` round NLL levels, from high to low, within what the points that count reached."""
+    """About ``wanted`` round NLL levels, from high to low, within the range of the points that count."""
     values = [p.best_nll for run in runs for p in run.evaluations if p.phase != "other"]
     if not values:
         return []

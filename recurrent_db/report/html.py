@@ -1,4 +1,4 @@
-"""Words, numbers and tables as HTML. Whatever comes from a run enters the page through `text`."""
+"""Text, numbers and tables as HTML. Everything that comes from a run enters the page through `text`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def count(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the two units that matter."""
+    """A duration in its two largest units."""
     if seconds is None:
         return DASH
     if seconds < 100:
@@ -46,7 +46,7 @@ def memory(value: float | None) -> str:
 
 
 def joules(value: float) -> str:
-    """Energy: kWh from a tenth of one, joules below."""
+    """Energy in kWh from 0.1 kWh on, else in joules."""
     if value >= 3.6e5:
         return f"{value / 3.6e6:.3g} kWh"
     for factor, unit in ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ")):
@@ -77,7 +77,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 
 
 def panels(found: Iterable[Panel | None], kind: str = "grid") -> str:
-    """Panels side by side in a grid, each under its title; with ``wide`` one below the other, under the section's."""
+    """Panels side by side in a grid, each with its title; with ``wide`` one below the other, without titles."""
     drawn = [panel for panel in found if panel is not None]
     if kind == "wide":
         return "".join(f'<figure class="wide">{panel.svg}</figure>' for panel in drawn)

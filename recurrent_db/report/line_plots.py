@@ -1,4 +1,4 @@
-"""The figures with lines. A run keeps its colour, dash pattern and marker in all of them."""
+"""Figures with lines. A run keeps its colour, dash pattern and marker in all of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXACT_COLUMNS = frozenset({"lr", "peak_memory_bytes"})
 
 
 class LinePlots(Frame):
-    """Draws the panels of a report that have lines."""
+    """Draws the line plots of a report."""
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training
@@ -168,7 +168,7 @@ class LinePlots(Frame):
         return self.finish(figure, "nll-by-inference-flops", "NLL against inference compute")
 
     def state_by_iteration(self) -> Panel | None:
-        """Size of the state (of a walk: of its estimate) after each core pass, for the runs that have it."""
+        """Size of the state (for a denoiser: of its estimate) after each core pass, for the runs that have it."""
         shown = [(run, look) for run, look in zip(self.runs, self.looks, strict=True) if run.state_rms]
         if not shown:
             return None

@@ -1,4 +1,4 @@
-"""A run directory as a report sees it. Only ``config.json`` is needed; everything else may be missing."""
+"""What a report reads from a run directory. Only ``config.json`` is needed; everything else may be missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STANDARD_COLUMNS = frozenset({
     "step", "tokens", *FLOP_COLUMNS, "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
     "seconds", "energy_joules", "skipped", "spikes", "rollbacks", "peak_flops", "optimizer_share",
 })  # fmt: skip
-"""Columns that every objective logs; others, but for ``eval/*``, ``memory/*`` and ``state/*``, are the objective's own."""
+"""Columns that every objective logs. Others are the objective's own, except ``eval/*``, ``memory/*`` and ``state/*``."""
 
 
 def number(value: Any) -> float | None:
@@ -44,7 +44,7 @@ def number(value: Any) -> float | None:
 
 
 def printable(value: object) -> str:
-    """Text without what neither a page nor a figure can hold (control characters, lone surrogates)."""
+    """Text without characters that a page or a figure cannot show (control characters, lone surrogates)."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
 
 
@@ -61,9 +61,9 @@ class Evaluation:
     bits_per_byte: dict[int, float]
     phase: Phase
     """``constant``: the learning rate is at its peak; ``end``: the annealed end of a complete run; ``other``: warm-up,
-    halfway through a decay, or the last word of a run that was cut short."""
+    within a decay, or the end of an incomplete run."""
     stretch: int
-    """Number of the uninterrupted stretch at the peak rate; points of different stretches are not on one curve."""
+    """Number of the uninterrupted stretch at the peak rate; points of different stretches do not share a curve."""
 
     @property
     def best_k(self) -> int:
@@ -98,20 +98,20 @@ class Run:
     evaluations: list[Evaluation] = field(default_factory=list)
     depth: list[DepthPoint] = field(default_factory=list)
     depth_source: str = ""
-    """In words, where ``depth`` comes from."""
+    """Where ``depth`` comes from, in words."""
     depth_tokens: float | None = None
     """Held-out tokens that ``depth`` was scored on."""
     state_rms: list[tuple[int, float]] = field(default_factory=list)
     """(iteration, root mean square per component of the state after it), in a run of the largest K scored."""
     state_is: Literal["state", "estimate"] = "state"
-    """What ``state_rms`` is of: the recurrent state, or a denoiser's estimate of the clean target."""
+    """What ``state_rms`` measures: the recurrent state, or a denoiser's estimate of the clean target."""
     loss_by_sigma: list[tuple[float, float]] = field(default_factory=list)
     sigma_star: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """lm-eval's results (task -> metric -> value) by K; the key is empty where the file does not say."""
+    """lm-eval's results (task -> metric -> value) by K; the key is empty if the file does not say."""
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of a joined run: what each block cost, by its number."""
+    """What each block of a joined run cost, by its number."""
     notes: list[str] = field(default_factory=list)
     """Files that were there and could not be used."""
 
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def progress(self) -> float | None:
-        """Share of the budget that is spent; None where the run has no rows or no budget."""
+        """Share of the budget that is spent; None if the run has no rows or no budget."""
         return _progress(self.config, self.rows[-1]) if self.rows else None
 
     def progress_at(self, row: dict[str, Any]) -> float | None:
@@ -158,7 +158,7 @@ class Run:
         ]
 
     def parameters(self) -> dict[str, int] | None:
-        """Parameters by part; None where the configuration names no vocabulary."""
+        """Parameters by part; None if the configuration has no vocabulary size."""
         if self.config.model.vocab_size < 1:
             return None
         return build_model(self.config.model, seed=None, device="meta").parameter_counts()
@@ -182,8 +182,8 @@ def _by_k(row: dict[str, Any], prefix: str) -> dict[int, float]:
 
 
 def _annealed(config: Config, rows: Sequence[dict[str, Any]], rate: float | None) -> bool:
-    """Whether the run is complete and its last rate is that of its schedule's end: a budget that was made smaller on
-    the way ends a run before its rate has come down."""
+    """Whether the run is complete and its last learning rate is that of its schedule's end. A run whose budget was made
+    smaller on the way ends before its rate has come down."""
     last = _progress(config, rows[-1]) or 0.0
     before = (_progress(config, rows[-2]) or 0.0) if len(rows) > 1 else 0.0
     scale = learning_rate_scale(config.schedule, min(1.0, (before + last) / 2))
@@ -191,7 +191,7 @@ def _annealed(config: Config, rows: Sequence[dict[str, Any]], rate: float | None
 
 
 def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluation]:
-    """Rows with held-out scores, each with the phase of the learning rate that it was read in."""
+    """Rows with held-out scores, each with the phase of its learning rate."""
     result: list[Evaluation] = []
     constant_schedule = config.schedule.name in ("wsd", "constant")
     stretch = 0
@@ -217,7 +217,7 @@ def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluati
 
 
 def _read_json(path: Path, kind: type, notes: list[str]) -> Any:
-    """A JSON file that holds a ``kind``; an empty one, with a note where the file is there but is something else."""
+    """The value of a JSON file, of type ``kind``. It is empty if there is no such file, or (with a note) another value."""
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -285,7 +285,7 @@ def _read_sigma(run: Run, report: dict[str, Any]) -> None:
 
 
 def _read_blocks(run: Run, values: dict[str, Any]) -> None:
-    """Fill in the blocks of a joined run, and where nothing better is known the loss by sigma that their runs measured."""
+    """Fill in the blocks of a joined run, and, without a report of its own, the loss by sigma that their runs measured."""
     table = values.get("blocks")
     run.blocks = {str(k): v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
     if not run.loss_by_sigma:
@@ -310,7 +310,7 @@ def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one run directory. Raises `UserError` when it is none, or holds a link to what is not its own."""
+    """Read one run directory. Raises `UserError` if it is not one, or a link leads out of it."""
     if not path.exists():
         raise UserError(f"no run directory {path}")
     check_links(path)
@@ -359,12 +359,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run directories in the order given. Raises `UserError` for one that is none."""
+    """Read run directories in the order given. Raises `UserError` as `read_run` does."""
     return [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
 
 
 def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> dict[str, float]:
-    """Reference NLLs in nats per token: those given, then those of ``baselines.json`` beside each run."""
+    """Reference NLLs in nats per token: the given ones, then ``baselines.json`` beside each run."""
     merged = {printable(name): nll for name, nll in (given or {}).items()}
     for path in paths:
         for name, value in _read_json(path.resolve().parent / "baselines.json", dict, []).items():

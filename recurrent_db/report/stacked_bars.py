@@ -1,4 +1,4 @@
-"""Stacked bars, one per run. A piece is told by its hatch and, where it fits, by its name; colour only helps."""
+"""Figures with stacked bars, one bar per run. Pieces differ by hatch and colour, and bear their name if it fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recurrent_db.report.runs import Run
 from recurrent_db.report.svg import INK, SERIES, inline_svg
 
 PARTS = ("prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
-"""Parts of the model that cost FLOPs, in the order of a forward pass; the embedding is a lookup and costs none."""
+"""Parts of the model that cost FLOPs, in the order of a forward pass. The embedding is a lookup without FLOPs."""
 
 FLOP_HATCHES = {"forward": "", "backward": "////", "recomputed": "...."}
 HOLDER_HATCHES = dict(zip(HOLDERS, ("", "////", "xxxx", "\\\\\\\\", "...."), strict=True))
@@ -27,7 +27,7 @@ HOLDER_NAMES = dict(
 )
 
 WORTH_DRAWING = 0.01
-"""Share of the model FLOPs from which recomputation is drawn; fused attention's scores are always made again."""
+"""Recomputation is drawn from this share of the model FLOPs on; fused attention always recomputes its scores."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Piece:
 
 
 def _face(color: str, hatch: str) -> list[dict[str, Any]]:
-    """How a piece is drawn: a pale ground (dots have none, they are lost on it), then outline and hatch."""
+    """How a piece is drawn: a pale ground (none under dots, which would not show), then outline and hatch."""
     ground = [] if hatch.startswith(".") else [{"color": color, "alpha": 0.45, "lw": 0}]
     return [*ground, {"fill": False, "edgecolor": color, "lw": 1, "hatch": hatch or None}]
 
@@ -82,12 +82,12 @@ def _stacks(axes: Axes, runs: Sequence[Run], stacks: Sequence[Iterable[Piece]], 
 
 
 def worth_drawing(cost: Mapping[str, Cost]) -> bool:
-    """Whether a run recomputes so much that it shows."""
+    """Whether a run recomputes enough to be drawn."""
     return sum(c.recomputed for c in cost.values()) >= WORTH_DRAWING * sum(c.total for c in cost.values())
 
 
 def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) -> Panel:
-    """FLOPs per training token by part: forward plain, backward hatched, recomputed dotted where any is worth it."""
+    """FLOPs per training token by part: forward plain, backward hatched, recomputed dotted if any run recomputes enough."""
     kinds = ["forward", "backward"]
     if any(worth_drawing(cost) for _, cost in shown):
         kinds.append("recomputed")
@@ -109,8 +109,8 @@ def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) ->
 
 
 def memory_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, float], float | None]]) -> Panel:
-    """Bytes by holder, and the measured peak as a diamond. A peak far beyond every bar is told at the axis's end, so
-    that the bars can still be read."""
+    """Bytes by holder, and the measured peak as a diamond. A peak far beyond every bar is an arrow at the axis's end, so
+    that the bars stay readable."""
     widest = max(sum(split.values()) for _, split, _ in shown)
     peaks = [peak for _, _, peak in shown if peak]
     limit = max([widest, *(peak for peak in peaks if peak <= 2.5 * widest)]) or max([*peaks, 1.0])

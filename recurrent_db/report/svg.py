@@ -1,4 +1,4 @@
-"""From a matplotlib figure to an SVG that lives inside the page: it takes the page's font and colours.
+"""A matplotlib figure as an SVG inside the page, with the page's font and colours.
 
 Figures are drawn in the light palette below. Each of its colours stands for a CSS variable, so the same SVG follows the
 reader's light or dark theme. Ids are made unique, since all figures share one document.

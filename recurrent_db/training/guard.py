@@ -1,23 +1,19 @@
-"""Numbers that blow up: steps that are skipped, runs that go back, and what to say about it.
+"""Numbers that blow up: steps are skipped, the run returns to a checkpoint, or it stops with a diagnosis.
 
-Three lines of defence, from the cheap to the dear:
+1. A step whose loss or gradient is not finite, or whose loss is far above its running mean (``guard.spike``), changes only
+   the counters. This is decided on the device; the host does not wait.
+2. After ``optim.max_skipped`` such steps in a row, or if weights or the optimizer's state are not finite when a checkpoint
+   is due, the run returns to its last good checkpoint and continues with another order of the data and other noise.
+3. After ``guard.rollbacks`` returns it stops with a diagnosis.
 
-1. A step whose loss or gradient is not finite, or whose loss stands far above its running mean (``guard.spike``), changes
-   nothing but the counters. The judgement stays on the device: the host waits for nothing.
-2. After ``optim.max_skipped`` such steps in a row, or where weights or the optimizer's state are not finite when a
-   checkpoint is due, the run goes back to its last good checkpoint and on from there with
-   another order of the data and other noise.
-3. After ``guard.rollbacks`` of these it stops with a diagnosis.
-
-What no single number shows is watched at log points and warned of: a loss that has risen and stays up, one that is not below
-the entropy of the tokens' frequencies, a state that grows over the iterations.
+At log points the run warns of what no single step shows: a loss that has risen and stays high, a loss that is not below the
+entropy of the tokens' frequencies, a state that grows over the iterations.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,27 +29,27 @@ from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
 from recurrent_db.store.checkpoint import Checkpoint
-from recurrent_db.store.folder import fault, list_checkpoints
+from recurrent_db.store.folder import fault, list_checkpoints, remove_checkpoint
 from recurrent_db.store.tensors import optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
 WARM_UP = 50
-"""Steps before a loss is called a spike; then the memory of the running mean, in steps."""
+"""Steps before any loss counts as a spike, and the length of the running mean, in steps."""
 RISE = 0.5
-"""Nats above its lowest value at which the running mean of the loss is warned of."""
+"""The run warns if the running mean of the loss is so many nats above its lowest value."""
 MOST_ITERATIONS = 32
-"""Iterations over which the state is watched, at most."""
+"""Iterations after which the state's size is measured, at most."""
 UNIGRAM_TOKENS = 1 << 22
-"""Training tokens that are counted for the unigram's entropy, at most."""
+"""Training tokens that the unigram's entropy is estimated from, at most."""
 
 
 def data_seed(config: Config, rollbacks: int) -> int:
-    """The seed of data order and noise: the run's own, and another after each return to a checkpoint."""
+    """The seed of data order and noise: the run's own, and another one after each return to a checkpoint."""
     return config.seed if not rollbacks else key(config.seed, "rollback", rollbacks)
 
 
 def unigram_entropy(data: TokenData) -> float:
-    """Entropy of the tokens' frequencies, in nats: what a model reaches that has learned nothing else."""
+    """Entropy of the tokens' frequencies, in nats: the loss of a model that has learned nothing else."""
     counts = np.zeros(data.vocab_size)
     for source in data.sources.values():
         most = max(1, UNIGRAM_TOKENS * source.tokens // max(1, data.tokens))
@@ -66,9 +62,9 @@ class LossGuard:
     """Judges every step on the device, and the run at its log points.
 
     Args:
-        config: of the run.
-        state: counters so far; `settle` brings them up to date.
-        device: where losses are.
+        config: the run's configuration.
+        state: counters so far.
+        device: where the losses are.
         floor: entropy of the unigram, in nats.
     """
 
@@ -80,8 +76,8 @@ class LossGuard:
         self._said: set[str] = set()
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step is to be skipped (0-dimensional bool): its loss (nats) or gradient is not finite, or its loss is a
-        spike. The losses of other steps enter the running mean and variance (exponential, `WARM_UP` steps long)."""
+        """Whether to skip a step (0-dimensional bool on the device): its loss (nats) or gradient is not finite, or its loss
+        is a spike. The losses of other steps enter the running mean and variance (exponential, `WARM_UP` steps long)."""
         mean, variance, count = self.law
         broken = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         skip = broken
@@ -97,25 +93,30 @@ class LossGuard:
         return skip
 
     def forget(self, state: TrainState) -> None:
-        """Begin the running loss anew, where the model is another one from here on."""
+        """Restart the running mean of the loss: the objective has changed the model."""
         self.law, state.loss_lowest = torch.zeros_like(self.law), 0.0
 
     def settle(self, state: TrainState) -> None:
-        """Bring ``state`` up to date; the host waits for the device."""
+        """Copy the counters from the device into ``state``; the host waits for the device."""
         state.skipped, state.skipped_in_a_row, state.spikes = self.counts.tolist()
         state.loss_mean, state.loss_variance, count = self.law.tolist()
         state.loss_count = int(count)
 
     def trouble(self, state: TrainState, unsound: list[str]) -> str:
-        """Why the run cannot go on from here; empty where it can. ``unsound`` names tensors that are not finite."""
+        """Why the run cannot continue from here; empty if it can. ``unsound`` names tensors that are not finite."""
         if state.skipped_in_a_row >= self.config.optim.max_skipped:
             spike = " or far above its mean" if self.config.guard.spike else ""
             return f"loss or gradient not finite{spike} {state.skipped_in_a_row} steps in a row"
         return f"{unsound[0]} is not finite" if unsound else ""
 
     def warnings(self, state: TrainState, progress: float, growth: float | None) -> Iterator[str]:
-        """Lines about what looks wrong at a log point, each kind once. ``progress`` is the share of the budget that is
-        spent, ``growth`` that of the state's RMS from the first to the last iteration."""
+        """Lines about what looks wrong at a log point, each kind once.
+
+        Args:
+            state: the counters, up to date.
+            progress: share of the budget that is spent.
+            growth: the state's RMS after the last iteration over that after the first; None if it was not measured.
+        """
         if state.loss_count < 2 * WARM_UP:
             return
         error = 3 * math.sqrt(state.loss_variance / (2 * WARM_UP - 1))  # of the running mean
@@ -148,13 +149,13 @@ class LossGuard:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Diagnosis
 
 
 @torch.no_grad()
 def state_rms(model: LoopedLM, tokens_BT: Tensor, config: Config) -> list[float]:
-    """Root mean square of the state after each iteration (of a walk: of its estimate), for one sequence, at the largest K
-    that is evaluated. Empty for a model in blocks, whose layers are no loop."""
+    """RMS of the state (for a denoiser: of its estimate) after each iteration, for one sequence, at the largest K that is
+    evaluated. Empty for a model in blocks, which has no loop."""
     if config.model.n_blocks:
         return []
     k, was_training = min(max(config.eval.k), MOST_ITERATIONS), model.training
@@ -170,7 +171,7 @@ def state_rms(model: LoopedLM, tokens_BT: Tensor, config: Config) -> list[float]
 
 
 def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of this process's weights and optimizer tensors that hold NaN or infinity; the host waits for the device."""
+    """Names of this process's weights and optimizer tensors with NaN or infinity; the host waits for the device."""
     tensors: dict[str, Tensor] = {f"weight {name}": p for name, p in model.named_parameters()}
     tensors |= {f"optimizer state {name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     finite = {name: torch.isfinite(local(t.detach())).all() for name, t in tensors.items()}
@@ -178,7 +179,7 @@ def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def gradients_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[str]:
-    """Names of the parameters whose gradient of ``loss_of()`` holds NaN or infinity, the loss itself first."""
+    """Names of the parameters whose gradient of ``loss_of()`` has NaN or infinity; ``loss`` first if it has itself."""
     model.zero_grad(set_to_none=True)
     loss = loss_of()
     loss.backward()
@@ -191,7 +192,7 @@ def gradients_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> lis
 
 
 def numbers(values: list[float]) -> list[float | None]:
-    """The same as JSON has it: null for what is not finite."""
+    """The same for JSON: None in place of numbers that are not finite."""
     return [v if math.isfinite(v) else None for v in values]
 
 
@@ -202,27 +203,25 @@ def write_diagnosis(run_dir: Path, found: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Going back
+# Returning to a checkpoint
 
 
 def last_good(run_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint that was not saved between skipped steps; else the oldest undamaged one."""
+    """The newest undamaged checkpoint that was not saved right after a skipped step; else the oldest undamaged one."""
     good = [Checkpoint(path) for path in list_checkpoints(run_dir) if fault(path) is None]
     before = [checkpoint for checkpoint in good if not checkpoint.training()[0].skipped_in_a_row]
     return before[-1] if before else good[0] if good else None
 
 
 def forget_later(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints of steps that are trained again."""
+    """Remove the checkpoints after ``step``, whose steps are trained again."""
     for path in list_checkpoints(run_dir):
         if int(path.name.removeprefix("step-")) > step:
-            doomed = path.with_name(f".deleting-{path.name}")  # a half-deleted folder must not look like a checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_checkpoint(path)
 
 
 def continued(before: TrainState, lost: TrainState) -> TrainState:
-    """The counters after a return: position and budget are the checkpoint's, what was computed in vain is kept beside."""
+    """The counters after a return: the checkpoint's, with the abandoned FLOPs and all skipped steps added."""
     before.rollbacks, before.skipped_in_a_row = lost.rollbacks + 1, 0
     before.flops_abandoned = lost.flops_abandoned + lost.flops.total - before.flops.total
     before.skipped, before.spikes = lost.skipped, lost.spikes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -34,11 +35,11 @@ TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_byt
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a script of benchmarks/ under its own name."""
+    """Import a script of benchmarks/reliability/ by name."""
 
     def load(name: str) -> ModuleType:
-        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-        return __import__(name)
+        monkeypatch.syspath_prepend(str(ROOT))
+        return importlib.import_module(f"benchmarks.reliability.{name}")
 
     return load
 
