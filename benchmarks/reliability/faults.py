@@ -274,7 +274,8 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
                     loss = loss + _BadGradient.apply(model.final_norm.weight, value)
                 return loss, metrics
 
-        return Broken(config)
+        inner.__class__ = Broken
+        return inner
 
     def step(skip: Any, optimizer: Any) -> None:
         step_unless(skip, optimizer)
@@ -329,7 +330,8 @@ def spike(bench: Bench) -> str:
                 loss, metrics = call(self, model, batch, rng, progress)
                 return loss * (10.0 if rng.step == 60 else 1.0), metrics
 
-        return Broken(config)
+        inner.__class__ = Broken
+        return inner
 
     with mock.patch.object(script, "build_objective", broken):
         bench.train(run, "--guard.spike", 8, steps=64)
