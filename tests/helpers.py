@@ -69,8 +69,8 @@ def change_loss(patch: pytest.MonkeyPatch, script: ModuleType, change: Callable[
                 loss, metrics = super().__call__(model, batch, rng, progress)
                 return change(loss, rng), metrics
 
-        made: Objective = Changed(config)
-        return made
+        inner.__class__ = Changed
+        return inner
 
     patch.setattr(script, "build_objective", changed)
 

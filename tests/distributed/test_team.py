@@ -133,15 +133,16 @@ def one_bad_loss(words: list[str]) -> None:
     original = script.build_objective
 
     def build(config: Any) -> Any:
-        kind = type(original(config))
+        inner = original(config)
 
-        class Broken(kind):  # type: ignore[misc, valid-type]
+        class Broken(type(inner)):  # type: ignore[misc]
             def __call__(self, model: Any, batch: Any, rng: Any, progress: float) -> Any:
                 loss, metrics = super().__call__(model, batch, rng, progress)
                 bad = rng.step == 2 and os.environ["RANK"] == "1"
                 return loss * (math.nan if bad else 1), metrics
 
-        return Broken(config)
+        inner.__class__ = Broken
+        return inner
 
     script.build_objective = build
     assert script.train(*script.arguments(words)) == 0
