@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers import BLOCKS, MICRO, load_script
+from helpers import BLOCKS, MICRO
 from torch import Tensor
 
 from recurrent_db.config import load_config
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
+from recurrent_db.training import trainer
 
 
 def options(data: Path, n: int, *more: object) -> list[str]:
@@ -23,7 +24,7 @@ def options(data: Path, n: int, *more: object) -> list[str]:
 
 def train(data: Path, run: Path, n: int, *more: object, resume: str = "") -> int:
     config = load_config(None, [*options(data, n, *more), "--run.dir", str(run)])
-    return load_script("train/pretrain.py").train(config, resume)
+    return trainer.train(config, resume)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import many
 import torch
-from helpers import MICRO, load_script
+from helpers import MICRO
 
+from recurrent_db.commands.train import arguments
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
+from recurrent_db.training import trainer
 
 
 def words(data: Path, run: Path, *more: object) -> list[str]:
@@ -23,8 +25,7 @@ def train(data: Path, run: Path, *more: object, world: int = 1, restarts: int = 
     if world > 1:
         many.run(run.parent / f"{run.name}-logs", world, many.train, words(data, run, *more), restarts=restarts)
         return run
-    script = load_script("train/pretrain.py")
-    assert script.train(*script.arguments(words(data, run, *more))) == 0
+    assert trainer.train(*arguments(words(data, run, *more))) == 0
     return run
 
 

@@ -25,6 +25,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import save_checkpoint
 from recurrent_db.store.train_state import TrainState
+from recurrent_db.training import trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("next_token", "unrolled", "one_step", "denoise")
@@ -57,12 +58,11 @@ def load_script(path: str) -> ModuleType:
     return module
 
 
-def change_loss(patch: pytest.MonkeyPatch, script: ModuleType, change: Callable[[Tensor, Rng], Tensor]) -> None:
-    """Make ``change(loss, rng)`` of every loss that the trainer (``script``) gets of its objective."""
-    build = script.build_objective
+def change_loss(patch: pytest.MonkeyPatch, change: Callable[[Tensor, Rng], Tensor]) -> None:
+    """Make ``change(loss, rng)`` of every loss that the trainer gets of its objective."""
 
     def changed(config: Config) -> Objective:
-        inner = build(config)
+        inner = build_objective(config)
 
         class Changed(type(inner)):  # type: ignore[misc]
             def __call__(self, model: Any, batch: Any, rng: Rng, progress: float) -> Any:
@@ -72,7 +72,7 @@ def change_loss(patch: pytest.MonkeyPatch, script: ModuleType, change: Callable[
         inner.__class__ = Changed
         return inner
 
-    patch.setattr(script, "build_objective", changed)
+    patch.setattr(trainer, "build_objective", changed)
 
 
 def micro_config(*overrides: object) -> Config:

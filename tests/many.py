@@ -14,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT, load_script
+from helpers import ROOT
+
+from recurrent_db.commands.train import arguments
+from recurrent_db.training import trainer
 
 PRELOADED = ["many", "recurrent_db.store.sharded", "recurrent_db.objectives", "torch.distributed.fsdp", "torch._dynamo"]
 
@@ -35,8 +38,7 @@ def train(words: list[str]) -> None:
     from recurrent_db.arguments import run_and_exit
     from recurrent_db.distributed.watchdog import report_lost
 
-    script = load_script("train/pretrain.py")
-    run_and_exit(lambda: report_lost(lambda: script.train(*script.arguments(words))))
+    run_and_exit(lambda: report_lost(lambda: trainer.train(*arguments(words))))
 
 
 class Job:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import load_script, micro_config, synthetic_data
+from helpers import micro_config, synthetic_data
 
 from recurrent_db.accounting.hardware import EnergyMeter, UpdateClock, peak_flops, table_peak_flops
 from recurrent_db.store.metrics import read_metrics
+from recurrent_db.training import trainer
 
 CUDA = torch.device("cuda")
 
@@ -57,10 +58,10 @@ def test_peak_rates_by_name(monkeypatch: pytest.MonkeyPatch, name: str, tera: fl
 
 
 def test_utilisation_is_a_share_of_the_given_peak(tmp_path: Path) -> None:
-    data, script = synthetic_data(tmp_path / "data"), load_script("train/pretrain.py")
+    data = synthetic_data(tmp_path / "data")
     for peak in (1e9, 8e9):
         run = tmp_path / f"{peak}"
-        script.train(
+        trainer.train(
             micro_config("--data.path", data, "--run.dir", run, "--run.peak_flops", peak, "--budget.steps", 3,
                          "--eval.points", 0)
         )  # fmt: skip
@@ -144,12 +145,12 @@ def test_a_counter_that_fails_midway_stays_unknown(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_runs_energy_adds_up_over_resumptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, script = synthetic_data(tmp_path / "data"), load_script("train/pretrain.py")
-    monkeypatch.setattr(script, "EnergyMeter", lambda device: SimpleNamespace(joules=lambda: 2.5))
+    data = synthetic_data(tmp_path / "data")
+    monkeypatch.setattr(trainer, "EnergyMeter", lambda device: SimpleNamespace(joules=lambda: 2.5))
     options = ["--data.path", data, "--run.dir", tmp_path / "run", "--run.log_every", 2, "--eval.points", 0,
                "--objective.name", "next_token"]  # whose steps all take the same  # fmt: skip
-    script.train(micro_config(*options, "--budget.steps", 4))
-    script.train(micro_config(*options, "--budget.steps", 8), resume="newest")
+    trainer.train(micro_config(*options, "--budget.steps", 4))
+    trainer.train(micro_config(*options, "--budget.steps", 8), resume="newest")
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["energy_joules"] for row in rows] == pytest.approx([1.25 * n for n in range(1, 9)])
 

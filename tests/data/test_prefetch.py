@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, load_script
+from helpers import MICRO, ROOT
 
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, Loader, TokenData, open_data, prefetch
@@ -25,6 +25,7 @@ from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
+from recurrent_db.training import trainer
 
 CPU = torch.device("cpu")
 
@@ -141,10 +142,9 @@ next(ahead)
 
 
 def train(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, thread: bool) -> int:
-    script = load_script("train/pretrain.py")
-    monkeypatch.setattr(script, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
+    monkeypatch.setattr(trainer, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
     words = ["--data.path", data, "--run.dir", run, "--budget.steps", 6, "--data.micro_batch_size", 3]
-    return int(script.train(load_config(None, [*MICRO, *map(str, words)])))
+    return int(trainer.train(load_config(None, [*MICRO, *map(str, words)])))
 
 
 def test_a_run_is_the_same_with_the_thread(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

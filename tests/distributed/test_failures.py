@@ -16,9 +16,11 @@ from typing import Any
 import many
 import pytest
 from dist_runs import assert_equal, everything, rows, train, words
-from helpers import ROOT, load_script
+from helpers import ROOT
 
+from recurrent_db.commands.train import arguments
 from recurrent_db.store.folder import fault, find_checkpoint, list_checkpoints
+from recurrent_db.training import trainer
 
 # Seconds: the start of two processes on a busy machine must fit, in which neither has a turn to tell of.
 PATIENCE = 20
@@ -252,16 +254,15 @@ def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path) -> None:
 
 def stuck(words: list[str]) -> None:
     """The trainer, where the first process never comes out of its third step's loss."""
-    script = load_script("train/pretrain.py")
-    original = script.Rng
+    original = trainer.Rng
 
     def rng(seed: int, step: int) -> Any:
         while step == 2 and os.environ["RANK"] == "0":
             time.sleep(0.1)
         return original(seed, step)
 
-    script.Rng = rng
-    script.train(*script.arguments(words))
+    trainer.Rng = rng
+    trainer.train(*arguments(words))
 
 
 def test_a_process_that_the_others_wait_for_is_named(data: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from dist_runs import assert_equal, curve, everything, largest_difference, rows, train, words
-from helpers import batch, load_script, micro_config
+from helpers import batch, micro_config
 
 import recurrent_db
+from recurrent_db.commands.train import arguments
 from recurrent_db.config import ParallelConfig, load_config
 from recurrent_db.data import prefetch
 from recurrent_db.distributed.team import Team, local
@@ -27,7 +28,9 @@ from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import Checkpoint, build_saver, load_checkpoint, save_checkpoint
 from recurrent_db.store.folder import fault, find_checkpoint
+from recurrent_db.store.run_directory import after_restart
 from recurrent_db.store.train_state import TrainState
+from recurrent_db.training import trainer
 
 KINDS = {
     "next_token": ["--objective.name", "next_token"],
@@ -129,8 +132,7 @@ def test_shards_in_half_precision_follow_whole_ones(data: Path, tmp_path: Path) 
 
 def one_bad_loss(words: list[str]) -> None:
     """The trainer, where the last process's loss is not finite at the third step."""
-    script = load_script("train/pretrain.py")
-    original = script.build_objective
+    original = trainer.build_objective
 
     def build(config: Any) -> Any:
         inner = original(config)
@@ -144,8 +146,8 @@ def one_bad_loss(words: list[str]) -> None:
         inner.__class__ = Broken
         return inner
 
-    script.build_objective = build
-    assert script.train(*script.arguments(words)) == 0
+    trainer.build_objective = build
+    assert trainer.train(*arguments(words)) == 0
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -370,20 +372,20 @@ def test_only_what_a_job_began_is_continued_by_its_restart(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun restarts processes that refused an older run's directory as well: they must refuse it again."""
-    script, run = load_script("train/pretrain.py"), tmp_path / "run"
+    run = tmp_path / "run"
     config = load_config(None, words(data, run, "--budget.steps", 2))
     train(data, run, "--budget.steps", 1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for name in ("none", "job-7"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        assert script.after_restart(config, "", True) == ("", True)
+        assert after_restart(config, "", True) == ("", True)
     train(data, run, "--budget.steps", 1, "--overwrite")
-    assert script.after_restart(config, "", True) == ("last-good", False)
+    assert after_restart(config, "", True) == ("last-good", False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-8")
-    assert script.after_restart(config, "", True) == ("", True)
+    assert after_restart(config, "", True) == ("", True)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert script.after_restart(config, "newest", False) == ("newest", False)
+    assert after_restart(config, "newest", False) == ("newest", False)
     shutil.rmtree(run)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert script.after_restart(config, "", False) == ("", False)
+    assert after_restart(config, "", False) == ("", False)

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import MICRO, OBJECTIVES, load_script, micro_config, micro_model
+from helpers import MICRO, OBJECTIVES, micro_config, micro_model
 
 from recurrent_db import UserError
+from recurrent_db.commands.train import arguments
 from recurrent_db.data import TokenData, open_data, prepare
 from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.evaluation.continuations import (
@@ -28,6 +29,7 @@ from recurrent_db.evaluation.continuations import (
 from recurrent_db.evaluation.judge import RECORD, marks, record
 from recurrent_db.evaluation.text_metrics import DISTINCT_MARGIN, has_mauve
 from recurrent_db.recurrence.walk import DenoiseWalk
+from recurrent_db.training import trainer
 
 Run = Callable[..., "CompletedProcess[str]"]
 EOS = 2
@@ -120,13 +122,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizer
     text, held = [str(folder / "text")], [str(folder / "held")]
     for name, part in (("data", 1), ("judge-data", 2)):
         prepare(text, tokenizer, folder / name, val_sources=held, part=(part, 2), workers=1)
-    pretrain = load_script("train/pretrain.py")
     for name, data in (("denoise", "data"), ("next_token", "data"), ("judge", "judge-data")):
         objective = "next_token" if name == "judge" else name
         steps = 120 if name == "judge" else 20
         words = [*MICRO, "--objective.name", objective, "--data.path", folder / data, "--run.dir", folder / name,
                  "--budget.steps", steps, "--optim.lr", "1e-2", "--eval.points", "0"]  # fmt: skip
-        pretrain.train(*pretrain.arguments([str(word) for word in words]))
+        trainer.train(*arguments([str(word) for word in words]))
     return folder
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from helpers import MICRO, OBJECTIVES, load_script, synthetic_data  # noqa: E402
+from helpers import MICRO, OBJECTIVES, synthetic_data  # noqa: E402
 
 from recurrent_db.config import load_config  # noqa: E402
+from recurrent_db.training import trainer  # noqa: E402
 
 STEPS = 20
 COLUMNS = ("loss", "grad_norm", "lr", "flops", "eval/nll_k1", "eval/nll_k2")
@@ -25,7 +26,7 @@ def curve(objective: str, folder: Path) -> dict[str, list[float | None]]:
         synthetic_data(data)
     words = ["--objective.name", objective, "--budget.steps", str(STEPS), "--data.path", str(data)]
     config = load_config(None, [*MICRO, *words, "--run.dir", str(folder / objective)])
-    load_script("train/pretrain.py").train(config)
+    trainer.train(config)
     rows = [json.loads(line) for line in (folder / objective / "metrics.jsonl").read_text().splitlines()]
     return {name: [row.get(name) for row in rows] for name in COLUMNS}
 

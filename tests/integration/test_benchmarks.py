@@ -31,6 +31,7 @@ from recurrent_db.report.cost import memory_by_holder, training_cost
 from recurrent_db.report.runs import read_run
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
+from recurrent_db.training import trainer
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -44,9 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds["two-stream"] = ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"]
     for name, options in kinds.items():
         words = [*MICRO, *options, "--data.path", str(folder / "data"), "--run.dir", str(folder / name)]
-        load_script("train/pretrain.py").train(
-            load_config(None, [*words, "--budget.steps", "60", "--optim.lr", "1e-2"])
-        )
+        trainer.train(load_config(None, [*words, "--budget.steps", "60", "--optim.lr", "1e-2"]))
     return folder
 
 

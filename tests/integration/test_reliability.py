@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, ROOT, change_loss, load_script
+from helpers import MICRO, ROOT, change_loss
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from recurrent_db.files import is_altered, locked, sealed
 from recurrent_db.rng import Rng
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.store.train_state import TrainState
+from recurrent_db.training import trainer
 from recurrent_db.training.guard import LossGuard, data_seed, unigram_entropy
 
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
@@ -172,7 +173,7 @@ def test_a_seal_sees_every_flipped_bit(tmp_path: Path) -> None:
 # Numbers
 
 
-def blow_up(monkeypatch: pytest.MonkeyPatch, script: ModuleType, seed: int, stop: int = 0) -> None:
+def blow_up(monkeypatch: pytest.MonkeyPatch, seed: int, stop: int = 0) -> None:
     """The loss is NaN from step 6 on, with the noise of ``seed`` alone; at step ``stop`` with other noise the process
     dies."""
 
@@ -181,7 +182,7 @@ def blow_up(monkeypatch: pytest.MonkeyPatch, script: ModuleType, seed: int, stop
             raise KeyboardInterrupt
         return loss * math.nan if rng.seed == seed and rng.step >= 6 else loss
 
-    change_loss(monkeypatch, script, change)
+    change_loss(monkeypatch, change)
 
 
 OPTIONS = ["--run.checkpoint_every", 4, "--run.log_every", 2, "--optim.max_skipped", 4, "--optim.ema_decay", 0.5]
@@ -191,18 +192,17 @@ OPTIONS = ["--run.checkpoint_every", 4, "--run.log_every", 2, "--optim.max_skipp
 def test_a_run_goes_back_with_another_order_and_resumes_bit_for_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: int
 ) -> None:
-    script = load_script("train/pretrain.py")
     for name, at in (("whole", 0), ("cut", stop)):
         with monkeypatch.context() as patch:
-            blow_up(patch, script, 0, at)
+            blow_up(patch, 0, at)
             config = configured(data, tmp_path / name, *OPTIONS, "--budget.steps", 16)
             if at:
                 with pytest.raises(KeyboardInterrupt):
-                    script.train(config)
+                    trainer.train(config)
                 capsys.readouterr()
                 patch.undo()
-                blow_up(patch, script, 0)
-            assert script.train(config, "newest" if at else "") == 0
+                blow_up(patch, 0)
+            assert trainer.train(config, "newest" if at else "") == 0
     if stop < 8:
         assert "going back to step 4" in capsys.readouterr().err
     assert_equal(tmp_path / "whole", tmp_path / "cut")
@@ -216,7 +216,7 @@ def test_a_run_goes_back_with_another_order_and_resumes_bit_for_bit(
     assert found["not_finite"][0] == "loss"
     assert len(found["state_rms"]) == 2
     # Another order, and the undisturbed run's up to the return.
-    script.train(configured(data, tmp_path / "plain", *OPTIONS, "--budget.steps", 16))
+    trainer.train(configured(data, tmp_path / "plain", *OPTIONS, "--budget.steps", 16))
     plain, spent = ([row[key] for row in rows(tmp_path / "plain")] for key in ("loss", "flops"))
     assert counters["flops_abandoned"] == pytest.approx(spent[9] - spent[3])
     assert [row["loss"] for row in written[:4]] == plain[:4]
@@ -290,17 +290,15 @@ def test_the_unigrams_entropy(data: Path) -> None:
 
 
 def test_a_rate_far_too_high_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = load_script("train/pretrain.py")
     options = ["--objective.name", "next_token", "--budget.steps", 300, "--schedule.name", "constant"]
-    script.train(configured(data, tmp_path / "good", *options, "--optim.lr", "1e-2"))
+    trainer.train(configured(data, tmp_path / "good", *options, "--optim.lr", "1e-2"))
     assert "warning" not in capsys.readouterr().err
-    script.train(configured(data, tmp_path / "bad", *options, "--optim.lr", "3"))
+    trainer.train(configured(data, tmp_path / "bad", *options, "--optim.lr", "3"))
     assert re.search(r"warning: .*a lower optim\.lr \(now 3\)", capsys.readouterr().err)
 
 
 def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
-    script = load_script("train/pretrain.py")
-    script.train(configured(data, tmp_path / "run", "--budget.steps", 4, "--run.log_every", 2))
+    trainer.train(configured(data, tmp_path / "run", "--budget.steps", 4, "--run.log_every", 2))
     logged = [row.get("state/growth") for row in rows(tmp_path / "run")]
     assert [one is not None for one in logged] == [False, True, False, True]
     last = rows(tmp_path / "run")[-1]
@@ -319,10 +317,9 @@ def test_the_states_norms_are_logged(data: Path, tmp_path: Path) -> None:
     ids=lambda options: options[0] + options[-1].replace(options[0], ""),
 )  # fmt: skip
 def test_the_same_seed_gives_the_same_bits(data: Path, tmp_path: Path, options: list[str]) -> None:
-    script = load_script("train/pretrain.py")
     more = ["--budget.steps", 8, "--optim.ema_decay", 0.9, "--data.micro_batch_size", 2, "--objective.name", *options]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        script.train(configured(data, tmp_path / name, *more, "--seed", seed))
+        trainer.train(configured(data, tmp_path / name, *more, "--seed", seed))
     assert_equal(tmp_path / "a", tmp_path / "b")
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
     assert len(list_checkpoints(tmp_path / "a")) == 1

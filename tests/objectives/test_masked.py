@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MICRO, batch, load_script, micro_config, micro_model, synthetic_data, synthetic_tokenizer
+from helpers import MICRO, batch, micro_config, micro_model, synthetic_data, synthetic_tokenizer
 from torch import Tensor
 
 import recurrent_db
@@ -26,6 +26,7 @@ from recurrent_db.objectives.masked import Masked, both_sides, hidden_vectors, s
 from recurrent_db.report.page import write_report
 from recurrent_db.rng import Rng
 from recurrent_db.store.join_blocks import join
+from recurrent_db.training import trainer
 
 MASKED = [
     "--model.n_prelude", "0", "--model.n_core", "4", "--model.n_coda", "0", "--model.expected_depth", "1",
@@ -202,7 +203,7 @@ def test_each_time_is_guessed_by_its_block(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_run_in_blocks_is_scored_joined_and_refuses_what_it_cannot_do(
     tmp_path: Path, script_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    data, trainer = synthetic_data(tmp_path / "data"), load_script("train/pretrain.py")
+    data = synthetic_data(tmp_path / "data")
     common = [*MICRO, *MASKED, "--model.n_blocks", "2", "--data.path", str(data), "--budget.steps", "8"]
     runs = [tmp_path / "one", tmp_path / "two"]
     first = [*common, "--blocks.only", "1", "--run.dir", str(runs[0])]

@@ -18,13 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import MICRO, ROOT, load_script, micro_config
+from helpers import MICRO, ROOT, micro_config
 
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.store import metrics
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import MetricLog, StepClock, read_metrics
 from recurrent_db.store.train_state import TrainState
+from recurrent_db.training import trainer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -248,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
 def test_online_a_resumed_run_sends_the_rows_that_the_server_lacks(data: Path, tmp_path: Path, has: int) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    load_script("train/pretrain.py").train(micro_config(*words(data, run, "--budget.steps", 8)))
+    trainer.train(micro_config(*words(data, run, "--budget.steps", 8)))
     with Server(has) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         where = f"http://127.0.0.1:{server.server_port}"

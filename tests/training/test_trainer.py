@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MICRO, OBJECTIVES, ROOT, change_loss, load_script, synthetic_data
+from helpers import MICRO, OBJECTIVES, ROOT, change_loss, synthetic_data
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurrent_db
+from recurrent_db.commands.train import arguments
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
@@ -31,6 +32,7 @@ from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.store.checkpoint import Checkpoint, load_checkpoint
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
+from recurrent_db.training import trainer
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -56,7 +58,7 @@ def words(data: Path, run: Path, *more: object) -> list[str]:
 
 
 def train(data: Path, run: Path, *more: object, resume: str = "", overwrite: bool = False) -> int:
-    return load_script("train/pretrain.py").train(load_config(None, words(data, run, *more)), resume, overwrite)
+    return trainer.train(load_config(None, words(data, run, *more)), resume, overwrite)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -331,18 +333,17 @@ def test_resume_without_a_checkpoint_starts_afresh(data: Path, tmp_path: Path) -
 # Numbers that blow up
 
 
-def broken_objective(monkeypatch: pytest.MonkeyPatch, script: Any, bad_steps: set[int]) -> None:
+def broken_objective(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """Make the loss of some steps NaN."""
-    change_loss(monkeypatch, script, lambda loss, rng: loss * math.nan if rng.step in bad_steps else loss)
+    change_loss(monkeypatch, lambda loss, rng: loss * math.nan if rng.step in bad_steps else loss)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = load_script("train/pretrain.py")
-    broken_objective(monkeypatch, script, {3, 4})
+    broken_objective(monkeypatch, {3, 4})
     config = load_config(None, words(data, tmp_path / "run", "--objective.name", "next_token", "--budget.steps", 8))
-    assert script.train(config) == 0
+    assert trainer.train(config) == 0
     written = rows(tmp_path / "run")
     assert [row["skipped"] for row in written] == [0, 0, 0, 1, 2, 2, 2, 2]
     assert written[3]["loss"] is None
@@ -359,14 +360,13 @@ def test_skipped_steps_change_nothing_but_the_counters(
 ) -> None:
     """Weights, moments and average after [good, bad, good] are those of the two good steps: the flag is read on the
     device, where it must reach all of them."""
-    script = load_script("train/pretrain.py")
     options = ["--objective.name", "next_token", "--optim.ema_decay", 0.9, "--schedule.name", "constant",
                "--schedule.warmup", 0, "--optim.name", optimizer]  # fmt: skip
     saved = []
     for name, steps in (("good", 1), ("bad", 3)):
-        broken_objective(monkeypatch, script, {1, 2} if name == "bad" else set())
+        broken_objective(monkeypatch, {1, 2} if name == "bad" else set())
         config = load_config(None, words(data, tmp_path / name, *options, "--budget.steps", steps))
-        script.train(config)
+        trainer.train(config)
         checkpoint = find_checkpoint(tmp_path / name)
         saved.append({f: load_file(checkpoint / f"{f}.safetensors") for f in ("model", "optimizer", "ema")})
     assert saved[0].keys() == saved[1].keys()
@@ -430,12 +430,11 @@ def test_the_count_of_host_reads_sees_one(data: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_run_of_bad_steps_stops_with_a_diagnosis(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_script("train/pretrain.py")
-    broken_objective(monkeypatch, script, set(range(5, 100)))
+    broken_objective(monkeypatch, set(range(5, 100)))
     options = ["--budget.steps", 50, "--optim.max_skipped", 4, "--run.checkpoint_every", 5, "--run.log_every", 3]
     config = load_config(None, words(data, tmp_path / "run", *options))
     with pytest.raises(UserError, match="stopped at step 9: loss or gradient not finite 4 steps in a row"):
-        script.train(config)
+        trainer.train(config)
     assert len(rows(tmp_path / "run")) == 9
     find_checkpoint(tmp_path / "run", fall_back=False)
 

@@ -1,0 +1,475 @@
+"""Pretraining. `Trainer.run` is the loop: read it from top to bottom.
+
+What varies between ways of training is the objective (a file in `objectives`), and what is trained on is the task (`tasks`);
+the trainer knows none of them by name. Everything random is a function of (seed, step, sample), so a resumed run equals an
+uninterrupted one bit for bit. With torchrun several processes train one model (`distributed`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recurrent_db.accounting.flops import step_cost
+from recurrent_db.accounting.hardware import (
+    EnergyMeter,
+    UpdateClock,
+    choose_device,
+    environment,
+    peak_flops,
+    peak_memory_bytes,
+)
+from recurrent_db.accounting.memory_split import MemorySplit
+from recurrent_db.config import Config
+from recurrent_db.data import Batch
+from recurrent_db.distributed.team import Team
+from recurrent_db.errors import UserError
+from recurrent_db.files import write_atomic
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.attention import Need, choose
+from recurrent_db.model.passes import Passes
+from recurrent_db.objectives import Metrics, build_objective, load_objective_state
+from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.rng import Rng
+from recurrent_db.store.checkpoint import build_saver, load_checkpoint
+from recurrent_db.store.loading import check_owner, start_from
+from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
+from recurrent_db.store.run_directory import after_restart, check_resumable, check_run_dir, make_run_dir
+from recurrent_db.store.train_state import TrainState
+from recurrent_db.training.guard import (
+    LossGuard,
+    continued,
+    data_seed,
+    forget_later,
+    gradients_not_finite,
+    last_good,
+    not_finite,
+    numbers,
+    state_rms,
+    write_diagnosis,
+)
+from recurrent_db.training.tasks import TextTask
+
+PROGRESS_BAR = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
+
+
+def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
+    """Train as ``config`` says, in this process or as one of torchrun's.
+
+    Args:
+        config: of the run; ``run.dir`` and one limit of ``budget`` must be set.
+        resume: "newest" continues the run directory from its newest checkpoint, "last-good" from its newest undamaged one.
+        overwrite: replace a run directory that is there.
+
+    Returns:
+        The exit status: 0, or 130 after SIGINT. The run directory is locked until then.
+
+    Raises:
+        UserError: one line that says what cannot work.
+    """
+    with contextlib.ExitStack() as held:
+        return Trainer(config, resume, overwrite, held).run()
+
+
+class Trainer:
+    """One run: its model, what trains it, and its counters.
+
+    Args:
+        held: keeps what is given back when the run ends: the run directory's lock, the signals' handlers.
+    """
+
+    def __init__(self, config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> None:
+        if not config.data.path:
+            raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
+        if all(limit is None for limit in vars(config.budget).values()):
+            raise UserError(
+                "no budget is set: give --budget.flops, --budget.tokens, --budget.steps or --budget.seconds"
+            )
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.config = config
+        self.team = Team.join(config.parallel, choose_device(config.run.device))
+        self.device = self.team.device
+        self.bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and self.device.type == "cuda")
+        self.task = TextTask(config, self.team)
+        resume, overwrite = self.team.decide(lambda: after_restart(config, resume, overwrite))
+        checkpoint = self.team.decide(lambda: check_run_dir(config, resume, overwrite, held))
+        self.objective = build_objective(config)
+        self.model, attention_line = self._build_model()
+        self.state, self.notes = TrainState(), list[str]()
+        if checkpoint is not None:
+            self.notes = check_resumable(config, checkpoint, self.task.tokenizer)
+        elif config.init.from_:
+            self.notes = [start_from(self.model, config, self.task.tokenizer)]
+        self.team.wrap(self.model, config, self.bfloat16)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.ema = EMA(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
+        if checkpoint is not None:
+            self.state = self._load(checkpoint)
+            check_owner(self.model, config)
+        self.run_dir = self.team.decide(lambda: make_run_dir(config, resume, overwrite, held))
+        self._set_up_meters(held)
+        self.notes += self._description(attention_line)
+        if checkpoint is not None:
+            self.notes.append(f"resuming at step {self.state.step}")
+        elif resume:
+            self.notes.append(f"no checkpoint in {self.run_dir}: starting afresh")
+
+    # -- set-up --------------------------------------------------------------------------------------------------------
+
+    def _build_model(self) -> tuple[LoopedLM, str]:
+        """The network with what serves it here, and a line about its attention."""
+        config = self.config
+        need = Need(
+            device=self.device,
+            dtype=torch.bfloat16 if self.bfloat16 else torch.float32,
+            head_size=config.model.d_model // config.model.n_heads,
+            documents=config.data.document_mask,
+            two_stream=self.objective.two_stream,
+        )
+        attention, line = choose(config.run.attention, need)
+        model = build_model(config.model, config.seed, self.device, config.blocks.only)
+        model.recurrence, model.attention = self.objective.recurrence, attention
+        model.document_mask = config.data.document_mask
+        model.checkpoint_activations(config.run.activation_checkpointing)
+        if config.run.compile:
+            model.compile_parts()
+        self.objective.prepare(model)
+        return model, line
+
+    def _load(self, checkpoint: Any) -> TrainState:
+        """Fill model, optimizer, average and objective from a checkpoint; returns its counters."""
+        load_checkpoint(checkpoint, self.model, self.optimizer, self.ema)
+        state, objective_state, ema_updates = checkpoint.training()
+        load_objective_state(self.objective, objective_state, checkpoint.path)
+        if self.ema is not None:
+            self.ema.updates = ema_updates
+        return state
+
+    def _set_up_meters(self, held: contextlib.ExitStack) -> None:
+        """Clocks, logs, the saver, and the signals that end the run after the step in flight, with a checkpoint."""
+        config, team, device = self.config, self.team, self.device
+        peak = peak_flops(device, config.run.peak_flops)
+        note = f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
+        if config.run.peak_flops is None:
+            note += ", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops"
+        self.peak_note = note
+        if team.first:
+            described = {**environment(device), "peak_flops": peak, "peak_note": note}
+            write_atomic(self.run_dir / "environment.json", json.dumps(described, indent=1))
+        self.memory = MemorySplit(self.model)
+        self.flops_of_update = sum(update_flops(self.model, config.optim).values())
+        self.cost_of = functools.cache(functools.partial(step_cost, config))
+        self.update_clock = UpdateClock(device)
+        self.log = MetricLog(self.run_dir, config, self.state.step) if team.first else NoLog()
+        self.clock = StepClock(peak and peak * team.world, EnergyMeter(device))
+        self.saver = build_saver(team, self.run_dir, config, self.task.tokenizer)
+        self.loss_guard = LossGuard(config, self.state, device, self.task.floor)
+        self.progress = self._progress_after()
+        self.stop_signal = 0
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                held.callback(signal.signal, number, signal.signal(number, self._request_stop))
+
+    def _description(self, attention_line: str) -> Iterator[str]:
+        """Lines about model, data, machine and objective."""
+        counts = self.model.parameter_counts()
+        yield (
+            f"{self.config.objective.name} on {self.team}: {counts['total']:,} parameters"
+            f" ({counts['total'] - counts['embedding']:,} without the embedding)"
+            f" + {counts['noise_conditioning']:,} for noise conditioning"
+        )
+        yield f"{self.task.describe()}; run directory {self.run_dir}"
+        yield from (attention_line, self.peak_note)
+        with self.team.whole(self.model):
+            yield from self.objective.describe(self.model)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train until the budget is spent or a signal comes; returns the exit status."""
+        config, team, task, objective, model = self.config, self.team, self.task, self.objective, self.model
+        for note in self.notes:
+            self.say(note)
+        if self.progress >= 1:
+            self.say(f"nothing to do: at step {self.state.step} the budget is spent")
+        percent = round(100 * min(self.progress, 1))
+        bar = tqdm(total=100, initial=percent, disable=None if team.first else True, bar_format=PROGRESS_BAR)
+        batches = task.batches(self.state.step, self.data_seed)
+        model.train()
+        self._rehearse()
+        self._grow()
+        stopping = 0
+        while self.progress < 1 and not stopping:
+            team.beat(f"at step {self.state.step + 1}")
+            self.clock.start()
+            self.update_clock.mark()
+            rng = Rng(self.data_seed, self.state.step)
+            passes = objective.passes(rng, self.progress)
+            cost, tokens = self.cost_of(passes), task.tokens_per_step
+            # The rate of a step is that of its middle, so that neither the first nor the last step has rate zero.
+            middle = self._progress_after(cost.total * tokens / 2, tokens / 2, 0.5)
+            lr = config.optim.lr * learning_rate_scale(config.schedule, middle)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+
+            metrics = self._forward_backward(next(batches), rng, passes)
+            loss = metrics.pop("loss")
+            self.update_clock.mark()
+            grad_norm = team.clip(model, config.optim.clip_norm)
+
+            # A step whose loss or gradient is not finite changes only the counters, and no host waits to learn of it.
+            skip = self.loss_guard.judge(loss, grad_norm)
+            step_unless(skip, self.optimizer)
+            if self.ema is not None:
+                self.ema.update(model, skip)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.update_clock.mark()
+            objective.after_step(~skip, team.sum)
+
+            self.state.step += 1
+            self.state.count(cost, self.flops_of_update, tokens)
+            row = self._row(loss, lr, grad_norm, passes, metrics)
+            self.log.add(row)
+            self.clock.add(row, tokens, cost)
+
+            # Now and then the host waits, looks at the clock, and writes what it has.
+            if config.budget.seconds:
+                self._settle()
+            before, self.progress = self.progress, self._progress_after()
+            self._grow()
+            evaluating, logging, saving = self._due(before)
+            if evaluating or logging or saving:
+                self._settle()
+            if evaluating:
+                row.update(self.evaluate())
+            if logging:
+                self._log(row, bar, norms=team.world == 1 or evaluating)
+            unsound = self._unsound_tensors() if saving else []
+            if trouble := self.loss_guard.trouble(self.state, unsound):
+                self._go_back(trouble, unsound, grad_norm, lr)
+                batches = task.batches(self.state.step, self.data_seed)
+                continue
+            if saving:
+                self.save()
+            stopping = team.largest(self.stop_signal)
+        bar.close()
+        return self._finish(stopping)
+
+    def _forward_backward(self, micro_batches: Iterable[Batch], rng: Rng, passes: Passes) -> Metrics:
+        """Losses and gradients of a step, micro-batch by micro-batch: each weighs as many of the batch's sequences as it
+        has. Returns the sums over all processes."""
+        batch_size, left = self.config.data.batch_size, self.team.sequences_per_process(self.config.data.batch_size)
+        metrics: Metrics = {"loss": torch.zeros((), device=self.device)}
+        for micro in micro_batches:
+            left -= len(micro)
+            weight = len(micro) / batch_size
+            self.last_micro_batch = micro
+            self.last_forward = functools.partial(self.objective, self.model, micro, rng, self.progress)
+            with self.team.micro_batch(self.model, last=not left):
+                with self.autocast(), self.memory.forward(self.device, passes.core_grad):
+                    loss, micro_metrics = self.team.forward(self.last_forward)
+                self.team.backward(loss * weight)
+            for name, value in {"loss": loss.detach(), **micro_metrics}.items():
+                value = value if value.ndim else value * weight
+                metrics[name] = metrics[name] + value if name in metrics else value
+        return self.team.sum_all(metrics)
+
+    # -- what a run computes beside training ---------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores, with the averaged weights where there are any."""
+        self.team.beat("evaluating")
+        if self.ema is not None:
+            self.ema.swap(self.model)
+        self.model.recurrence = self.objective.recurrence  # what the objective has learned by now is part of it
+        self.model.eval()
+        with self.autocast(), self.team.whole(self.model):
+            row = self.task.evaluate(self.model, self.objective)
+        self.model.train()
+        if self.ema is not None:
+            self.ema.swap(self.model)
+        return row
+
+    def save(self) -> None:
+        """Write a checkpoint of now."""
+        self.team.beat("writing a checkpoint")
+        self.log.flush()
+        self.saver.save(self.model, self.optimizer, self.ema, self.state, self.objective.state_dict())
+
+    def _rehearse(self) -> None:
+        """DDP learns the graph from one step that changes nothing."""
+        if self.team.mode != "ddp":
+            return
+        forward = functools.partial(self.objective, self.model, self.task.sample(), Rng(self.config.seed, 0), 1.0)
+        with self.autocast():
+            self.team.rehearse(self.model, forward)
+        self.objective.after_step(torch.zeros((), dtype=torch.bool), self.team.sum)  # it learns nothing from that
+
+    def _grow(self) -> None:
+        """Let the objective set weights; what is known of those before, and of the loss, is then of another model."""
+        if parameters := self.objective.grow(self.model, self.progress):
+            for parameter in parameters:
+                self.optimizer.state.pop(parameter, None)
+            self.loss_guard.forget(self.state)
+            if self.ema is not None:
+                self.ema.restart(self.model)
+
+    def _go_back(self, trouble: str, unsound: list[str], grad_norm: Tensor, lr: float) -> None:
+        """Continue from the last good checkpoint with another order of the data, or end the run; both with a diagnosis."""
+        config, team, run_dir = self.config, self.team, self.run_dir
+        self.log.flush()
+        self.saver.finish()
+        if team.world == 1:  # the gradients of the last micro-batch, once more
+            with self.autocast():
+                unsound = unsound + gradients_not_finite(self.model, lambda: self.last_forward()[0])
+            self.objective.after_step(torch.zeros((), dtype=torch.bool, device=self.device), team.sum)
+        norms, back = self._norms_by_iteration(), self.state.rollbacks < config.guard.rollbacks
+        target = team.decide(lambda: last_good(run_dir) if back else None)
+        found = {"step": self.state.step, "trouble": trouble, "not_finite": unsound, "state_rms": numbers(norms),
+                 "grad_norm": numbers([float(grad_norm)])[0], "lr": lr,
+                 "back_to": target.training()[0].step if target else None}  # fmt: skip
+        if team.first:
+            write_diagnosis(run_dir, found)
+        first = f" (first of {len(unsound)}: {unsound[0]})" if unsound else ""
+        growth = ", ".join(f"{norm:.3g}" for norm in norms) or "none"
+        line = f"at step {self.state.step}: {trouble}{first}; state RMS by iteration {growth}"
+        if target is None:
+            self.log.close()
+            raise UserError(
+                f"stopped {line}; after {self.state.rollbacks} returns to a checkpoint; the newest one is from before, try a"
+                f" lower optim.lr (now {config.optim.lr:g}); see {run_dir}/diagnosis.jsonl"
+            )
+        self.state = continued(self._load(target), lost=self.state)
+        self.say(f"warning: {line}; going back to step {self.state.step}, with another order of the data")
+        team.decide(lambda: forget_later(run_dir, self.state.step))
+        self.log.rewind(self.state.step)
+        self.loss_guard = LossGuard(config, self.state, self.device, self.task.floor)
+        self.progress = self._progress_after()
+        self._grow()
+
+    def _finish(self, stopping: int) -> int:
+        """Save the end and say what became of the run; returns the exit status."""
+        self._settle()
+        if unsound := self._unsound_tensors():
+            self.say(f"warning: {unsound[0]} is not finite at step {self.state.step}: no checkpoint is written")
+        else:
+            self.save()
+        self.saver.finish()
+        self.log.close()
+        self.team.leave()
+        if stopping:
+            self.say(f"stopped by signal {stopping} at step {self.state.step}; continue with --resume")
+            return 130 if stopping == signal.SIGINT else 0
+        skipped = f", {self.state.skipped} steps skipped" if self.state.skipped else ""
+        self.say(
+            f"done: {self.state.step} steps, {self.state.tokens:,} tokens, {self.state.flops.total:.4g} FLOPs{skipped}"
+            f"{self._share_of_update()}; {self.run_dir}"
+        )
+        return 0
+
+    # -- small things --------------------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        """A line on standard error, of the first process alone."""
+        if self.team.first:
+            print(line, file=sys.stderr)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The arithmetic of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of data order and noise."""
+        return data_seed(self.config, self.state.rollbacks)
+
+    def _progress_after(self, flops: float = 0.0, tokens: float = 0.0, steps: float = 0.0) -> float:
+        """Share of the budget that is spent when this much comes on top."""
+        state = self.state
+        return budget_progress(
+            self.config.budget, state.flops.total + flops, state.tokens + tokens, state.step + steps, state.seconds
+        )
+
+    def _due(self, before: float) -> tuple[bool, bool, bool]:
+        """Whether to evaluate, log and save after this step; ``before`` is the progress before it."""
+        run, points, spent = self.config.run, self.config.eval.points, self.progress >= 1
+        evaluating = points > 0 and (spent or int(self.progress * points) > int(before * points))
+        logging = spent or self.state.step % run.log_every == 0
+        return evaluating, logging, self.state.step % run.checkpoint_every == 0
+
+    def _row(self, loss: Tensor, lr: float, grad_norm: Tensor, passes: Passes, metrics: Metrics) -> dict[str, Any]:
+        """A step's line of metrics.jsonl; tensors in it are read when it is written."""
+        return {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            **self.state.flops.row(),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "skipped": self.loss_guard.counts[0],
+            "spikes": self.loss_guard.counts[2],
+            "rollbacks": self.state.rollbacks,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            **self.memory.row(self.optimizer, self.ema, passes.core_grad),
+            **metrics,
+        }
+
+    def _log(self, row: dict[str, Any], bar: tqdm[Any], norms: bool) -> None:
+        """Write the rows so far, warn of what looks wrong, and move the bar. ``norms``: whether to look at the state."""
+        row["optimizer_share"] = self.update_clock.share()
+        if norms:
+            growth = None
+            if found := self._norms_by_iteration():
+                row["state/rms_first"], row["state/rms_last"] = found[0], found[-1]
+                row["state/growth"] = growth = found[-1] / max(found[0], 1e-30)
+            for line in self.loss_guard.warnings(self.state, self.progress, growth):
+                self.say(line)
+        last = self.log.flush()
+        if last is not None and last["loss"] is not None:
+            bar.set_postfix_str(
+                f" step {self.state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
+                f" {self.state.flops.total:.2e} FLOPs{self._share_of_update()}", refresh=False
+            )  # fmt: skip
+        bar.update(round(100 * min(self.progress, 1)) - bar.n)
+
+    def _settle(self) -> None:
+        """Wait for the device, and bring the counters that it holds up to date."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock.settle(self.state)
+        if self.config.budget.seconds:  # it decides when to stop, so all go by one clock
+            self.state.seconds = self.team.decide(lambda: self.state.seconds)
+        self.loss_guard.settle(self.state)
+
+    def _unsound_tensors(self) -> list[str]:
+        """Weights and optimizer tensors that are not finite, on any process."""
+        names = not_finite(self.model, self.optimizer)
+        return names if self.team.all(not names) else names or ["a tensor of another process"]
+
+    def _norms_by_iteration(self) -> list[float]:
+        """The state's RMS after each iteration, for a sequence of the last batch."""
+        self.model.recurrence = self.objective.recurrence
+        with self.autocast(), self.team.whole(self.model):
+            return state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)
+
+    def _share_of_update(self) -> str:
+        """What the update takes of this process's steps, where it is more than AdamW's few percent."""
+        clock = self.update_clock
+        if self.config.optim.name != "muon" or not clock.step_seconds:
+            return ""
+        return f", update {clock.update_seconds / clock.step_seconds:.1%} of the time"
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        self.stop_signal = number
