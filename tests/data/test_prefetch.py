@@ -25,7 +25,7 @@ from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
-from recurrent_db.training import trainer
+from recurrent_db.training import tasks, trainer
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ next(ahead)
 
 
 def train(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, thread: bool) -> int:
-    monkeypatch.setattr(trainer, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
+    monkeypatch.setattr(tasks, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
     words = ["--data.path", data, "--run.dir", run, "--budget.steps", 6, "--data.micro_batch_size", 3]
     return int(trainer.train(load_config(None, [*MICRO, *map(str, words)])))
 
