@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurrent_db
-from recurrent_db.commands.train import arguments
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
