@@ -37,7 +37,7 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    from recurrent_db.accounting.flops_table import blocks_lines, lines
+    from recurrent_db.objectives.cost_table import blocks_lines, lines
 
     for option, value in (("--epochs-ratio", args.epochs_ratio), ("--cache-bytes", args.cache_bytes),
                           ("--vocab-size", args.vocab_size)):  # fmt: skip
@@ -58,18 +58,18 @@ def run(args: Args) -> int:
 
 def table(config: Config, epochs_ratio: float, cache_bytes: int) -> dict[str, Any]:
     """What each way of training and each recurrence costs. The layers of a model in blocks count as a core."""
-    from recurrent_db.accounting.flops_table import flops_table
+    from recurrent_db.objectives.cost_table import flops_table
     from recurrent_db.objectives.costs import inference_passes, opening_phase, training_passes
 
     config = copy.deepcopy(config)
     config.model.n_blocks, config.model.block_layers = 0, []
     found = flops_table(config, training_passes(config), inference_passes(config), epochs_ratio, cache_bytes)
-    return found | {"one_step": opening_phase(config)}
+    return found | opening_phase(config)
 
 
 def blocks(config: Config) -> dict[str, Any]:
     """What each block of a model in blocks costs."""
-    from recurrent_db.accounting.flops_table import blocks_table
+    from recurrent_db.objectives.cost_table import blocks_table
     from recurrent_db.objectives.costs import block_passes, whole_passes
 
     return blocks_table(config, block_passes(config), whole_passes(config))

@@ -57,6 +57,7 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> int:
+    from recurrent_db.objectives import build_objective
     from recurrent_db.repl.console import is_terminal, open_lines, remark
     from recurrent_db.repl.reply import Settings
     from recurrent_db.repl.session import ACTIONS, VALUES, Session
@@ -67,7 +68,7 @@ def run(args: Args) -> int:
     model, tokenizer, config, path = load_with_config(args.run, args.device)
     if args.compile:
         model.compile_decoding()
-    if not args.k and config.objective.name == "next_token":
+    if not args.k and build_objective(config).flat:
         settings = replace(settings, k=1)
     settings.check(model)
     if config.blocks.only and (config.blocks.only, settings.k) != (1, 1):  # the first is a model of K = 1

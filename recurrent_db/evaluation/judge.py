@@ -28,6 +28,7 @@ from recurrent_db.files import write_atomic
 from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -127,7 +128,7 @@ class Judge:
                 record (`eval/train_judge.py` writes it) and its data directory is gone.
         """
         model, tokenizer, config, checkpoint = load_with_config(path, device)
-        if config.objective.name != "next_token":
+        if not build_objective(config).flat:
             raise UserError(f"{path} is a {config.objective.name} run: a judge is a flat next_token model")
         run = checkpoint.parents[1]
         if (run / RECORD).exists():

@@ -31,7 +31,6 @@ from recurrent_db.data import Batch
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 ALONE = Processes()
@@ -121,9 +120,9 @@ def draw_log_probabilities(
     each: dict[int, list[Tensor]] = {k: [] for k in ks}
     for draw in range(draws if recurrence.stochastic else 1):
         noise = NoiseSource(rng, requests, model.config.max_seq_len, draw)
-        if bound and isinstance(recurrence, DenoiseWalk):
+        if bound and recurrence.walk:
             for k in each:
-                log_w_BT = recurrence.log_weight(model, targets_BT, e_BTD, k, noise, visible)
+                log_w_BT = recurrence.walk.log_weight(model, targets_BT, e_BTD, k, noise, visible)
                 each[k].append(log_w_BT.float())
             continue
         for k, hidden_BTD in recurrence.hidden(model, tokens_BT, e_BTD, ks, noise, visible=visible):
@@ -209,8 +208,8 @@ def score_draws(
                     without[m, k] = without.get((m, k), torch.zeros(m)) + leave_one_out(log_p_MBT[:m])
     model.train(was_training)
     result: dict[int, Scores] = {}
-    walk = model.recurrence
-    passes = walk.bound_passes if bound and isinstance(walk, DenoiseWalk) else walk.passes
+    walk = model.recurrence.walk
+    passes = walk.bound_passes if bound and walk else model.recurrence.passes
     n_bytes = sum(processes.merge([n_bytes]))
     length = max(processes.merge([length]))
     for m, k in itertools.product(sorted(wanted), ks):

@@ -31,14 +31,16 @@ def inference_passes(config: Config) -> dict[str, Callable[[int], Passes]]:
     return {name: build_objective(_named(config, name)).recurrence.passes for name in ("unrolled", "denoise")}
 
 
-def opening_phase(config: Config) -> dict[str, float | None]:
+def opening_phase(config: Config) -> dict[str, dict[str, float | None]]:
     """Shares of the budget that `one_step` spends without the core, and that its ``skip_core`` asks for; None without a
     budget."""
     budgeted = any(limit is not None for limit in vars(config.budget).values())
     phase = SkippedCore(config)
     return {
-        "skip_core_share": phase.share if budgeted else None,
-        "skip_core_asked": phase.asked if budgeted else None,
+        "one_step": {
+            "skip_core_share": phase.share if budgeted else None,
+            "skip_core_asked": phase.asked if budgeted else None,
+        }
     }
 
 
