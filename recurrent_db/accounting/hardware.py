@@ -150,6 +150,14 @@ def peak_flops(device: torch.device, override: float | None = None) -> float | N
     return table_peak_flops(torch.cuda.get_device_name(device))
 
 
+def peak_note(device: torch.device, peak: float | None, given: bool) -> str:
+    """A line on what utilisation is a share of, and whether that was ``given``, measured, or found in the table."""
+    note = f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
+    if given:
+        return note
+    return note + (", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops")
+
+
 class EnergyMeter:
     """Energy that a GPU has used since the last reading, from NVML's counter (Volta and later, whole device).
 
@@ -191,8 +199,8 @@ class UpdateClock:
     `share` waits for them.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, worth_a_note: bool = False) -> None:
+        self.device, self.worth_a_note = device, worth_a_note
         self.update_seconds = self.step_seconds = 0.0
         """Sums over the steps that `share` was asked about."""
         self._marks: list[Any] = []
@@ -217,6 +225,12 @@ class UpdateClock:
         self.update_seconds += update
         self.step_seconds += step
         return update / step
+
+    def note(self) -> str:
+        """The share so far as the end of a line; empty where the update takes the few percent that AdamW takes."""
+        if not self.worth_a_note or not self.step_seconds:
+            return ""
+        return f", update {self.update_seconds / self.step_seconds:.1%} of the time"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

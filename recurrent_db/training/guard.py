@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +90,10 @@ class LossGuard:
         skipped, in_a_row, spikes = self.counts
         self.counts = torch.stack((skipped + skip, (in_a_row + 1) * skip, spikes + (skip & ~broken)))
         return skip
+
+    def row(self) -> dict[str, Tensor]:
+        """Columns of metrics.jsonl: skipped steps so far, and those of them whose loss was finite."""
+        return {"skipped": self.counts[0], "spikes": self.counts[2]}
 
     def forget(self, state: TrainState) -> None:
         """Restart the running mean of the loss: the objective has changed the model."""
@@ -196,10 +199,32 @@ def numbers(values: list[float]) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values]
 
 
-def write_diagnosis(run_dir: Path, found: dict[str, Any]) -> None:
-    """Append one line to ``RUN/diagnosis.jsonl``."""
-    with (run_dir / "diagnosis.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(found) + "\n")
+def diagnose(
+    run_dir: Path | None,
+    state: TrainState,
+    trouble: str,
+    unsound: list[str],
+    norms: list[float],
+    grad_norm: float,
+    lr: float,
+    target: Checkpoint | None,
+) -> str:
+    """A line on what went wrong, and where there is a ``run_dir`` one of ``RUN/diagnosis.jsonl``.
+
+    Args:
+        unsound: names of tensors that are not finite.
+        norms: the state's RMS after each iteration.
+        target: the checkpoint that the run goes back to.
+    """
+    found = {"step": state.step, "trouble": trouble, "not_finite": unsound, "state_rms": numbers(norms),
+             "grad_norm": numbers([grad_norm])[0], "lr": lr,
+             "back_to": target.training()[0].step if target else None}  # fmt: skip
+    if run_dir is not None:
+        with (run_dir / "diagnosis.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+    first = f" (first of {len(unsound)}: {unsound[0]})" if unsound else ""
+    growth = ", ".join(f"{norm:.3g}" for norm in norms) or "none"
+    return f"at step {state.step}: {trouble}{first}; state RMS by iteration {growth}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class TextTask:
 
     def __init__(self, config: Config, team: Team) -> None:
         data = config.data
+        if not data.path:
+            raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
         self.config, self.team = config, team
         share = team.sequences_per_process(data.batch_size)
         self.micro_batch_size = min(data.micro_batch_size or share, share)

@@ -12,7 +12,6 @@ import functools
 import json
 import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ from recurrent_db.accounting.hardware import (
     environment,
     peak_flops,
     peak_memory_bytes,
+    peak_note,
 )
 from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.config import Config
@@ -51,17 +51,15 @@ from recurrent_db.training.guard import (
     LossGuard,
     continued,
     data_seed,
+    diagnose,
     forget_later,
     gradients_not_finite,
     last_good,
     not_finite,
-    numbers,
     state_rms,
-    write_diagnosis,
 )
+from recurrent_db.training.stop_signal import StopSignal
 from recurrent_db.training.tasks import TextTask
-
-PROGRESS_BAR = "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
 
 
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
@@ -90,8 +88,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> None:
-        if not config.data.path:
-            raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
         if all(limit is None for limit in vars(config.budget).values()):
             raise UserError(
                 "no budget is set: give --budget.flops, --budget.tokens, --budget.steps or --budget.seconds"
@@ -101,7 +97,8 @@ class Trainer:
         self.config = config
         self.team = Team.join(config.parallel, choose_device(config.run.device))
         self.device = self.team.device
-        self.bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self.bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and on_gpu)
         self.task = TextTask(config, self.team)
         resume, overwrite = self.team.decide(lambda: after_restart(config, resume, overwrite))
         checkpoint = self.team.decide(lambda: check_run_dir(config, resume, overwrite, held))
@@ -121,10 +118,9 @@ class Trainer:
         self.run_dir = self.team.decide(lambda: make_run_dir(config, resume, overwrite, held))
         self._set_up_meters(held)
         self.notes += self._description(attention_line)
-        if checkpoint is not None:
-            self.notes.append(f"resuming at step {self.state.step}")
-        elif resume:
-            self.notes.append(f"no checkpoint in {self.run_dir}: starting afresh")
+        if resume:
+            afresh = f"no checkpoint in {self.run_dir}: starting afresh"
+            self.notes.append(f"resuming at step {self.state.step}" if checkpoint is not None else afresh)
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
@@ -158,29 +154,23 @@ class Trainer:
         return state
 
     def _set_up_meters(self, held: contextlib.ExitStack) -> None:
-        """Clocks, logs, the saver, and the signals that end the run after the step in flight, with a checkpoint."""
+        """Clocks, logs, the saver, and what ends the run."""
         config, team, device = self.config, self.team, self.device
         peak = peak_flops(device, config.run.peak_flops)
-        note = f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
-        if config.run.peak_flops is None:
-            note += ", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops"
-        self.peak_note = note
+        self.peak_note = peak_note(device, peak, given=config.run.peak_flops is not None)
         if team.first:
-            described = {**environment(device), "peak_flops": peak, "peak_note": note}
+            described = {**environment(device), "peak_flops": peak, "peak_note": self.peak_note}
             write_atomic(self.run_dir / "environment.json", json.dumps(described, indent=1))
         self.memory = MemorySplit(self.model)
         self.flops_of_update = sum(update_flops(self.model, config.optim).values())
         self.cost_of = functools.cache(functools.partial(step_cost, config))
-        self.update_clock = UpdateClock(device)
+        self.update_clock = UpdateClock(device, worth_a_note=config.optim.name == "muon")
         self.log = MetricLog(self.run_dir, config, self.state.step) if team.first else NoLog()
         self.clock = StepClock(peak and peak * team.world, EnergyMeter(device))
         self.saver = build_saver(team, self.run_dir, config, self.task.tokenizer)
         self.loss_guard = LossGuard(config, self.state, device, self.task.floor)
         self.progress = self._progress_after()
-        self.stop_signal = 0
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                held.callback(signal.signal, number, signal.signal(number, self._request_stop))
+        self.stop_signal = StopSignal(held)
 
     def _description(self, attention_line: str) -> Iterator[str]:
         """Lines about model, data, machine and objective."""
@@ -204,8 +194,8 @@ class Trainer:
             self.say(note)
         if self.progress >= 1:
             self.say(f"nothing to do: at step {self.state.step} the budget is spent")
-        percent = round(100 * min(self.progress, 1))
-        bar = tqdm(total=100, initial=percent, disable=None if team.first else True, bar_format=PROGRESS_BAR)
+        percent, layout = round(100 * min(self.progress, 1)), "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
+        bar = tqdm(total=100, initial=percent, disable=None if team.first else True, bar_format=layout)
         batches = task.batches(self.state.step, self.data_seed)
         model.train()
         self._rehearse()
@@ -263,7 +253,7 @@ class Trainer:
                 continue
             if saving:
                 self.save()
-            stopping = team.largest(self.stop_signal)
+            stopping = team.largest(self.stop_signal.number)
         bar.close()
         return self._finish(stopping)
 
@@ -335,16 +325,11 @@ class Trainer:
             with self.autocast():
                 unsound = unsound + gradients_not_finite(self.model, lambda: self.last_forward()[0])
             self.objective.after_step(torch.zeros((), dtype=torch.bool, device=self.device), team.sum)
-        norms, back = self._norms_by_iteration(), self.state.rollbacks < config.guard.rollbacks
-        target = team.decide(lambda: last_good(run_dir) if back else None)
-        found = {"step": self.state.step, "trouble": trouble, "not_finite": unsound, "state_rms": numbers(norms),
-                 "grad_norm": numbers([float(grad_norm)])[0], "lr": lr,
-                 "back_to": target.training()[0].step if target else None}  # fmt: skip
-        if team.first:
-            write_diagnosis(run_dir, found)
-        first = f" (first of {len(unsound)}: {unsound[0]})" if unsound else ""
-        growth = ", ".join(f"{norm:.3g}" for norm in norms) or "none"
-        line = f"at step {self.state.step}: {trouble}{first}; state RMS by iteration {growth}"
+        norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < config.guard.rollbacks
+        target = team.decide(lambda: last_good(run_dir) if may_go_back else None)
+        line = diagnose(
+            run_dir if team.first else None, self.state, trouble, unsound, norms, float(grad_norm), lr, target
+        )
         if target is None:
             self.log.close()
             raise UserError(
@@ -375,7 +360,7 @@ class Trainer:
         skipped = f", {self.state.skipped} steps skipped" if self.state.skipped else ""
         self.say(
             f"done: {self.state.step} steps, {self.state.tokens:,} tokens, {self.state.flops.total:.4g} FLOPs{skipped}"
-            f"{self._share_of_update()}; {self.run_dir}"
+            f"{self.update_clock.note()}; {self.run_dir}"
         )
         return 0
 
@@ -418,8 +403,7 @@ class Trainer:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "skipped": self.loss_guard.counts[0],
-            "spikes": self.loss_guard.counts[2],
+            **self.loss_guard.row(),
             "rollbacks": self.state.rollbacks,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             **self.memory.row(self.optimizer, self.ema, passes.core_grad),
@@ -440,7 +424,7 @@ class Trainer:
         if last is not None and last["loss"] is not None:
             bar.set_postfix_str(
                 f" step {self.state.step} loss {last['loss']:.3f} {last['tokens_per_s']:,.0f} tokens/s"
-                f" {self.state.flops.total:.2e} FLOPs{self._share_of_update()}", refresh=False
+                f" {self.state.flops.total:.2e} FLOPs{self.update_clock.note()}", refresh=False
             )  # fmt: skip
         bar.update(round(100 * min(self.progress, 1)) - bar.n)
 
@@ -463,13 +447,3 @@ class Trainer:
         self.model.recurrence = self.objective.recurrence
         with self.autocast(), self.team.whole(self.model):
             return state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)
-
-    def _share_of_update(self) -> str:
-        """What the update takes of this process's steps, where it is more than AdamW's few percent."""
-        clock = self.update_clock
-        if self.config.optim.name != "muon" or not clock.step_seconds:
-            return ""
-        return f", update {clock.update_seconds / clock.step_seconds:.1%} of the time"
-
-    def _request_stop(self, number: int, frame: object) -> None:
-        self.stop_signal = number
