@@ -148,7 +148,7 @@ class Step:
         return saved
 
     def keys_values_saved(self) -> float:
-        """A block of which only keys and values are made, bytes per token."""
+        """What a block keeps if it makes only keys and values, bytes per token."""
         width, a = self.config.model.d_model, self.size
         return self._norm() + a * (width + 5 * width)
 

@@ -4,13 +4,13 @@ A model whose inference starts from noise defines a mixture over that noise,
 
     p(y_i | x_<=i) = E_eps[softmax(logits_K(x, eps))_y],
 
-estimated from M draws with log-mean-exp; one draw at the end of a walk is not a likelihood, since the walk has decided
-by then (its read-out is nearly a point mass). The estimate of -log p is biased upwards by a term of order 1/M, so more
-draws never flatter. Scoring starts from noise or zeros, never from a noised answer.
+estimated from M draws with log-mean-exp. A single draw of a denoiser's walk (its K denoising steps) is not a likelihood: at
+the end of the walk its read-out is nearly a point mass. The estimate of -log p is too high by a term of order 1/M, so few
+draws never make a model look better. Scoring starts from noise or zeros, never from a noised answer.
 
-Of a denoiser's walk of more than a few steps the mixture needs more draws than one can pay for. ``bound`` asks for the
-importance-weighted bound of `denoise.bound` in its place: of the ancestral walk with a sampled bridge, also too high on
-average, and tight where the denoiser is good.
+For a walk of more than a few steps the mixture needs too many draws. ``bound`` replaces it by the importance-weighted
+bound of `denoise.bound`, of the ancestral walk with a sampled bridge. The bound is also too high on average, and tight if
+the denoiser is good.
 
 Shapes: B sequences, T positions, V vocabulary, M draws.
 """
@@ -43,14 +43,14 @@ class Score:
     nll: float
     """Nats per token."""
     bits_per_byte: float
-    """The same nats over the bytes of text that the scored tokens stand for."""
+    """The same loss in bits, per byte of the text that the scored tokens stand for."""
     stderr: float
     """Standard error of ``nll`` over sequences."""
     noise_stderr: float
-    """Standard error of ``nll`` over the noise, by a jackknife over the draws (which keeps what tokens of a sequence have in
-    common); NaN with one draw or none."""
+    """Standard error of ``nll`` over the noise, by a jackknife over the draws, which respects that tokens of a sequence share
+    their noise. NaN with fewer than two draws."""
     flops_per_token: float
-    """Forward FLOPs per token of one draw's scoring."""
+    """Forward FLOPs per token to score one draw."""
 
 
 @dataclass
@@ -93,9 +93,11 @@ def token_log_probabilities(
 ) -> dict[int, Tensor]:
     """log p(target | tokens up to its position) by K, fp32 (B, T), from a mixture of ``draws`` noise draws.
 
-    ``requests`` (int64 (B,), on the CPU) key the noise, so that batching changes nothing. Inference that uses no noise
-    runs once whatever ``draws`` is. ``docs`` (int (B, T), on the CPU) says which document each position of a packed
-    sequence belongs to; without it each sequence is one. ``bound`` is `draw_log_probabilities`'s.
+    Args:
+        requests: int64 (B,), on the CPU; they key the noise, so that batching changes nothing.
+        draws: inference that uses no noise runs once whatever it is.
+        docs_BT: int, on the CPU: the document of each position of a packed sequence; None takes each sequence as one.
+        bound: as in `draw_log_probabilities`.
     """
     each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws, docs_BT, bound)
     return {k: log_p_MBT.logsumexp(0) - math.log(len(log_p_MBT)) for k, log_p_MBT in each.items()}
@@ -113,7 +115,7 @@ def draw_log_probabilities(
     bound: bool = False,
 ) -> dict[int, Tensor]:
     """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1. With
-    ``bound`` a walk's are log w, whose exp has the likelihood as its mean."""
+    ``bound``, a walk gives log w instead, where w is an importance weight whose mean is the likelihood."""
     recurrence = model.recurrence
     visible = model.visible(tokens_BT.shape[1], docs_BT)
     e_BTD = model.encode(tokens_BT, visible)
@@ -143,8 +145,8 @@ _LOGITS_AT_ONCE = 1 << 24
 
 
 def read_positions(model: LoopedLM, hidden_MND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of one target at each of N positions (fp32), from the mixture over M draws of the hidden vectors there, and
-    whether the mixture has it for the most likely token (bool). Vocabulary-wide tensors are made in parts, so memory does
+    """log p of one target at each of N positions (fp32), under the mixture over M draws of the hidden vectors there, and
+    whether the target is the mixture's most likely token (bool). Vocabulary-wide tensors are made in parts, so memory does
     not grow with N."""
     draws = len(hidden_MND)
     part = max(1, _LOGITS_AT_ONCE // (draws * model.config.vocab_size))
@@ -178,10 +180,10 @@ def score_draws(
     """Score held-out batches at every K of ``ks`` and every number of draws M of ``draws``: {M: scores}.
 
     Args:
-        byte_lengths: UTF-8 bytes of each token, int (V,); special tokens have none, their nats count all the same.
+        byte_lengths: UTF-8 bytes of each token, int (V,). Special tokens have 0 bytes; their nats count.
         draws: noise draws in the mixtures, nested; inference that uses no noise is scored once, under M = 1.
-        seed: of the noise.
-        processes: that share the batches out, every one its `validation_batches`; all get the scores of all.
+        seed: seed of the noise.
+        processes: the processes that share the batches, each with its own `validation_batches`; all get the same scores.
         bound: score a walk by the bound in place of the mixture.
     """
     device = model.embedding.weight.device

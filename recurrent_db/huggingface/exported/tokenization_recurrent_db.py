@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizer
 SPACE_MARK = "\u2581"
 MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 
-# Long texts are cut at a line end before encoding; a part of which tokens a text has.
+# Long texts are cut at a line end before encoding. The place of the cut is part of what decides a text's tokens.
 SEGMENT_CHARACTERS = 1 << 17
 
 # ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
