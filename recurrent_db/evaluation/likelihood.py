@@ -5,7 +5,7 @@ A model whose inference starts from noise defines a mixture over that noise,
     p(y_i | x_<=i) = E_eps[softmax(logits_K(x, eps))_y],
 
 estimated from M draws with log-mean-exp. A single draw of a denoiser's walk (its K denoising steps) is not a likelihood: at
-the end of the walk its read-out is nearly a point mass. The estimate of -log p is too high by a term of order 1/M, so few
+the end of the walk its read-out is nearly a point mass. The estimate of -log p is too high by a term of order 1/M, so fewer
 draws never make a model look better. Scoring starts from noise or zeros, never from a noised answer.
 
 For a walk of more than a few steps the mixture needs too many draws. ``bound`` replaces it by the importance-weighted
@@ -47,8 +47,8 @@ class Score:
     stderr: float
     """Standard error of ``nll`` over sequences."""
     noise_stderr: float
-    """Standard error of ``nll`` over the noise, by a jackknife over the draws, which respects that tokens of a sequence share
-    their noise. NaN with fewer than two draws."""
+    """Standard error of ``nll`` over the noise, by a jackknife over the draws: tokens of a sequence share
+    their noise, which it respects. NaN with fewer than two draws."""
     flops_per_token: float
     """Forward FLOPs per token to score one draw."""
 
