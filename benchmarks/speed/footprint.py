@@ -30,7 +30,8 @@ from recurrent_db.data import Batch
 from recurrent_db.files import write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer, step_unless
 from recurrent_db.rng import Rng
 
 ROOT = Path(__file__).resolve().parents[2]

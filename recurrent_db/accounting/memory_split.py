@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recurrent_db.distributed.team import local
-from recurrent_db.optim.optimizer import EMA
+from recurrent_db.optim.ema import EMA
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

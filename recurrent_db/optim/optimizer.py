@@ -1,4 +1,4 @@
-"""AdamW with weight decay where it belongs, Muon beside it, the moving average of the weights, and what they cost."""
+"""AdamW with weight decay where it belongs, Muon beside it, and what they cost."""
 
 from __future__ import annotations
 
@@ -120,41 +120,3 @@ def update_flops(model: nn.Module, config: OptimConfig) -> dict[str, float]:
         products = sum(2 * a * a * b + 2 * a**3 + 2 * a * a * b for a, b in shapes)
         flops |= {"muon": 12.0 * by_muon, "newton_schulz": float(NEWTON_SCHULZ_STEPS * products)}
     return flops
-
-
-class EMA:
-    """An exponential moving average of a model's parameters, fp32, corrected for its start.
-
-    shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights
-    are forgotten quickly. Skipped steps count as updates that change nothing.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, skip: Tensor) -> None:
-        """Take the weights in, unless ``skip`` (0-dimensional bool, on their device) says that the step was skipped."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        weights = dict(model.named_parameters())
-        shadow = [self.shadow[name] for name in weights]
-        change = torch._foreach_sub(list(weights.values()), shadow)
-        torch._foreach_mul_(change, (1 - decay) * ~skip)
-        torch._foreach_add_(shadow, change)
-
-    @torch.no_grad()
-    def restart(self, model: nn.Module) -> None:
-        """Begin anew at the weights as they are."""
-        self.updates = 0
-        for name, parameter in model.named_parameters():
-            self.shadow[name].copy_(parameter)
-
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; call it again to undo."""
-        for name, parameter in model.named_parameters():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)

@@ -26,7 +26,7 @@ from recurrent_db.config import Config, config_from_json
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.distributed.team import Team, sharded_like
 from recurrent_db.errors import UserError
-from recurrent_db.optim.optimizer import EMA
+from recurrent_db.optim.ema import EMA
 from recurrent_db.store.folder import (
     begin_checkpoint,
     cannot_write,

@@ -39,7 +39,8 @@ from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import Need, choose
 from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Metrics, build_objective, load_objective_state
-from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless, update_flops
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import build_saver, load_checkpoint

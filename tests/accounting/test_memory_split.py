@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from recurrent_db.accounting.memory_split import MemorySplit, peak_live_bytes
 from recurrent_db.model import LoopedLM
 from recurrent_db.objectives import Objective
-from recurrent_db.optim.optimizer import EMA, build_optimizer
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
 
 CPU = torch.device("cpu")

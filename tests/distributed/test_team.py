@@ -24,7 +24,8 @@ from recurrent_db.distributed.team import Team, local
 from recurrent_db.errors import UserError
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.optim.optimizer import EMA, build_optimizer, step_unless
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer, step_unless
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import Checkpoint, build_saver, load_checkpoint, save_checkpoint
 from recurrent_db.store.folder import fault, find_checkpoint

@@ -26,7 +26,8 @@ from recurrent_db.huggingface.export import MODEL_CODE, TOKENIZER_CODE, export
 from recurrent_db.huggingface.import_folder import import_folder
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
-from recurrent_db.optim.optimizer import EMA, build_optimizer
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import Checkpoint, save_checkpoint
 from recurrent_db.store.folder import find_checkpoint

@@ -16,7 +16,8 @@ from recurrent_db.errors import UserError
 from recurrent_db.model import build_model
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.objectives import build_objective
-from recurrent_db.optim.optimizer import EMA, build_optimizer
+from recurrent_db.optim.ema import EMA
+from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import Checkpoint, Saver, load_checkpoint
 from recurrent_db.store.folder import find_checkpoint
