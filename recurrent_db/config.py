@@ -317,8 +317,9 @@ class BlocksConfig(Section):
     gamma: ShareBelowOne = 0.1
     """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
     shared: Literal["owned", "frozen", "all"] = "owned"
-    """Who trains the embedding and head that all blocks share: one block, none, or (in one process) every block."""
-    owner: int = 1
+    """Who trains the embedding and head that all blocks share: block 1 owns them, none does (frozen), or (in one process)
+    every block does."""
+    owner = 1
     """The block that trains them where they are owned."""
 
     def check(self, config: Config) -> None:
@@ -332,7 +333,6 @@ class BlocksConfig(Section):
             f"objective {name} cannot train a model in blocks: take {', '.join(able)}, or model.n_blocks = 0",
         )
         need(0 <= self.only <= n, f"blocks.only must be 0 (all) or a block from 1 to {n}, got {self.only}")
-        need(1 <= self.owner <= n, f"blocks.owner must be a block from 1 to {n}, got {self.owner}")
         need(
             self.only in (0, self.owner) or self.shared != "owned" or bool(config.init.from_),
             f"block {self.only} does not train the embedding, which block {self.owner} owns: give that block's run with"
@@ -362,8 +362,6 @@ class DataConfig(Section):
     """Sequences in one forward pass of one process; 0 takes the whole share at once."""
     document_mask: bool = True
     """Packed documents do not attend to each other."""
-    verify: bool = True
-    """Check the checksums of the shards before training."""
 
     def check(self, config: Config) -> None:
         need(
@@ -428,8 +426,6 @@ class EvalConfig(Section):
     """Numbers of core iterations to score at."""
     tokens: PositiveInt = 16_384
     """Held-out tokens scored at each evaluation."""
-    batch_size: Annotated[int, above(0), at_most(1 << 20)] = 16
-    """Sequences scored at once."""
     draws: Annotated[int, above(0), at_most(1 << 20)] = 1
     """Noise draws averaged for one likelihood (log-mean-exp)."""
 

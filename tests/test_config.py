@@ -101,8 +101,8 @@ def test_missing_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_flags_need_no_value() -> None:
-    assert load_config(None, ["--data.verify", "false"]).data.verify is False
-    assert load_config(None, ["--data.verify", "--seed", "2"]).data.verify is True
+    assert load_config(None, ["--data.document_mask", "false"]).data.document_mask is False
+    assert load_config(None, ["--data.document_mask", "--seed", "2"]).data.document_mask is True
 
 
 def test_the_paper_preset_fixes_the_constants() -> None:

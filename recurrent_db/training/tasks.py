@@ -15,6 +15,9 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.objectives import Objective
 from recurrent_db.training.guard import unigram_entropy
 
+SCORED_AT_ONCE = 16
+"""Held-out sequences in one forward pass."""
+
 
 class Task(Protocol):
     """A kind of data. See `TextTask`."""
@@ -63,12 +66,12 @@ class TextTask:
         share = team.sequences_per_process(data.batch_size)
         self.micro_batch_size = min(data.micro_batch_size or share, share)
         self.tokens_per_step = data.batch_size * data.sequence_length
-        self.shards = open_data(data.path, "train", verify=data.verify)
+        self.shards = open_data(data.path, "train", verify=True)
         self.tokenizer = load_tokenizer(data.path)
         self.loader = Loader(self.shards, data.sequence_length, data.batch_size, config.seed, data.mixture or None)
         self.floor = unigram_entropy(self.shards)
         self.validation = open_data(
-            data.val_path or data.path, "validation", expect_tokenizer_hash=self.tokenizer.hash, verify=data.verify
+            data.val_path or data.path, "validation", expect_tokenizer_hash=self.tokenizer.hash, verify=True
         )
         rows = rows_of_vocabulary(config, self.tokenizer.vocab_size)
         config.model.vocab_size = config.model.vocab_size or rows
@@ -95,7 +98,7 @@ class TextTask:
         """The objective's own scores, or the likelihood by K."""
         team, settings, length = self.team, self.config.eval, self.config.data.sequence_length
         batches = list(
-            validation_batches(self.validation, length, settings.batch_size, settings.tokens, team.rank, team.world)
+            validation_batches(self.validation, length, SCORED_AT_ONCE, settings.tokens, team.rank, team.world)
         )
         row = objective.held_out(model, batches, self.tokenizer, self.config.seed)
         if row:

@@ -398,7 +398,7 @@ def test_the_comparison_runs_and_goes_on(
 ) -> None:
     places = ["--work", tmp_path / "work", "--results", tmp_path / "results", "--data", data, "--device", "cpu"]
     sizes = ["--seeds", 0, "--budget-flops", 2e8, "--score-tokens", 512, "--draws", 2]
-    words = ["benchmarks/paper/blocks.py", *places, *sizes, "--options", SMALL + " data.verify=False"]
+    words = ["benchmarks/paper/blocks.py", *places, *sizes, "--options", SMALL]
     first = script(*words, "--arms", "next_token,blocks-4")
     assert first.returncode == 0, first.stderr
     whole = script(*words, "--arms", "next_token,blocks-4,blocks-4-swap,masked-3")

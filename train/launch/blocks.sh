@@ -40,7 +40,8 @@ read -r n_blocks shared owner < <("$python" - "$config" "$runs" "$@" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from recurrent_db.store.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from recurrent_db.store.checkpoint import Checkpoint
+from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.arguments import run_and_exit
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
