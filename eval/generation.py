@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,13 +35,13 @@ from recurrent_db.data import document, load_tokenizer, open_data
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.continuations import (
-    Decoding,
     Prompt,
     choose_prompts,
     continue_prompts,
     frequencies,
     independent_texts,
-    walked,
+    parse_decoding,
+    with_walk,
 )
 from recurrent_db.evaluation.judge import COMPARED_DOCUMENTS, Judge, Reading, check_apart, mark
 from recurrent_db.evaluation.text_metrics import (
@@ -65,7 +65,8 @@ FEATURES = {
     "mauve_mean": "the mean of the judge's hidden states over the continuation",
 }
 
-Walk = dict[str, str]
+WalkChoices = dict[str, str]
+"""Of a denoiser's walk: its bridge and sampler."""
 Row = dict[str, Any]
 
 
@@ -125,8 +126,8 @@ def chosen_words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
     return chosen
 
 
-def ways(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, Walk]]:
-    """(K, choices of the walk): all that is tried of a denoiser, and once K = 1, where a walk has no step."""
+def settings(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, WalkChoices]]:
+    """What is tried of a model, as (K, choices of the walk). At K = 1 a walk has no step, so nothing to choose."""
     bridges = chosen_words(args.bridge, "--bridge", ("soft", "hard", "sample", "state"))
     samplers = chosen_words(args.sampler, "--sampler", ("euler", "heun", "ancestral"))
     walk = model.recurrence
@@ -245,23 +246,27 @@ class Bench:
         }
 
     def generated_rows(
-        self, model: LoopedLM, untrained: LoopedLM, tries: list[tuple[int, Walk]], decodings: list[Decoding]
+        self,
+        model: LoopedLM,
+        untrained: LoopedLM,
+        tries: list[tuple[int, WalkChoices]],
+        decodings: list[str],
     ) -> list[Row]:
         """A row for each K, walk and decoding, and one of a model with its first weights."""
         args, rows, own = self.args, [], model.recurrence
-        jobs = [(model, "model", k, walk, decoding) for k, walk in tries for decoding in decodings]
-        jobs.append((untrained, "untrained", tries[0][0], {}, Decoding.parse("t=1")))
+        jobs = [(model, "model", k, walk, name) for k, walk in tries for name in decodings]
+        jobs.append((untrained, "untrained", tries[0][0], {}, "t=1"))
         total = len(jobs) * args.prompts * args.each
         with tqdm(total=total, desc="generating", unit="text", disable=None, leave=False) as bar:
             for number, (source, name, k, walk, decoding) in enumerate(jobs, 1):
-                source.recurrence = walked(own, walk)
+                source.recurrence = with_walk(own, walk)
+                options = replace(parse_decoding(decoding), k=k, max_new_tokens=self.tokens, seed=args.seed)
                 sets = continue_prompts(
-                    source, self.tokenizer, self.prompt_ids, self.tokens, args.each, k, decoding, args.seed,
-                    args.batch_size, bar.update,
-                )  # fmt: skip
+                    source, self.tokenizer, self.prompt_ids, options, args.each, args.batch_size, bar.update
+                )
                 passes = source.recurrence.passes(k)
                 cost = inference_cost(source.config, args.prompt_tokens + self.tokens, passes)
-                described = {"k": k, "decoding": decoding.name, **walk, "flops_per_token": cost}
+                described = {"k": k, "decoding": decoding, **walk, "flops_per_token": cost}
                 rows.append(self.row(name, [[self.tokenizer.decode(ids) for ids in one] for one in sets], described))
                 bar.n = number * args.prompts * args.each  # greedy decoding may need fewer texts
         return rows
@@ -293,7 +298,9 @@ def table(rows: list[Row]) -> str:
 
 def main(args: Args) -> int:
     ks = parse_ints(args.k, "--k", least=1)
-    decodings = [Decoding.parse(word) for word in dict.fromkeys(args.decodings.split(","))]
+    decodings = list(dict.fromkeys(args.decodings.split(",")))
+    for word in decodings:
+        parse_decoding(word)
     sizes = f"{args.prompt_tokens},{args.tokens},{args.each},{args.batch_size}"
     parse_ints(sizes, "--prompt-tokens, --tokens, --each and --batch-size", least=1)
     parse_ints(str(args.prompts), "--prompts", least=4)
@@ -301,7 +308,7 @@ def main(args: Args) -> int:
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
-    tries = ways(args, model, ks)
+    tries = settings(args, model, ks)
     judge = Judge.load(args.judge, args.device)
     bench = Bench(args, judge, config, tokenizer)
     untrained = build_model(config.model, config.seed, model.embedding.weight.device).eval()

@@ -9,9 +9,10 @@ python eval/lm_eval_cli.py --model_args checkpoint=RUN,k=8 --tasks NAMES [--data
   draws          noise draws in a likelihood (default 1)
   max_length     tokens (default the model's window)
   dtype          float32 (default) or bfloat16
-  seed           of the noise (default 0)
-  prefix_reuse   run what requests begin with in common once (default true)
+  seed           of the noise and of sampling (default 0)
+  prefix_reuse   run common beginnings of requests once (default true)
   cache          file to keep answers in and to take them from, JSON lines; so does --use_cache
+  sampler, exit  how text is generated (recurrent_db/generation/options.py); likelihoods always take k iterations
 --batch_size is auto and --device is auto unless given.
 
 Tasks with --data DIR:
@@ -102,7 +103,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
         sys.argv = saved
 
 
-def complete(args: argparse.Namespace, file: dict[str, Any]) -> None:
+def fill_defaults(args: argparse.Namespace, file: dict[str, Any]) -> None:
     """Fill in defaults for our model in place, where neither the options nor a --config ``file`` set them."""
     if args.model is None and "model" not in file:
         args.model = MODEL
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     import recurrent_db.evaluation.lm_eval_model  # noqa: F401  registers recurrent_db
 
     def configure() -> Any:
-        complete(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})
+        fill_defaults(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})
         return EvaluatorConfig.from_cli(args)
 
     config = harness_errors(configure, ValueError, TypeError, FileNotFoundError)

@@ -245,8 +245,8 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
 
     def model(k: int) -> RecurrentDBLM:
         return RecurrentDBLM(
-            str(args.run), k, args.sigma, args.draws, args.batch_size, device=args.device, seed=args.seed,
-            cache=None if args.cache is None else str(args.cache),
+            str(args.run), k=k, sigma=args.sigma, draws=args.draws, batch_size=args.batch_size, device=args.device,
+            seed=args.seed, cache=None if args.cache is None else str(args.cache),
         )  # fmt: skip
 
     lm = model(ks[0])

@@ -31,7 +31,7 @@ from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.evaluation.text_metrics import distinct, repetition
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.generate import stream
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -92,8 +92,9 @@ def nll_by_sequence(
 def continue_prompts(model: LoopedLM, prompts_PT: Tensor, k: int, new_tokens: int, temperature: float) -> Tensor:
     """Sampled continuations, int64 (P, new_tokens), of prompts of one length."""
     texts: list[list[int]] = [[] for _ in prompts_PT]
-    for row, token in stream(model, prompts_PT.tolist(), k, new_tokens, Sampling(temperature)):
-        texts[row].append(token)
+    options = GenerationOptions(k=k, max_new_tokens=new_tokens, temperature=temperature)
+    for index, token in stream(model, prompts_PT.tolist(), options):
+        texts[index].append(token)
     return torch.tensor(texts)
 
 

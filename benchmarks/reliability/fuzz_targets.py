@@ -32,13 +32,13 @@ from recurrent_db.data.sources import ReadOptions, read_documents, split_documen
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates, train
 from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import sealed
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.huggingface.export import export
 from recurrent_db.huggingface.import_folder import Weights, import_folder, load_model
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.schedule import learning_rate_scale
-from recurrent_db.repl.reply import Settings
-from recurrent_db.repl.session import ACTIONS, ALIASES, VALUES, Session
+from recurrent_db.repl.session import ACTIONS, ALIASES, SETTINGS, Session
 from recurrent_db.report.runs import merge_baselines, read_run
 from recurrent_db.rng import Rng
 from recurrent_db.schema import from_dict, read_toml, to_dict
@@ -603,10 +603,12 @@ class Repl:
         for name in ("unrolled", "one_step", "denoise", "next_token"):
             model, _ = tiny_model(tiny_config(name))
             self.sessions.append(Session(model, self.tokenizer, self._start(), name))
-        self.words = [f"/{word}" for word in (*VALUES, *ACTIONS, *ALIASES) if word not in ("save", "quit", "exit", "q")]
+        self.words = [
+            f"/{word}" for word in (*SETTINGS, *ACTIONS, *ALIASES) if word not in ("save", "quit", "exit", "q")
+        ]
 
-    def _start(self) -> Settings:
-        return Settings(k=2, max_new_tokens=2, temperature=0.0)
+    def _start(self) -> GenerationOptions:
+        return GenerationOptions(k=2, max_new_tokens=2, temperature=0.0)
 
     def line(self, rng: random.Random) -> str:
         kind = rng.randrange(8)
@@ -646,15 +648,15 @@ class Repl:
     def case(self, rng: random.Random) -> None:
         session = rng.choice(self.sessions)
         if rng.random() < 0.3:
-            session.settings = self._start()
+            session.options = self._start()
         before = Path.cwd()
         os.chdir(self.folder)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 for _ in range(rng.randrange(1, 3)):
                     # What somebody asks for they may wait for; here nobody does.
-                    if session.settings.max_new_tokens > self.MOST_TOKENS or session.settings.k > self.MOST_K:
-                        session.settings = self._start()
+                    if session.options.max_new_tokens > self.MOST_TOKENS or session.options.k > self.MOST_K:
+                        session.options = self._start()
                     line = self.line(rng)
                     if line.startswith("/compare") and any(
                         len(word) > 1 for word in line.replace(",", " ").split()[1:]

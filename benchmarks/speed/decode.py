@@ -1,17 +1,17 @@
-"""Speed of generation: decoding from the cache, beside recomputing everything and beside the products it cannot do without.
+"""Speed of generation: decoding from the cache, against recomputing everything and against its matrix products alone.
 
 python benchmarks/speed/decode.py [--config train/configs/pythia-70m-looped.toml] [--k 8] [--tokens 256] [--json OUT]
 python benchmarks/speed/decode.py --run RUN --k 32 [--methods speculative,diagonal,kl] [--data DIR] [--json OUT]
 
 With a run: its samplers and exits against sequential decoding (`decode_samplers.py`). Without one:
 
-A fresh model of that shape continues one token greedily, and at every 16th token, in the same process, two more times are
-taken:
+A fresh model of that shape continues one token greedily. At every 16th token, in the same process, two other things are
+timed:
 
 - recomputing: the logits of that token from its whole context, without a cache.
-- products: the token's products with weights alone, each a matrix times one vector (`torch.mv`), in the order in which
-  decoding makes them, so that they find the caches of the processor as decoding does. Their rate is the machine's
-  matrix-vector speed; what the token's FLOPs need is its FLOPs, attention over the context included, at that rate.
+- products: the token's products with weights alone, each a matrix times one vector (`torch.mv`), in decoding's order, so
+  that the processor's caches are used as in decoding. Their rate is the machine's matrix-vector speed. The time that a
+  token needs at least is its FLOPs, with attention over the context, at that rate.
 
 On a CPU with one thread the process's own time counts, so that other work on the machine counts less. The last row is a
 batch: tokens per second of so many texts together.
@@ -35,15 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.decode_samplers import Way, compare, prompts_of, table
+from benchmarks.speed.decode_samplers import Candidate, compare, prompts_of, table
 from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.accounting.hardware import choose_device, environment
 from recurrent_db.arguments import run_command
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
-from recurrent_db.generation.generate import Decoder
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sequential import SequentialDecoder
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
@@ -148,34 +148,34 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
     device = choose_device(args.device)
     model = build_model(config.model, 0, device).eval()
     model.recurrence = build_objective(config).recurrence
-    now, greedy = clock(device), Sampling(temperature=0)
+    now, options = clock(device), GenerationOptions(k=args.k, max_new_tokens=args.tokens, temperature=0)
 
     def timed(action: Callable[[], object]) -> float:
         start = now()
         action()
         return now() - start
 
-    def step(decoder: Decoder) -> None:
-        for row, logits_V in enumerate(decoder.logits().cpu()):
-            decoder.ids[row].append(greedy.draw(logits_V, (), 0.0))
+    def step(decoder: SequentialDecoder) -> None:
+        for sequence, tokens in decoder.step():
+            decoder.batch.append(sequence, *tokens)
 
     passes = model.recurrence.passes(args.k)
     alone, weight_flops = products(model, args.k)
-    decoder = Decoder(model, [[0]], args.k, args.tokens, RNG, [0])
+    decoder = SequentialDecoder(model, [[0]], options)
     decoding, anew, least, needed = [], [], [], []
     for warm in (alone, partial(recompute, model, [0] * EVERY, args.k)):
         warm()
     for length in range(1, args.tokens + 1):
         decoding.append(timed(partial(step, decoder)))
         if length % EVERY == 0:
-            ids = decoder.ids[0][:length]
+            ids = decoder.batch.ids[0][:length]
             anew.append(timed(partial(recompute, model, ids, args.k)))
             least.append(timed(alone))
         # A noise level is embedded anew for each token, where a window shares it.
         needed.append(inference_cost(config.model, length, replace(passes, noise_levels=length * passes.noise_levels)))
     assert decoder.cache is not None
     seconds, rate = sum(decoding), weight_flops / statistics.median(least)
-    batch = Decoder(model, [[0]] * args.rows, args.k, EVERY, RNG, range(args.rows))
+    batch = SequentialDecoder(model, [[0]] * args.rows, replace(options, max_new_tokens=EVERY))
     together = [timed(partial(step, batch)) for _ in range(EVERY)]
     return {
         "objective": objective, "config": args.config.stem, "k": args.k, "tokens": args.tokens, "device": str(device),
@@ -191,10 +191,13 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
 
 def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
     """The rows of `decode_samplers.compare`, printed."""
-    ways, sampling = (
-        [Way.parse(word) for word in args.methods.split(",")],
-        Sampling(args.temperature, repetition_penalty=args.repetition_penalty),
+    options = GenerationOptions(
+        k=args.k,
+        max_new_tokens=args.tokens,
+        temperature=args.temperature,
+        repetition_penalty=args.repetition_penalty,
     )
+    candidates = [Candidate.parse(word, options) for word in args.methods.split(",")]
     if min(args.prompts, args.prompt_tokens) < 1:
         raise UserError("--prompts and --prompt-tokens must be 1 or more")
     model, tokenizer, config, checkpoint = load_with_config(run, args.device)
@@ -205,7 +208,7 @@ def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
         f" {len(prompts[0])}, temperature {args.temperature:g}, repetition penalty {args.repetition_penalty:g}"
     )
     now = clock(model.embedding.weight.device)
-    rows = compare(model, prompts, args.prompts, args.rows, ways, args.k, args.tokens, sampling, now)
+    rows = compare(model, prompts, args.prompts, args.rows, candidates, options, now)
     print(table(rows))
     return rows
 

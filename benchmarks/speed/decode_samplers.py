@@ -1,51 +1,47 @@
 """Samplers and exits of a checkpoint against sequential decoding at the same K: what `decode.py --run RUN` measures.
 
-Prompts are held-out text. They take turns: each is continued by sequential decoding and by every other method, one after the
-other, so that the machine's changes of speed meet all alike; a ratio is the median over prompts of sequential's time over
-the method's for the same text length. Then so many texts together.
+Prompts are held-out text. Each prompt is continued by all candidates in turn, so changes of the machine's speed affect all
+alike. A ratio is the median over prompts of sequential decoding's time over the candidate's, for the same text length. At
+the end several texts are continued together.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recurrent_db.data import open_data, validation_batches
 from recurrent_db.errors import UserError
+from recurrent_db.generation.decoder import DecodingStats
 from recurrent_db.generation.generate import stream
-from recurrent_db.generation.loop_decoder import Stats
-from recurrent_db.generation.samplers import SAMPLERS, Method
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.options import SAMPLERS, GenerationOptions
 from recurrent_db.model import LoopedLM
 
 
 @dataclass
-class Way:
-    """A method to measure: a sampler, or an exit of sequential decoding, with ``+warm`` from the previous token's state."""
+class Candidate:
+    """What is measured: a sampler, or an exit of sequential decoding, perhaps with a warm start."""
 
-    word: str
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str
+    options: GenerationOptions
     seconds: list[float] = field(default_factory=list)
-    """Of each prompt alone."""
+    """For each prompt alone."""
     texts: list[list[int]] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
+    stats: DecodingStats = field(default_factory=DecodingStats)
     rate_together: float = 0.0
     """Tokens per second of several texts together."""
 
     @classmethod
-    def parse(cls, word: str) -> Way:
-        """Raises `UserError` for a word that is neither a sampler nor an exit."""
+    def parse(cls, word: str, options: GenerationOptions) -> Candidate:
+        """A sampler's name, or an exit's, which ``+warm`` may follow. Raises `UserError` for other words."""
         if word.split(":")[0] in SAMPLERS:
-            options: dict[str, Any] = {"sampler": word}
-        else:
-            name, plus, warm = word.partition("+")
-            if plus and warm != "warm":
-                raise UserError(f"--methods: after a + there can only be warm, not {warm!r}")
-            options = {"exit": name, "warm_start": bool(plus)}
-        Method.parse(**{"sampler": "sequential", **options})
-        return cls(word, options)
+            return cls(word, replace(options, sampler=word))
+        name, plus, warm = word.partition("+")
+        if plus and warm != "warm":
+            raise UserError(f"--methods: after a + there can only be warm, not {warm!r}")
+        return cls(word, replace(options, exit=name, warm_start=bool(plus)))
 
 
 def prompts_of(data: str, tokenizer_hash: str, window: int, count: int, length: int) -> list[list[int]]:
@@ -59,47 +55,53 @@ def prompts_of(data: str, tokenizer_hash: str, window: int, count: int, length: 
 
 
 def compare(
-    model: LoopedLM, prompts: Sequence[list[int]], alone: int, rows: int, ways: Sequence[Way], k: int, tokens: int,
-    sampling: Sampling, now: Callable[[], float],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Continue ``alone`` of the prompts by themselves, then ``rows`` together, by sequential decoding and all ``ways``."""
-    ways = [Way("sequential", {"sampler": "sequential"}), *ways]
+    model: LoopedLM,
+    prompts: Sequence[list[int]],
+    alone: int,
+    together: int,
+    candidates: Sequence[Candidate],
+    options: GenerationOptions,
+    now: Callable[[], float],
+) -> list[dict[str, Any]]:
+    """Continue ``alone`` of the prompts one by one, then ``together`` at once, by sequential decoding and all others."""
+    candidates = [Candidate("sequential", options), *candidates]
 
-    def timed(way: Way, chosen: Sequence[int], count: int, stats: Stats) -> tuple[float, list[list[int]]]:
+    def timed(
+        candidate: Candidate, chosen: Sequence[int], tokens: int, stats: DecodingStats
+    ) -> tuple[float, list[list[int]]]:
         texts: list[list[int]] = [[] for _ in chosen]
+        limited = replace(candidate.options, max_new_tokens=tokens)
         start = now()
-        for index, token in stream(
-            model, [prompts[number] for number in chosen], k, count, sampling, 0, chosen, stats=stats, **way.options
-        ):
+        for index, token in stream(model, [prompts[number] for number in chosen], limited, chosen, stats=stats):
             texts[index].append(token)
         return now() - start, texts
 
-    for way in ways:
-        timed(way, [0], 2, Stats())
+    for candidate in candidates:
+        timed(candidate, [0], 2, DecodingStats())
     for prompt in range(alone):
-        for way in ways:
-            seconds, [text] = timed(way, [prompt], tokens, way.stats)
-            way.seconds.append(seconds)
-            way.texts.append(text)
-    for way in ways:
-        seconds, texts = timed(way, range(rows), tokens, Stats())
-        way.rate_together = sum(map(len, texts)) / seconds
-    first = ways[0]
-    return [_row(way, first, rows) for way in ways]
+        for candidate in candidates:
+            seconds, [text] = timed(candidate, [prompt], options.max_new_tokens, candidate.stats)
+            candidate.seconds.append(seconds)
+            candidate.texts.append(text)
+    for candidate in candidates:
+        seconds, texts = timed(candidate, range(together), options.max_new_tokens, DecodingStats())
+        candidate.rate_together = sum(map(len, texts)) / seconds
+    return [_row(candidate, candidates[0], together) for candidate in candidates]
 
 
-def _row(way: Way, first: Way, rows: int) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(first.seconds, way.seconds, strict=True)]
-    pairs = list(zip(first.texts, way.texts, strict=True))
+def _row(candidate: Candidate, first: Candidate, together: int) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(first.seconds, candidate.seconds, strict=True)]
+    pairs = list(zip(first.texts, candidate.texts, strict=True))
     same = [next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0])) for pair in pairs]
     return {
-        "method": way.word, "tokens_per_s": sum(map(len, way.texts)) / sum(way.seconds),
+        "method": candidate.name, "tokens_per_s": sum(map(len, candidate.texts)) / sum(candidate.seconds),
         "ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
-        "acceptance": way.stats.acceptance, "tokens_per_step": way.stats.tokens_per_step, "mean_k": way.stats.mean_k,
+        "acceptance": candidate.stats.acceptance, "tokens_per_step": candidate.stats.tokens_per_step,
+        "mean_k": candidate.stats.mean_k,
         "identical": sum(a == b for a, b in pairs), "texts": len(pairs),
         "share_before_difference": sum(same) / sum(len(a) for a, _ in pairs),
-        "rows": rows, "tokens_per_s_of_rows": way.rate_together,
-        "ratio_of_rows": way.rate_together / first.rate_together,
+        "rows": together, "tokens_per_s_of_rows": candidate.rate_together,
+        "ratio_of_rows": candidate.rate_together / first.rate_together,
     }  # fmt: skip
 
 

@@ -40,12 +40,12 @@ class Args:
     """The most tokens to add to a prompt."""
     sampler: str = "sequential"
     """sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]; /sampler explains them."""
-    cache: str = "full"
+    cache_policy: str = "full"
     """full, last or modulo-S (recurrent_db/generation/cache.py)."""
-    adaptive: str = "off"
+    exit: str | None = None
     """kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no more."""
-    warm_start: str = "off"
-    """On: a token's iterations begin at the state of the one before it."""
+    warm_start: bool = False
+    """Start each token's iterations from the last state of the token before it."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto (CUDA where there is one)."""
     compile: bool = False
@@ -57,34 +57,35 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> int:
+    from recurrent_db.generation.options import GenerationOptions
     from recurrent_db.objectives import build_objective
     from recurrent_db.repl.console import is_terminal, open_lines, remark
-    from recurrent_db.repl.reply import Settings
-    from recurrent_db.repl.session import ACTIONS, VALUES, Session
+    from recurrent_db.repl.session import ACTIONS, SETTINGS, Session, check
     from recurrent_db.store.loading import load_with_config
 
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    settings = Settings(**{**given, "k": args.k or 8})  # mistakes come before the loading
+    given = {f.name: getattr(args, f.name) for f in fields(GenerationOptions) if hasattr(args, f.name)}
+    options = GenerationOptions(**{**given, "k": args.k or 8})  # mistakes come before the loading
+    check(options)
     model, tokenizer, config, path = load_with_config(args.run, args.device)
     if args.compile:
         model.compile_decoding()
     if not args.k and build_objective(config).flat:
-        settings = replace(settings, k=1)
-    settings.check(model)
-    if config.blocks.only and (config.blocks.only, settings.k) != (1, 1):  # the first is a model of K = 1
+        options = replace(options, k=1)
+    check(options, model)
+    if config.blocks.only and (config.blocks.only, options.k) != (1, 1):  # the first is a model of K = 1
         raise UserError(
             f"{args.run} holds block {config.blocks.only} of {config.model.n_blocks} alone: make one model of all blocks'"
             " runs with recurrent-db blocks join"
         )
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]
-    session = Session(model, tokenizer, settings, str(path))
-    lines = open_lines([f"/{word}" for word in (*VALUES, *ACTIONS)])
+    session = Session(model, tokenizer, options, str(path))
+    lines = open_lines([f"/{word}" for word in (*SETTINGS, *ACTIONS)])
     if is_terminal(sys.stdin):
         millions = model.parameter_counts()["total"] / 1e6
         remark(
             f"{path}: {config.objective.name}, {millions:.3g}M parameters, context {config.model.max_seq_len} tokens,"
-            f" {model.embedding.weight.device}; k {settings.k}. /help lists the commands."
+            f" {model.embedding.weight.device}; k {options.k}. /help lists the commands."
         )
     session.run(lines)
     return 0

@@ -1,8 +1,8 @@
-"""Prompts out of held-out text, and continuations of them: real, of a model at some K and decoding, of baselines.
+"""Prompts from held-out text, and their continuations: the real ones, a model's, and those of baselines.
 
-A held-out document is cut into windows of P + N tokens; the first P are a prompt, what follows is its real continuation:
-N tokens, or fewer where the document ends. A model's text ends by the same rule, after N tokens or where it ends the
-document itself. Which windows are taken is a keyed permutation, a function of the seed and the split.
+A held-out document is cut into windows of P + N tokens. The first P are a prompt; the others are its real continuation,
+which is shorter than N where the document ends. A model's text ends by the same rule: after N tokens, or where the model
+ends the document. The seed and the split decide which windows are taken, by a keyed permutation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from recurrent_db.data import TokenData, document, permute
 from recurrent_db.data.shards import PIECE
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.generate import BATCH_SIZE, complete
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import Recurrence
 from recurrent_db.recurrence.walk import DenoiseWalk
@@ -36,7 +36,7 @@ class Prompt:
     real_ids: list[int]
     source: str
     number: int
-    """Of the document within its source."""
+    """The document's number within its source."""
 
 
 def choose_prompts(
@@ -76,34 +76,29 @@ def choose_prompts(
 # Decoding
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are drawn from a model's distribution."""
+def parse_decoding(word: str) -> GenerationOptions:
+    """How tokens are drawn: ``greedy``, ``t=0.8`` (temperature), ``p=0.95`` (top-p), or both: ``t=0.8:p=0.95``.
 
-    name: str
-    temperature: float
-    top_p: float
-
-    @classmethod
-    def parse(cls, word: str) -> Decoding:
-        """``greedy``, ``t=0.8`` (temperature), ``p=0.95`` (top-p), or both: ``t=0.8:p=0.95``. Raises `UserError`."""
-        if word == "greedy":
-            return cls(word, 0.0, 1.0)
-        values = {"t": 1.0, "p": 1.0}
-        for part in word.split(":"):
-            match = re.fullmatch(r"([tp])=([0-9.]+)", part)
-            try:
-                if match is None:
-                    raise ValueError
-                values[match[1]] = float(match[2])
-            except ValueError:
-                raise UserError(f"a decoding is greedy, t=0.8, p=0.95 or t=0.8:p=0.95, not {word!r}") from None
-        if values["t"] <= 0 or not 0 < values["p"] <= 1:
-            raise UserError(f"decoding {word}: t must be above 0, p above 0 and at most 1")
-        return cls(word, values["t"], values["p"])
+    Raises:
+        UserError: another word, or a value out of its range.
+    """
+    if word == "greedy":
+        return GenerationOptions(temperature=0.0)
+    values = {"t": 1.0, "p": 1.0}
+    for part in word.split(":"):
+        match = re.fullmatch(r"([tp])=([0-9.]+)", part)
+        try:
+            if match is None:
+                raise ValueError
+            values[match[1]] = float(match[2])
+        except ValueError:
+            raise UserError(f"a decoding is greedy, t=0.8, p=0.95 or t=0.8:p=0.95, not {word!r}") from None
+    if values["t"] <= 0 or not 0 < values["p"] <= 1:
+        raise UserError(f"decoding {word}: t must be above 0, p above 0 and at most 1")
+    return GenerationOptions(temperature=values["t"], top_p=values["p"])
 
 
-def walked(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
+def with_walk(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
     """A denoiser's walk with another ``bridge`` or ``sampler`` (config.DenoiseConfig); other recurrences have no choice."""
     if not isinstance(recurrence, DenoiseWalk):
         return recurrence
@@ -115,26 +110,24 @@ def continue_prompts(
     model: LoopedLM,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    tokens: int,
-    each: int,
-    k: int,
-    decoding: Decoding,
-    seed: int = 0,
-    rows: int = ROWS_AT_ONCE,
-    progress: Callable[[int], object] = lambda n: None,
+    options: GenerationOptions,
+    draws: int,
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> list[list[list[int]]]:
-    """Continuations by draw and prompt: ``each`` sets of one text a prompt, as ids without the separator.
+    """Continue every prompt several times.
 
-    ``rows`` texts are made at once. Draw j of prompt i is request ``i * each + j``. Greedy decoding of a model that starts
-    from no noise has one draw.
+    Draw j of prompt i is request ``i * draws + j``. Greedy decoding of a model that starts from no noise has one draw.
+
+    Returns:
+        Token ids without the separator, by draw and prompt.
     """
-    if decoding.temperature == 0 and not model.recurrence.stochastic:
-        each = 1
-    sampling = Sampling(decoding.temperature, top_p=decoding.top_p)
+    if options.temperature == 0 and not model.recurrence.stochastic:
+        draws = 1
     sets = []
-    for draw in range(each):
-        requests = [number * each + draw for number in range(len(prompts))]
-        texts = complete(model, tokenizer, prompts, k, tokens, sampling, seed, requests, (), rows, progress)
+    for draw in range(draws):
+        requests = [number * draws + draw for number in range(len(prompts))]
+        texts = complete(model, tokenizer, prompts, options, requests, batch_size=batch_size, progress=progress)
         sets.append([text.ids for text in texts])
     return sets
 

@@ -7,12 +7,12 @@ Importing this module registers the name; it needs the extra ``eval``. Scores co
 
 - A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
   ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
-- Batching, order, padding, shared prefixes and processes change nothing: see `window_scorer`. For a (context, continuation)
-  pair the noise is keyed by the context, so that the choices of one question are compared under the same noise; for a
-  rolling window by the window; for a text by its prompt.
+- Results do not depend on batches, order, padding, shared prefixes or the number of processes: see `window_scorer`. The
+  noise of a (context, continuation) pair is keyed by the context, so the choices of one question are compared under the
+  same noise; that of a rolling window by the window; that of a text by its prompt.
 - A request longer than the window keeps its right end, as in the harness's own models.
-- Where the tokens of the context are not the first tokens of context + continuation (a token straddles the border), the
-  pair is cut after the longest common prefix: the continuation's score then includes the straddling token whole, and no
+- Where a token straddles the border of context and continuation, the pair is cut after the longest common prefix of the
+  tokens of the context and those of the whole text. The continuation's score then includes the straddling token, and no
   byte of the continuation is lost.
 - Several processes (torchrun) each load the checkpoint and share out the work among themselves. The harness sees one
   process: its own way of dividing, by documents, would draw other few-shot examples for each number of processes.
@@ -21,15 +21,11 @@ Importing this module registers the name; it needs the extra ``eval``. Scores co
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,11 +35,10 @@ from recurrent_db.denoise.noise import Below
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
+from recurrent_db.evaluation.lm_eval_arguments import ModelArguments, request_options, with_request_options
 from recurrent_db.evaluation.window_scorer import Result, Window, WindowScorer
-from recurrent_db.generation.generate import ROWS_AT_ONCE, complete
-from recurrent_db.generation.loop_decoder import plain_loop
-from recurrent_db.generation.samplers import Method
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.generate import BATCH_SIZE, complete
+from recurrent_db.generation.samplers import check_served
 from recurrent_db.model import build_model
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
@@ -53,7 +48,6 @@ from recurrent_db.store.loading import load_with_config
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise UserError(f'the lm-eval harness is not installed ({error}): pip install "recurrent-db[eval]"') from None
@@ -67,155 +61,60 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 eval_logger = logging.getLogger("lm_eval.recurrent_db")
 
-_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-
 ANSWERS_VERSION = 1
-"""Raised when the same request to the same checkpoint gets another answer than before: kept answers are void."""
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    """A model argument as int; the harness hands over numbers or the strings they were typed as."""
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise UserError(f"model argument {name} must be a whole number of {least} or more, got {value!r}")
-    return number
-
-
-def _truth(name: str, value: Any) -> bool:
-    """A model argument as bool."""
-    if str(value).lower() not in ("true", "false"):
-        raise UserError(f"model argument {name} must be true or false, got {value!r}")
-    return str(value).lower() == "true"
-
-
-def _generation_options(given: dict[str, Any]) -> dict[str, Any]:
-    """A request's options in the harness's terms, numbers as numbers. Raises `UserError`: they come from a task's file."""
-    try:
-        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            if options.get(name) is not None:
-                options[name] = float(options[name])
-        if options.get("top_k") is not None:
-            options["top_k"] = int(options["top_k"])
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"generation options of the task {given}: {error}") from None
-    if options["max_gen_toks"] < 0:
-        raise UserError(
-            f"generation options of the task: max_gen_toks must be 0 or more, got {options['max_gen_toks']}"
-        )
-    options["until"] = [stop for stop in options["until"] if stop is not None]
-    if not all(isinstance(stop, str) for stop in options["until"]):
-        raise UserError(
-            f"generation options of the task: until must be text or a list of texts, got {options['until']}"
-        )
-    return options
-
-
-def _refuse(unknown: dict[str, Any]) -> None:
-    """Raise UserError for arguments that the model does not have."""
-    unknown.pop("trust_remote_code", None)  # the harness adds it to every model's arguments; it is the tasks'
-    for name in unknown:
-        known = [p for p in inspect.signature(RecurrentDBLM).parameters if p != "unknown"]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise UserError(f"unknown model argument {name!r}; {hint}")
+"""To be raised when the same request to the same checkpoint gets another answer than before: kept answers are then void."""
 
 
 @register_model("recurrent_db")
 class RecurrentDBLM(TemplateLM):
-    """The harness's model arguments (``--model_args checkpoint=RUN,k=8,...``) are the constructor's.
-
-    Args:
-        checkpoint: run directory or checkpoint folder.
-        k: core iterations, 1 or more.
-        sigma: noise level that a denoiser's inference starts from, at most (and by default) its sigma_max: at k = 1 the
-            level of the one read-out, at k > 1 the top of the walk's grid. z starts as noise of that size, without the
-            answer in it, so lower levels show how the model reads noise that it takes for signal.
-        draws: noise draws in the mixture of a likelihood; inference without noise ignores it.
-        batch_size: sequences at once, or "auto" (also "auto:N"): as many as hold 1,024 tokens (a GPU: 32,768) and 2^26
-            logits (2^28). Where a GPU's memory does not hold them, half as many.
-        max_batch_size: the most sequences at once.
-        max_length: window in tokens, at most (and by default) the model's.
-        dtype: "float32", or "bfloat16" for autocast as in training.
-        device: cpu, cuda, cuda:N or auto.
-        seed: of the noise and of sampling.
-        prefix_reuse: run what the choices of a question (or other requests) begin with once.
-        cache: file to keep answers in and to take them from, JSON lines (`answer_cache`). Answers are told apart by the
-            checkpoint's content and everything else that changes them.
-        sampler, exit: how text is generated, as in `generate.generate`; likelihoods are always of all k iterations.
+    """The harness's model. Its arguments are those of `lm_eval_arguments.ModelArguments`.
 
     Raises:
         UserError: an argument that is unknown or out of range, or no checkpoint there.
     """
 
-    def __init__(
-        self,
-        checkpoint: str = "",
-        k: int | str = 8,
-        sigma: float | str | None = None,
-        draws: int | str = 1,
-        batch_size: int | str | None = "auto",
-        max_batch_size: int | str | None = None,
-        max_length: int | str | None = None,
-        dtype: str = "float32",
-        device: str = "auto",
-        seed: int | str = 0,
-        prefix_reuse: bool | str = True,
-        cache: str | None = None,
-        sampler: str = "sequential",
-        exit: str | None = None,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, checkpoint: str = "", **given: Any) -> None:
         super().__init__()
-        _refuse(unknown)
-        if not checkpoint:
-            raise UserError("the model needs a run: --model_args checkpoint=RUN,k=8")
-        self.k = _whole_number("k", k, 1)
-        self.seed = _whole_number("seed", seed, 0)
-        draws = _whole_number("draws", draws, 1)
-        automatic = batch_size is None or re.fullmatch(r"auto(:\d+(\.\d+)?)?", str(batch_size))
-        size = None if automatic else _whole_number("batch_size", batch_size, 1)
-        most = None if max_batch_size is None else _whole_number("max_batch_size", max_batch_size, 1)
-        reuse = _truth("prefix_reuse", prefix_reuse)
-        if dtype not in _DTYPES:
-            raise UserError(f"model argument dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-        self.dtype = dtype
-        self.sampler, self.exit = str(sampler), None if exit is None else str(exit)
-        method = Method.parse(self.sampler, self.exit)
+        self.arguments = ModelArguments.parse({"checkpoint": checkpoint, **given})
+        self.options = self.arguments.options
         self._warned: set[tuple[Any, ...]] = set()
-        self.processes = Processes.join()
+        self.processes, device = Processes.join(), self.arguments.device
         if self.processes.world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', self.processes.rank)) % torch.cuda.device_count()}"
-        self.model, self.tokenizer, config, self.checkpoint = load_with_config(str(checkpoint), str(device))
-        if not method.plain:
-            plain_loop(self.model)
+        self.model, self.tokenizer, self.run_config, self.checkpoint = load_with_config(
+            self.arguments.checkpoint, device
+        )
+        check_served(self.model, self.options)
         self._device = self.model.embedding.weight.device
         window = self.model.config.max_seq_len
-        self.max_length = window if max_length is None else _whole_number("max_length", max_length, 1)
+        self.max_length = self.arguments.max_length or window
         if self.max_length > window:
-            raise UserError(f"model argument max_length = {max_length} is above the model's window of {window} tokens")
-        self.run_config, self.objective = config, config.objective.name
-        self.sigma = self._start_at(sigma)
+            raise UserError(
+                f"model argument max_length = {self.max_length} is above the model's window of {window} tokens"
+            )
+        self.objective = self.run_config.objective.name
+        self.sigma = self._start_at(self.arguments.sigma)
         self.scorer = WindowScorer(
             self.model,
             self.k,
-            draws if self.model.recurrence.stochastic else 1,
-            Rng(self.seed, EVALUATION_STEP),
+            self.arguments.draws if self.model.recurrence.stochastic else 1,
+            Rng(self.options.seed, EVALUATION_STEP),
             self.eot_token_id,
-            size,
-            most,
-            reuse,
+            self.arguments.batch_size,
+            self.arguments.max_batch_size,
+            self.arguments.prefix_reuse,
             self.processes,
             autocast=self._autocast,
         )
-        self.cache = None if cache is None else Path(str(cache))
         self._weights = content_hash(self.checkpoint)
         self.choose(self.k)
         if self.objective == "next_token" and self.k > 1:
             self._warn("%s was trained at K = 1 (next_token) and is evaluated at K = %d", checkpoint, self.k)
+
+    @property
+    def k(self) -> int:
+        """Core iterations."""
+        return self.options.k
 
     def _start_at(self, sigma: float | str | None) -> float | None:
         """Make a denoiser's inference start from ``sigma``; where it starts (None: there is no noise level)."""
@@ -244,21 +143,21 @@ class RecurrentDBLM(TemplateLM):
 
     def choose(self, k: int) -> None:
         """Evaluate at ``k`` from now on."""
-        self.k = self.scorer.k = k
-        if self.cache is not None:
+        self.options, self.scorer.k = replace(self.options, k=k), k
+        if self.arguments.cache is not None:
             owner = {
                 "version": ANSWERS_VERSION,
                 "checkpoint": self._weights,
                 "k": k,
                 "sigma": self.sigma,
                 "draws": self.scorer.draws,
-                "seed": self.seed,
-                "dtype": self.dtype,
+                "seed": self.options.seed,
+                "dtype": self.arguments.dtype,
                 "device": self._device.type,  # a GPU draws other noise than a CPU
             }
-            if (self.sampler, self.exit) != ("sequential", None):
-                owner |= {"sampler": self.sampler, "exit": self.exit}
-            self.scorer.answers = AnswerCache(self.cache, owner)
+            if not self.options.plain:
+                owner |= {"sampler": self.options.sampler, "exit": self.options.exit}
+            self.scorer.answers = AnswerCache(self.arguments.cache, owner)
 
     def untrain(self, seed: int = 0) -> None:
         """Replace the weights by the ones that training of this model could have started from."""
@@ -303,11 +202,11 @@ class RecurrentDBLM(TemplateLM):
             "k": self.k,
             "sigma": self.sigma,
             "draws": self.scorer.draws,
-            "noise_seed": self.seed,
+            "noise_seed": self.options.seed,
             "processes": self.processes.world,
             "prefix_reuse": self.scorer.reuse,
             "max_length": self.max_length,
-            "model_dtype": self.dtype,
+            "model_dtype": self.arguments.dtype,
             "model_num_parameters": self.model.parameter_counts()["total"],
         }
 
@@ -380,8 +279,9 @@ class RecurrentDBLM(TemplateLM):
         return [float(result) for result in results]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        dtype = _DTYPES[self.dtype]
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+        if self.arguments.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, torch.bfloat16)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -396,7 +296,7 @@ class RecurrentDBLM(TemplateLM):
         asked: dict[tuple[str, str, int], tuple[str, dict[str, Any]]] = {}
         for request in requests:
             context, given = request.args
-            options = _generation_options(given)
+            options = request_options(given)
             content = (context, repr(sorted(given.items())))
             names.append((*content, repeats[content] if options["do_sample"] else 0))
             repeats[content] += 1
@@ -413,25 +313,25 @@ class RecurrentDBLM(TemplateLM):
         return [done[name] for name in names]
 
     def _texts(self, asked: Sequence[tuple[str, dict[str, Any], int]], progress: Callable[[int], object]) -> list[str]:
-        """Continuations of (context, options, number of the repeat), kept or new, those of equal options in batches."""
+        """Continuations of (context, options, number of the repeat), kept or new. Equal options share batches."""
         texts: dict[int, str] = {}
         prompts: list[list[int]] = []
         todo: dict[str, list[int]] = {}
         answers = self.scorer.answers
         for number, (context, options, repeat) in enumerate(asked):
             prompts.append(self.tok_encode(context) or [self.eot_token_id])
-            known = answers.get(["text", prompts[-1], options, repeat]) if answers else None
-            if isinstance(known, str):
-                texts[number] = known
+            kept = answers.get(["text", prompts[-1], options, repeat]) if answers else None
+            if isinstance(kept, str):
+                texts[number] = kept
             else:
                 todo.setdefault(repr(options), []).append(number)
         progress(len(texts))
-        rows = self.scorer.batch_size or ROWS_AT_ONCE
-        rows = min(rows, self.scorer.max_batch_size or rows)
+        size = self.scorer.batch_size or BATCH_SIZE
+        size = min(size, self.scorer.max_batch_size or size)
         for numbers in todo.values():
             numbers.sort(key=lambda number: -len(prompts[number]))
             while numbers:
-                batch = numbers[:rows]
+                batch = numbers[:size]
                 options = asked[batch[0]][1]
                 keys = [key("generate", asked[number][2], *prompts[number]) for number in batch]
                 try:
@@ -439,9 +339,9 @@ class RecurrentDBLM(TemplateLM):
                 except torch.OutOfMemoryError:
                     new = []
                 if not new:
-                    rows = self._fewer(len(batch))
+                    size = self._fewer(len(batch))
                     continue
-                del numbers[:rows]
+                del numbers[:size]
                 texts.update(zip(batch, new, strict=True))
                 if answers is not None:
                     each = [(["text", prompts[n], options, asked[n][2]], texts[n]) for n in batch]
@@ -449,28 +349,16 @@ class RecurrentDBLM(TemplateLM):
                 progress(len(batch))
         return [texts[number] for number in range(len(asked))]
 
-    def _fewer(self, rows: int) -> int:
-        """How many texts to generate at once where the GPU's memory did not hold ``rows``."""
-        if rows == 1:
+    def _fewer(self, texts: int) -> int:
+        """How many texts to generate at once where the GPU's memory did not hold ``texts``."""
+        if texts == 1:
             raise UserError("the GPU's memory does not hold one text: a smaller max_length or dtype=bfloat16 may fit")
-        self._warn("out of GPU memory with %d texts at once; going on with fewer", rows)
+        self._warn("out of GPU memory with %d texts at once; going on with fewer", texts)
         torch.cuda.empty_cache()
-        return rows // 2
+        return texts // 2
 
-    def _generate(self, prompts: list[list[int]], options: dict[str, Any], keys: list[int]) -> list[str]:
-        # Sampling without a temperature is sampling from the model's own distribution.
-        temperature = float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0
-        sampling = Sampling(
-            temperature,
-            int(options.get("top_k") or 0),
-            float(options.get("top_p") or 1.0),
-            float(options.get("min_p") or 0.0),
-            float(options.get("repetition_penalty") or 1.0),
-        )
+    def _generate(self, prompts: list[list[int]], request: dict[str, Any], keys: list[int]) -> list[str]:
+        options, cut = with_request_options(self.options, request), [prompt[-self.max_length :] for prompt in prompts]
         with self._autocast():
-            texts = complete(
-                self.model, self.tokenizer, [prompt[-self.max_length :] for prompt in prompts], self.k,
-                options["max_gen_toks"], sampling, self.seed, keys, options["until"], rows=len(prompts),
-                sampler=self.sampler, exit=self.exit,
-            )  # fmt: skip
+            texts = complete(self.model, self.tokenizer, cut, options, keys, batch_size=len(prompts))
         return list(map(str, texts))

@@ -1,19 +1,18 @@
-"""Samplers that draft tokens at few iterations and give what K iterations give: `Speculative` and `Diagonal`.
+"""Decoders that draft tokens at few iterations and give what K iterations give.
 
-Both rest on one fact: iteration n of a position depends on iterations up to n of it and of the positions before it, and on
-nothing later. What was drafted is thus not thrown away but gone on with: a draft's iterations are the verification's first.
+Both rest on one fact: iteration n of a position depends on iterations up to n of it and of earlier positions, and on nothing
+later. A draft's iterations are therefore kept: they are the first iterations of its verification.
 
-- `Speculative` drafts a block token by token at ``draft_k`` iterations, then runs the other K - draft_k of the whole block
-  in one pass, a product of matrices where decoding has a product with a vector for each token. It keeps tokens up to the
-  first that the K iterations do not confirm, and there takes theirs: under greedy decoding the very tokens of sequential
-  decoding; else by rejection sampling (arXiv 2211.17192, 2302.01318), which has the same distribution.
-- `Diagonal` (after arXiv 2510.14961) has a new position start each step, before the ones ahead of it are through: a step
-  makes ``inner`` iterations of all positions in flight, each the next ones of its own, reads all of them out, and lets the
-  newest read-out's token start. Where a later read-out of a position says another token than an earlier one did, what was
-  built on that starts again. A token is final when its position has had K iterations, all of them over final tokens, so
-  every draw is that of sequential decoding under the same seed, at any temperature. Unverified, as published, nothing
-  starts again: states are kept when their tokens change. That takes one step a token whatever it says, and gives other
-  text.
+- `SpeculativeDecoder` drafts a block token by token at ``draft_k`` iterations. It then runs the other K - draft_k iterations
+  of the whole block in one pass: products of matrices, where decoding has a product with a vector for each token. It keeps
+  tokens up to the first that K iterations do not confirm, and there takes theirs. Greedy text is that of sequential
+  decoding; sampling is by rejection (arXiv 2211.17192, 2302.01318), which has the same distribution.
+- `DiagonalDecoder` (after arXiv 2510.14961) starts a new position each step, before earlier ones have finished. A step makes
+  ``inner`` iterations of all positions in flight, each its own next ones, reads all of them out, and starts the token that
+  the newest read-out gives. Where a later read-out of a position gives another token than an earlier one did, what was
+  built on that token starts again. A token is final when its position has had K iterations, all of them over final
+  tokens, so every draw is that of sequential decoding under the same seed, at any temperature. Unverified, as published,
+  nothing starts again: states are kept when their tokens change. That takes one step for each token and gives other text.
 
 Shapes: B rows, T positions of a block, W stages along the diagonal, D width, V vocabulary.
 """
@@ -25,19 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_db.generation.loop_decoder import LoopRows
-from recurrent_db.generation.sampling import Sampling, pick
+from recurrent_db.generation.loop_decoder import LoopDecoder
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sampling import pick, probabilities
 
 
-def picks(logits_NV: Tensor, sampling: Sampling) -> list[Any]:
-    """The most likely tokens, in lists as logits (..., V) are, where these are what is asked for; else nothing."""
-    return logits_NV.argmax(-1).tolist() if sampling.plainly_greedy else []
+def most_likely(logits_NV: Tensor, options: GenerationOptions) -> list[Any]:
+    """The most likely tokens, in nested lists as logits (..., V) are; an empty list where the options ask for others."""
+    return logits_NV.argmax(-1).tolist() if options.argmax else []
 
 
-class Speculative(LoopRows):
-    """Drafts ``block`` - 1 tokens at ``draft_k`` iterations and verifies them at K; other arguments as of `LoopRows`.
+class SpeculativeDecoder(LoopDecoder):
+    """Drafts ``block`` - 1 tokens at ``draft_k`` iterations and verifies them at K. Other arguments as of `LoopDecoder`.
 
-    A turn gives each row from one token to ``block`` of them.
+    A step gives each row from one token to ``block`` tokens.
     """
 
     def __init__(self, *args: Any, draft_k: int, block: int) -> None:
@@ -46,207 +46,211 @@ class Speculative(LoopRows):
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, list[int]]]:
-        cache = self.ready()
-        lengths = [len(self.ids[row]) - self._firsts[row] - 1 for row in self.rows]
-        # A row's block ends with its window and with its text, whatever the others have.
+        cache, batch = self.prepare_cache(), self.batch
+        firsts = self.next_positions()
+        # A row's block ends with its window and with its text, whatever the other rows have left.
         sizes = [
-            min(self.block, self.room(row) - n) * (row in self.alive) for row, n in zip(self.rows, lengths, strict=True)
+            min(self.block, batch.context_limit(sequence) - first) * (sequence in batch.active)
+            for sequence, first in zip(batch.rows, firsts, strict=True)
         ]
-        length = max(sizes)
-        places_BT = torch.full((len(self.rows), length), cache.capacity)
-        for index, (n, size) in enumerate(zip(lengths, sizes, strict=True)):
-            places_BT[index, :size] = torch.arange(n, n + size)
-        drafts, wants, state_BTD, e_BTD = self._draft(places_BT)
-        visible = cache.pass_over(places_BT, start=self.draft_k)
+        positions_BT = torch.full((len(batch.rows), max(sizes)), cache.dummy)
+        for row, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
+            positions_BT[row, :size] = torch.arange(first, first + size)
+        drafts, draft_probabilities, state_BTD, e_BTD = self._draft(positions_BT)
+        visible = cache.pass_over(positions_BT, start=self.draft_k)
         state_BTD = self.model.iterate(state_BTD, e_BTD, self.k - self.draft_k, visible=visible)
         logits_BTV = self.logits(state_BTD, visible).cpu()
-        out = []
-        for index, row in enumerate(self.rows):
-            if row in self.alive:
-                taken = self._verified(row, drafts[index][: sizes[index] - 1], wants[index], logits_BTV[index])
-                out.append((row, taken))
-                self.stats.drafted += min(len(taken), sizes[index] - 1)
-                self.stats.accepted += len(taken) - 1
-                self.stats.read += len(taken)
-                self.stats.iterations += self.k * len(taken)
+        drawn = []
+        for row, sequence in enumerate(batch.rows):
+            if sequence in batch.active:
+                draft = drafts[row][: sizes[row] - 1]
+                tokens = self._verified(sequence, draft, draft_probabilities[row], logits_BTV[row])
+                drawn.append((sequence, tokens))
+                self.stats.drafted += min(len(tokens), sizes[row] - 1)
+                self.stats.accepted += len(tokens) - 1
+                self.stats.positions += len(tokens)
+                self.stats.iterations += self.k * len(tokens)
         self.stats.steps += 1
-        return out
+        return drawn
 
-    def _draft(self, places_BT: Tensor) -> tuple[list[list[int]], list[list[Tensor]], Tensor, Tensor]:
-        """Each row's drafted tokens and the probabilities that they were drawn from (none where greedy); the block's states
-        after the draft's iterations, and its contexts, (B, T, D)."""
-        cache, model = self.cache, self.model
+    def _draft(self, positions_BT: Tensor) -> tuple[list[list[int]], list[list[Tensor]], Tensor, Tensor]:
+        """Draft a block.
+
+        Returns:
+            Each row's drafted tokens; the probabilities that they were drawn from (none where greedy); the block's states
+            after the draft's iterations and its contexts, (B, T, D).
+        """
+        cache, model, batch = self.cache, self.model, self.batch
         assert cache is not None
-        tokens = [[self.ids[row][-1]] for row in self.rows]
-        wants: list[list[Tensor]] = [[] for _ in self.rows]
+        tokens = [batch.ids[sequence][-1:] for sequence in batch.rows]
+        draft_probabilities: list[list[Tensor]] = [[] for _ in batch.rows]
         states, contexts = [], []
-        for place, places_B1 in enumerate(places_BT.split(1, dim=1)):
-            visible = cache.pass_over(places_B1)
-            e_B1D = model.encode(torch.tensor([row[-1:] for row in tokens], device=cache.device), visible)
-            start_B1D = self.start_BSD[torch.arange(len(tokens))[:, None], places_B1].to(e_B1D.dtype)
+        for index, positions_B1 in enumerate(positions_BT.split(1, dim=1)):
+            visible = cache.pass_over(positions_B1)
+            e_B1D = model.encode(torch.tensor([ids[-1:] for ids in tokens], device=cache.device), visible)
+            start_B1D = self.start_BSD[torch.arange(len(tokens))[:, None], positions_B1].to(e_B1D.dtype)
             states.append(model.iterate(start_B1D, e_B1D, self.draft_k, visible=visible))
             contexts.append(e_B1D)
-            if place + 1 == places_BT.shape[1]:
+            if index + 1 == positions_BT.shape[1]:
                 break
             logits_BV = self.logits(states[-1], visible)[:, 0].cpu()
-            best = picks(logits_BV, self.sampling)
-            for index, row in enumerate(self.rows):
+            best = most_likely(logits_BV, self.options)
+            for row, sequence in enumerate(batch.rows):
                 if best:
-                    tokens[index].append(best[index])
+                    tokens[row].append(best[row])
                     continue
-                seen = self.ids[row] + tokens[index][1:]
-                q_V = self.sampling.probabilities(logits_BV[index], seen)
-                tokens[index].append(pick(q_V, self.uniform(row, "draft", len(seen))))
-                wants[index].append(q_V)
-        return [row[1:] for row in tokens], wants, torch.cat(states, dim=1), torch.cat(contexts, dim=1)
+                ids = batch.ids[sequence] + tokens[row][1:]
+                q_V = probabilities(logits_BV[row], self.options, ids)
+                tokens[row].append(pick(q_V, self.uniform(sequence, "draft", len(ids))))
+                draft_probabilities[row].append(q_V)
+        return [ids[1:] for ids in tokens], draft_probabilities, torch.cat(states, dim=1), torch.cat(contexts, dim=1)
 
-    def _verified(self, row: int, drafts: list[int], wants: list[Tensor], logits_TV: Tensor) -> list[int]:
-        """The drafted tokens up to the first that is rejected, and another one: in its place, or after all of them.
+    def _verified(
+        self, sequence: int, draft: list[int], draft_probabilities: list[Tensor], logits_TV: Tensor
+    ) -> list[int]:
+        """The drafted tokens up to the first that is rejected, and one more: in its place, or after all of them.
 
-        A token x drafted from q is kept with probability min(1, p(x) / q(x)), and else drawn from what p has over q.
+        A token x drafted from q is kept with probability min(1, p(x) / q(x)). Otherwise another is drawn from the positive
+        part of p - q.
         """
-        taken: list[int] = []
-        best = picks(logits_TV, self.sampling)
-        for place, draft in enumerate(drafts):
+        accepted: list[int] = []
+        best = most_likely(logits_TV, self.options)
+        for index, token in enumerate(draft):
             if best:
-                taken.append(best[place])
-                if best[place] != draft:
-                    return taken
+                accepted.append(best[index])
+                if best[index] != token:
+                    return accepted
                 continue
-            seen = self.ids[row] + taken
-            p_V, q_V = self.sampling.probabilities(logits_TV[place], seen), wants[place]
-            kept = self.uniform(row, "accept", len(seen)) * q_V[draft] < p_V[draft]
+            ids = self.batch.ids[sequence] + accepted
+            p_V, q_V = probabilities(logits_TV[index], self.options, ids), draft_probabilities[index]
+            holds = self.uniform(sequence, "accept", len(ids)) * q_V[token] < p_V[token]
             rest_V = (p_V - q_V).clamp(min=0)
-            if kept or not rest_V.any():  # they are one distribution but for rounding
-                taken.append(draft)
+            if holds or not rest_V.any():  # without a rest they are one distribution but for rounding
+                accepted.append(token)
                 continue
-            return [*taken, pick(rest_V, self.uniform(row, "rest", len(seen)))]
+            return [*accepted, pick(rest_V, self.uniform(sequence, "rest", len(ids)))]
         if best:
-            return [*taken, best[len(drafts)]]
-        seen = self.ids[row] + taken
-        return [*taken, self.sampling.draw(logits_TV[len(drafts)], seen, self.uniform(row, "token", len(seen)))]
+            return [*accepted, best[len(draft)]]
+        return [*accepted, self.draw(sequence, logits_TV[len(draft)], self.batch.ids[sequence] + accepted)]
 
 
-class Diagonal(LoopRows):
-    """Starts a position each step and refines all that are in flight by ``inner`` iterations, W = ceil(K / inner) stages
-    of them; other arguments as of `LoopRows`. ``verified``: what is final equals sequential decoding.
+class DiagonalDecoder(LoopDecoder):
+    """Starts a position each step and runs ``inner`` more iterations of all in flight: W = ceil(K / inner) stages of them.
 
-    A step gives each row one token or none.
+    ``verified``: the text equals sequential decoding. Other arguments as of `LoopDecoder`. A step gives each row one token
+    or none.
     """
 
     def __init__(self, *args: Any, inner: int, verified: bool = True) -> None:
         super().__init__(*args)
         self._inner, self.verified, self.stages = inner, verified, -(-self.k // inner)
-        self._tokens: list[list[int]] = [[] for _ in self.ids]
-        """By position, of the cache's rows: a context and guesses that follow it, of which the last has not started."""
-        self._started = [0] * len(self.ids)
-        self._places: list[list[int]] = [[] for _ in self.ids]
-        """Their positions by stage; nowhere, the cache's last slot, where a stage has none."""
+        self._tokens: list[list[int]] = [[] for _ in self.batch.ids]
+        """Each row's context and the guesses that follow it. The last guess has not started."""
+        self._started = [0] * len(self.batch.ids)
+        """How many of these tokens have started."""
+        self._positions: list[list[int]] = [[] for _ in self.batch.ids]
+        """Each row's positions in flight, by stage; the dummy position where a stage has none."""
 
-    def read(self, indices: list[int]) -> Tensor:
+    def prefill(self, rows: list[int]) -> Tensor:
         assert self.cache is not None
-        if len(indices) == len(self.rows):
-            self._state_WBD = self.start_BSD.new_zeros(self.stages, len(self.rows), self.start_BSD.shape[2])
-        for index in indices:
-            row = self.rows[index]
-            self._tokens[index] = self.ids[row][self._firsts[row] :]
-            self._started[index] = len(self._tokens[index]) - 1
-            self._places[index] = [self.cache.capacity] * self.stages
-        return super().read(indices)
+        batch = self.batch
+        if len(rows) == len(batch.rows):
+            self._state_WBD = self.start_BSD.new_zeros(self.stages, len(batch.rows), self.start_BSD.shape[2])
+        for row in rows:
+            self._tokens[row] = batch.context(batch.rows[row])
+            self._started[row] = len(self._tokens[row]) - 1
+            self._positions[row] = [self.cache.dummy] * self.stages
+        return super().prefill(rows)
 
-    def keep(self, indices: list[int]) -> None:
-        super().keep(indices)
-        self._tokens = [self._tokens[index] for index in indices]
-        self._started = [self._started[index] for index in indices]
-        self._places = [self._places[index] for index in indices]
-        self._state_WBD = self._state_WBD[:, indices]
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self._tokens = [self._tokens[row] for row in rows]
+        self._started = [self._started[row] for row in rows]
+        self._positions = [self._positions[row] for row in rows]
+        self._state_WBD = self._state_WBD[:, rows]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, list[int]]]:
-        self.ready()
+        self.prepare_cache()
         self._start()
         logits_BWV = self._refine()
         self.stats.steps += 1
-        best = picks(logits_BWV, self.sampling)
-        out = []
-        for index, row in enumerate(self.rows):
-            if row in self.alive:
-                final = self._read(index, logits_BWV[index], best[index] if best else None)
-                out += [] if final is None else [(row, [final])]
-        return out
+        best = most_likely(logits_BWV, self.options)
+        drawn = []
+        for row, sequence in enumerate(self.batch.rows):
+            if sequence in self.batch.active:
+                final = self._revise(row, logits_BWV[row], best[row] if best else None)
+                drawn += [] if final is None else [(sequence, [final])]
+        return drawn
 
     def _start(self) -> None:
-        """All positions move on by one stage, and each row's newest guess takes the first."""
+        """Move all positions on by one stage, and let each row's newest guess take the first."""
         assert self.cache is not None
-        nowhere, new = self.cache.capacity, []
-        for index, row in enumerate(self.rows):
-            place = self._started[index]
-            if row not in self.alive:
-                self._places[index] = [nowhere] * self.stages
-            starts = row in self.alive and place < min(len(self._tokens[index]), self.room(row))
-            new.append(place if starts else nowhere)
-            self._started[index] += starts
-            self._places[index] = [new[-1], *self._places[index][:-1]]
-        start_1BD = self.start_BSD[list(range(len(self.rows))), new][None].to(self._state_WBD.dtype)
+        dummy, new = self.cache.dummy, []
+        for row, sequence in enumerate(self.batch.rows):
+            position, active = self._started[row], sequence in self.batch.active
+            if not active:
+                self._positions[row] = [dummy] * self.stages
+            starts = active and position < min(len(self._tokens[row]), self.batch.context_limit(sequence))
+            new.append(position if starts else dummy)
+            self._started[row] += starts
+            self._positions[row] = [new[-1], *self._positions[row][:-1]]
+        start_1BD = self.start_BSD[list(range(len(new))), new][None].to(self._state_WBD.dtype)
         self._state_WBD = torch.cat((start_1BD, self._state_WBD[:-1]))
 
     def _refine(self) -> Tensor:
-        """The next iterations of all that is in flight, and its read-outs, (B, W, V)."""
-        cache, model, width = self.cache, self.model, self.stages
+        """Run the next iterations of all positions in flight. Returns their logits, (B, W, V)."""
+        cache, model, width, rows = self.cache, self.model, self.stages, len(self.batch.rows)
         assert cache is not None
-        nowhere = cache.capacity
         ids = [
-            [0 if place == nowhere else tokens[place] for place in places]
-            for tokens, places in zip(self._tokens, self._places, strict=True)
+            [0 if position == cache.dummy else tokens[position] for position in positions]
+            for tokens, positions in zip(self._tokens, self._positions, strict=True)
         ]
-        places_BW = torch.tensor(self._places)
-        once = cache.pass_over(places_BW)  # prelude and coda have no stages
+        positions_BW = torch.tensor(self._positions)
+        once = cache.pass_over(positions_BW)  # prelude and coda have no stages
         e_BWD = model.encode(torch.tensor(ids, device=cache.device), once)
         e_ND, state_ND = e_BWD.transpose(0, 1).flatten(0, 1), self._state_WBD.flatten(0, 1).to(e_BWD.dtype)
-        places_N1 = places_BW.T.flatten()[:, None]
+        positions_N1 = positions_BW.T.flatten()[:, None]
         last = self.k - (width - 1) * cache.inner  # iterations of the last stage, which may be fewer
         for first, count, planes in ((0, last, width), (last, cache.inner - last, width - 1)):
-            n = planes * len(self.rows)
+            n = planes * rows
             if count and n:
-                visible = cache.pass_over(places_N1[:n], start=first, planes=planes)
+                visible = cache.pass_over(positions_N1[:n], start=first, planes=planes)
                 new_N1D = model.iterate(state_ND[:n, None], e_ND[:n, None], count, visible=visible)
                 state_ND = torch.cat((new_N1D[:, 0], state_ND[n:]))
         self._state_WBD = state_ND.unflatten(0, (width, -1))
         return self.logits(self._state_WBD.transpose(0, 1), once).cpu()
 
-    def _read(self, index: int, logits_WV: Tensor, best: list[int] | None) -> int | None:
-        """Take a row's read-outs, the oldest position's first: guesses that they say otherwise are replaced. Returns the
-        token that is final now, if any."""
+    def _revise(self, row: int, logits_WV: Tensor, best: list[int] | None) -> int | None:
+        """Replace the guesses of a row that its read-outs contradict, from the oldest position on. Returns the token that is
+        final now, if any."""
         assert self.cache is not None
-        row, tokens, places, final = self.rows[index], self._tokens[index], self._places[index], None
-        before = self.ids[row][: self._firsts[row]]
+        sequence, tokens, positions, final = self.batch.rows[row], self._tokens[row], self._positions[row], None
+        forgotten = self.batch.ids[sequence][: self.batch.starts[sequence]]
         for stage in reversed(range(self.stages)):
-            place = places[stage]
-            if place == self.cache.capacity:
+            position, is_final = positions[stage], stage == self.stages - 1
+            if position == self.cache.dummy:
                 continue
             if best is not None:
                 token = best[stage]
             else:
-                seen = before + tokens[: place + 1]
-                token = self.sampling.draw(logits_WV[stage], seen, self.uniform(row, "token", len(seen)))
-            guess = tokens[place + 1] if place + 1 < len(tokens) else None
-            if stage == self.stages - 1:
+                token = self.draw(sequence, logits_WV[stage], forgotten + tokens[: position + 1])
+            if is_final:
                 final = token
-                self.stats.read += 1
+                self.stats.positions += 1
                 self.stats.iterations += self.k
-            if guess is not None and self._started[index] > place + 1:
-                wrong = guess != token
-                if wrong or stage == self.stages - 1:
-                    self.stats.drafted += 1
-                    self.stats.accepted += not wrong
+            guess = tokens[position + 1] if position + 1 < len(tokens) else None
+            if guess is not None and self._started[row] > position + 1 and (is_final or guess != token):
+                self.stats.drafted += 1
+                self.stats.accepted += guess == token
             if guess is None:
                 tokens.append(token)
             elif guess != token and self.verified:
-                del tokens[place + 1 :]
+                del tokens[position + 1 :]
                 tokens.append(token)
-                self._started[index] = min(self._started[index], place + 1)
-                places[:stage] = [self.cache.capacity] * stage
+                self._started[row] = min(self._started[row], position + 1)
+                positions[:stage] = [self.cache.dummy] * stage
                 break
             elif guess != token:
-                tokens[place + 1] = token
+                tokens[position + 1] = token
         return final

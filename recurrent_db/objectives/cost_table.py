@@ -6,17 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from recurrent_db.accounting.flops import (
-    Cost,
-    Passes,
-    cache_numbers_per_token,
-    cost_per_token,
-    inference_cost,
-    total,
-)
+from recurrent_db.accounting.flops import Cost, cache_numbers_per_token, cost_per_token, inference_cost, total
 from recurrent_db.config import Config
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
+from recurrent_db.model.passes import Passes
 from recurrent_db.optim.optimizer import update_flops
 
 KS = (1, 2, 4, 8, 16, 32)

@@ -1,8 +1,8 @@
-"""What the iterations did: the read-out after each of them, for tokens of a text as generation draws them.
+"""What each iteration contributes: the read-out after each of them, for tokens of a generated text.
 
-For a plain loop the read-out after iteration i is what the model says at K = i. For a denoiser's walk of K levels it is the
-estimate of level i, read out; the walk with fewer levels would have others. The last one is in both cases the distribution
-that the token is drawn from, before temperature and filters (with a full cache, but for rounding).
+For a plain loop the read-out after iteration i is what the model says at K = i. For a denoiser it is the read-out of the
+estimate at level i of K; a walk of fewer levels has other levels. The last read-out is the distribution that the token is
+drawn from, before temperature and filters (with a full cache, but for rounding).
 
 Shapes: T positions, D width, V vocabulary, K iterations, N tokens traced.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.sampler import EVALUATIONS
+from recurrent_db.generation.sequences import context_start
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.recurrence.walk import DenoiseWalk
@@ -43,12 +44,6 @@ class Trace:
         return torch.nn.functional.pad(kl, (1, 0), value=float("nan"))
 
 
-def context_start(prompt: int, length: int, window: int) -> int:
-    """Where the context of a text's next token starts (see `generate`) when it has ``length`` tokens, first ``prompt``."""
-    start, half = max(0, prompt - window), max(1, window // 2)
-    return start + half * max(0, -((window + start - length) // half))
-
-
 def _hidden(model: LoopedLM, tokens_BT: Tensor, k: int, noise: NoiseSource) -> Tensor:
     """Hidden vectors after each iteration, (K, B, T, D)."""
     recurrence, e_BTD = model.recurrence.ready(model), model.encode(tokens_BT)
@@ -67,9 +62,9 @@ def trace(model: LoopedLM, ids: list[int], prompt: int, k: int, seed: int = 0, r
     """Read-outs for the token after the first ``prompt`` ids and for that after each further one.
 
     Args:
-        ids: a prompt's tokens and those generated after it.
-        prompt: how many of them are the prompt, 1 or more.
-        k, seed, request: as the text was generated with.
+        ids: the tokens of a prompt and of the text generated after it.
+        prompt: the prompt's length in tokens, 1 or more.
+        k, seed, request: those that the text was generated with.
     """
     window, rng, each = model.config.max_seq_len, Rng(seed, EVALUATION_STEP), []
     lengths = range(prompt, len(ids) + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from helpers import micro_config, micro_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from recurrent_db.accounting.flops import cached_cost, cost_per_token, inference_cost, step_cost, total
+from recurrent_db.accounting.flops import cost_per_token, inference_cost, step_cost, total
 from recurrent_db.commands import flops
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
-from recurrent_db.generation.generate import Decoder, stream
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation import sequential
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.samplers import make_decoder
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Rule
 from recurrent_db.model.passes import Passes
@@ -254,15 +254,13 @@ def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.M
     is outgrown, a batch."""
     window = ["--model.max_seq_len", "8", "--data.sequence_length", "8"]
     model, _ = micro_model(micro_config("--objective.name", *options, *window))
-    monkeypatch.setattr(sys.modules["recurrent_db.generation.generate"], "_LOGITS_AT_ONCE", 3 * 61)
+    monkeypatch.setattr(sequential, "_LOGITS_AT_ONCE", 3 * 61)
     for prompts, new in (([7], 1), ([5], 6), ([4, 1], 2)):
-        decoders: list[Decoder] = []
+        decoder = make_decoder(model, [list(range(n)) for n in prompts], GenerationOptions(k=k, max_new_tokens=new))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            for _ in stream(model, [list(range(n)) for n in prompts], k, new, Sampling(), watch=decoders.append):
+            for _ in decoder.stream():
                 pass
-        passes = model.recurrence.passes(k)
-        costs = [w.rows * cached_cost(model.config, passes, w.first, w.stop, w.read) for w in decoders[0].work]
-        assert sum(costs) == pytest.approx(counter.get_total_flops(), rel=1e-9)
+        assert decoder.flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 @pytest.mark.parametrize("injection", ["linear", "add"])
@@ -279,9 +277,9 @@ def test_what_fast_samplers_cost(injection: str, method: dict[str, Any]) -> None
     """Block by block, against the counter: prompts of several lengths, lost drafts, a window that is outgrown."""
     window = ["--model.max_seq_len", "8", "--data.sequence_length", "8", "--model.injection", injection]
     model, _ = micro_model(micro_config("--objective.name", "unrolled", *window))
-    engines: list[Any] = []
+    options = GenerationOptions(k=5, max_new_tokens=9, **method)
+    decoder = make_decoder(model, [[1, 2, 3, 4, 5], [6], [7, 8]], options)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
-        for _ in stream(model, prompts, 5, 9, Sampling(), watch=engines.append, **method):
+        for _ in decoder.stream():
             pass
-    assert engines[0].flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
+    assert decoder.flops == pytest.approx(counter.get_total_flops(), rel=1e-9)

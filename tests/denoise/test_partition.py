@@ -24,7 +24,8 @@ from recurrent_db.denoise.noise import LogNormal, LogUniform
 from recurrent_db.denoise.partition import Partition, convert, split_layers
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import draw_log_probabilities, token_log_probabilities
-from recurrent_db.generation.generate import generate_tokens
+from recurrent_db.generation.generate import stream
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
 from recurrent_db.model.passes import Passes
@@ -229,7 +230,7 @@ def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pyt
         token_log_probabilities(model, micro.tokens_BT, micro.targets_BT, [1, 4, 8], Rng(0, -1), micro.sample_index_B)
     scored = len(seen)
     assert scored > trained
-    assert len(list(generate_tokens(model, [1, 2, 3], 8, 2))) == 2
+    assert len(list(stream(model, [[1, 2, 3]], GenerationOptions(k=8, max_new_tokens=2)))) == 2
     assert {number for number, _ in seen[scored:]} == {1, 2, 3, 4}
     for number, sigma in seen:
         at_edge = min(abs(math.log(sigma / edge)) for edge in parts.edges) < 1e-4  # fp32 rounding cannot tell

@@ -19,15 +19,16 @@ from recurrent_db.commands.train import arguments
 from recurrent_db.data import TokenData, open_data, prepare
 from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.evaluation.continuations import (
-    Decoding,
     choose_prompts,
     continue_prompts,
     frequencies,
     independent_texts,
-    walked,
+    parse_decoding,
+    with_walk,
 )
 from recurrent_db.evaluation.judge import RECORD, marks, record
 from recurrent_db.evaluation.text_metrics import DISTINCT_MARGIN, has_mauve
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.training import trainer
 
@@ -63,12 +64,11 @@ def test_prompts_are_drawn_evenly_and_by_seed() -> None:
 
 
 def test_decodings() -> None:
-    assert Decoding.parse("greedy") == Decoding("greedy", 0.0, 1.0)
-    assert Decoding.parse("p=0.95") == Decoding("p=0.95", 1.0, 0.95)
-    assert Decoding.parse("t=0.7:p=.9") == Decoding("t=0.7:p=.9", 0.7, 0.9)
+    for word, temperature, top_p in (("greedy", 0.0, 1.0), ("p=0.95", 1.0, 0.95), ("t=0.7:p=.9", 0.7, 0.9)):
+        assert parse_decoding(word) == GenerationOptions(temperature=temperature, top_p=top_p)
     for word in ("", "top", "t=", "t=0", "p=1.1", "p=0", "t=1.2.3", "t=-1", "greedy:p=.9"):
         with pytest.raises(UserError):
-            Decoding.parse(word)
+            parse_decoding(word)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -77,23 +77,24 @@ def test_continuations(name: str, tokenizer: Tokenizer) -> None:
     config = micro_config("--objective.name", name)
     model = micro_model(config, tokenizer.vocab_size, spread=0.1)[0].float().eval()
     prompts = [tokenizer.encode(text) for text in ("def f", "import os")]
-    sampled = continue_prompts(model, tokenizer, prompts, 6, 3, 2, Decoding.parse("t=1"))
+    options = GenerationOptions(k=2, max_new_tokens=6)
+    sampled = continue_prompts(model, tokenizer, prompts, options, 3)
     assert [len(texts) for texts in sampled] == [2, 2, 2]
     assert all(len(ids) <= 6 and tokenizer.eos_id not in ids for texts in sampled for ids in texts)
     assert len({tuple(texts[0]) for texts in sampled}) == 3
-    assert sampled == continue_prompts(model, tokenizer, prompts, 6, 3, 2, Decoding.parse("t=1"))
-    greedy = continue_prompts(model, tokenizer, prompts, 6, 3, 2, Decoding.parse("greedy"))
+    assert sampled == continue_prompts(model, tokenizer, prompts, options, 3)
+    greedy = continue_prompts(model, tokenizer, prompts, options.changed(temperature=0), 3)
     assert len(greedy) == (3 if model.recurrence.stochastic else 1)
 
 
 def test_another_walk_leaves_the_models_own_as_it_is() -> None:
     model, _ = micro_model(micro_config("--objective.name", "denoise"))
     own = model.recurrence
-    other = walked(own, {"bridge": "hard", "sampler": "heun"})
+    other = with_walk(own, {"bridge": "hard", "sampler": "heun"})
     assert isinstance(own, DenoiseWalk) and isinstance(other, DenoiseWalk)
     assert (other.config.bridge, other.config.sampler, own.config.bridge) == ("hard", "heun", "soft")
     flat, _ = micro_model(micro_config("--objective.name", "next_token"))
-    assert walked(flat.recurrence, {}) is flat.recurrence
+    assert with_walk(flat.recurrence, {}) is flat.recurrence
 
 
 def test_independent_texts() -> None:

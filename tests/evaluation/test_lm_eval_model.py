@@ -103,9 +103,11 @@ def test_generation_stops_at_strings_and_lengths(
     text = "one two\nthree \u65e5\u672c\u8a9e four\n\n\nfive"
     ids = tokenizer.encode(text)
 
-    def said(model: Any, prompts: Any, k: int, count: int, *rest: Any) -> Iterator[tuple[int, int]]:
-        _sampling, _seed, _keys, over, *_method = rest
-        return ((0, token) for token in itertools.takewhile(lambda token: not over(0, token), ids[:count]))
+    def said(
+        model: Any, prompts: Any, options: Any, requests: Any, ends_text: Any, *_: Any
+    ) -> Iterator[tuple[int, int]]:
+        count = options.max_new_tokens
+        return ((0, token) for token in itertools.takewhile(lambda token: not ends_text(0, token), ids[:count]))
 
     monkeypatch.setattr(sys.modules["recurrent_db.generation.generate"], "stream", said)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from recurrent_db import UserError, generate
 from recurrent_db.data.tokenizer import Tokenizer
-from recurrent_db.generation.adaptive import THRESHOLDS, Exit
+from recurrent_db.generation import decoder
+from recurrent_db.generation.adaptive import settled
+from recurrent_db.generation.decoder import DecodingStats, EndsText, never
 from recurrent_db.generation.generate import stream
-from recurrent_db.generation.loop_decoder import Stats
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.options import THRESHOLDS, Exit, GenerationOptions
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import SDPA, Rule, Visible
 from recurrent_db.model.recurrence import NoiseSource
@@ -35,14 +37,6 @@ def built(objective: str = "unrolled") -> LoopedLM:
 def prompts_of(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(61, (length,), generator=generator).tolist() for length in lengths]
-
-
-class Recording(Sampling):
-    """Keeps the logits that tokens are drawn from."""
-
-    def draw(self, logits_V: Tensor, seen: object, u: float) -> int:
-        self.__dict__.setdefault("logits", []).append(logits_V)
-        return super().draw(logits_V, seen, u)  # type: ignore[arg-type]
 
 
 class Held:
@@ -71,7 +65,7 @@ class Held:
         raise NotImplementedError
 
 
-def settled(word: str, old: Tensor, new: Tensor) -> bool:
+def near_enough(word: str, old: Tensor, new: Tensor) -> bool:
     """The criteria once more, for two vectors of logits or states."""
     name, _, threshold = word.partition(":")
     if name == "latent":
@@ -116,7 +110,7 @@ def defined(
         states = states_of(context, at, starts)
         outs = [model.logits(model.decode(left_with(states, [*at[:-1], n])))[0, -1] for n in range(K + 1)]
         seen = [state[0, -1] for state in states] if (exit or "").startswith("latent") else outs
-        depth = next((n for n in range(2, K + 1) if exit and settled(exit, seen[n - 1], seen[n])), K)
+        depth = next((n for n in range(2, K + 1) if exit and near_enough(exit, seen[n - 1], seen[n])), K)
         depths[len(ids) - 1] = depth
         logits.append(outs[depth])
         ids.append(int(outs[depth].argmax()))
@@ -127,45 +121,57 @@ def defined(
     ("exit", "warm"), [*((exit, False) for exit in EXITS), *((exit, True) for exit in EXITS), (None, True)]
 )
 @pytest.mark.parametrize("length", [1, 6, WINDOW - 2, WINDOW + 5])
-def test_against_the_uncached_definition(exit: str | None, warm: bool, length: int) -> None:
+def test_against_the_uncached_definition(
+    exit: str | None, warm: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens, depths, and logits within 1e-9 in float64; contexts that grow out of the window, too."""
     model, [prompt] = built(), prompts_of(length)
-    stats, sampling = Stats(), Recording(0)
-    drawn = stream(model, [prompt], K, 7, sampling, 1, exit=exit, warm_start=warm, stats=stats)
+    stats, draw = DecodingStats(), decoder.draw
+    recorded: list[Tensor] = []
+
+    def recording(logits_V: Tensor, *rest: Any) -> int:
+        recorded.append(logits_V)
+        return draw(logits_V, *rest)
+
+    monkeypatch.setattr(decoder, "draw", recording)
+    options = GenerationOptions(k=K, max_new_tokens=7, temperature=0, seed=1, exit=exit, warm_start=warm)
+    drawn = stream(model, [prompt], options, stats=stats)
     tokens, depths, logits = defined(model, prompt, exit, warm, 7)
     assert [token for _, token in drawn] == tokens
     assert stats.iterations == sum(depths)
-    torch.testing.assert_close(torch.stack(sampling.__dict__["logits"]), torch.stack(logits), rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.stack(recorded), torch.stack(logits), rtol=0, atol=1e-9)
 
 
 def texts(
     model: LoopedLM,
     prompts: Sequence[list[int]],
-    sampling: Sampling,
     requests: Sequence[int] | None = None,
-    over: Callable[[int, int], bool] = lambda row, token: False,
-    **options: object,
+    ends_text: EndsText = never,
+    stats: DecodingStats | None = None,
+    **changes: Any,
 ) -> list[list[int]]:
     drawn: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, K, 20, sampling, 1, requests, over, **options):  # type: ignore[arg-type]
-        drawn[row].append(token)
+    options = GenerationOptions(k=K, max_new_tokens=20, seed=1, **changes)
+    for index, token in stream(model, prompts, options, requests, ends_text, stats):
+        drawn[index].append(token)
     return drawn
 
 
 @pytest.mark.parametrize(("exit", "warm"), [*((exit, False) for exit in EXITS), (EXITS[0], True)])
-def test_rows_together_draw_what_each_draws_alone(exit: str, warm: bool) -> None:
-    """Each row leaves its iterations by itself; rows end at different times and some grow out of the window."""
-    model, prompts, together = built(), prompts_of(5, 1, 29, 32, 41, 14), Stats()
+def test_prompts_together_draw_what_each_draws_alone(exit: str, warm: bool) -> None:
+    """Each row leaves its iterations by itself; texts end at different times and some grow out of the window."""
+    model, prompts, together = built(), prompts_of(5, 1, 29, 32, 41, 14), DecodingStats()
 
-    def over(row: int, token: int) -> bool:
+    def ends_text(sequence: int, token: int) -> bool:
         return token % 16 == 3
 
     options = {"exit": exit, "warm_start": warm}
-    all_rows = texts(model, prompts, Sampling(), range(100, 106), over, **options, stats=together)
-    assert len(set(map(len, all_rows))) > 3
-    alone = [Stats() for _ in prompts]
-    for row, prompt in enumerate(prompts):
-        assert texts(model, [prompt], Sampling(), [100 + row], over, **options, stats=alone[row]) == [all_rows[row]]
+    expected = texts(model, prompts, range(100, 106), ends_text, together, **options)
+    assert len(set(map(len, expected))) > 3
+    alone = [DecodingStats() for _ in prompts]
+    for number, prompt in enumerate(prompts):
+        ours = texts(model, [prompt], [100 + number], ends_text, alone[number], **options)
+        assert ours == [expected[number]]
     assert together.iterations == sum(stats.iterations for stats in alone)
     assert len({stats.mean_k for stats in alone}) > 3
     assert 2 < together.mean_k < K
@@ -176,10 +182,10 @@ def test_the_cap_and_the_least(objective: str) -> None:
     """An exit that never opens is plain decoding at K; one that always does takes the two iterations that it compares."""
     model, prompts = built(objective), prompts_of(3, 8)
     for name in THRESHOLDS:
-        never, always, options = Stats(), Stats(), {"sampling": Sampling()}
-        assert texts(model, prompts, **options, exit=f"{name}:0", stats=never) == texts(model, prompts, Sampling())
-        texts(model, prompts, **options, exit=f"{name}:1e9", stats=always)
-        assert (never.mean_k, always.mean_k) == (K, 2)
+        closed, opened = DecodingStats(), DecodingStats()
+        assert texts(model, prompts, exit=f"{name}:0", stats=closed) == texts(model, prompts)
+        texts(model, prompts, exit=f"{name}:1e9", stats=opened)
+        assert (closed.mean_k, opened.mean_k) == (K, 2)
 
 
 def test_criteria() -> None:
@@ -187,13 +193,13 @@ def test_criteria() -> None:
     new = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]).log() + 3  # a constant does not matter
     kl = 0.25 * math.log(0.5) + 0.5 * math.log(2)
     for threshold, expected in ((kl + 1e-6, [True, True]), (kl - 1e-6, [False, True])):
-        assert Exit("kl", threshold).settled(old, new).tolist() == expected
-    assert Exit("entropy", 1e-6).settled(old, new).tolist() == [True, True]
-    assert Exit("entropy", 0.09).settled(old[:1], old[1:]).tolist() == [True]  # 1.0397 and 0.9503 nats
-    assert Exit("entropy", 0.089).settled(old[:1], old[1:]).tolist() == [False]
+        assert settled(Exit("kl", threshold), old, new).tolist() == expected
+    assert settled(Exit("entropy", 1e-6), old, new).tolist() == [True, True]
+    assert settled(Exit("entropy", 0.09), old[:1], old[1:]).tolist() == [True]  # 1.0397 and 0.9503 nats
+    assert settled(Exit("entropy", 0.089), old[:1], old[1:]).tolist() == [False]
     states = torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]])
-    assert Exit("latent", 0.51).settled(*states).tolist() == [True]
-    assert Exit("latent", 0.49).settled(*states).tolist() == [False]
+    assert settled(Exit("latent", 0.51), *states).tolist() == [True]
+    assert settled(Exit("latent", 0.49), *states).tolist() == [False]
 
 
 def test_words() -> None:
@@ -204,9 +210,9 @@ def test_words() -> None:
             Exit.parse(word)
     for options in ({"exit": "kl"}, {"warm_start": True}):
         with pytest.raises(UserError, match="whose inference is a plain loop"):
-            next(stream(built("denoise"), [[1]], K, 3, Sampling(), **options))  # type: ignore[arg-type]
+            stream(built("denoise"), [[1]], GenerationOptions(**options))  # type: ignore[arg-type]
         with pytest.raises(UserError, match="cache policy 'last' is for plain sequential"):
-            next(stream(built(), [[1]], K, 3, Sampling(), cache_policy="last", **options))  # type: ignore[arg-type]
+            GenerationOptions(cache_policy="last", **options)  # type: ignore[arg-type]
 
 
 def test_text_with_an_exit(tokenizer: Tokenizer) -> None:
@@ -214,8 +220,8 @@ def test_text_with_an_exit(tokenizer: Tokenizer) -> None:
     config.model.vocab_size = tokenizer.vocab_size
     model = build_model(config.model, 0)
     model.recurrence = build_objective(config).recurrence
-    stats = Stats()
+    stats = DecodingStats()
     text = generate(model, tokenizer, "def ", k=9, max_new_tokens=12, exit="latent:0.5", warm_start=True, stats=stats)
     assert isinstance(text, str)
-    assert stats.read == 12
+    assert stats.positions == 12
     assert 2 <= stats.mean_k < 9

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from recurrent_db import UserError, generate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.evaluation.likelihood import token_log_probabilities
-from recurrent_db.generation.generate import Text, complete, generate_texts, generate_tokens, stream
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation import sequential
+from recurrent_db.generation.generate import Completion, complete, generate_texts, stream
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sampling import draw, probabilities
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
@@ -45,7 +47,7 @@ LOGITS = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log()
     ],
 )
 def test_filters(settings: dict[str, float], expected: list[float]) -> None:
-    ours = Sampling(**settings).probabilities(LOGITS)  # type: ignore[arg-type]
+    ours = probabilities(LOGITS, GenerationOptions(**settings))  # type: ignore[arg-type]
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -60,25 +62,25 @@ def test_top_p_of_a_large_vocabulary_against_sorting_all_of_it() -> None:
             while mass < top_p:
                 kept.append(order[len(kept)])
                 mass += p[kept[-1]].item()
-            ours = Sampling(top_p=top_p).probabilities(logits)
+            ours = probabilities(logits, GenerationOptions(top_p=top_p))
             assert ours.nonzero()[:, 0].tolist() == sorted(kept)
             torch.testing.assert_close(ours[kept], p[kept] / mass)
-    equal = Sampling(top_p=0.5).probabilities(torch.zeros(5000))
+    equal = probabilities(torch.zeros(5000), GenerationOptions(top_p=0.5))
     assert equal.nonzero()[:, 0].tolist() == list(range(2500))  # of equals the first
 
 
 def test_repetition_penalty() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0, -1.5], dtype=torch.float64)
-    ours = Sampling(repetition_penalty=2.0).probabilities(logits, seen=[0, 2, 0])
+    ours = probabilities(logits, GenerationOptions(repetition_penalty=2.0), seen=[0, 2, 0])
     torch.testing.assert_close(ours, torch.tensor([1.0, 1.5, -2.0, -1.5], dtype=torch.float64).softmax(-1))
-    assert Sampling(temperature=0, repetition_penalty=2.0).draw(logits, [0], 0.5) == 1
-    assert Sampling(temperature=0).draw(logits, [0], 0.5) == 0
+    assert draw(logits, GenerationOptions(temperature=0, repetition_penalty=2.0), [0], 0.5) == 1
+    assert draw(logits, GenerationOptions(temperature=0), [0], 0.5) == 0
 
 
 def test_draws_follow_the_distribution_function() -> None:
-    sampling = Sampling(top_k=3)
+    options = GenerationOptions(top_k=3)
     drawn = [
-        sampling.draw(LOGITS, [], u) for u in (0, 5 / 9 - 1e-9, 5 / 9 + 1e-9, 7 / 9 - 1e-9, 7 / 9 + 1e-9, 1 - 2**-53)
+        draw(LOGITS, options, [], u) for u in (0, 5 / 9 - 1e-9, 5 / 9 + 1e-9, 7 / 9 - 1e-9, 7 / 9 + 1e-9, 1 - 2**-53)
     ]
     assert drawn == [0, 0, 1, 1, 2, 2]
 
@@ -113,7 +115,7 @@ def test_tokens_are_drawn_from_the_scored_distribution(objective: str) -> None:
     model, _ = micro_model(micro_config("--objective.name", objective), vocab_size=5, spread=0.2)
     model = model.float()
     prompt, n = [1, 2, 3], 1500
-    drawn = torch.tensor([token for _, token in stream(model, [prompt] * n, 2, 1, Sampling())])
+    drawn = torch.tensor([token for _, token in stream(model, [prompt] * n, GenerationOptions(k=2, max_new_tokens=1))])
     counts = torch.bincount(drawn, minlength=5).double()
     inputs = torch.tensor([prompt]).expand(n, -1)
     rng, requests = Rng(0, EVALUATION_STEP), torch.arange(n)
@@ -131,8 +133,9 @@ def test_tokens_are_drawn_from_the_scored_distribution(objective: str) -> None:
 def test_a_stop_token_ends_the_text() -> None:
     model, _ = micro_model(micro_config("--objective.name", "next_token"), vocab_size=5)
     for seed in range(30):
-        whole = list(generate_tokens(model, [1], 1, 20, seed=seed))
-        cut = list(generate_tokens(model, [1], 1, 20, seed=seed, stop_id=2))
+        options = GenerationOptions(k=1, max_new_tokens=20, seed=seed)
+        whole = [token for _, token in stream(model, [[1]], options)]
+        cut = [token for _, token in stream(model, [[1]], options, ends_text=lambda _, token: token == 2)]
         assert cut == (whole[: whole.index(2)] if 2 in whole else whole)
 
 
@@ -156,65 +159,66 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def recomputed(
-    model: LoopedLM, prompt: list[int], k: int, count: int, sampling: Sampling, seed: int, request: int
-) -> list[int]:
+def recomputed(model: LoopedLM, prompt: list[int], options: GenerationOptions, request: int) -> list[int]:
     """The definition: each token from its whole context, read anew."""
-    rng, ids, first = Rng(seed, EVALUATION_STEP), list(prompt), max(0, len(prompt) - WINDOW)
-    for _ in range(count):
+    rng, ids, first = Rng(options.seed, EVALUATION_STEP), list(prompt), max(0, len(prompt) - WINDOW)
+    for _ in range(options.max_new_tokens):
         if len(ids) - first > WINDOW:
             first += WINDOW // 2
         tokens = torch.tensor([ids[first:]])
         noise = NoiseSource(rng, torch.tensor([request]), WINDOW, offset=first)
-        [(_, hidden)] = model.recurrence.hidden(model, tokens, model.encode(tokens), [k], noise)
+        [(_, hidden)] = model.recurrence.hidden(model, tokens, model.encode(tokens), [options.k], noise)
         u = rng.uniform([request], (1,), f"token/{len(ids)}").item()
-        ids.append(sampling.draw(model.logits(hidden[0, -1]), ids, u))
+        ids.append(draw(model.logits(hidden[0, -1]), options, ids, u))
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: options[-1])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[-1])
 @pytest.mark.parametrize(
     ("length", "count"),
     [(5, 20), (1, 3), (WINDOW - 3, 8), (WINDOW, 2), (WINDOW + 9, 40)],
     ids=["short", "one token", "grows out of the window", "a window", "long and far out of it"],
 )
-def test_tokens_equal_those_of_recomputing_everything(options: list[str], length: int, count: int) -> None:
-    model, [prompt] = small(options), prompts_of(length)
-    for sampling in (Sampling(0), Sampling(0.9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)):
-        ours = [token for _, token in stream(model, [prompt], 3, count, sampling, seed=1, requests=[4])]
-        assert ours == recomputed(model, prompt, 3, count, sampling, 1, 4)
+def test_tokens_equal_those_of_recomputing_everything(kind: list[str], length: int, count: int) -> None:
+    model, [prompt] = small(kind), prompts_of(length)
+    greedy = GenerationOptions(k=3, max_new_tokens=count, seed=1, temperature=0)
+    for options in (greedy, greedy.changed(temperature=0.9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)):
+        ours = [token for _, token in stream(model, [prompt], options, requests=[4])]
+        assert ours == recomputed(model, prompt, options, 4)
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda options: options[-1])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[-1])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_sixteen_together_draw_what_each_draws_alone(
-    options: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
+    kind: list[str], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of different length, texts that end at different times, some grow out of the window; read in parts, too."""
-    model, sampling = small(options, torch.float32), Sampling(temperature)
+    model = small(kind, torch.float32)
+    options = GenerationOptions(k=3, max_new_tokens=30, temperature=temperature, seed=2)
     prompts = prompts_of(*range(1, 28, 3), 30, 31, 31, 32, 40, 7, 2)
     assert len(prompts) == 16
-    requests = [100 + row for row in range(16)]
+    requests = [100 + number for number in range(16)]
     count = [0] * 16
 
-    def over(row: int, token: int) -> bool:
-        count[row] += 1
-        return token in (3, 7) or count[row] > 3 + 2 * row
+    def ends_text(sequence: int, token: int) -> bool:
+        count[sequence] += 1
+        return token in (3, 7) or count[sequence] > 3 + 2 * sequence
 
     together: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, 3, 30, sampling, 2, requests, over):
-        together[row].append(token)
+    for index, token in stream(model, prompts, options, requests, ends_text):
+        together[index].append(token)
     assert len({len(tokens) for tokens in together}) > 5
-    monkeypatch.setattr(sys.modules["recurrent_db.generation.generate"], "_LOGITS_AT_ONCE", 5 * 61)
-    for row, prompt in enumerate(prompts):
-        count[row] = 0
-        alone = stream(model, [prompt], 3, 30, sampling, 2, [requests[row]], lambda _, token, row=row: over(row, token))
-        assert [token for _, token in alone] == together[row], row
+    monkeypatch.setattr(sequential, "_LOGITS_AT_ONCE", 5 * 61)
+    for number, prompt in enumerate(prompts):
+        count[number] = 0
+        ends_this = lambda _, token, number=number: ends_text(number, token)  # noqa: E731
+        alone = stream(model, [prompt], options, [requests[number]], ends_this)
+        assert [token for _, token in alone] == together[number], number
 
 
 def test_a_model_can_be_trained_after_it_has_generated() -> None:
     model = small(["denoise"])
-    assert len(list(generate_tokens(model, [1, 2], 2, 3))) == 3
+    assert len(list(stream(model, [[1, 2]], GenerationOptions(k=2, max_new_tokens=3)))) == 3
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     assert model.embedding.weight.grad is not None
 
@@ -235,15 +239,15 @@ def test_generation_under_a_cache_policy(tokenizer: Tokenizer) -> None:
 def test_texts_together_are_the_texts_alone(tokenizer: Tokenizer) -> None:
     model = fresh("unrolled", tokenizer)
     prompts = ["import os", "", "x = [", "def f(a, b):\n    return"]
-    settings = {"k": 2, "max_new_tokens": 8, "seed": 3}
-    together = generate_texts(model, tokenizer, prompts, **settings)  # type: ignore[arg-type]
-    assert together[0] == generate(model, tokenizer, prompts[0], **settings)  # type: ignore[arg-type]
+    options = GenerationOptions(k=2, max_new_tokens=8, seed=3)
+    together = generate_texts(model, tokenizer, prompts, options)
+    assert together[0] == generate(model, tokenizer, prompts[0], options)
     done: list[int] = []
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    again = complete(model, tokenizer, ids, 2, 8, Sampling(), 3, rows=3, progress=done.append)
+    again = complete(model, tokenizer, ids, options, batch_size=3, progress=done.append)
     assert [str(text) for text in again] == together
     assert done == [3, 1]
-    assert together[1] != generate(model, tokenizer, prompts[1], **settings)  # type: ignore[arg-type]  # other draws
+    assert together[1] != generate(model, tokenizer, prompts[1], options)  # other draws
 
 
 def test_stop_strings_across_tokens_and_characters(tokenizer: Tokenizer) -> None:
@@ -251,7 +255,7 @@ def test_stop_strings_across_tokens_and_characters(tokenizer: Tokenizer) -> None
     ids = tokenizer.encode(whole)
 
     def cut(*stops: str) -> str:
-        text = Text(tokenizer, stops)
+        text = Completion(tokenizer, stops)
         read = next((n for n, token in enumerate(ids, start=1) if text.add(token)), len(ids))
         assert text.ids == ids[:read]
         return str(text)
@@ -263,7 +267,7 @@ def test_stop_strings_across_tokens_and_characters(tokenizer: Tokenizer) -> None
             assert cut(stop, "not there") == whole[: whole.index(stop)]
     assert cut("four", "three", "e \u65e5") == "one two\n"
     assert cut("") == whole
-    text = Text(tokenizer)
+    text = Completion(tokenizer)
     assert [text.add(token) for token in (*ids[:2], tokenizer.eos_id)] == [False, False, True]
     assert str(text) == tokenizer.decode(ids[:2])
 
@@ -287,11 +291,15 @@ def test_generation_stops_at_a_string(tokenizer: Tokenizer) -> None:
         ({"min_p": 1.1}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"temperature": math.inf}, "temperature"),
+        ({"k": 2.5}, "k must be a whole number, got 2.5"),
+        ({"stop": "end"}, "stop must be a list of strings"),
+        ({"temprature": 0.5}, "unknown generation option 'temprature'; did you mean temperature"),
+        ({"xyzzy": 1}, "unknown generation option 'xyzzy'; there are k, temperature"),
     ],
 )
-def test_mistakes(options: dict[str, float], message: str, tokenizer: Tokenizer) -> None:
+def test_mistakes(options: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=message):
-        generate(fresh("next_token", tokenizer), tokenizer, "a", **options)  # type: ignore[arg-type]
+        generate(fresh("next_token", tokenizer), tokenizer, "a", **options)
 
 
 @pytest.mark.parametrize(
@@ -301,11 +309,12 @@ def test_compiled_decoding_is_decoding(objective: str, sampler: str) -> None:
     """The same texts for every number of rows and length, from graphs that all blocks share and no token adds to."""
     model = micro_model(micro_config("--objective.name", objective))[0].eval()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    options = GenerationOptions(k=3, max_new_tokens=12, temperature=0.8, seed=1, sampler=sampler)
 
     def texts(rows: int) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts[:rows]]
-        for row, token in stream(model, prompts[:rows], 3, 12, Sampling(temperature=0.8), seed=1, sampler=sampler):
-            found[row].append(token)
+        for index, token in stream(model, prompts[:rows], options):
+            found[index].append(token)
         return found
 
     expected = [texts(rows) for rows in (1, 2, 3)]
@@ -324,11 +333,9 @@ def test_a_text_of_a_batch_is_its_request_alone(tokenizer: Tokenizer) -> None:
     prompts = ["def f", "", "import os and more"] * 6
     together = generate_texts(model, tokenizer, prompts, k=2, max_new_tokens=6)
     assert len(together) > 16
-    for row, prompt in enumerate(prompts):
-        assert generate(model, tokenizer, prompt, k=2, max_new_tokens=6, request=row) == together[row]
-    assert generate_texts(model, tokenizer, prompts[:2], 2, 6, requests=[6, 7]) == together[6:8]
+    for number, prompt in enumerate(prompts):
+        assert generate(model, tokenizer, prompt, k=2, max_new_tokens=6, request=number) == together[number]
+    assert generate_texts(model, tokenizer, prompts[:2], k=2, max_new_tokens=6, requests=[6, 7]) == together[6:8]
     assert together[0] != together[3]
-    with pytest.raises(UserError, match="whole number"):
-        generate(model, tokenizer, "x", k=2.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="as many as"):
         generate_texts(model, tokenizer, prompts, requests=[1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 
 from recurrent_db import UserError, generate
 from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.generation.decoder import DecodingStats, EndsText, never
 from recurrent_db.generation.generate import stream
-from recurrent_db.generation.loop_decoder import Stats
-from recurrent_db.generation.samplers import Method
-from recurrent_db.generation.sampling import Sampling
-from recurrent_db.generation.speculation import Diagonal
+from recurrent_db.generation.options import GenerationOptions, Sampler
+from recurrent_db.generation.speculation import DiagonalDecoder
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import SDPA, Rule, Visible
 from recurrent_db.model.recurrence import NoiseSource
@@ -44,23 +44,21 @@ PROMPTS = prompts_of(5, 1, WINDOW - 3, WINDOW, WINDOW + 9, 14, 2, 1)
 def texts(
     model: LoopedLM,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
     sampler: str,
-    count: int = 24,
     requests: Sequence[int] | None = None,
-    over: Callable[[int, int], bool] = lambda row, token: False,
-    stats: Stats | None = None,
-    k: int = 5,
+    ends_text: EndsText = never,
+    stats: DecodingStats | None = None,
+    **changes: Any,
 ) -> list[list[int]]:
     drawn: list[list[int]] = [[] for _ in prompts]
-    for row, token in stream(model, prompts, k, count, sampling, 1, requests, over, sampler=sampler, stats=stats):
-        drawn[row].append(token)
+    options = GenerationOptions(k=5, max_new_tokens=24, seed=1, sampler=sampler).changed(**changes)
+    for index, token in stream(model, prompts, options, requests, ends_text, stats):
+        drawn[index].append(token)
     return drawn
 
 
-def by_a_token_or_a_row(row: int, token: int) -> bool:
-    """Texts that end at different times."""
-    return token % 16 == 3 or (row == 5 and token > 40)
+def at_different_times(sequence: int, token: int) -> bool:
+    return token % 16 == 3 or (sequence == 5 and token > 40)
 
 
 @pytest.mark.parametrize(
@@ -72,36 +70,37 @@ def test_the_tokens_of_sequential_decoding(options: list[str], sampler: str) -> 
     """Greedy, with and without a repetition penalty; along the diagonal at any temperature. Rows of all lengths, some of
     which grow out of the window; at once or ending at different times. float64."""
     model = built(options)
-    ways = [Sampling(0), Sampling(0, repetition_penalty=1.5)]
+    settings = [{"temperature": 0}, {"temperature": 0, "repetition_penalty": 1.5}]
     if sampler.startswith("diagonal"):
-        ways += [Sampling(0.8, top_p=0.9, min_p=0.01, repetition_penalty=1.2)]
-    for sampling in ways:
-        assert texts(model, PROMPTS, sampling, sampler) == texts(model, PROMPTS, sampling, "sequential")
-        ended = texts(model, PROMPTS, sampling, sampler, over=by_a_token_or_a_row)
-        assert ended == texts(model, PROMPTS, sampling, "sequential", over=by_a_token_or_a_row)
+        settings += [{"temperature": 0.8, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}]
+    for changes in settings:
+        assert texts(model, PROMPTS, sampler, **changes) == texts(model, PROMPTS, "sequential", **changes)
+        ended = texts(model, PROMPTS, sampler, ends_text=at_different_times, **changes)
+        assert ended == texts(model, PROMPTS, "sequential", ends_text=at_different_times, **changes)
     assert len({len(text) for text in ended}) > 3
 
 
 @pytest.mark.parametrize("sampler", ["speculative:1:4", "speculative:2:7", "diagonal:2", "diagonal-unverified:2"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_together_draw_what_each_draws_alone(sampler: str, temperature: float) -> None:
-    model, sampling = built(["unrolled"]), Sampling(temperature)
-    together = texts(model, PROMPTS, sampling, sampler, requests=range(100, 108), over=by_a_token_or_a_row)
-    for row, prompt in enumerate(PROMPTS):
-        over = lambda _, token, row=row: by_a_token_or_a_row(row, token)  # noqa: E731
-        assert texts(model, [prompt], sampling, sampler, requests=[100 + row], over=over) == [together[row]], row
+def test_prompts_together_draw_what_each_draws_alone(sampler: str, temperature: float) -> None:
+    model = built(["unrolled"])
+    together = texts(model, PROMPTS, sampler, range(100, 108), at_different_times, temperature=temperature)
+    for number, prompt in enumerate(PROMPTS):
+        ends_text = lambda _, token, number=number: at_different_times(number, token)  # noqa: E731
+        alone = texts(model, [prompt], sampler, [100 + number], ends_text, temperature=temperature)
+        assert alone == [together[number]], number
 
 
-PROMPT, ROWS, FLAT = [1, 2, 3], 1500, Sampling(temperature=1.5)
+PROMPT, ROWS, TEMPERATURE = [1, 2, 3], 1500, 1.5
 
 
 @torch.no_grad()
 def log_p(model: LoopedLM, k: int, *tokens: int) -> Tensor:
-    """What FLAT draws from after PROMPT and each of ``tokens``, of all requests, without a cache: (ROWS, 1 + tokens, 5)."""
+    """Log-probabilities after PROMPT and each of ``tokens``, of all requests, without a cache: (ROWS, 1 + tokens, 5)."""
     ids = torch.tensor([*PROMPT, *tokens]).expand(ROWS, -1)
     noise = NoiseSource(Rng(1, EVALUATION_STEP), torch.arange(ROWS), WINDOW)
     [(_, hidden)] = model.recurrence.hidden(model, ids, model.encode(ids), [k], noise)
-    return (model.logits(hidden[:, len(PROMPT) - 1 :]).double() / FLAT.temperature).log_softmax(-1)
+    return (model.logits(hidden[:, len(PROMPT) - 1 :]).double() / TEMPERATURE).log_softmax(-1)
 
 
 @pytest.mark.parametrize("objective", ["next_token", "unrolled"])
@@ -124,7 +123,7 @@ def test_speculative_sampling_keeps_the_distribution(objective: str) -> None:
         return torch.cat((counts_125[common], rare.sum(0, keepdim=True))) if len(rare) else counts_125
 
     def statistic(sampler: str, k: int) -> float:
-        drawn = torch.tensor(texts(model, [PROMPT] * ROWS, FLAT, sampler, 3, k=k))
+        drawn = torch.tensor(texts(model, [PROMPT] * ROWS, sampler, max_new_tokens=3, temperature=TEMPERATURE, k=k))
         counts = pooled(torch.bincount(drawn @ torch.tensor([25, 5, 1]), minlength=125).double())
         return ((counts - expected) ** 2 / expected).sum().item()
 
@@ -138,8 +137,8 @@ def test_speculative_sampling_keeps_the_distribution(objective: str) -> None:
 
 def test_a_draft_is_accepted_as_often_as_the_distributions_overlap() -> None:
     model = micro_model(micro_config("--objective.name", "unrolled"), vocab_size=5, spread=0.25)[0].float()
-    stats = Stats()
-    texts(model, [PROMPT] * ROWS, FLAT, "speculative:1:2", 2, stats=stats, k=4)
+    stats = DecodingStats()
+    texts(model, [PROMPT] * ROWS, "speculative:1:2", stats=stats, max_new_tokens=2, temperature=TEMPERATURE, k=4)
     draft_k4 = (log_p(model, k)[:, 0].exp() for k in (1, 4))
     overlap = torch.minimum(*draft_k4).sum(-1).mean().item()
     assert 0.3 < overlap < 0.95
@@ -150,31 +149,34 @@ def test_a_draft_is_accepted_as_often_as_the_distributions_overlap() -> None:
 
 def test_a_draft_at_all_iterations_is_always_right() -> None:
     """The draft's read-outs then are the verification's: nothing is rejected, and every block is full."""
-    for sampling in (Sampling(0), Sampling(1.0)):
-        stats = Stats()
-        texts(built(["unrolled"]), PROMPTS[:2], sampling, "speculative:5:6", stats=stats)
+    for temperature in (0.0, 1.0):
+        stats = DecodingStats()
+        texts(built(["unrolled"]), PROMPTS[:2], "speculative:5:6", stats=stats, temperature=temperature)
         assert stats.acceptance == 1
         assert (stats.tokens, stats.steps, stats.tokens_per_step, stats.mean_k) == (48, 4, 12, 5)
 
 
 def test_what_is_counted() -> None:
-    model, stats = built(["unrolled"]), Stats()
-    [text] = texts(model, PROMPTS[:1], Sampling(0), "diagonal:2", stats=stats, over=lambda _, token: token == 3)
+    model, stats = built(["unrolled"]), DecodingStats()
+    ends_text = lambda _, token: token == 3  # noqa: E731
+    [text] = texts(model, PROMPTS[:1], "diagonal:2", stats=stats, ends_text=ends_text, temperature=0)
     assert stats.tokens == len(text) + (len(text) < 24)
-    assert stats.steps >= stats.read == stats.tokens
+    assert stats.steps >= stats.positions == stats.tokens
     assert 0 < stats.accepted < stats.drafted
-    assert stats.iterations == 5 * stats.read
+    assert stats.iterations == 5 * stats.positions
 
 
 @pytest.mark.parametrize(("inner", "planes"), [(1, 5), (2, 6), (5, 5), (9, 9)])
 def test_bytes_of_the_cache(inner: int, planes: int) -> None:
     """A `full` cache's, with one more slot a row, and iterations rounded up to whole stages."""
     model = built(["unrolled"])
-    sampler = Diagonal(model, [[1, 2], [3]], 5, 8, Sampling(0), Rng(0, 0), [0, 1], Stats(), inner=inner)
-    sampler.step()
-    assert sampler.cache is not None and sampler.cache.capacity == 9
+    decoder = DiagonalDecoder(
+        model, [[1, 2], [3]], GenerationOptions(k=5, max_new_tokens=8, temperature=0), inner=inner
+    )
+    decoder.step()
+    assert decoder.cache is not None and decoder.cache.capacity == 9
     layers = model.config.n_prelude + model.config.n_core * planes + model.config.n_coda
-    assert sampler.cache.bytes == 2 * 10 * layers * 2 * model.config.d_model * 8
+    assert decoder.cache_bytes == 2 * 10 * layers * 2 * model.config.d_model * 8
 
 
 class Kept:
@@ -240,9 +242,10 @@ def along_the_diagonal(model: LoopedLM, prompt: list[int], k: int, inner: int, c
 @pytest.mark.parametrize("inner", [1, 2, 5])
 def test_unverified_against_its_definition(inner: int) -> None:
     model, [prompt] = built(["unrolled"], 0.2), prompts_of(6)
-    [ours] = texts(model, [prompt], Sampling(0), f"diagonal-unverified:{inner}", 16)
+    [ours] = texts(model, [prompt], f"diagonal-unverified:{inner}", max_new_tokens=16, temperature=0)
     assert ours == along_the_diagonal(model, prompt, 5, inner, 16)
-    assert (ours == texts(model, [prompt], Sampling(0), "sequential", 16)[0]) == (inner == 5)
+    sequential = texts(model, [prompt], "sequential", max_new_tokens=16, temperature=0)[0]
+    assert (ours == sequential) == (inner == 5)
 
 
 def test_the_text_of_every_sampler(tokenizer: Tokenizer) -> None:
@@ -252,23 +255,22 @@ def test_the_text_of_every_sampler(tokenizer: Tokenizer) -> None:
     model.recurrence = build_objective(config).recurrence
     usual = generate(model, tokenizer, "def ", k=4, max_new_tokens=16, temperature=0)
     for sampler in ("speculative", "diagonal:1"):
-        stats = Stats()
-        words = {"k": 4, "max_new_tokens": 16, "temperature": 0, "sampler": sampler, "stats": stats}
-        assert generate(model, tokenizer, "def ", **words) == usual  # type: ignore[arg-type]
+        stats, options = DecodingStats(), GenerationOptions(k=4, max_new_tokens=16, temperature=0, sampler=sampler)
+        assert generate(model, tokenizer, "def ", options, stats=stats) == usual
         assert stats.tokens == 16
-        assert generate(model, tokenizer, "def ", **{**words, "max_new_tokens": 0}) == ""  # type: ignore[arg-type]
+        assert generate(model, tokenizer, "def ", options, max_new_tokens=0) == ""
 
 
 def test_names_of_samplers() -> None:
-    assert Method.parse("speculative:3") == Method("speculative", (3, Method.parse("speculative").numbers[1]))
-    assert Method.parse("diagonal-unverified:4") == Method("diagonal-unverified", (4,))
+    assert Sampler.parse("speculative:3") == Sampler("speculative", (3, Sampler.parse("speculative").numbers[1]))
+    assert Sampler.parse("diagonal-unverified:4") == Sampler("diagonal-unverified", (4,))
     for word in ("", "parallel", "speculative:0", "speculative:1:2:3", "diagonal:x", "sequential:2", "diagonal:"):
         with pytest.raises(UserError, match="a sampler is sequential"):
-            Method.parse(word)
+            Sampler.parse(word)
     with pytest.raises(UserError, match="for the sequential sampler"):
-        Method.parse("diagonal", "kl")
+        GenerationOptions(sampler="diagonal", exit="kl")
     with pytest.raises(UserError, match="for the sequential sampler"):
-        Method.parse("speculative", warm_start=True)
+        GenerationOptions(sampler="speculative", warm_start=True)
 
 
 def test_what_is_not_supported() -> None:
@@ -278,6 +280,6 @@ def test_what_is_not_supported() -> None:
         ("unrolled", {"sampler": "diagonal", "cache_policy": "last"}, "cache policy 'last' is for plain sequential"),
     ):
         with pytest.raises(UserError, match=message):
-            next(stream(built([objective]), [[1]], 2, 3, Sampling(), **options))  # type: ignore[arg-type]
+            stream(built([objective]), [[1]], GenerationOptions(**options))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="at least one token"):
-        next(stream(built(["unrolled"]), [[1], []], 2, 3, Sampling(), sampler="diagonal"))
+        stream(built(["unrolled"]), [[1], []], GenerationOptions(sampler="diagonal"))

@@ -129,7 +129,7 @@ def test_greedy_generation_equals_ours(exported: dict[str, tuple[Path, Path]], n
     prompts = ["def main(", "x"]
     new = 16
     assert max(len(tokenizer.encode(p)) for p in prompts) + new <= WINDOW
-    ours = recurrent_db.generate_texts(model, tokenizer, prompts, k, new, temperature=0)
+    ours = recurrent_db.generate_texts(model, tokenizer, prompts, k=k, max_new_tokens=new, temperature=0)
 
     def generated(batch: list[str]) -> list[str]:
         inputs = hf(batch, return_tensors="pt", padding=True)

@@ -18,18 +18,18 @@ import pytest
 import torch
 from block_runs import options, train, weights
 from helpers import ROOT, blocks_config
+from recurrent_db.objectives.blocks import noise_partition
 
 import recurrent_db
 from recurrent_db.commands import repl
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import token_log_probabilities
-from recurrent_db.generation.generate import Decoder
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sequential import SequentialDecoder
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import build_model
 from recurrent_db.model.recurrence import NoiseSource
-from recurrent_db.objectives.denoise_blocks import noise_partition
-from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import table, trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -188,11 +188,11 @@ def test_the_joined_model_is_like_any_other(frozen_runs: list[Path], tmp_path: P
     noise = NoiseSource(Rng(0, EVALUATION_STEP), torch.tensor([0]), model.config.max_seq_len)
     with torch.no_grad():
         [(_, whole)] = model.recurrence.hidden(model, ids, model.encode(ids), [2], noise)
-        decoder = Decoder(model, [[20]], 2, 5, Rng(0, EVALUATION_STEP), [0])
+        decoder = SequentialDecoder(model, [[20]], GenerationOptions(k=2, max_new_tokens=5))
         for position, token in enumerate([31, 42, 53, 64, 0]):
             step = decoder.logits()[0]
             torch.testing.assert_close(step, model.logits(whole)[0, position], rtol=1e-3, atol=1e-3)
-            decoder.ids[0].append(token)
+            decoder.batch.append(0, token)
     config = Checkpoint(find_checkpoint(tmp_path / "joined")).config()
     assert config.blocks.only == 0
 
@@ -217,7 +217,7 @@ def test_lm_eval_and_the_repl_take_a_joined_model(
     assert found.log_p_NKV.shape[:2] == (3, 4)
     lines = table(found, 0, model, tokenizer)
     assert any(f"{noise_partition(blocks_config(n=2)).edges[1]:.3g}"[:4] in line for line in lines)
-    session = Session(model, tokenizer, Settings(k=2, max_new_tokens=4))
+    session = Session(model, tokenizer, GenerationOptions(k=2, max_new_tokens=4))
     session.answer("ab")
     session.answer("/compare 1 2")
     assert capsys.readouterr().out

@@ -29,7 +29,8 @@ from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import file_digest, read_json, sealed
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sampling import draw
 from recurrent_db.huggingface.import_folder import Weights
 from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.store.checkpoint import Checkpoint
@@ -289,8 +290,8 @@ def test_names_of_sources_in_a_manifest(data: Path) -> None:
 def test_no_setting_draws_a_token_that_is_none(settings: dict[str, float]) -> None:
     logits_V = torch.tensor([3.0, 5.0, -2.0, 5.0])
     for u in (0.0, 0.5, 1 - 2**-53):
-        assert 0 <= Sampling(**settings).draw(logits_V, [0, 1, 2], u) < 4
-    refused("not finite", Sampling().draw, logits_V * math.nan, [], 0.5)
+        assert 0 <= draw(logits_V, GenerationOptions(**settings), [0, 1, 2], u) < 4
+    refused("not finite", draw, logits_V * math.nan, GenerationOptions(), [], 0.5)
 
 
 def test_a_path_that_no_file_can_have() -> None:

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from recurrent_db.config import load_config
 from recurrent_db.data import load_tokenizer, open_data
 from recurrent_db.errors import UserError
-from recurrent_db.generation.generate import generate_tokens
+from recurrent_db.generation.generate import stream
+from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -444,12 +445,14 @@ def test_continuations_are_those_of_the_generator() -> None:
     model, _ = micro_model(micro_config("--objective.name", "next_token"))
     prompts = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     ours = score.continue_prompts(model, prompts, k=2, new_tokens=6, temperature=0)
-    assert ours.tolist() == [list(generate_tokens(model, ids, 2, 6, temperature=0)) for ids in prompts.tolist()]
+
+    def alone(index: int, temperature: float) -> list[int]:
+        options = GenerationOptions(k=2, max_new_tokens=6, temperature=temperature)
+        return [token for _, token in stream(model, [prompts[index].tolist()], options, requests=[index])]
+
+    assert ours.tolist() == [alone(0, 0), alone(1, 0)]
     sampled = score.continue_prompts(model, prompts, k=2, new_tokens=6, temperature=1)
-    theirs = [
-        list(generate_tokens(model, ids, 2, 6, temperature=1, request=i)) for i, ids in enumerate(prompts.tolist())
-    ]
-    assert sampled.tolist() == theirs
+    assert sampled.tolist() == [alone(0, 1), alone(1, 1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,8 +508,8 @@ def test_samples_are_a_function_of_seed_step_and_number(name: str) -> None:
     assert torch.equal(tokens[2:3], alone[0]) and torch.equal(targets[2:3], alone[1])
     assert min(tokens.min(), targets.min()) >= 0
     assert max(tokens.max(), targets.max()) < task.vocab_size
-    for rng, stream in ((Rng(1, 3), "train"), (Rng(0, 4), "train"), (Rng(0, 3), "held-out")):
-        assert not torch.equal(task.draw(rng, torch.arange(5, 9), stream)[0], tokens)
+    for rng, split in ((Rng(1, 3), "train"), (Rng(0, 4), "train"), (Rng(0, 3), "held-out")):
+        assert not torch.equal(task.draw(rng, torch.arange(5, 9), split)[0], tokens)
     assert all(group.shape == targets.shape for group in task.groups(tokens, targets).values())
 
 

@@ -28,14 +28,15 @@ from torch import Tensor
 from recurrent_db import UserError, cli, generate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.denoise.noise import GRIDS
-from recurrent_db.generation.generate import Decoder, stream
-from recurrent_db.generation.sampling import Sampling
+from recurrent_db.generation.decoder import Decoder, EndsText
+from recurrent_db.generation.generate import stream
+from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.generation.sequential import SequentialDecoder
 from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence.loop import truncated_normal
 from recurrent_db.recurrence.walk import DenoiseWalk
-from recurrent_db.repl import console, reply
+from recurrent_db.repl import console
 from recurrent_db.repl.console import Interrupts, PlainLines, Utf8Writer, as_text, side_by_side, state_file, width_of
-from recurrent_db.repl.reply import Settings
 from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -58,7 +59,7 @@ def loaded(runs: dict[str, Path]) -> dict[str, Loaded]:
 
 @pytest.fixture
 def session(loaded: dict[str, Loaded]) -> Session:
-    return Session(*loaded["unrolled"], Settings(k=2, max_new_tokens=12))
+    return Session(*loaded["unrolled"], GenerationOptions(k=2, max_new_tokens=12))
 
 
 class FakeTerminal:
@@ -127,7 +128,7 @@ def test_trace_prints_what_an_independent_pass_gives(
 ) -> None:
     model, tokenizer = load(runs[objective], "cpu")
     model.final_norm.weight.data *= 4  # sure enough of itself that three decimals say something
-    session = Session(model, tokenizer, Settings(k=4, temperature=0, max_new_tokens=5, seed=3))
+    session = Session(model, tokenizer, GenerationOptions(k=4, temperature=0, max_new_tokens=5, seed=3))
     session.answer("def main(")
     capsys.readouterr()
     session.answer("/trace 3")
@@ -158,15 +159,15 @@ def test_trace_prints_what_an_independent_pass_gives(
 def test_trace_reads_what_generation_drew_from(objective: str, prompt: int, loaded: dict[str, Loaded]) -> None:
     """To where the text has grown out of the window more than once."""
     model, _ = loaded[objective]
-    decoders: list[Decoder] = []
-    prompt_ids, new = [7 + i % 50 for i in range(prompt)], WINDOW + 8
+    options = GenerationOptions(k=3, max_new_tokens=WINDOW + 8, seed=1)
+    prompt_ids = [7 + i % 50 for i in range(prompt)]
     ids, log_p = list(prompt_ids), []
-    for _, token in stream(model, [prompt_ids], 3, new, Sampling(), seed=1, watch=decoders.append):
+    for _, token in stream(model, [prompt_ids], options):
         ids.append(token)
-    again = Decoder(model, [prompt_ids], 3, new, decoders[0].rng, [0])
+    again = SequentialDecoder(model, [prompt_ids], options)
     for token in ids[prompt:]:
         log_p.append(again.logits()[0].double().log_softmax(-1))
-        again.ids[0].append(token)
+        again.batch.append(0, token)
     result = trace(model, ids[:-1], prompt, 3, seed=1)
     torch.testing.assert_close(result.log_p_NKV[:, -1], torch.stack(log_p), atol=2e-4, rtol=0)
 
@@ -175,7 +176,7 @@ def test_heun_is_traced_at_its_levels(tmp_path: Path, tokenizer: Tokenizer) -> N
     run = make_checkpoint(tmp_path / "heun", tokenizer, "denoise", WINDOW, "--objective.denoise.sampler", "heun")
     model, _ = load(run, "cpu")
     result = trace(model, [5, 6, 7], 3, 4)
-    [(_, token)] = stream(model, [[5, 6, 7]], 4, 1, Sampling(temperature=0))
+    [(_, token)] = stream(model, [[5, 6, 7]], GenerationOptions(k=4, max_new_tokens=1, temperature=0))
     assert result.log_p_NKV.shape == (1, 4, tokenizer.vocab_size)
     assert int(result.log_p_NKV[0, -1].argmax()) == token
     with torch.no_grad():
@@ -228,7 +229,7 @@ def test_fast_samplers_and_exits(session: Session, capsys: pytest.CaptureFixture
     assert session.replies[-1].to_json()["mean_k"] == 2
     session.answer("/cache last")  # what cannot go together is refused when it is set, and nothing changes
     assert "for plain sequential decoding" in capsys.readouterr().err
-    assert session.settings.cache == "full"
+    assert session.options.cache_policy == "full"
     for line in ("/temp 1", "/adaptive off", "def main(", "/warm on", "def main("):
         session.answer(line)
     cold, warm = session.replies[-2:]
@@ -241,16 +242,16 @@ def test_fast_samplers_and_exits(session: Session, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_texts_are_the_librarys(objective: str, loaded: dict[str, Loaded], capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = loaded[objective]
-    session = Session(model, tokenizer, Settings(k=2, temperature=0.8, top_k=50, top_p=0.9, seed=7, max_new_tokens=20))
-    options = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 7}
-    alone = {k: generate(model, tokenizer, "class A", k=k, **options) for k in (1, 2, 4)}  # type: ignore[arg-type]
+    options = GenerationOptions(k=2, temperature=0.8, top_k=50, top_p=0.9, seed=7, max_new_tokens=20)
+    session = Session(model, tokenizer, options)
+    alone = {k: generate(model, tokenizer, "class A", options, k=k) for k in (1, 2, 4)}
     for _ in range(2):
         session.answer("class A")
         assert capsys.readouterr().out == alone[2] + "\n" * (not alone[2].endswith("\n"))
     session.answer("/compare 4,1 1")
     heads = [f"k = {k}\n{alone[k]}" + "\n" * (not alone[k].endswith("\n")) for k in (4, 1)]
     assert capsys.readouterr().out == "".join(heads)
-    assert [r.settings.k for r in session.last] == [4, 1]
+    assert [r.options.k for r in session.last] == [4, 1]
     session.answer("/seed 8")
     session.answer("class A")
     assert session.replies[-1].text != alone[2]
@@ -289,12 +290,12 @@ def test_tokens_come_one_by_one_and_characters_whole(session: Session, monkeypat
     ids = [pieces.index(bytes([byte])) for byte in text.encode() + b"\xf0\x9f"]
     written: list[str] = []
 
-    def spell(*_: object) -> Iterator[int]:
+    def spell(*_: object) -> Iterator[tuple[int, int]]:
         for token in ids:
-            yield token
+            yield 0, token
             written.append("".join(terminal.writes))
 
-    monkeypatch.setattr(reply, "engine_tokens", spell)
+    monkeypatch.setattr(Decoder, "stream", spell)
     terminal.writes.clear()
     session.answer("x")
     shown = "aß€😀␛[31mz"  # what would command the terminal is a picture
@@ -306,23 +307,21 @@ def test_tokens_come_one_by_one_and_characters_whole(session: Session, monkeypat
 
 
 def test_a_document_that_ends(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(
-        model: LoopedLM, ids: list[int], settings: Settings, over: Callable[[int], bool], watch: object
-    ) -> Iterator[int]:
-        yield 40
-        assert over(session.tokenizer.eos_id)
+    def ends(decoder: Decoder, ends_text: EndsText) -> Iterator[tuple[int, int]]:
+        yield 0, 40
+        assert ends_text(0, session.tokenizer.eos_id)
 
-    monkeypatch.setattr(reply, "engine_tokens", ends)
+    monkeypatch.setattr(Decoder, "stream", ends)
     session.answer("x")
     assert (session.replies[-1].ended, session.replies[-1].ids) == ("document", [40])
 
 
 def test_stopping(session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stopped(*_: object) -> Iterator[int]:
-        yield from (40, 41)
+    def stopped(*_: object) -> Iterator[tuple[int, int]]:
+        yield from ((0, 40), (0, 41))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reply, "engine_tokens", stopped)
+    monkeypatch.setattr(Decoder, "stream", stopped)
     session.answer("x")
     assert (session.replies[-1].ended, session.replies[-1].ids) == ("stopped", [40, 41])
     assert "stopped after 2 tokens" in capsys.readouterr().err
@@ -385,13 +384,13 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
     ],
 )
 def test_mistakes_are_a_line(line: str, word: str, session: Session, capsys: pytest.CaptureFixture[str]) -> None:
-    before = session.settings
+    before = session.options
     session.answer(line)
     told = capsys.readouterr()
     assert told.out == ""
     assert word in told.err
     assert told.err.count("\n") == 1
-    assert (session.settings, session.done) == (before, False)
+    assert (session.options, session.done) == (before, False)
 
 
 def test_too_much_is_refused(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,10 +418,10 @@ def test_too_much_is_refused(session: Session, capsys: pytest.CaptureFixture[str
 def test_what_the_machine_cannot_do_is_a_line(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*_: object) -> Iterator[int]:
+    def fails(*_: object) -> Iterator[tuple[int, int]]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
 
-    monkeypatch.setattr(reply, "engine_tokens", fails)
+    monkeypatch.setattr(Decoder, "stream", fails)
     session.answer("x")
     assert capsys.readouterr().err.splitlines()[-1] == "that did not work: DefaultCPUAllocator: can't allocate memory"
 
@@ -432,7 +431,7 @@ def test_commands_and_prompts_are_told_apart(session: Session, capsys: pytest.Ca
         session.answer(prompt)
         assert session.replies[-1].prompt == prompt
     session.answer("/K 5\n/temperature 0.5\n")
-    assert (session.settings.k, session.settings.temperature) == (5, 0.5)
+    assert (session.options.k, session.options.temperature) == (5, 0.5)
     session.answer("/help")
     told = capsys.readouterr().out
     for word in ("k", "temp", "top_p", "top_k", "min_p", "max", "seed", "sampler", "compare", "trace", "stats", "save"):
