@@ -27,7 +27,6 @@ from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -106,11 +105,11 @@ def main(args: Args) -> int:
     few = STATE_SEQUENCES * config.data.sequence_length
     sequences = validation_batches(data, config.data.sequence_length, 1, min(args.tokens or few, few))
     state_rms = state_rms_by_iteration(model, sequences, max(ks), args.seed)
-    walk = model.recurrence
+    walk = model.recurrence.walk
     result = {
         **scores.to_json(),
-        "sigma": walk.density.sigma_max if isinstance(walk, DenoiseWalk) else None,
-        "state_is": "estimate" if isinstance(walk, DenoiseWalk) else "state",
+        "sigma": walk.density.sigma_max if walk else None,
+        "state_is": "estimate" if walk else "state",
         "state_rms_by_iteration": {
             str(number): rms if math.isfinite(rms) else None for number, rms in enumerate(state_rms, 1)
         },

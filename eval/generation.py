@@ -57,7 +57,6 @@ from recurrent_db.evaluation.text_metrics import (
 )
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM, build_model
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.store.loading import load_with_config
 
 FEATURES = {
@@ -130,8 +129,8 @@ def settings(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, Walk
     """What is tried of a model, as (K, choices of the walk). At K = 1 a walk has no step, so nothing to choose."""
     bridges = chosen_words(args.bridge, "--bridge", ("soft", "hard", "sample", "state"))
     samplers = chosen_words(args.sampler, "--sampler", ("euler", "heun", "ancestral"))
-    walk = model.recurrence
-    if not isinstance(walk, DenoiseWalk):
+    walk = model.recurrence.walk
+    if walk is None:
         if bridges or samplers:
             raise UserError(f"{args.run} is no denoiser: it has no --bridge or --sampler to choose")
         return [(k, {}) for k in ks]

@@ -33,7 +33,6 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.generate import stream
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model import LoopedLM
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 from recurrent_db.training.guard import unigram_entropy
@@ -131,8 +130,9 @@ def main(args: Args) -> int:
     nll = {k: sum(values) / len(values) for k, values in by_k.items()}
     if not all(map(math.isfinite, nll.values())):
         raise UserError(f"{checkpoint}: the likelihood is not finite")
-    walk, config_model = model.recurrence, model.config
-    bound = nll_by_sequence(model, batches, ks, args.draws, bound=True) if isinstance(walk, DenoiseWalk) else {}
+    recurrence, config_model = model.recurrence, model.config
+    walk = recurrence.walk
+    bound = nll_by_sequence(model, batches, ks, args.draws, bound=True) if walk else {}
     n, best = len(by_k[ks[0]]), min(nll, key=lambda k: nll[k])
     lengths = torch.as_tensor(tokenizer.byte_lengths())
     bytes_per_token = sum(float(lengths[batch.targets_BT].sum()) for batch in batches) / (n * length)
@@ -146,9 +146,9 @@ def main(args: Args) -> int:
             for k, values in by_k.items()
         },
         "nll_by_sequence": {str(k): [round(value, 4) for value in values] for k, values in by_k.items()},
-        "flops_per_token_by_k": {str(k): inference_cost(config_model, length, walk.passes(k)) for k in ks},
-        "best_k": best, "nll_best": nll[best], "nll_sigma_max": nll.get(1) if isinstance(walk, DenoiseWalk) else None,
-        "unigram_entropy": unigram_entropy(data), "scored_tokens": n * length, "draws": args.draws if walk.stochastic else 1,
+        "flops_per_token_by_k": {str(k): inference_cost(config_model, length, recurrence.passes(k)) for k in ks},
+        "best_k": best, "nll_best": nll[best], "nll_sigma_max": nll.get(1) if walk else None,
+        "unigram_entropy": unigram_entropy(data), "scored_tokens": n * length, "draws": args.draws if recurrence.stochastic else 1,
         "text": text_metrics(
             model, validation_batches(data, length, args.batch_size, args.prompts * length), text_k, args.new_tokens,
             args.temperature,

@@ -30,7 +30,6 @@ from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.objectives.base import cross_entropy
 from recurrent_db.objectives.denoise import mean_pairwise_cosine
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
@@ -84,8 +83,8 @@ class Probes:
 
     def teacher_forced(self, batch: Batch, sigma: float, shift: int = 0) -> Tensor:
         """Cross-entropy at one noise level with z made from the answer; ``shift`` takes another sequence's context."""
-        model, walk = self.model, self.model.recurrence
-        assert isinstance(walk, DenoiseWalk)
+        model, walk = self.model, self.model.recurrence.walk
+        assert walk is not None
         tokens_BT, docs_BT = batch.tokens_BT.roll(shift, 0), batch.doc_ids_BT.roll(shift, 0)
         visible = model.visible(tokens_BT.shape[1], docs_BT)
         e_BTD = model.encode(tokens_BT, visible)
@@ -126,15 +125,15 @@ class Probes:
 
     def walk_entropy(self, k: int) -> list[float]:
         """Mean entropy in nats of the read-out after each core pass of one run of K iterations (Heun makes 2 K - 1)."""
-        model, walk = self.model, self.model.recurrence
+        model, recurrence, walk = self.model, self.model.recurrence, self.model.recurrence.walk
         sums: list[list[Tensor]] = []
         for batch in self.batches:
             visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
             probe, e_BTD = Probe(), model.encode(batch.tokens_BT, visible)
-            [_] = list(walk.hidden(model, batch.tokens_BT, e_BTD, [k], self.noise(batch), probe, visible))
+            [_] = list(recurrence.hidden(model, batch.tokens_BT, e_BTD, [k], self.noise(batch), probe, visible))
             row = []
             for index, state in enumerate(probe.states):
-                if isinstance(walk, DenoiseWalk):
+                if walk is not None:
                     hidden = walk.read(probe.parts[index], state, e_BTD.dtype, visible)
                 else:
                     hidden = model.decode(state, visible=visible)
@@ -220,7 +219,7 @@ def main(args: Args) -> int:
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     length = config.data.sequence_length
     batches = list(validation_batches(data, length, args.batch_size, args.tokens))
-    probes, walk = Probes(model, batches, args.seed), model.recurrence
+    probes, walk = Probes(model, batches, args.seed), model.recurrence.walk
     bar = tqdm(total=4, desc="likelihoods", disable=None, leave=False)
 
     by_draws = score_draws(model, batches, ks, tokenizer.byte_lengths(), draws, args.seed)
@@ -238,7 +237,7 @@ def main(args: Args) -> int:
     bar.set_description("noise levels")
     denoiser: dict[str, Any] = {"nll_by_sigma": None, "nll_sigma_max": None, "sigma_star": None,
                                 "share_below_sigma_star": None, "target_cosine": None}  # fmt: skip
-    if isinstance(walk, DenoiseWalk):
+    if walk is not None:
         star = sigma_star(walk.targets(model), walk.density.sigma_min, walk.density.sigma_max)
         denoiser = {
             "nll_by_sigma": [

@@ -113,8 +113,8 @@ def main(args: Args) -> int:
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
-    walk = model.recurrence
-    if not isinstance(walk, DenoiseWalk):
+    walk = model.recurrence.walk
+    if walk is None:
         raise UserError(f"{args.run} is a {config.objective.name} run: it walks over no noise levels")
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens))

@@ -24,7 +24,6 @@ from recurrent_db.generation.generate import BATCH_SIZE, complete
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import Recurrence
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import key
 
 
@@ -100,10 +99,12 @@ def parse_decoding(word: str) -> GenerationOptions:
 
 def with_walk(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
     """A denoiser's walk with another ``bridge`` or ``sampler`` (config.DenoiseConfig); other recurrences have no choice."""
-    if not isinstance(recurrence, DenoiseWalk):
+    walk = recurrence.walk
+    if walk is None:
         return recurrence
     chosen: dict[str, Any] = dict(choices)
-    return dataclasses.replace(recurrence, config=dataclasses.replace(recurrence.config, **chosen))
+    changed: Recurrence = dataclasses.replace(walk, config=dataclasses.replace(walk.config, **chosen))
+    return changed
 
 
 def continue_prompts(

@@ -40,7 +40,7 @@ from recurrent_db.evaluation.window_scorer import Result, Window, WindowScorer
 from recurrent_db.generation.generate import BATCH_SIZE, complete
 from recurrent_db.generation.samplers import check_served
 from recurrent_db.model import build_model
-from recurrent_db.recurrence.walk import DenoiseWalk
+from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng, key
 from recurrent_db.store.folder import content_hash
 from recurrent_db.store.loading import load_with_config
@@ -108,7 +108,7 @@ class RecurrentDBLM(TemplateLM):
         )
         self._weights = content_hash(self.checkpoint)
         self.choose(self.k)
-        if self.objective == "next_token" and self.k > 1:
+        if build_objective(self.run_config).flat and self.k > 1:
             self._warn("%s was trained at K = 1 (next_token) and is evaluated at K = %d", checkpoint, self.k)
 
     @property
@@ -118,8 +118,8 @@ class RecurrentDBLM(TemplateLM):
 
     def _start_at(self, sigma: float | str | None) -> float | None:
         """Make a denoiser's inference start from ``sigma``; where it starts (None: there is no noise level)."""
-        walk = self.model.recurrence
-        if not isinstance(walk, DenoiseWalk):
+        walk = self.model.recurrence.walk
+        if walk is None:
             if sigma is not None:
                 article = "an" if self.objective[0] in "aeiou" else "a"
                 raise UserError(

@@ -25,12 +25,13 @@ from recurrent_db.recurrence.loop import PlainLoop
 
 def plain_loop(model: LoopedLM) -> PlainLoop:
     """The recurrence of a model that these decoders serve. Raises `UserError` for other models."""
-    if not isinstance(model.recurrence, PlainLoop):
+    loop: PlainLoop | None = model.recurrence.loop
+    if loop is None:
         raise UserError(
             "the speculative and the diagonal sampler, exits and warm starts are for models whose inference is a plain loop"
-            " (next_token, unrolled): the noise levels of a denoiser's walk depend on how many there are"
+            ": the noise levels of a denoiser's walk depend on how many there are"
         )
-    return model.recurrence
+    return loop
 
 
 class LoopDecoder(Decoder):

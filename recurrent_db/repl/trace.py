@@ -19,7 +19,6 @@ from recurrent_db.denoise.sampler import EVALUATIONS
 from recurrent_db.generation.sequences import context_start
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
-from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.repl.console import BOLD, DIM, GREEN, YELLOW, paint, width_of
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
@@ -47,14 +46,14 @@ class Trace:
 def _hidden(model: LoopedLM, tokens_BT: Tensor, k: int, noise: NoiseSource) -> Tensor:
     """Hidden vectors after each iteration, (K, B, T, D)."""
     recurrence, e_BTD = model.recurrence.ready(model), model.encode(tokens_BT)
-    if not isinstance(recurrence, DenoiseWalk):
+    if (walk := recurrence.walk) is None:
         return torch.stack([hidden for _, hidden in recurrence.hidden(model, tokens_BT, e_BTD, range(1, k + 1), noise)])
     probe = Probe()
     for _ in recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, probe):
         pass
-    each = EVALUATIONS[recurrence.config.sampler]  # the first of a step is the one at its level
+    each = EVALUATIONS[walk.config.sampler]  # the first of a step is the one at its level
     estimates = zip(probe.parts[::each], probe.states[::each], strict=True)
-    return torch.stack([recurrence.read(part, estimate, e_BTD.dtype) for part, estimate in estimates])
+    return torch.stack([walk.read(part, estimate, e_BTD.dtype) for part, estimate in estimates])
 
 
 @torch.inference_mode()
@@ -94,8 +93,8 @@ def table(
 ) -> list[str]:
     """Lines for one of the traced tokens: iteration (of a walk, its noise level), entropy, how far the read-out moved, the
     likeliest tokens and their probabilities; ``drawn`` is marked. At most ``width`` columns where that is enough for one."""
-    k, walk, name_width = result.log_p_NKV.shape[1], model.recurrence, 10
-    sigmas = walk.levels(k) if isinstance(walk, DenoiseWalk) else []
+    k, name_width = result.log_p_NKV.shape[1], 10
+    sigmas = model.recurrence.levels(k)
     head = f"{'k':>4}" + (f"{'sigma':>9}" if sigmas else "") + f"{'entropy':>9}{'moved':>9}  "
     cells = max(1, min(5, (width - len(head)) // (name_width + 9)))
     lines = [paint(head + "likeliest tokens", DIM)]
