@@ -148,7 +148,8 @@ def main(args: Args) -> int:
         "nll_by_sequence": {str(k): [round(value, 4) for value in values] for k, values in by_k.items()},
         "flops_per_token_by_k": {str(k): inference_cost(config_model, length, recurrence.passes(k)) for k in ks},
         "best_k": best, "nll_best": nll[best], "nll_sigma_max": nll.get(1) if walk else None,
-        "unigram_entropy": unigram_entropy(data), "scored_tokens": n * length, "draws": args.draws if recurrence.stochastic else 1,
+        "unigram_entropy": unigram_entropy(data), "scored_tokens": n * length,
+        "draws": args.draws if recurrence.stochastic else 1,
         "text": text_metrics(
             model, validation_batches(data, length, args.batch_size, args.prompts * length), text_k, args.new_tokens,
             args.temperature,
