@@ -1,21 +1,25 @@
-"""Keys and values of positions already seen, so that each token is run once: what generation and shared prefixes rest on.
+"""Key-value cache for K-iteration inference: each token is run once.
 
     cache = Cache(model, rows=1, capacity=256)
     noise = NoiseSource(rng, requests, page, offset=cache.offset)      # before the cache grows
-    visible = cache.grow(tokens_BT.shape[1])                           # one pass over tokens that follow what is there
+    visible = cache.grow(tokens_BT.shape[1])                           # a pass over the tokens that come next
     e_BTD = model.encode(tokens_BT, visible)
     [(k, hidden_BTD)] = model.recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, visible=visible)
 
-A slot holds what one layer made in one of its visits during a pass. Prelude layers are visited once; a layer of the core
-in each iteration or noise level, by the stream that positions see there (the states' own; of two-stream conditioning the
-clean one, once); a layer of the coda in each read-out. A position thus meets, in its n-th visit to
-a layer, what earlier positions left in theirs, which is what recomputing everything would show it. The passes over one
-cache must therefore make the same visits: ask for the same K and draws each time, and run `Recurrence.hidden` to its end.
+A visit is one run of a layer during a pass. Prelude layers are visited once, core layers in each iteration or noise level,
+coda layers in each read-out. (With two-stream conditioning the clean stream alone is kept, and it visits the core once.)
+A slot holds the keys and values of one layer in one visit. In its n-th visit to a layer a position sees what earlier
+positions left in their n-th, as if everything were recomputed. All passes over one cache must therefore make the same
+visits: ask for the same K and draws each time, and run `Recurrence.hidden` to its end.
 
-That is the policy `full`, whose size grows with K. `modulo-S` has S slots a layer: visit n reads and writes slot n mod S, so
-of a position in an earlier pass it sees what that left in its last visit that is n modulo S; positions of its own pass it
-sees in the visit that they are in. `last` is modulo-1: the last iteration's. (Huginn's cache sharing, arXiv 2502.05171,
-section 6.2.) These are for one K and one draw, and what they give depends on how the tokens are cut into passes.
+Policies say which slots are kept:
+
+- ``full``: all of them. The size grows with K.
+- ``modulo-S``: S slots for each layer; visit n reads and writes slot n mod S. Of a position in an earlier pass, visit n sees
+  the last visit that equals n modulo S; of positions in its own pass, their n-th.
+- ``last``: modulo-1, the last visit alone (Huginn's cache sharing, arXiv 2502.05171, section 6.2).
+
+``modulo-S`` and ``last`` are for one K and one draw, and their results depend on how the tokens are cut into passes.
 
 Slots are allocated for the whole capacity when they are first filled. For inference alone: no gradient passes through.
 
