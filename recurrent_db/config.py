@@ -385,8 +385,6 @@ class OptimConfig(Section):
     """Global gradient norm above which gradients are scaled down."""
     ema_decay: ShareBelowOne = 0.0
     """Per-step decay of the weight average that is scored and saved beside the weights; 0 keeps none."""
-    max_skipped: Annotated[int, above(0), at_most(1 << 31)] = 20
-    """Consecutive steps with a non-finite loss or gradient after which the run stops."""
 
 
 @dataclass
@@ -467,14 +465,10 @@ class RunConfig(Section):
 
 @dataclass
 class GuardConfig(Section):
-    """When numbers blow up (docs/reliability.md). optim.max_skipped says after how many bad steps in a row."""
+    """When numbers blow up (docs/reliability.md)."""
 
-    rollbacks: Count = 2
-    """Times that a run goes back to its last good checkpoint, and on with another order of the data, before it stops."""
     spike: NotNegative = 0.0
     """Standard deviations above its running mean at which a step's loss makes it a skipped one; 0 skips none."""
-    state_growth: Positive = 10.0
-    """Growth of the state's RMS from the first to the last iteration (of the largest eval.k) that is warned of."""
 
 
 @dataclass

@@ -46,6 +46,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import build_optimizer, step_unless
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.training.guard import MOST_SKIPPED
 
 
 @dataclass
@@ -130,7 +131,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         objective.after_step(~skip, lambda tensor: tensor)
         in_a_row = in_a_row + 1 if bool(skip) else 0
-        if in_a_row == config.optim.max_skipped:
+        if in_a_row == MOST_SKIPPED:
             raise UserError(f"stopped at step {step}: loss or gradient not finite {in_a_row} steps in a row")
         step, flops = step + 1, flops + spent
         progress = budget_progress(config.budget, flops, 0, 0, 0)

@@ -284,8 +284,8 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
             if hit["calls"] == 7 or (for_good and hit["calls"] > 7):
                 next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = value
 
-    options = ["--optim.max_skipped", 3, "--optim.ema_decay", 0.5, "--guard.rollbacks", 1]
-    with mock.patch.multiple(script, build_objective=broken, step_unless=step):
+    options, skipped = ["--optim.ema_decay", 0.5], mock.patch("recurrent_db.training.guard.MOST_SKIPPED", 3)
+    with skipped, mock.patch.multiple(script, build_objective=broken, step_unless=step, ROLLBACKS=1):
         if for_good:
             line = refusal(lambda: bench.train(run, *options, steps=16))
             names = {"loss": "loss", "gradient": "gradient", "weight": "core.blocks.0.attn.qkv.weight",

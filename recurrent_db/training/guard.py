@@ -2,9 +2,9 @@
 
 1. A step whose loss or gradient is not finite, or whose loss is far above its running mean (``guard.spike``), changes only
    the counters. This is decided on the device; the host does not wait.
-2. After ``optim.max_skipped`` such steps in a row, or if weights or the optimizer's state are not finite when a checkpoint
+2. After `MOST_SKIPPED` such steps in a row, or if weights or the optimizer's state are not finite when a checkpoint
    is due, the run returns to its last good checkpoint and continues with another order of the data and other noise.
-3. After ``guard.rollbacks`` returns it stops with a diagnosis.
+3. After `ROLLBACKS` returns it stops with a diagnosis.
 
 At log points the run warns of what no single step shows: a loss that has risen and stays high, a loss that is not below the
 entropy of the tokens' frequencies, a state that grows over the iterations.
@@ -32,6 +32,12 @@ from recurrent_db.store.folder import fault, list_checkpoints, remove_checkpoint
 from recurrent_db.store.tensors import optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
+MOST_SKIPPED = 20
+"""Consecutive steps with a non-finite loss or gradient after which the run goes back to its last good checkpoint."""
+ROLLBACKS = 2
+"""Returns to a checkpoint after which the run stops instead."""
+STATE_GROWTH = 10.0
+"""Growth of the state's RMS, from the first to the last iteration, that the run warns of."""
 WARM_UP = 50
 """Steps before any loss counts as a spike, and the length of the running mean, in steps."""
 RISE = 0.5
@@ -107,7 +113,7 @@ class LossGuard:
 
     def trouble(self, state: TrainState, unsound: list[str]) -> str:
         """Why the run cannot continue from here; empty if it can. ``unsound`` names tensors that are not finite."""
-        if state.skipped_in_a_row >= self.config.optim.max_skipped:
+        if state.skipped_in_a_row >= MOST_SKIPPED:
             spike = " or far above its mean" if self.config.guard.spike else ""
             return f"loss or gradient not finite{spike} {state.skipped_in_a_row} steps in a row"
         return f"{unsound[0]} is not finite" if unsound else ""
@@ -138,11 +144,10 @@ class LossGuard:
                 f" frequencies, {self.floor:.2f}: nothing else has been learned; try a longer schedule.warmup"
                 f" (now {self.config.schedule.warmup:g} of the budget), or a lower optim.lr (now {self.config.optim.lr:g})",
             )
-        if growth is not None and not growth <= self.config.guard.state_growth:
+        if growth is not None and not growth <= STATE_GROWTH:
             yield from self._once(
                 "growth",
-                f"the state grows {growth:.3g} times over the iterations (guard.state_growth ="
-                f" {self.config.guard.state_growth:g}): the loop is not stable",
+                f"the state grows {growth:.3g} times over the iterations: the loop is not stable",
             )
 
     def _once(self, kind: str, line: str) -> Iterator[str]:

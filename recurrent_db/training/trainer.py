@@ -49,6 +49,7 @@ from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.store.run_directory import after_restart, check_resumable, check_run_dir, make_run_dir
 from recurrent_db.store.train_state import TrainState
 from recurrent_db.training.guard import (
+    ROLLBACKS,
     LossGuard,
     continued,
     data_seed,
@@ -326,7 +327,7 @@ class Trainer:
             with self.autocast():
                 unsound = unsound + gradients_not_finite(self.model, lambda: self.last_forward()[0])
             self.objective.after_step(torch.zeros((), dtype=torch.bool, device=self.device), team.sum)
-        norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < config.guard.rollbacks
+        norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < ROLLBACKS
         target = team.decide(lambda: last_good(run_dir) if may_go_back else None)
         line = diagnose(
             run_dir if team.first else None, self.state, trouble, unsound, norms, float(grad_norm), lr, target

@@ -232,7 +232,7 @@ def test_a_line_cannot_command_a_terminal() -> None:
         ('{"model": {"n_coda": 1000000000}}', "n_coda must be at most 1024"),
         ('{"objective": {"unrolled": {"mean_depth": 1000000000}}}', "mean_depth must be at most"),
         ('{"objective": {"unrolled": {"depth_sigma": 1e30}}}', "depth_sigma must be at most"),
-        ('{"optim": {"max_skipped": 3000000000}}', "max_skipped must be at most"),
+        ('{"run": {"threads": 3000000000}}', "threads must be at most"),
     ],
 )
 def test_configurations_without_bound(text: str, words: str) -> None:
@@ -267,7 +267,7 @@ def test_file_names_of_a_manifest(name: str, data: Path) -> None:
 
 
 def test_a_whole_number_of_many_digits_on_the_command_line() -> None:
-    refused("max_skipped", load_config, None, ["--optim.max-skipped", "9" * 400])
+    refused("run.log_every must be a whole number of 64 bits", load_config, None, ["--run.log-every", "9" * 400])
     refused(
         "one_step.prior_iterations must be at most",
         load_config,

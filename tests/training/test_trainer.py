@@ -430,7 +430,8 @@ def test_the_count_of_host_reads_sees_one(data: Path, tmp_path: Path, monkeypatc
 
 def test_a_run_of_bad_steps_stops_with_a_diagnosis(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_objective(monkeypatch, set(range(5, 100)))
-    options = ["--budget.steps", 50, "--optim.max_skipped", 4, "--run.checkpoint_every", 5, "--run.log_every", 3]
+    monkeypatch.setattr("recurrent_db.training.guard.MOST_SKIPPED", 4)
+    options = ["--budget.steps", 50, "--run.checkpoint_every", 5, "--run.log_every", 3]
     config = load_config(None, words(data, tmp_path / "run", *options))
     with pytest.raises(UserError, match="stopped at step 9: loss or gradient not finite 4 steps in a row"):
         trainer.train(config)
