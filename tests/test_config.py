@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_db.config import DenoisePaperConfig, config_from_json, load_config, rows_of_vocabulary
+from recurrent_db.config import config_from_json, load_config, rows_of_vocabulary
 from recurrent_db.errors import UserError
+from recurrent_db.objective_config import DenoisePaperConfig
 from recurrent_db.schema import to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))

@@ -98,7 +98,7 @@ def parse_decoding(word: str) -> GenerationOptions:
 
 
 def with_walk(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
-    """A denoiser's walk with another ``bridge`` or ``sampler`` (config.DenoiseConfig); other recurrences have no choice."""
+    """A denoiser's walk with another ``bridge`` or ``sampler``; other recurrences have no choice."""
     walk = recurrence.walk
     if walk is None:
         return recurrence

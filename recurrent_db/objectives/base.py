@@ -1,7 +1,8 @@
 """The contract of an objective, and what objectives share.
 
 An objective says how a model is trained, and what it needs of the rest; nobody else asks for an objective by name. To add
-one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME`` in `config.Objectives`, and a test.
+one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME`` in
+`objective_config.Objectives`, and a test.
 
 It is called once for each micro-batch,
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from recurrent_db.config import OBJECTIVE_NAMES, Config
+from recurrent_db.config import Config
 from recurrent_db.model.passes import Passes
+from recurrent_db.objective_config import OBJECTIVE_NAMES
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.objectives.skipped_core import SkippedCore
 from recurrent_db.rng import Rng

@@ -16,12 +16,13 @@ import math
 import torch
 from torch import Tensor
 
-from recurrent_db.config import Config, DenoiseConfig
+from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.denoise.noise import LogNormal, draw_sigma, share_below, sigma_star
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.passes import Passes
+from recurrent_db.objective_config import DenoiseConfig
 from recurrent_db.objectives.base import Metrics, Objective, cross_entropy
 from recurrent_db.recurrence.walk import DenoiseWalk, normalised
 from recurrent_db.rng import Rng

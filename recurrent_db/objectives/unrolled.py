@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurrent_db.config import Config, UnrolledConfig
+from recurrent_db.config import Config
 from recurrent_db.data import Batch
 from recurrent_db.model.depth import sample_depth
 from recurrent_db.model.looped import STATE_STD, LoopedLM
 from recurrent_db.model.passes import Passes
+from recurrent_db.objective_config import UnrolledConfig
 from recurrent_db.objectives.base import Metrics, Objective, cross_entropy, position_rms
 from recurrent_db.recurrence.loop import PlainLoop, truncated_normal
 from recurrent_db.rng import Rng

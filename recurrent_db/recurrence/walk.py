@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recurrent_db.config import DenoiseConfig
 from recurrent_db.denoise.bound import walk_log_weight
 from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
@@ -27,6 +26,7 @@ from recurrent_db.model.layers import Context, wide
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.passes import Passes
 from recurrent_db.model.recurrence import NoiseSource, Probe
+from recurrent_db.objective_config import DenoiseConfig
 
 
 def normalised(rows: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def load_with_config(
     """`load`, which also returns the run's configuration and the checkpoint's folder.
 
     ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid`` of
-    config.DenoiseConfig); None values leave the run's own.
+    objective_config.DenoiseConfig); None values leave the run's own.
     """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()

@@ -48,18 +48,7 @@ from recurrent_db.store.loading import check_owner, start_from
 from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
 from recurrent_db.store.run_directory import after_restart, check_resumable, check_run_dir, make_run_dir
 from recurrent_db.store.train_state import TrainState
-from recurrent_db.training.guard import (
-    ROLLBACKS,
-    LossGuard,
-    continued,
-    data_seed,
-    diagnose,
-    forget_later,
-    gradients_not_finite,
-    last_good,
-    not_finite,
-    state_rms,
-)
+from recurrent_db.training import guard
 from recurrent_db.training.stop_signal import StopSignal
 from recurrent_db.training.tasks import TextTask
 
@@ -99,8 +88,7 @@ class Trainer:
         self.config = config
         self.team = Team.join(config.parallel, choose_device(config.run.device))
         self.device = self.team.device
-        on_gpu = self.device.type == "cuda"
-        self.bfloat16 = config.run.dtype == "bfloat16" or (config.run.dtype == "auto" and on_gpu)
+        self.bfloat16 = config.run.dtype in (("bfloat16", "auto") if self.device.type == "cuda" else ("bfloat16",))
         self.task = TextTask(config, self.team)
         resume, overwrite = self.team.decide(lambda: after_restart(config, resume, overwrite))
         checkpoint = self.team.decide(lambda: check_run_dir(config, resume, overwrite, held))
@@ -121,8 +109,12 @@ class Trainer:
         self._set_up_meters(held)
         self.notes += self._description(attention_line)
         if resume:
-            afresh = f"no checkpoint in {self.run_dir}: starting afresh"
-            self.notes.append(f"resuming at step {self.state.step}" if checkpoint is not None else afresh)
+            begun = (
+                f"resuming at step {self.state.step}"
+                if checkpoint
+                else f"no checkpoint in {self.run_dir}: starting afresh"
+            )
+            self.notes.append(begun)
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
@@ -170,7 +162,7 @@ class Trainer:
         self.log = MetricLog(self.run_dir, config, self.state.step) if team.first else NoLog()
         self.clock = StepClock(peak and peak * team.world, EnergyMeter(device))
         self.saver = build_saver(team, self.run_dir, config, self.task.tokenizer)
-        self.loss_guard = LossGuard(config, self.state, device, self.task.floor)
+        self.loss_guard = guard.LossGuard(config, self.state, device, self.task.floor)
         self.progress = self._progress_after()
         self.stop_signal = StopSignal(held)
 
@@ -325,11 +317,11 @@ class Trainer:
         self.saver.finish()
         if team.world == 1:  # the gradients of the last micro-batch, once more
             with self.autocast():
-                unsound = unsound + gradients_not_finite(self.model, lambda: self.last_forward()[0])
+                unsound = unsound + guard.gradients_not_finite(self.model, lambda: self.last_forward()[0])
             self.objective.after_step(torch.zeros((), dtype=torch.bool, device=self.device), team.sum)
-        norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < ROLLBACKS
-        target = team.decide(lambda: last_good(run_dir) if may_go_back else None)
-        line = diagnose(
+        norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < guard.ROLLBACKS
+        target = team.decide(lambda: guard.last_good(run_dir) if may_go_back else None)
+        line = guard.diagnose(
             run_dir if team.first else None, self.state, trouble, unsound, norms, float(grad_norm), lr, target
         )
         if target is None:
@@ -338,11 +330,11 @@ class Trainer:
                 f"stopped {line}; after {self.state.rollbacks} returns to a checkpoint; the newest one is from before, try a"
                 f" lower optim.lr (now {config.optim.lr:g}); see {run_dir}/diagnosis.jsonl"
             )
-        self.state = continued(self._load(target), lost=self.state)
+        self.state = guard.continued(self._load(target), lost=self.state)
         self.say(f"warning: {line}; going back to step {self.state.step}, with another order of the data")
-        team.decide(lambda: forget_later(run_dir, self.state.step))
+        team.decide(lambda: guard.forget_later(run_dir, self.state.step))
         self.log.rewind(self.state.step)
-        self.loss_guard = LossGuard(config, self.state, self.device, self.task.floor)
+        self.loss_guard = guard.LossGuard(config, self.state, self.device, self.task.floor)
         self.progress = self._progress_after()
         self._grow()
 
@@ -380,7 +372,7 @@ class Trainer:
     @property
     def data_seed(self) -> int:
         """The seed of data order and noise."""
-        return data_seed(self.config, self.state.rollbacks)
+        return guard.data_seed(self.config, self.state.rollbacks)
 
     def _progress_after(self, flops: float = 0.0, tokens: float = 0.0, steps: float = 0.0) -> float:
         """Share of the budget that is spent when this much comes on top."""
@@ -441,11 +433,11 @@ class Trainer:
 
     def _unsound_tensors(self) -> list[str]:
         """Weights and optimizer tensors that are not finite, on any process."""
-        names = not_finite(self.model, self.optimizer)
+        names = guard.not_finite(self.model, self.optimizer)
         return names if self.team.all(not names) else names or ["a tensor of another process"]
 
     def _norms_by_iteration(self) -> list[float]:
         """The state's RMS after each iteration, for a sequence of the last batch."""
         self.model.recurrence = self.objective.recurrence
         with self.autocast(), self.team.whole(self.model):
-            return state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)
+            return guard.state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)

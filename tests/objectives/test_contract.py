@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import MICRO, ROOT, micro_config, synthetic_data
 
-from recurrent_db.config import OBJECTIVE_NAMES
+from recurrent_db.objective_config import OBJECTIVE_NAMES
 from recurrent_db.objectives import build_objective
 
 OWN_ROOMS = ("objectives", "recurrence")
@@ -113,7 +113,7 @@ NEW_FIELD = "    two_pass: TwoPassConfig = field(default_factory=TwoPassConfig)\
 def test_a_new_objective_is_one_file_and_a_section(tmp_path: Path) -> None:
     """Trained, continued, scored by K, generated from and exported, in a copy of the package."""
     shutil.copytree(ROOT / "recurrent_db", tmp_path / "copy/recurrent_db", ignore=shutil.ignore_patterns("__pycache__"))
-    config = tmp_path / "copy/recurrent_db/config.py"
+    config = tmp_path / "copy/recurrent_db/objective_config.py"
     text = config.read_text(encoding="utf-8")
     for old, new in (
         ("@dataclass\nclass Objectives(Section):\n", NEW_SECTION),
