@@ -70,10 +70,6 @@ class ModelConfig(Section):
     """Width of the noise embedding."""
     expected_depth: Annotated[int, above(0), at_most(1 << 20)] = 32
     """Mean recurrence r that scales the output projections at initialisation."""
-    rope_base: Positive = 50_000.0
-    """Base of the rotary position embedding."""
-    norm_eps: Positive = 1e-6
-    """Epsilon of RMSNorm."""
     n_blocks: Count = 0
     """DiffusionBlocks: cut the n_core layers, run once and not looped, into so many blocks that train alone, each for its
     own range of noise levels; 0 is the looped model. See docs/blocks.md."""

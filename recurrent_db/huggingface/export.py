@@ -53,7 +53,7 @@ def _walk_keys(walk: DenoiseWalk) -> dict[str, Any]:
 SHAPE = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_mlp", "num_attention_heads": "n_heads",
     "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
-    "injection": "injection", "rope_base": "rope_base", "norm_eps": "norm_eps",
+    "injection": "injection",
 }  # fmt: skip
 """Keys of config.json, and the fields of config.ModelConfig that they stand for."""
 

@@ -34,7 +34,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE
 from recurrent_db.model import LoopedLM, build_model
-from recurrent_db.model.layers import rope_table
+from recurrent_db.model.layers import NORM_EPS, ROPE_BASE, rope_table
 from recurrent_db.objectives import build_objective, load_objective_state, unrolled
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.schema import to_dict
@@ -74,7 +74,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 _HUGINN_FIXED: dict[str, Any] = {
     "architecture_class_name": "RecurrentGPT", "block_class_name": "SandwichBlock", "norm_class_name": "RMSNorm_llama",
     "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "injection_type": "linear", "state_init": "like-init",
-    "bias": False, "tie_embeddings": True, "test_time_noise": 0,
+    "bias": False, "tie_embeddings": True, "test_time_noise": 0, "rope_base": ROPE_BASE, "norm_eps": NORM_EPS,
 }  # fmt: skip
 _HUGINN_SHAPE = {
     "d_model": "n_embd", "n_heads": "n_heads", "d_mlp": "intermediate_size", "n_prelude": "n_layers_in_prelude",
@@ -82,11 +82,9 @@ _HUGINN_SHAPE = {
 }  # fmt: skip
 
 
-def _number(values: dict[str, Any], key: str, kind: type, source: str, default: Any = None) -> Any:
+def _whole_number(values: dict[str, Any], key: str, source: str, default: Any = None) -> int:
     value = values.get(key, default)
-    if kind is float and isinstance(value, int):
-        value = float(value) if abs(value) < 1 << 53 else math.inf
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{source}: {key} must be a number, not {str(value)[:80]!r}")
     return value
 
@@ -100,16 +98,14 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
     config = Config()
     model, depth = config.model, config.objective.unrolled
     for ours, theirs in _HUGINN_SHAPE.items():
-        setattr(model, ours, _number(values, theirs, int, source))
+        setattr(model, ours, _whole_number(values, theirs, source))
     rows = "padded_vocab_size" if "padded_vocab_size" in values else "vocab_size"
-    model.vocab_size = _number(values, rows, int, source)
-    model.rope_base = _number(values, "rope_base", float, source, 50_000.0)
-    model.norm_eps = _number(values, "norm_eps", float, source, 1e-6)
+    model.vocab_size = _whole_number(values, rows, source)
     if values.get("num_key_value_heads", model.n_heads) != model.n_heads:
         raise UserError(f"{source}: num_key_value_heads differs from n_heads: this model has no grouped queries")
     config.objective.name = unrolled.NAME
-    depth.mean_depth = model.expected_depth = _number(values, "mean_recurrence", int, source, 32)
-    depth.truncation = _number(values, "mean_backprop_depth", int, source, 8)
+    depth.mean_depth = model.expected_depth = _whole_number(values, "mean_recurrence", source, 32)
+    depth.truncation = _whole_number(values, "mean_backprop_depth", source, 8)
     config.data.sequence_length = model.max_seq_len
     resolve(config)
     validate(config)
@@ -211,10 +207,10 @@ def _check_extras(weights: Weights, config: ModelConfig) -> None:
         length, head_size = config.max_seq_len, config.d_model // config.n_heads
         if weights.shapes["freqs_cis"] != (1, length, 1, head_size // 2, 2):
             raise UserError(f"{weights.folder}: freqs_cis has shape {weights.shapes['freqs_cis']}, not Huginn's")
-        table = torch.stack(rope_table(length, head_size, config.rope_base, torch.device("cpu")), dim=-1)
+        table = torch.stack(rope_table(length, head_size, torch.device("cpu")), dim=-1)
         # Theirs are made from fp32 angles, and may be stored in half precision.
         if not torch.allclose(weights.read("freqs_cis").float()[0, :, 0], table, rtol=0, atol=1e-2):
-            raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {config.rope_base}")
+            raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {ROPE_BASE:g}")
 
 
 @torch.no_grad()

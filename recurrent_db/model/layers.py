@@ -109,35 +109,40 @@ def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> T
     return unit * weight if shift is None else torch.addcmul(shift, unit, weight)
 
 
+NORM_EPS = 1e-6
+"""Epsilon of every RMSNorm; Huginn's."""
+ROPE_BASE = 50_000.0
+"""Base of the rotary position embedding; Huginn's."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 or wider, returned in x's dtype. Shape (..., D).
 
     With a modulation (scale, shift), broadcastable to x, it is (1 + scale) * norm(x) + shift, at hardly more cost.
     """
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         dtype = wide(x.dtype)
         if x.dtype == self.weight.dtype == dtype and scale is None and shift is None:
-            return scaled_rms(x, self.weight, None, self.eps)
+            return scaled_rms(x, self.weight, None, NORM_EPS)
         weight = self.weight.to(dtype)
         if scale is not None:
             weight = torch.addcmul(weight, weight, scale.to(dtype))
-        return scaled_rms(x.to(dtype), weight, None if shift is None else shift.to(dtype), self.eps).to(x.dtype)
+        return scaled_rms(x.to(dtype), weight, None if shift is None else shift.to(dtype), NORM_EPS).to(x.dtype)
 
 
 def rope_table(
-    length: int, head_size: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+    length: int, head_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (T, E/2) of ``dtype``.
 
-    Pair e of a head turns by position * base^(-2e/E).
+    Pair e of a head turns by position * `ROPE_BASE`^(-2e/E).
     """
-    rates = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+    rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -305,9 +310,9 @@ class Block(nn.Module):
     arXiv 2212.09748, with the gate centred on one because Huginn's branches are not gated).
     """
 
-    def __init__(self, dim: int, n_heads: int, hidden: int, eps: float) -> None:
+    def __init__(self, dim: int, n_heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(dim, eps) for _ in range(4))
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(dim) for _ in range(4))
         self.attn = Attention(dim, n_heads)
         self.mlp = GatedMLP(dim, hidden)
         self.one_position: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None

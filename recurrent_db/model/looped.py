@@ -101,9 +101,7 @@ class Core(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.injection = INJECTIONS[config.injection](config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config.d_model, config.n_heads, config.d_mlp, config.norm_eps) for _ in range(config.n_core)
-        )
+        self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, config.d_mlp) for _ in range(config.n_core))
 
     def iteration(
         self,
@@ -185,12 +183,12 @@ class LoopedLM(nn.Module):
             raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
         self.config = config
         width = config.d_model
-        block = lambda: Block(width, config.n_heads, config.d_mlp, config.norm_eps)  # noqa: E731
+        block = lambda: Block(width, config.n_heads, config.d_mlp)  # noqa: E731
         self.embedding = Embedding(config.vocab_size, width)
         self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(block() for _ in range(config.n_coda))
-        self.final_norm = RMSNorm(width, config.norm_eps)
+        self.final_norm = RMSNorm(width)
         self.noise_embedding = (
             NoiseEmbedding(width, config.n_core, config.d_condition) if config.noise_conditioning else None
         )
@@ -206,7 +204,7 @@ class LoopedLM(nn.Module):
             head_size = self.config.d_model // self.config.n_heads
             longest = max(length, self.config.max_seq_len)
             with torch.inference_mode(False):  # training may need what generation made
-                self._ropes[place] = rope_table(longest, head_size, self.config.rope_base, *place)
+                self._ropes[place] = rope_table(longest, head_size, *place)
         cos, sin = self._ropes[place]
         return cos[:length], sin[:length]
 

@@ -219,7 +219,7 @@ def test_the_run_has_huginns_settings(huginn: Path, tmp_path: Path) -> None:
     assert config.objective.name == "unrolled"
     assert (config.objective.unrolled.mean_depth, config.objective.unrolled.truncation) == (6, 2)
     assert (config.model.n_prelude, config.model.n_core, config.model.n_coda) == (PRELUDE, CORE, CODA)
-    assert (config.model.rope_base, config.model.norm_eps, config.model.max_seq_len) == (50_000, 1e-6, WINDOW)
+    assert config.model.max_seq_len == WINDOW
     released = {"n_embd": 5280, "n_heads": 55, "num_key_value_heads": 55, "intermediate_size": 17920, "block_size": 4096,
                 "n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2, "vocab_size": 65536,
                 "padded_vocab_size": 65536, "mean_recurrence": 32, "mean_backprop_depth": 8,
@@ -378,9 +378,9 @@ def refused(folder: Path, match: str) -> None:
         ({"n_layers_in_recurrent_block": 10**9}, "n_core must be at most"),
         ({"n_embd": 1 << 40, "init_values": {}}, "d_model must be at most"),
         ({"padded_vocab_size": 1 << 50}, "vocab_size must be at most"),
-        ({"rope_base": 1e309}, "rope_base must be finite"),
-        ({"rope_base": 10_000}, "rotary table of rope_base"),
-        ({"norm_eps": float("nan")}, "norm_eps must be above 0"),
+        ({"rope_base": 1e309}, "rope_base = 'inf' is not what Huginn has"),
+        ({"rope_base": 10_000}, "rope_base = '10000' is not what Huginn has"),
+        ({"norm_eps": float("nan")}, "norm_eps = 'nan' is not what Huginn has"),
         ({"mean_recurrence": 0}, "expected_depth must be above 0|mean_depth must be above 0"),
         ({"n_layers_in_coda": 2}, "lacks the weight transformer.coda.1"),
         ({"n_layers_in_coda": 0}, "a weight too many: transformer.coda.0"),
@@ -411,6 +411,7 @@ def _rename(weights: dict[str, Tensor]) -> None:
         (lambda w: w.update({"extra": torch.zeros(1)}), "a weight too many: extra"),
         (lambda w: w.update({"lm_head.weight": torch.zeros(VOCAB, D)}), "lm_head.weight is not"),
         (lambda w: w.update({"lm_head.weight": torch.zeros(1)}), "lm_head.weight is not"),
+        (lambda w: w["freqs_cis"].mul_(-1), "freqs_cis is not the rotary table of rope_base = 50000"),
         (lambda w: w["transformer.ln_f.weight"].fill_(float("nan")), "transformer.ln_f.weight holds numbers"),
         (lambda w: w.update({"transformer.ln_f.weight": torch.ones(D, dtype=torch.int8)}), "is of type I8"),
         (lambda w: w.update({"transformer.adapter.weight": torch.zeros(2 * D, D)}), "adapter.weight in shape"),

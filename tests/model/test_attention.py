@@ -437,9 +437,9 @@ def test_a_compiled_block_serves_every_batch(name: str) -> None:
     backend = SDPA if name == "sdpa" else Flex(flex_attention)
     counter = CompileCounter()
     torch._dynamo.reset()
-    block = with_values(Block(16, 2, 24, 1e-6))
+    block = with_values(Block(16, 2, 24))
     compiled = torch.compile(block, backend=counter, fullgraph=True)
-    rope = rope_table(9, 8, 1e4, CPU)
+    rope = rope_table(9, 8, CPU)
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for docs in (DOCS, DOCS.flip(0), torch.arange(18).view(2, 9).int()):

@@ -33,8 +33,6 @@ class RecurrentDBConfig(PretrainedConfig):
         n_coda: int = 1,
         max_position_embeddings: int = 128,
         injection: str = "linear",
-        rope_base: float = 50_000.0,
-        norm_eps: float = 1e-6,
         noise_features: int = 0,
         num_recurrence: int = 1,
         initial_state: str = "zeros",
@@ -46,7 +44,7 @@ class RecurrentDBConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_attention_heads = num_attention_heads
         self.n_prelude, self.n_core, self.n_coda = n_prelude, n_core, n_coda
-        self.max_position_embeddings, self.rope_base, self.norm_eps = max_position_embeddings, rope_base, norm_eps
+        self.max_position_embeddings = max_position_embeddings
         self.injection, self.noise_features = injection, noise_features
         self.num_recurrence, self.initial_state, self.seed = num_recurrence, initial_state, seed
         self.walk, self.run = walk, run

@@ -40,6 +40,8 @@ from .configuration_recurrent_db import RecurrentDBConfig
 # The output's name for the cache, which transformers has changed.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
+NORM_EPS, ROPE_BASE = 1e-6, 50_000.0
+
 Modulation = tuple[Tensor, ...]
 
 
@@ -113,7 +115,7 @@ class Pass:
         self.positions_BT, self.cache, self.visits = positions_BT, cache, itertools.count()
         self.length, self.total = positions_BT.shape[1], seen + positions_BT.shape[1]
         head_size, device = config.hidden_size // config.num_attention_heads, positions_BT.device
-        rates = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
+        rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
         angles = positions_BT[..., None].double() * rates
         self.cos, self.sin = angles.cos(), angles.sin()
         self.mask: Tensor | None = None  # the causal one
@@ -179,7 +181,7 @@ class Block(nn.Module):
     def __init__(self, config: RecurrentDBConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(width, config.norm_eps) for _ in range(4))
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(width, NORM_EPS) for _ in range(4))
         self.attn = Attention(width, config.num_attention_heads)
         self.mlp = GatedMLP(width, config.intermediate_size)
 
@@ -292,7 +294,7 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(Block(config) for _ in range(config.n_coda))
-        self.final_norm = RMSNorm(width, config.norm_eps)
+        self.final_norm = RMSNorm(width, NORM_EPS)
         features = config.noise_features
         self.noise_embedding = NoiseEmbedding(width, config.n_core, features) if features else None
         self.noise = Noise(config.seed, config.max_position_embeddings)
