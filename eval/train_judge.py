@@ -10,16 +10,15 @@ judge's as another part of the same sources (train/prepare_data.py --part 2/2), 
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 from recurrent_db.arguments import run_and_exit
+from recurrent_db.commands.train import arguments
 from recurrent_db.data import read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.judge import check_apart, record, write_record
-
-PRETRAIN = Path(__file__).parents[1] / "train/pretrain.py"
+from recurrent_db.training.trainer import train
 
 
 def take_apart_from(words: list[str]) -> tuple[list[Path], list[str]]:
@@ -44,8 +43,7 @@ def main() -> int:
         print(__doc__)
     if any(word.partition("=")[0] == "--objective.name" for word in words):
         raise UserError("a judge is a flat model, its objective is next_token: leave --objective.name out")
-    pretrain = runpy.run_path(str(PRETRAIN))
-    config, resume, overwrite = pretrain["arguments"]([*words, "--objective.name", "next_token"])
+    config, resume, overwrite = arguments([*words, "--objective.name", "next_token"], prog="train_judge.py")
     if not config.data.path:
         raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
     kept = record(Path(config.data.path))
@@ -54,7 +52,7 @@ def main() -> int:
             share = check_apart(kept, other, split) if read_manifest(other)["splits"][split] else 0.0
             if share:
                 raise UserError(f"{config.data.path} holds {share:.1%} of the {split} documents of {other}")
-    status: int = pretrain["train"](config, resume, overwrite)
+    status = train(config, resume, overwrite)
     write_record(Path(config.run.dir), kept)
     return status
 

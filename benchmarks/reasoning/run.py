@@ -2,7 +2,7 @@
 
 python benchmarks/reasoning/run.py --task s5 --arm next_token --json OUT
 
-The loop is the trainer's (train/pretrain.py) with other batches; objective, optimizer, schedule and FLOP count are the same
+The loop is the trainer's with other batches; objective, optimizer, schedule and FLOP count are the same
 code. A run that is killed begins anew: it takes minutes.
 
 One thing is easier in training than in scoring for an objective that puts noised targets into its single stream

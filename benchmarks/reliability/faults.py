@@ -39,16 +39,16 @@ from safetensors.torch import load_file
 
 from benchmarks.reliability.endurance import SHAPE
 from benchmarks.reliability.reliability import finish
-from benchmarks.reliability.resume import _script, set_up
+from benchmarks.reliability.resume import set_up
 from recurrent_db.arguments import run_command
+from recurrent_db.commands.train import arguments
 from recurrent_db.data import open_data
 from recurrent_db.data.shards import load_tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, locked
 from recurrent_db.store import checkpoint as checkpoint_files
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
-
-ROOT = Path(__file__).resolve().parents[2]
+from recurrent_db.training import trainer
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Bench:
     """The trainer on a tiny model, in this process."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng, self.script = folder, random.Random(seed), _script("train/pretrain.py")
+        self.folder, self.rng = folder, random.Random(seed)
         set_up(folder / "common")
         self.data = folder / "common" / "data"
 
@@ -105,7 +105,7 @@ class Bench:
                  "--run.peak_flops", "1e10", *map(str, more)]  # fmt: skip
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
-            self.script.train(*self.script.arguments(words)[:1], resume)
+            trainer.train(arguments(words)[0], resume)
         return said.getvalue()
 
     def run(self, name: str, steps: int = 12) -> Path:
@@ -248,8 +248,8 @@ def two_trainers(bench: Bench) -> str:
 
 def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
     """Put ``value`` into a number at step 6, or from it on."""
-    script, run = bench.script, bench.folder / f"numbers-{where}-{value}-{for_good}"
-    build, step_unless = script.build_objective, script.step_unless
+    run = bench.folder / f"numbers-{where}-{value}-{for_good}"
+    build, step_unless = trainer.build_objective, trainer.step_unless
     hit = {"steps": 0}
 
     def due(rng: Any) -> bool:
@@ -285,7 +285,7 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
                 next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = value
 
     options, skipped = ["--optim.ema_decay", 0.5], mock.patch("recurrent_db.training.guard.MOST_SKIPPED", 3)
-    with skipped, mock.patch.multiple(script, build_objective=broken, step_unless=step, ROLLBACKS=1):
+    with skipped, mock.patch.multiple(trainer, build_objective=broken, step_unless=step, ROLLBACKS=1):
         if for_good:
             line = refusal(lambda: bench.train(run, *options, steps=16))
             names = {"loss": "loss", "gradient": "gradient", "weight": "core.blocks.0.attn.qkv.weight",
@@ -318,8 +318,7 @@ class _BadGradient(torch.autograd.Function):
 
 
 def spike(bench: Bench) -> str:
-    script, run = bench.script, bench.folder / "spike"
-    build = script.build_objective
+    run, build = bench.folder / "spike", trainer.build_objective
 
     def broken(config: Any) -> Any:
         inner = build(config)
@@ -333,7 +332,7 @@ def spike(bench: Bench) -> str:
         inner.__class__ = Broken
         return inner
 
-    with mock.patch.object(script, "build_objective", broken):
+    with mock.patch.object(trainer, "build_objective", broken):
         bench.train(run, "--guard.spike", 8, steps=64)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     spikes = [row["spikes"] for row in rows]

@@ -24,7 +24,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks share code
 
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -44,12 +43,14 @@ import torch
 from benchmarks.reliability.endurance import SHAPE
 from benchmarks.reliability.reliability import finish
 from recurrent_db.arguments import run_command
+from recurrent_db.commands.train import arguments
 from recurrent_db.data import corpus, prepare
 from recurrent_db.data import tokenizer as tokenizers
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
+from recurrent_db.training import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,9 +118,9 @@ def die_at_file_operation(n: int, matches: Callable[[str, str], bool], counter: 
     sys.addaudithook(hook)
 
 
-def die_in_step(script: Any, n: int, delay: float) -> None:
+def die_in_step(n: int, delay: float) -> None:
     """Kill this process ``delay`` seconds after the ``n``-th forward and backward pass of its life began."""
-    seen, build = [0], script.Rng
+    seen, build = [0], trainer.Rng
 
     def counted(*arguments: Any) -> Any:
         seen[0] += 1
@@ -127,7 +128,7 @@ def die_in_step(script: Any, n: int, delay: float) -> None:
             threading.Timer(delay, _die).start()
         return build(*arguments)
 
-    script.Rng = counted
+    trainer.Rng = counted  # type: ignore[assignment, misc]
 
 
 def die_in_write(n: int, name: str, counter: Path | None) -> None:
@@ -152,15 +153,6 @@ def die_in_write(n: int, name: str, counter: Path | None) -> None:
 # The work: each function runs in a process of its own, in ``folder``, and goes on with what is there
 
 
-def _script(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location("script_" + Path(path).stem, ROOT / path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @dataclass
 class Moment:
     """Where and when to die; ``n`` = 0 never."""
@@ -170,10 +162,10 @@ class Moment:
     n: int = 0
     delay: float = 0.0
 
-    def arm(self, script: Any, counter: Path | None) -> None:
+    def arm(self, counter: Path | None) -> None:
         if self.place == "step":
             if self.n:
-                die_in_step(script, self.n, self.delay)
+                die_in_step(self.n, self.delay)
         elif self.place == "lm-eval":
             die_in_write(self.n, "answers.jsonl", counter)
         else:
@@ -191,16 +183,15 @@ class Moment:
 
 
 def _train(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
-    script = _script("train/pretrain.py")
-    moment.arm(script, None if moment.n else folder / "count")
+    moment.arm(None if moment.n else folder / "count")
     words = [*SHAPE, "--data.path", str(common / "data"), "--run.dir", str(folder / "run"), "--budget.steps", str(STEPS),
              "--run.checkpoint_every", "4", "--run.log_every", "3", "--eval.points", "3", "--run.peak_flops", "1e10",
              "--objective.name", moment.objective]  # fmt: skip
-    return int(script.train(*script.arguments([*words, *(["--resume"] if resume else [])])))
+    return trainer.train(*arguments([*words, *(["--resume"] if resume else [])]))
 
 
 def _prepare(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
-    moment.arm(None, None if moment.n else folder / "count")
+    moment.arm(None if moment.n else folder / "count")
     if not (folder / "shards").exists():  # there completely or not at all
         source, tokenizer = str(common / "text"), common / "data" / "tokenizer.model"
         prepare([source], tokenizer, folder / "shards", workers=1, shard_tokens=4000)
@@ -208,10 +199,10 @@ def _prepare(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
 
 
 def _tokenizer(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
-    moment.arm(None, None if moment.n else folder / "count")
+    moment.arm(None if moment.n else folder / "count")
     if not (folder / "made.model").exists():
-        script, texts = _script("tokenizers/train_tokenizer.py"), common / "text"
-        script.main(script.Args([str(texts)], 400, folder / "made.model"))
+        texts = [path.read_text(encoding="utf-8") for path in sorted((common / "text").iterdir())]
+        Tokenizer.from_bytes(tokenizers.train(texts, 400)).save(folder / "made.model")
     return 0
 
 
@@ -220,7 +211,7 @@ def _lm_eval(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
 
     from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
 
-    moment.arm(None, None if moment.n else folder / "count")
+    moment.arm(None if moment.n else folder / "count")
     text = sorted((common / "text").iterdir())[0].read_text().split()
     pairs = [(" ".join(text[i : i + 5]), " " + text[i + 5]) for i in range(24)]
     asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
@@ -259,9 +250,7 @@ class Server:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         os.environ["PYTHONPATH"] = str(ROOT)
-        self.context.set_forkserver_preload(
-            ["resume", "recurrent_db.objectives", "recurrent_db.evaluation.lm_eval_model"]
-        )
+        self.context.set_forkserver_preload(["benchmarks.reliability.resume", "recurrent_db.evaluation.lm_eval_model"])
         self.lock = threading.Lock()
 
     def run(self, folder: Path, moment: Moment, common: Path, resume: bool) -> int:
