@@ -48,7 +48,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, locked
 from recurrent_db.store import checkpoint as checkpoint_files
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
-from recurrent_db.training import trainer
+from recurrent_db.training import guard, trainer
 
 
 @dataclass
@@ -284,8 +284,8 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
             if hit["calls"] == 7 or (for_good and hit["calls"] > 7):
                 next(iter(optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = value
 
-    options, skipped = ["--optim.ema_decay", 0.5], mock.patch("recurrent_db.training.guard.MOST_SKIPPED", 3)
-    with skipped, mock.patch.multiple(trainer, build_objective=broken, step_unless=step, ROLLBACKS=1):
+    options, patience = ["--optim.ema_decay", 0.5], mock.patch.multiple(guard, MOST_SKIPPED=3, ROLLBACKS=1)
+    with patience, mock.patch.multiple(trainer, build_objective=broken, step_unless=step):
         if for_good:
             line = refusal(lambda: bench.train(run, *options, steps=16))
             names = {"loss": "loss", "gradient": "gradient", "weight": "core.blocks.0.attn.qkv.weight",
