@@ -258,7 +258,7 @@ def save_both_ways(data: str, sharded: str, whole: str) -> None:
         ema.update(model, torch.zeros((), dtype=torch.bool))
         optimizer.zero_grad(set_to_none=True)
     saver = build_saver(team, Path(sharded), config, tokenizer)
-    saver.save(model, optimizer, ema, state, {})
+    saver.save(model, optimizer, ema, state, objective.state_dict())
     for parameter in model.parameters():  # what is written is the state of the moment, however long writing takes
         local(parameter.detach()).zero_()
     saver.finish()
@@ -274,7 +274,7 @@ def save_both_ways(data: str, sharded: str, whole: str) -> None:
             entries = optimizer.state[shard].items()
             full.state[parameter] = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in entries}
     if team.first:
-        save_checkpoint(Path(whole), config, tokenizer, gathered, full, average, state, {})
+        save_checkpoint(Path(whole), config, tokenizer, gathered, full, average, state, objective.state_dict())
     team.leave()
 
 
