@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+
+# isort: split
 import torch
 import tyro
 from tqdm import tqdm
 
-from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.evaluation.likelihood import score
 from recurrent_db.files import check_output, write_atomic

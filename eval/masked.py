@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+
+# isort: split
 import torch
 import tyro
 
-from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import open_data, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic

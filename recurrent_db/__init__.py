@@ -12,6 +12,7 @@ The names below are imported when they are first used, so that importing the pac
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ _MODULES = {
     "train": "training.trainer",
 }
 """Where each public name is defined."""
+
+# OpenMP's threads wait for each other after each operation. By default they spin, and on a machine that has other work a
+# spinning thread keeps off the one that it waits for: training takes many times as long (benchmarks/speed/busy.py). The
+# OpenMP runtime reads this once, when torch is loaded, so scripts import this package before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name: str) -> Any:

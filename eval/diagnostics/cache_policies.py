@@ -16,13 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+
+# isort: split
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from recurrent_db.accounting.flops import cache_numbers_per_token, visits_kept
-from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.cache import Cache

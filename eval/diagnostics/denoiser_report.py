@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+
+# isort: split
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.denoise.noise import log_uniform_grid, share_below, sigma_star
 from recurrent_db.evaluation.likelihood import score_draws

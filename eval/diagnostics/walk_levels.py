@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+
+# isort: split
 import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from recurrent_db.arguments import parse_ints, run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.denoise.bound import step_log_weight
 from recurrent_db.denoise.sampler import ancestral

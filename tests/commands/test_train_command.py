@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -37,9 +36,6 @@ def test_help_is_the_configurations(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in told
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("recurrent_db.training.trainer") is None, reason="the trainer is still a script"
-)
 def test_it_trains_and_continues(data: Path, tmp_path: Path) -> None:
     words = ["train", *MICRO, "--data.path", str(data), "--run.dir", str(tmp_path / "run"), "--eval.points", "0"]
     assert cli.run([*words, "--budget.steps", "2"]) == 0
