@@ -49,7 +49,7 @@ def identity(config: Config) -> dict[str, Any]:
     kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
     name = whole["objective"]["name"]
-    kept["objective"] = {"name": name, name: whole["objective"].get(name, {})}
+    kept["objective"] = {"name": name, name: to_dict(config.objective.own)}
     return kept
 
 

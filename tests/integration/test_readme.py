@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from recurrent_db.config import Config
+from recurrent_db.schema import keys
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {"8192": "512", "2e7": "4e3", "1,2,4,8,16,32": "1,2"}
@@ -48,6 +51,8 @@ def test_a_run_of_ones_own(tmp_path: Path, texts: list[str]) -> None:
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("recurrent_db", "train", "eval", "tokenizers", "benchmarks", "tests", "docs")
 SUFFIXES = (".py", ".sh", ".sbatch", ".toml", ".md")
+OTHERS = (".json", ".safetensors")
+"""What a run leaves."""
 
 
 def repository() -> set[str]:
@@ -67,3 +72,16 @@ def test_every_file_that_a_document_names_is_there(document: Path) -> None:
     assert {word for word in missing if not word.startswith("benchmarks/results/")} == set()  # what benchmarks write
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     assert [link for link in links if not link.startswith("http") and not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name != "LOG.md"], ids=lambda path: path.name)
+def test_every_option_that_a_document_names_is_there(document: Path) -> None:
+    """Dotted keys of the configuration; the log speaks of those that are gone too."""
+    known = set(keys(Config))
+    sections = {key.split(".")[0] for key in known if "." in key}
+    options = re.findall(
+        rf"(?:--|`)((?:{'|'.join(sections)})(?:\.[\w-]+)+)(?![\w(])", document.read_text(encoding="utf-8")
+    )
+    named = {option.replace("-", "_") for option in options if not option.endswith((*SUFFIXES, *OTHERS))}
+    groups = {key.rpartition(".")[0] for key in known} | {"model.silent_state"}  # what the objective sets
+    assert {name for name in named if name not in known | groups} == set()
