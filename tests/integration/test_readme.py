@@ -66,6 +66,7 @@ def repository() -> set[str]:
 def test_every_file_that_a_document_names_is_there(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     words = re.findall(r"(?<![\w/.-])[a-z_][\w./-]*[\w/]", text)
+    words = [word for word in words if not re.search(r"[A-Z]{2}", word)]  # a/NAME.py is a placeholder
     named = {word for word in words if word.endswith(SUFFIXES) or (word.endswith("/") and word.startswith(FOLDERS))}
     known = repository()
     missing = {word for word in named if word.rstrip("/") not in known}
