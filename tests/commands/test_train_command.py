@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,20 @@ def test_it_trains_and_continues(data: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [1, 2, 3]
     with pytest.raises(UserError, match="--overwrite"):
         cli.run([*words, "--budget.steps", "2"])
+
+
+@pytest.mark.parametrize("program", [["train/pretrain.py"], ["-m", "recurrent_db", "train"]], ids=["script", "command"])
+def test_torchrun_starts_it(data: Path, tmp_path: Path, program: list[str]) -> None:
+    """Two processes, whichever way torchrun starts them, end with the losses of one."""
+    words = [*MICRO, "--data.path", str(data), "--eval.points", "0", "--budget.steps", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *program]
+    done = subprocess.run(
+        [*command, *words, "--run.dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert cli.run(["train", *words, "--run.dir", str(tmp_path / "one")]) == 0
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
