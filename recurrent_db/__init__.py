@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from recurrent_db.config import Config, load_config
     from recurrent_db.errors import UserError
     from recurrent_db.generation.generate import generate, generate_texts
+    from recurrent_db.generation.options import GenerationOptions
     from recurrent_db.store.loading import load
     from recurrent_db.training.trainer import train
 
-__all__ = ["Config", "UserError", "generate", "generate_texts", "load", "load_config", "train"]
+__all__ = ["Config", "GenerationOptions", "UserError", "generate", "generate_texts", "load", "load_config", "train"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "Config": "config",
+    "GenerationOptions": "generation.options",
     "UserError": "errors",
     "generate": "generation.generate",
     "generate_texts": "generation.generate",

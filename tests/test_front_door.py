@@ -17,7 +17,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.generation.generate import generate
 from recurrent_db.store.loading import load
 
-PUBLIC = {"Config", "UserError", "generate", "generate_texts", "load", "load_config", "train"}
+PUBLIC = {"Config", "GenerationOptions", "UserError", "generate", "generate_texts", "load", "load_config", "train"}
 
 
 def test_the_public_names() -> None:

@@ -48,8 +48,8 @@ SlotName = tuple[str, int]
 class Cache:
     """Slots for ``rows`` sequences of up to ``capacity`` positions.
 
-    All rows have the same length. Shorter ones are padded on the left by ``padding`` positions each, of any tokens: no
-    other position sees them, and rotary positions and noise (`offset`) count from the first that is not padding.
+    All rows have the same length. Shorter sequences are padded on the left by ``padding`` positions of any tokens. No other
+    position sees the padding; rotary positions and noise (`offset`) count from the first position after it.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Cache:
 
     @property
     def offset(self) -> int | tuple[int, ...]:
-        """Position of the next token, of all rows or of each: what keys its noise (`NoiseSource.offset`)."""
+        """Position of the next token, one for all rows or one for each row; it keys the noise (`NoiseSource.offset`)."""
         return self.length if self.padding is None else tuple(self.length - padding for padding in self.padding)
 
     @property
@@ -76,8 +76,12 @@ class Cache:
         return tensor_bytes([tensor for slot in self.slots.values() for tensor in slot])
 
     def grow(self, count: int) -> Visible:
-        """Room for ``count`` more tokens of each row: who sees whom in the pass over them, which reads and fills the
-        slots. Ask under the autocast that the pass runs under, and once for each pass."""
+        """Make room for ``count`` more tokens of each row.
+
+        Returns:
+            Who sees whom in the pass over them, which reads and fills the slots. Call it once for each pass, under the
+            autocast that the pass runs under.
+        """
         first, self.length = self.length, self.length + count
         if self.length > self.capacity:
             self.length = first
@@ -97,8 +101,8 @@ class Cache:
         self.length = length
 
     def take(self, rows: Sequence[int], capacity: int | None = None) -> Cache:
-        """A new cache whose rows are copies of these, in this order, without the padding that all of them have; a row may
-        be taken any number of times."""
+        """A new cache whose rows are copies of these, in this order, without the padding that all of them share. A row may
+        be taken several times."""
         padding = [0] * len(rows) if self.padding is None else [self.padding[row] for row in rows]
         shared = min(padding, default=0)
         capacity = self.capacity if capacity is None else capacity
@@ -119,7 +123,7 @@ class Cache:
         return other
 
     def slot(self, name: SlotName, like_BHTE: Tensor) -> KeysValues:
-        """Keys and values by name, (B, H, capacity, E) each, made where there are none."""
+        """Keys and values by name, (B, H, capacity, E) each, allocated at the first call."""
         if name not in self.slots:
             shape = (self.rows, like_BHTE.shape[1], self.capacity, like_BHTE.shape[3])
             self.slots[name] = like_BHTE.new_empty(shape), like_BHTE.new_empty(shape)

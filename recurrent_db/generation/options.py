@@ -1,4 +1,4 @@
-"""How texts are generated: one object for every function and command that generates. It needs no torch."""
+"""How texts are generated: one object for every function and command that generates."""
 
 from __future__ import annotations
 
