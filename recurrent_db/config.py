@@ -109,7 +109,7 @@ class BlocksConfig(Section):
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control). Of objective masked
     always equal decrements of alpha."""
-    gamma: ShareBelowOne = 0.1
+    gamma = 0.1
     """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
     shared: Literal["owned", "frozen", "all"] = "owned"
     """Who trains the embedding and head that all blocks share: block 1 owns them, none does (frozen), or (in one process)
@@ -176,8 +176,6 @@ class OptimConfig(Section):
     """Peak learning rate."""
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay on the matrices of linear layers; norms, biases and embeddings have none."""
-    clip_norm: Positive = 1.0
-    """Global gradient norm above which gradients are scaled down."""
     ema_decay: ShareBelowOne = 0.0
     """Per-step decay of the weight average that is scored and saved beside the weights; 0 keeps none."""
 
@@ -187,12 +185,11 @@ class ScheduleConfig(Section):
     """Learning rate as a function of the share of the budget that is spent."""
 
     name: Literal["wsd", "cosine", "constant"] = "wsd"
-    """Warm-up, stable, decay to zero; or warm-up and half a cosine to zero; or warm-up and constant."""
+    """Warm-up, stable, and a linear decay to zero over the last .3 of the budget; or warm-up and half a cosine to zero; or
+    warm-up and constant."""
     warmup: Share = 0.03
     """Share of the budget for the linear warm-up. Of a short one and a high rate runs die: before 3e-3 some 70 steps were
     enough where 20 were not (LOG.md), so a budget of few hundred steps wants .2."""
-    decay: Share = 0.3
-    """Share of the budget for wsd's final linear decay."""
 
 
 @dataclass

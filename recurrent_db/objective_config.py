@@ -47,8 +47,6 @@ class UnrolledConfig(ObjectiveSection):
 
     mean_depth: Annotated[int, above(0), at_most(1 << 14)] = 32
     """Mean r of the log-normal Poisson depth sampler, in core iterations."""
-    depth_sigma: Annotated[float, at_least(0), at_most(2)] = 0.5
-    """Standard deviation s of ln(depth) in the sampler."""
     truncation: Annotated[int, at_least(0), at_most(1 << 20)] = 8
     """Iterations at the end that carry gradient; 0 backpropagates through all of them (full BPTT)."""
 

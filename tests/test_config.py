@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_db.config import config_from_json, load_config, rows_of_vocabulary
+from recurrent_db.config import Config, config_from_json, load_config, rows_of_vocabulary
 from recurrent_db.errors import UserError
 from recurrent_db.objective_config import DenoisePaperConfig
-from recurrent_db.schema import to_dict
+from recurrent_db.schema import keys, to_dict
 
 CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))
 
@@ -30,6 +30,15 @@ def test_every_preset_is_there() -> None:
         "gpt-blocks",
         "gpt-blocks-768",
     }
+
+
+def test_there_are_few_keys() -> None:
+    names = list(keys(Config))
+    print(f"{len(names)} keys: {', '.join(names)}")
+    assert len(names) == len(set(names)) <= 73
+    contract = ["seed", "objective.name", "run.dir", "init.from", "blocks.only", "parallel.mode"]
+    assert {*contract, "data.path", "data.val_path", "data.mixture"} <= set(names)
+    assert {f"budget.{limit}" for limit in ("flops", "tokens", "steps", "seconds")} <= set(names)
 
 
 def test_tiny_shows_how_to_choose_muon(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import Objective, build_objective
-from recurrent_db.optim.optimizer import build_optimizer, step_unless
+from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.training.guard import MOST_SKIPPED
@@ -125,7 +125,7 @@ def train(
         with autocast:
             loss, _ = objective(model, batch, rng, progress)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
         step_unless(skip, optimizer)
         optimizer.zero_grad(set_to_none=True)

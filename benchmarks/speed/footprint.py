@@ -31,12 +31,12 @@ from recurrent_db.files import write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.ema import EMA
-from recurrent_db.optim.optimizer import build_optimizer, step_unless
+from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless
 from recurrent_db.rng import Rng
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DEEP = "--objective.name unrolled --objective.unrolled.mean_depth 8 --objective.unrolled.depth_sigma 0 "
+DEEP = "--objective.name unrolled --objective.unrolled.mean_depth 8 "
 STEPS = {
     "next_token": "--objective.name next_token",
     "next_token, Muon": "--objective.name next_token --optim.name muon",
@@ -91,7 +91,7 @@ def measure(
                 loss = objective(model, batch, Rng(0, 0), 0.0)[0]
             loss.backward()
             del loss
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         step_unless(torch.zeros((), dtype=torch.bool, device=where), optimizer)
         if ema is not None:
             ema.update(model, torch.zeros((), dtype=torch.bool, device=where))

@@ -43,14 +43,7 @@ ROWS: dict[str, list[str]] = {
     "denoise, scoring, K = 2": ["--objective.name", "denoise"],
     "denoise, scoring, K = 32": ["--objective.name", "denoise"],
 }  # fmt: skip
-DEEP = [
-    "--objective.name",
-    "unrolled",
-    "--objective.unrolled.mean_depth",
-    "64",
-    "--objective.unrolled.depth_sigma",
-    "0",
-]
+DEEP = ["--objective.name", "unrolled", "--objective.unrolled.mean_depth", "64"]
 
 
 @dataclass

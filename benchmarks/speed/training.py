@@ -52,7 +52,7 @@ from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.attention import Need, choose
 from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Objective, build_objective
-from recurrent_db.optim.optimizer import build_optimizer
+from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer
 from recurrent_db.rng import Rng
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +181,7 @@ def training_step(setting: Setting, model: nn.Module, loss: Callable[[Batch], Te
         with record_function("backward"):
             value.backward()
         with record_function("update"):
-            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -22,14 +22,19 @@ def poisson_quantile(u: float, mean: float) -> int:
     return n
 
 
-def sample_depth(rng: Rng, mean_depth: int, sigma: float, truncation: int) -> tuple[int, int]:
+LOG_DEPTH_STD = 0.5
+"""Standard deviation s of ln tau; Huginn's."""
+
+
+def sample_depth(rng: Rng, mean_depth: int, truncation: int) -> tuple[int, int]:
     """Draw (iterations without gradient, iterations with gradient) for one optimizer step.
 
     Huginn (arXiv 2502.05171, section 3.3): tau ~ LogNormal(ln r - s^2/2, s), p = Poisson(tau) + 1; then
     max(p - k, 0) iterations without and min(p, k) with gradient. ``truncation`` k = 0 means all with gradient.
     One draw for the whole batch, the same on every process.
     """
-    tau = math.exp(math.log(mean_depth) - sigma**2 / 2 + sigma * rng.scalar_normal("depth/rate"))
+    s = LOG_DEPTH_STD
+    tau = math.exp(math.log(mean_depth) - s**2 / 2 + s * rng.scalar_normal("depth/rate"))
     depth = poisson_quantile(rng.scalar("depth/count"), tau) + 1
     with_gradient = min(depth, truncation) if truncation else depth
     return depth - with_gradient, with_gradient

@@ -28,7 +28,7 @@ class Unrolled(Objective):
         self.config, self.default_k = config, config.mean_depth
 
     def _depth(self, rng: Rng) -> tuple[int, int]:
-        return sample_depth(rng, self.config.mean_depth, self.config.depth_sigma, self.config.truncation)
+        return sample_depth(rng, self.config.mean_depth, self.config.truncation)
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         without, with_gradient = self._depth(rng)

@@ -20,6 +20,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
+CLIP_NORM = 1.0
+"""Global gradient norm above which gradients are scaled down."""
 BETAS = (0.9, 0.95)
 """AdamW's decays of the first and second moment."""
 EPSILON = 1e-8

@@ -6,6 +6,9 @@ import math
 
 from recurrent_db.config import BudgetConfig, ScheduleConfig
 
+DECAY = 0.3
+"""Share of the budget for wsd's final decay."""
+
 
 def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
     """Factor on the peak rate at ``progress`` in [0, 1]: linear warm-up, then wsd, cosine or constant."""
@@ -17,9 +20,9 @@ def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
         done = (progress - schedule.warmup) / max(1 - schedule.warmup, 1e-12)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     left = max(1 - progress, 0.0)
-    if schedule.decay == 0 or left >= schedule.decay:
+    if left >= DECAY:
         return 1.0
-    return left / schedule.decay
+    return left / DECAY
 
 
 def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:

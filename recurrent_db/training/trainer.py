@@ -40,7 +40,7 @@ from recurrent_db.model.attention import Need, choose
 from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Metrics, build_objective, load_objective_state
 from recurrent_db.optim.ema import EMA
-from recurrent_db.optim.optimizer import build_optimizer, step_unless, update_flops
+from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import build_saver, load_checkpoint
@@ -211,7 +211,7 @@ class Trainer:
             metrics = self._forward_backward(next(batches), rng, passes)
             loss = metrics.pop("loss")
             self.update_clock.mark()
-            grad_norm = team.clip(model, config.optim.clip_norm)
+            grad_norm = team.clip(model, CLIP_NORM)
 
             # A step whose loss or gradient is not finite changes only the counters, and no host waits to learn of it.
             skip = self.loss_guard.judge(loss, grad_norm)

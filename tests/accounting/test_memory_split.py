@@ -52,7 +52,7 @@ def test_memory_of_a_denoising_step() -> None:
 def deep(depth: int, objective: str = "unrolled", checkpointing: bool = False) -> tuple[LoopedLM, Objective]:
     """A model that backpropagates through ``depth`` of many iterations."""
     config = micro_config(
-        "--objective.name", objective, "--objective.unrolled.mean_depth", 64, "--objective.unrolled.depth_sigma", 0,
+        "--objective.name", objective, "--objective.unrolled.mean_depth", 64,
         "--objective.unrolled.truncation", depth,
     )  # fmt: skip
     model, train = micro_model(config, spread=0.1)

@@ -207,7 +207,8 @@ def test_one_block_is_the_two_stream_denoiser() -> None:
 def test_training_scoring_and_walk_agree_on_who_has_which_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam: every pass of a block, in training (no overlap), in scoring and in generation, is at a level that `block_of`
     gives it."""
-    config = blocks_config("--blocks.gamma", "0")
+    config = blocks_config()
+    config.blocks.gamma = 0.0
     model, objective = micro_model(config)
     assert isinstance(model, BlocksLM)
     assert isinstance(objective, DenoiseBlocks)

@@ -223,7 +223,7 @@ def test_poisson_quantile_is_the_inverse_distribution_function() -> None:
 
 
 def test_depths_follow_huginns_law() -> None:
-    draws = [sample_depth(Rng(0, step), 32, 0.5, 8) for step in range(20_000)]
+    draws = [sample_depth(Rng(0, step), 32, 8) for step in range(20_000)]
     depths = np.array([sum(d) for d in draws])
     assert depths.min() >= 1
     assert depths.mean() == pytest.approx(33, abs=0.4)  # E[Poisson(tau)] + 1 with E[tau] = 32
@@ -234,9 +234,9 @@ def test_depths_follow_huginns_law() -> None:
 
 def test_full_backpropagation_keeps_the_depth() -> None:
     for step in range(50):
-        without, with_gradient = sample_depth(Rng(0, step), 8, 0.5, 0)
+        without, with_gradient = sample_depth(Rng(0, step), 8, 0)
         assert without == 0
-        assert with_gradient == sum(sample_depth(Rng(0, step), 8, 0.5, 4))
+        assert with_gradient == sum(sample_depth(Rng(0, step), 8, 4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_an_end_before_the_rate_has_come_down_is_no_annealed_end(tmp_path: Path)
 
 
 def test_scores_of_a_core_that_has_not_begun_are_of_no_phase() -> None:
-    config = load_config(None, ["--budget.steps", "100", "--schedule.warmup", "0", "--schedule.decay", "0.1"])
+    config = load_config(None, ["--budget.steps", "100", "--schedule.warmup", "0"])
     spent = {"tokens": 1.0, "flops": 1.0, "seconds": 1.0, "lr": config.optim.lr, "eval/nll_k1": 3.0}
     along = [{**spent, "step": n, "depth": float(n > 40)} for n in (20, 40, 60, 80)]
     found = evaluations(config, along)
