@@ -109,7 +109,7 @@ class BlocksConfig(Section):
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control). Of objective masked
     always equal decrements of alpha."""
-    gamma = 0.1
+    gamma: ShareBelowOne = 0.1
     """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
     shared: Literal["owned", "frozen", "all"] = "owned"
     """Who trains the embedding and head that all blocks share: block 1 owns them, none does (frozen), or (in one process)

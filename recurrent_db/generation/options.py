@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from recurrent_db.accounting.flops import visits_kept
@@ -100,6 +100,12 @@ class GenerationOptions:
         for name in ("k", "top_k", "max_new_tokens", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
+        for name in ("sampler", "exit", "cache_policy"):
+            if not isinstance(getattr(self, name), str) and not (name == "exit" and self.exit is None):
+                raise UserError(f"{name} must be a word, got {getattr(self, name)!r}")
         for ok, message in (
             (self.k >= 1, f"k must be 1 or more, got {self.k}"),
             (0 <= self.temperature < math.inf, f"temperature must be 0 or more, got {self.temperature}"),

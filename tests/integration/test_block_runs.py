@@ -18,7 +18,6 @@ import pytest
 import torch
 from block_runs import options, train, weights
 from helpers import ROOT, blocks_config
-from recurrent_db.objectives.blocks import noise_partition
 
 import recurrent_db
 from recurrent_db.commands import repl
@@ -30,6 +29,7 @@ from recurrent_db.generation.sequential import SequentialDecoder
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import build_model
 from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.objectives.denoise_blocks import noise_partition
 from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import table, trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
