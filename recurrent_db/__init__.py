@@ -1,4 +1,4 @@
-"""recurrent_db: recurrent-depth language models, trained unrolled or one denoising step at a time.
+"""recurrent_db: recurrent-depth language models, trained unrolled, flat, or one step at a time.
 
 >>> import recurrent_db
 >>> model, tokenizer = recurrent_db.load("runs/demo/denoise")          # doctest: +SKIP
@@ -40,7 +40,7 @@ _MODULES = {
 
 # OpenMP's threads wait for each other after each operation. By default they spin, and on a machine that has other work a
 # spinning thread keeps off the one that it waits for: training takes many times as long (benchmarks/speed/busy.py). The
-# OpenMP runtime reads this once, when torch is loaded, so scripts import this package before torch.
+# OpenMP runtime reads this once, when torch is loaded, so it must be imported before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -10,7 +10,7 @@ from recurrent_db.errors import UserError
 
 COMMANDS = {
     "flops": ("flops", "FLOPs per token by part, for every way of training and by K"),
-    "train": ("train", "pretrain a model; torchrun with train/pretrain.py does it on several processes"),
+    "train": ("train", "pretrain a model; `torchrun -m recurrent_db train` does it on several processes"),
     "plan": ("plan", "memory, communication and time of a training run before it starts"),
     "blocks": ("blocks", "one model of blocks that were trained apart"),
     "repl": ("repl", "talk to a checkpoint"),

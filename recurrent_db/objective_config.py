@@ -30,6 +30,8 @@ class ObjectiveSection(Section):
     """Rows of the embedding beside the tokenizer's."""
     in_blocks: ClassVar[bool] = False
     """It can train a model in blocks."""
+    blocks_file: ClassVar[str] = ""
+    """The file of `objectives` that does so, where it is not the objective's own."""
 
     def resolve(self, config: Config) -> None:
         """Fill in what choosing this objective implies for other sections, in place."""
@@ -107,6 +109,7 @@ class DenoiseConfig(ObjectiveSection):
 
     noise_conditioning = True
     in_blocks = True
+    blocks_file = "denoise_blocks"
     sd = 0.0
     """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true 1 / sqrt(d_model)."""
     mute = True

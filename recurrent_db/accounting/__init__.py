@@ -1,0 +1,1 @@
+"""What training and inference cost: FLOPs, memory, hardware, plans before a run."""

@@ -43,7 +43,7 @@ class Sizes:
     core: int
     """Adapter and blocks of the core."""
     rest: int
-    """Embedding, target table, final norm, noise embedding."""
+    """Embedding, final norm, noise embedding."""
     ends: int
     """How many blocks prelude and coda have together."""
     matrices: int

@@ -27,10 +27,9 @@ class Args:
     to: Literal["hf"] = "hf"
     """Format; there is one."""
     k: int = 0
-    """Core iterations where a caller does not say (`num_recurrence`); 0 takes 1 for next_token and denoise, the mean
-    training depth for unrolled."""
+    """Core iterations where a caller does not say (`num_recurrence`); 0 takes the objective's own."""
     seed: int = 0
-    """Seed of the random initial states of unrolled and denoise."""
+    """Seed of random initial states."""
 
 
 def arguments(words: list[str], prog: str) -> Args:

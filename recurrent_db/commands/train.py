@@ -1,4 +1,4 @@
-"""`recurrent-db train`: pretraining on one process. With several, torchrun runs ``train/pretrain.py``."""
+"""`recurrent-db train`: pretraining. ``torchrun -m recurrent_db train`` does it on several processes."""
 
 from __future__ import annotations
 

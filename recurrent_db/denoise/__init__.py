@@ -1,0 +1,1 @@
+"""The mathematics of noise-conditioned denoising: densities, preconditioning, steps, the bound, blocks."""

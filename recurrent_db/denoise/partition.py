@@ -12,7 +12,7 @@ levels, and is told the level (AdaLN). A denoiser's loss needs nothing of the ot
 `Partition` is the one place that says which block has which noise level: training, scoring and sampling ask it. Blocks
 are counted from 1; block 1 has the highest noise.
 
-For language models: `model.blocks.BlocksLM`, whose blocks are `Block`s with a clean context beside them, and
+For language models: `model.blocks_lm.BlocksLM`, whose blocks are `Block`s with a clean context beside them, and
 `objectives.denoise_blocks`, `objectives.masked`.
 """
 

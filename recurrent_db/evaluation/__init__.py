@@ -1,0 +1,1 @@
+"""Scores of a checkpoint: likelihood by K, the lm-eval harness, judged text."""

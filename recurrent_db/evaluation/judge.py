@@ -129,7 +129,7 @@ class Judge:
         """
         model, tokenizer, config, checkpoint = load_with_config(path, device)
         if not build_objective(config).flat:
-            raise UserError(f"{path} is a {config.objective.name} run: a judge is a flat next_token model")
+            raise UserError(f"{path} is a {config.objective.name} run: a judge is a flat model")
         run = checkpoint.parents[1]
         if (run / RECORD).exists():
             try:

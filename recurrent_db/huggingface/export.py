@@ -41,7 +41,7 @@ def _walk_keys(walk: DenoiseWalk) -> dict[str, Any]:
                             ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
         if getattr(config, name) not in supported:
             raise UserError(
-                f"objective.denoise.{name} = {getattr(config, name)} cannot be exported: the exported model has"
+                f"the walk's {name} = {getattr(config, name)} cannot be exported: the exported model has"
                 f" {' and '.join(supported)} alone"
             )
     return {

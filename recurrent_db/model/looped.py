@@ -367,8 +367,7 @@ class LoopedLM(nn.Module):
                     parameter[:, : config.d_model] = 0
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; ``total`` is the plain network, without noise conditioning and target table, as presets
-        are quoted."""
+        """Parameters by part; ``total`` is the plain network, without noise conditioning, as presets are quoted."""
 
         def count(module: nn.Module | None) -> int:
             return sum(p.numel() for p in module.parameters()) if module is not None else 0

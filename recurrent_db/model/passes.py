@@ -31,7 +31,7 @@ class Passes:
     noise_levels: int = 0
     """Noise levels per sequence that the core is conditioned on in one pass: none, 1, or T for per-token draws."""
     bridges: int = 0
-    """Products of the vocabulary's probabilities with the target table."""
+    """Products of the vocabulary's probabilities with the table of normalised embedding rows."""
     core_layers: float = 0
     """Layers of the core that one of its passes runs, on average; 0 means all. Of a model in blocks, those of the block."""
     clean_layers: float = 0

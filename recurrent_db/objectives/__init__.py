@@ -1,4 +1,8 @@
-"""Ways of training, one file each, behind the contract in `base`. A file's name is its objective's."""
+"""Ways of training, behind the contract in `base`.
+
+An objective's file has its name. The others are parts: `denoise_blocks` (denoise for a model in blocks), `block_choice`,
+`skipped_core` (the opening phase of one_step), `costs` and `cost_table` (`recurrent-db flops`).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,10 @@ from recurrent_db.objectives.base import Metrics, Objective, mean_passes
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that ``config.objective.name`` names."""
-    return cast(Objective, importlib.import_module(f"{__name__}.{config.objective.name}").build(config))
+    """The objective that ``config.objective.name`` names, in its form for the model."""
+    blocks_file = config.objective.own.blocks_file if config.model.n_blocks else ""
+    module = importlib.import_module(f"{__name__}.{blocks_file or config.objective.name}")
+    return cast(Objective, module.build(config))
 
 
 def drawn_passes(config: Config, draws: int) -> dict[Passes, float]:

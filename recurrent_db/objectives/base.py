@@ -46,7 +46,7 @@ class Objective:
     recurrence: Recurrence
     """How a checkpoint of this objective runs K iterations."""
     default_k: int = 1
-    """Iterations at inference where the user does not say."""
+    """Iterations that an exported model runs where its user does not say."""
     flat: ClassVar[bool] = False
     """Whether only the first iteration is ever trained: K = 1 is the model."""
     two_stream: bool = False

@@ -112,10 +112,5 @@ def own_section(config: Config) -> DenoiseConfig:
     return config.objective.own
 
 
-def build(config: Config) -> Objective:
-    """The objective for a looped model, or for one in blocks."""
-    if config.model.n_blocks:
-        from recurrent_db.objectives.denoise_blocks import DenoiseBlocks
-
-        return DenoiseBlocks(config)
+def build(config: Config) -> Denoise:
     return Denoise(own_section(config), config.model.d_model)

@@ -165,3 +165,7 @@ class DenoiseBlocks(Objective):
         if block == 1:
             row["eval/nll_k1"] = means[self.partition.edges[0]]
         return row
+
+
+def build(config: Config) -> DenoiseBlocks:
+    return DenoiseBlocks(config)

@@ -109,8 +109,8 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
         raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
     if not trained_objective(source, source.config()).core_trained:
         raise UserError(
-            f"init.from {config.init.from_} was stopped before its core's blocks began to run"
-            " (objective.one_step.skip_core): continue it with --resume first"
+            f"init.from {config.init.from_} was stopped before its core's blocks began to run:"
+            " continue it with --resume first"
         )
     if not isinstance(model, BlocksLM):
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))

@@ -1,0 +1,1 @@
+"""The trainer, what it trains on, and what guards it."""

@@ -47,6 +47,11 @@ class Task(Protocol):
         ...
 
 
+def build_task(config: Config, team: Team) -> Task:
+    """The task that a configuration describes. Arguments and errors as of the tasks."""
+    return TextTask(config, team)
+
+
 class TextTask:
     """Text: token shards in, next tokens out.
 

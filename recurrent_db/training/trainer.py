@@ -50,7 +50,7 @@ from recurrent_db.store.run_directory import after_restart, check_resumable, che
 from recurrent_db.store.train_state import TrainState
 from recurrent_db.training import guard
 from recurrent_db.training.stop_signal import StopSignal
-from recurrent_db.training.tasks import TextTask
+from recurrent_db.training.tasks import build_task
 
 
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
@@ -89,7 +89,7 @@ class Trainer:
         self.team = Team.join(config.parallel, choose_device(config.run.device))
         self.device = self.team.device
         self.bfloat16 = config.run.dtype in (("bfloat16", "auto") if self.device.type == "cuda" else ("bfloat16",))
-        self.task = TextTask(config, self.team)
+        self.task = build_task(config, self.team)
         resume, overwrite = self.team.decide(lambda: after_restart(config, resume, overwrite))
         checkpoint = self.team.decide(lambda: check_run_dir(config, resume, overwrite, held))
         self.objective = build_objective(config)

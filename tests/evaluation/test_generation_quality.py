@@ -284,7 +284,7 @@ def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) ->
         (["--tokens", "25"], "whose context is 32"),
         (["--resamples", "-1"], "must be 0 or more"),
         (["--judge", "nowhere"], "no run directory or checkpoint nowhere"),
-        (["--judge", "denoise"], "a judge is a flat next_token model"),
+        (["--judge", "denoise"], "a judge is a flat model"),
     ],
 )
 def test_mistakes(folder: Path, script_here: Run, words: list[str], message: str) -> None:

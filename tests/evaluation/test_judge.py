@@ -140,7 +140,7 @@ def test_loading_refuses(judge_run: Path, parts: Path, script_here: Run) -> None
     for name, objective in (("flat", "next_token"), ("looped", "unrolled")):
         done = script_here("train/pretrain.py", *words, "--objective.name", objective, "--run.dir", parts / name)
         assert done.returncode == 0, done.stderr
-    with pytest.raises(UserError, match="a judge is a flat next_token model"):
+    with pytest.raises(UserError, match="a judge is a flat model"):
         Judge.load(parts / "looped", "cpu")
     # A flat run without a record: what it was trained on is read from its data directory, while that is there.
     assert Judge.load(parts / "flat", "cpu").kept == record(parts / "part1")

@@ -320,7 +320,7 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
 def test_walks_that_the_exported_code_lacks_are_refused(option: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     key, value = option.split("=")
     folder = make_checkpoint(tmp_path / "run", tokenizer, "denoise", WINDOW, f"--objective.denoise.{key}", value)
-    with pytest.raises(UserError, match=f"objective.denoise.{key} = {value} cannot be exported"):
+    with pytest.raises(UserError, match=f"the walk's {key} = {value} cannot be exported"):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
