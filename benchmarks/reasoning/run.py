@@ -129,7 +129,6 @@ def train(
         skip = ~(torch.isfinite(loss) & torch.isfinite(norm))
         step_unless(skip, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        objective.after_step(~skip, lambda tensor: tensor)
         in_a_row = in_a_row + 1 if bool(skip) else 0
         if in_a_row == MOST_SKIPPED:
             raise UserError(f"stopped at step {step}: loss or gradient not finite {in_a_row} steps in a row")

@@ -16,7 +16,7 @@ or pairs (sum, weight), shape (2,), where the average is over some of the tokens
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,6 @@ from recurrent_db.model.recurrence import Recurrence
 from recurrent_db.rng import Rng
 
 Metrics = dict[str, Tensor]
-Reduce = Callable[[Tensor], Tensor]
 
 
 class Objective:
@@ -79,12 +78,6 @@ class Objective:
         set weights by a rule and not by a gradient. Returns those that it set, of a sharded model the shards: what was
         averaged of them before says nothing of them now."""
         return []
-
-    def after_step(self, taken: Tensor, reduce: Reduce) -> None:
-        """Called once after each optimizer step, when all its micro-batches have been seen: the place to learn from
-        them, unless the step was not ``taken`` because a number was not finite (a 0-dimensional bool on the device; to
-        look at it on the host makes the host wait). ``reduce`` sums a tensor over all processes; draws must not change
-        before this."""
 
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
         """Columns for the metrics from held-out batches; empty where the run is scored as a likelihood by K."""

@@ -141,7 +141,7 @@ class DenoiseWalk:
         def normals(stream: str) -> Tensor:
             return noise.normal(length, width, stream, e_BTD.device).to(rows_VD.dtype)
 
-        start_BTD = normals("noise") * self.density.sigma_max
+        start_BTD = self.start(e_BTD, noise).to(rows_VD.dtype)
         return walk_log_weight(
             read, rows_VD, targets_BT, start_BTD, self.levels(k), lambda index: normals(f"step/{index}")
         )

@@ -220,7 +220,6 @@ class Trainer:
                 self.ema.update(model, skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.update_clock.mark()
-            objective.after_step(~skip, team.sum)
 
             self.state.step += 1
             self.state.count(cost, self.flops_of_update, tokens)
@@ -277,7 +276,6 @@ class Trainer:
         self.team.beat("evaluating")
         if self.ema is not None:
             self.ema.swap(self.model)
-        self.model.recurrence = self.objective.recurrence  # what the objective has learned by now is part of it
         self.model.eval()
         with self.autocast(), self.team.whole(self.model):
             row = self.task.evaluate(self.model, self.objective)
@@ -299,7 +297,6 @@ class Trainer:
         forward = functools.partial(self.objective, self.model, self.task.sample(), Rng(self.config.seed, 0), 1.0)
         with self.autocast():
             self.team.rehearse(self.model, forward)
-        self.objective.after_step(torch.zeros((), dtype=torch.bool), self.team.sum)  # it learns nothing from that
 
     def _grow(self) -> None:
         """Let the objective set weights; what is known of those before, and of the loss, is then of another model."""
@@ -318,7 +315,6 @@ class Trainer:
         if team.world == 1:  # the gradients of the last micro-batch, once more
             with self.autocast():
                 unsound = unsound + guard.gradients_not_finite(self.model, lambda: self.last_forward()[0])
-            self.objective.after_step(torch.zeros((), dtype=torch.bool, device=self.device), team.sum)
         norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < guard.ROLLBACKS
         target = team.decide(lambda: guard.last_good(run_dir) if may_go_back else None)
         line = guard.diagnose(
@@ -438,6 +434,5 @@ class Trainer:
 
     def _norms_by_iteration(self) -> list[float]:
         """The state's RMS after each iteration, for a sequence of the last batch."""
-        self.model.recurrence = self.objective.recurrence
         with self.autocast(), self.team.whole(self.model):
             return guard.state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)
