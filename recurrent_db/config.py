@@ -1,8 +1,8 @@
-"""The configuration of a run: typed sections, read from TOML, overridden by dotted options.
+"""The configuration of a run: typed sections, read from a TOML file and overridden by dotted options.
 
-``load_config(path, ["--optim.lr", "3e-4"])`` is what every script calls. Unknown keys are refused with a suggestion,
-values are checked against the bounds beside their fields, and the resolved result is saved beside the weights as JSON.
-Shares are fractions of the budget, so that one file serves any budget.
+Every script calls ``load_config(path, ["--optim.lr", "3e-4"])``. It refuses unknown keys with a suggestion and checks
+values against the bounds beside their fields. The resolved configuration is saved beside the weights as JSON. Durations
+within a run are shares of its budget, so one file serves any budget.
 """
 
 from __future__ import annotations
@@ -43,38 +43,38 @@ class ModelConfig(Section):
     """Shape of the network: prelude -> core x K -> coda."""
 
     vocab_size: Annotated[int, at_least(0), at_most(1 << 24)] = 0
-    """Rows of the embedding table; 0 takes the tokenizer's."""
+    """Size of the vocabulary, in tokens; 0 takes the tokenizer's."""
     d_model: Annotated[int, above(0), at_most(1 << 17)] = 128
     """Width of the residual stream."""
     n_heads: Annotated[int, above(0), at_most(1 << 12)] = 4
-    """Attention heads; must divide d_model into an even head size."""
+    """Number of attention heads. d_model / n_heads must be an even whole number, as rotary embeddings require."""
     n_prelude: Annotated[int, at_least(0), at_most(1024)] = 1
-    """Blocks before the recurrence."""
+    """Number of transformer layers before the core."""
     n_core: Annotated[int, above(0), at_most(1024)] = 2
-    """Blocks of the weight-tied core."""
+    """Number of transformer layers in the weight-tied core."""
     n_coda: Annotated[int, at_least(0), at_most(1024)] = 1
-    """Blocks after the recurrence."""
+    """Number of transformer layers after the core."""
     d_mlp: Annotated[int, above(0), at_most(1 << 20)] = 352
-    """Hidden width of the gated MLP (gate and up each have this many columns)."""
+    """Hidden width of the gated MLP. The gate and up projections have this width each."""
     max_seq_len: Annotated[int, above(0), at_most(1 << 24)] = 128
-    """Longest context in tokens that scoring and generation use."""
+    """Longest context of scoring and generation, in tokens."""
     injection: Literal["linear", "diagonal", "add"] = "linear"
-    """How the core sees the prelude's output: Huginn's linear adapter on [state, e], a per-channel decay on the state
-    plus a projection of e (Parcae, arXiv 2604.12946), or a plain sum."""
+    """How the core combines its state s with the prelude's output e. linear: Huginn's adapter on [s, e]. diagonal: a decay
+    of s per channel plus a projection of e (Parcae, arXiv 2604.12946). add: s + e."""
     silent_state: Hidden[bool] = False
-    """Start the linear adapter's half for the state at zero, so that iterations after the first begin as repetitions of it.
-    The objective decides."""
+    """Set the linear adapter's weights on the state to zero at initialisation. Iterations after the first then start as
+    repetitions of it. The objective sets this field."""
     noise_conditioning: Hidden[bool] = False
-    """AdaLN on the core from the noise level. The objective decides."""
+    """Condition the core's layers on the noise level by AdaLN. The objective sets this field."""
     d_condition: Annotated[int, above(0), at_most(1 << 16)] = 128
-    """Width of the noise embedding."""
+    """Width of the noise level's embedding."""
     expected_depth: Annotated[int, above(0), at_most(1 << 20)] = 32
-    """Mean recurrence r that scales the output projections at initialisation."""
+    """Mean number of core passes assumed at initialisation, where it scales the output projections."""
     n_blocks: Count = 0
-    """DiffusionBlocks: cut the n_core layers, run once and not looped, into so many blocks that train alone, each for its
-    own range of noise levels; 0 is the looped model. See docs/blocks.md."""
+    """Number of separately trained blocks into which the n_core layers are cut (DiffusionBlocks). Each layer runs once, and
+    each block has its own range of noise levels. 0 makes a looped model. See docs/blocks.md."""
     block_layers: list[int] = field(default_factory=list)
-    """Layers of each block, the first for the highest noise; empty splits n_core evenly."""
+    """Number of layers in each block; the first block has the highest noise. Empty splits n_core evenly."""
 
     def check(self, config: Config) -> None:
         head_size, rest = divmod(self.d_model, self.n_heads)
@@ -86,77 +86,81 @@ class ModelConfig(Section):
             return
         need(
             bool(layers),
-            f"model.n_core = {self.n_core} layers do not split evenly into {n} blocks: give model.block_layers",
+            f"model.n_core = {self.n_core} layers cannot be split evenly into {n} blocks: set model.block_layers",
         )
         need(
             len(layers) == n and sum(layers) == self.n_core and min(layers) >= 1,
-            f"model.block_layers = {layers} must name {n} blocks of 1 layer or more, {self.n_core} in all",
+            f"model.block_layers = {layers} must list {n} numbers, each 1 or more, that sum to model.n_core = {self.n_core}",
         )
         need(
             self.n_prelude == self.n_coda == 0,
-            "a model in blocks has no prelude and no coda: set model.n_prelude = model.n_coda = 0",
+            "a model in blocks has neither prelude nor coda: set model.n_prelude = 0 and model.n_coda = 0",
         )
 
 
 @dataclass
 class BlocksConfig(Section):
-    """How the blocks of a model with model.n_blocks share the noise and the embedding (DiffusionBlocks,
+    """How the blocks of a model with model.n_blocks divide the noise levels and share the embedding (DiffusionBlocks,
     arXiv 2506.14202)."""
 
     only: Count = 0
-    """Train this block alone (they are counted from 1, high noise first), with the memory of this block; 0 trains all in
-    one process, a block drawn for each step."""
+    """Number of the single block to train, from 1 (highest noise); the process then needs memory for this block alone.
+    0 trains all blocks in one process and draws one block for each step."""
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
-    """Ranges of equal probability under the noise density, or of equal width in ln sigma (the control). Of objective masked
-    always equal decrements of alpha."""
+    """How the noise levels are divided between the blocks. equal-probability: ranges of equal probability under the noise
+    density. uniform: ranges of equal width in ln sigma, as a control. Objective masked ignores this key and divides alpha
+    into equal parts."""
     gamma: ShareBelowOne = 0.1
-    """Overlap: in training each range is widened by (high/low)^gamma on both sides. Objective masked has none."""
+    """Overlap of neighbouring ranges: training widens each range by the factor (high/low)^gamma on both sides. Objective
+    masked ignores this key."""
     shared: Literal["owned", "frozen", "all"] = "owned"
-    """Who trains the embedding and head that all blocks share: block 1 owns them, none does (frozen), or (in one process)
-    every block does."""
+    """Which blocks train the shared embedding and head. owned: block 1 only. frozen: no block. all: every block, which needs
+    all blocks in one process."""
     owner = 1
-    """The block that trains them where they are owned."""
+    """The block that trains the shared embedding and head if ``shared`` is ``owned``."""
 
     def check(self, config: Config) -> None:
         n, name = config.model.n_blocks, config.objective.name
         if not n:
-            need(not self.only, f"blocks.only = {self.only} needs a model in blocks: set model.n_blocks")
+            need(not self.only, f"blocks.only = {self.only} needs a model in blocks: set model.n_blocks above 0")
             return
         able = [other for other in OBJECTIVE_NAMES if getattr(config.objective, other).in_blocks]
         need(
             name in able,
-            f"objective {name} cannot train a model in blocks: take {', '.join(able)}, or model.n_blocks = 0",
+            f"objective {name} cannot train a model in blocks: use {', '.join(able)}, or set model.n_blocks = 0",
         )
         need(0 <= self.only <= n, f"blocks.only must be 0 (all) or a block from 1 to {n}, got {self.only}")
         need(
             self.only in (0, self.owner) or self.shared != "owned" or bool(config.init.from_),
-            f"block {self.only} does not train the embedding, which block {self.owner} owns: give that block's run with"
-            " --init.from, or set blocks.shared = frozen",
+            f"block {self.only} does not train the embedding; block {self.owner} does: give the run of block {self.owner}"
+            " with --init.from, or set blocks.shared = frozen",
         )
         need(
             not self.only or self.shared != "all",
-            "blocks.shared = all needs all blocks in one process: with blocks.only take owned or frozen",
+            "blocks.shared = all needs all blocks in one process: with blocks.only use owned or frozen",
         )
 
 
 @dataclass
 class DataConfig(Section):
-    """Token shards made by train/prepare_data.py."""
+    """Training and validation data: token shards made by train/prepare_data.py."""
 
     path: str = ""
-    """Folder of shards."""
+    """Folder of token shards to train on."""
     val_path: str = ""
-    """Another folder whose validation split is scored; empty takes data.path."""
+    """Folder whose validation split is scored; empty uses data.path."""
     mixture: dict[str, NotNegative] = field(default_factory=dict)
-    """Weights by source; empty draws in proportion to size."""
+    """Weight of each source in the training data. The weights need not sum to 1. Empty draws sources in proportion to their
+    size."""
     sequence_length: PositiveInt = 128
-    """Tokens in a training sequence."""
+    """Length of a training sequence, in tokens."""
     batch_size: Annotated[int, above(0), at_most(1 << 24)] = 16
-    """Sequences in an optimizer step, over all processes."""
+    """Sequences per optimizer step, summed over all processes."""
     micro_batch_size: Count = 0
-    """Sequences in one forward pass of one process; 0 takes the whole share at once."""
+    """Sequences per forward pass of one process; smaller needs less memory. 0 takes the process's share of the batch at
+    once."""
     document_mask: bool = True
-    """Packed documents do not attend to each other."""
+    """Keep attention within documents where several are packed into one sequence."""
 
     def check(self, config: Config) -> None:
         need(
@@ -167,137 +171,139 @@ class DataConfig(Section):
 
 @dataclass
 class OptimConfig(Section):
-    """AdamW or Muon, clipping, averaging."""
+    """The optimizer, and the average of the weights."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW for everything; or Muon (orthogonalised momentum) for the matrices of blocks and adapter, AdamW for the rest.
-    Both take the same rate and weight decay."""
+    """Which optimizer trains the weights. adamw: AdamW for all. muon: Muon (orthogonalised momentum) for the matrices of the
+    layers and the adapter, AdamW for the rest. Both use the same learning rate and weight decay."""
     lr: Positive = 3e-3
     """Peak learning rate."""
     weight_decay: NotNegative = 0.1
-    """Decoupled weight decay on the matrices of linear layers; norms, biases and embeddings have none."""
+    """Decoupled weight decay of the matrices of linear layers. Norms, biases and embeddings do not decay."""
     ema_decay: ShareBelowOne = 0.0
-    """Per-step decay of the weight average that is scored and saved beside the weights; 0 keeps none."""
+    """Decay per step of the exponential moving average of the weights, which is scored and saved beside them; 0 keeps no
+    average."""
 
 
 @dataclass
 class ScheduleConfig(Section):
-    """Learning rate as a function of the share of the budget that is spent."""
+    """The learning rate as a function of the share of the budget spent so far."""
 
     name: Literal["wsd", "cosine", "constant"] = "wsd"
-    """Warm-up, stable, and a linear decay to zero over the last .3 of the budget; or warm-up and half a cosine to zero; or
-    warm-up and constant."""
+    """Shape of the learning rate after the linear warm-up. wsd: constant, then linear to zero over the last 0.3 of the
+    budget. cosine: half a cosine down to zero. constant: no decay."""
     warmup: Share = 0.03
-    """Share of the budget for the linear warm-up. Of a short one and a high rate runs die: before 3e-3 some 70 steps were
-    enough where 20 were not (LOG.md), so a budget of few hundred steps wants .2."""
+    """Length of the linear warm-up, as a share of the budget. A high rate after a short warm-up makes runs diverge: before a
+    rate of 3e-3, 70 steps were enough and 20 were not (LOG.md). Use about 0.2 for a budget of a few hundred steps."""
 
 
 @dataclass
 class BudgetConfig(Section):
-    """When to stop; the first limit that is reached ends the run. At least one must be set."""
+    """When training stops: at the first limit that it reaches. At least one limit must be set."""
 
     flops: Annotated[float | None, above(0)] = None
-    """Model FLOPs, forward and backward."""
+    """Limit in model FLOPs, forward and backward."""
     tokens: Annotated[float | None, above(0)] = None
-    """Training tokens."""
+    """Limit in training tokens."""
     steps: Annotated[float | None, above(0)] = None
-    """Optimizer steps."""
+    """Limit in optimizer steps."""
     seconds: Annotated[float | None, above(0)] = None
-    """Seconds of training (evaluation and checkpoints not counted)."""
+    """Limit in seconds of training, without evaluation and checkpoints."""
 
 
 @dataclass
 class EvalConfig(Section):
-    """Held-out scoring during training."""
+    """Scoring on held-out data during training."""
 
     points: Annotated[int, at_least(0), at_most(1 << 20)] = 5
-    """Evaluations, evenly spaced over the budget, the last one at its end; 0 turns them off."""
+    """Number of evaluations, evenly spaced over the budget; the last is at its end. 0 turns evaluation off."""
     k: list[Annotated[int, at_least(1)]] = field(default_factory=lambda: [1, 4])
-    """Numbers of core iterations to score at."""
+    """Numbers of core iterations K at which to score."""
     tokens: PositiveInt = 16_384
-    """Held-out tokens scored at each evaluation."""
+    """Held-out tokens per evaluation."""
     draws: Annotated[int, above(0), at_most(1 << 20)] = 1
-    """Noise draws averaged for one likelihood (log-mean-exp)."""
+    """Noise draws per likelihood; their probabilities are averaged (log-mean-exp)."""
 
     def check(self, config: Config) -> None:
-        need(bool(self.k), "eval.k must name at least one number of iterations")
+        need(bool(self.k), "eval.k must list at least one number of iterations")
 
 
 @dataclass
 class RunConfig(Section):
-    """Where a run lives and what it leaves."""
+    """Where a run is stored, what it runs on, and how often it writes."""
 
     dir: str = ""
-    """Run directory; it must not exist unless --resume or --overwrite is given."""
+    """Run directory. It must not exist unless --resume or --overwrite is given."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto (cuda where there is one)."""
+    """Device to train on: cpu, cuda, cuda:1, or auto (cuda if available, else cpu)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
+    """Arithmetic of the forward pass. auto: bfloat16 autocast on CUDA, float32 elsewhere. Weights stay float32."""
     attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
-    """What computes attention: PyTorch's fused kernels, FlexAttention, flash-attn; auto takes the best that runs here."""
+    """What computes attention. sdpa: PyTorch's fused kernels. flex: FlexAttention. flash: flash-attn. auto: the first of
+    flash, flex and sdpa that suits the device and the run."""
     threads: Annotated[int, at_least(0), at_most(1 << 12)] = 0
-    """CPU threads; 0 keeps PyTorch's choice."""
+    """Number of CPU threads; 0 keeps PyTorch's choice."""
     activation_checkpointing: bool = False
-    """Keep only the input of each backpropagated core iteration and run the iteration again in the backward: memory
-    that hardly grows with depth, for about a third more time in the core."""
+    """Store only the input of each core pass with gradient, and compute the pass again in the backward. Memory then hardly
+    grows with depth; the core takes about a third more time."""
     compile: bool = False
-    """Compile prelude, core iteration and coda with torch.compile: slower first steps (up to minutes), faster ones after."""
+    """Compile prelude, core and coda with torch.compile. The first steps take up to minutes; later steps are faster."""
     peak_flops: Annotated[float | None, above(0)] = None
-    """FLOPs per second that utilisation is a share of; none takes the device's from a table (bf16, dense), on a CPU the
-    measured rate of a matrix product."""
+    """Peak FLOPs per second of the device, from which utilisation (MFU) is computed. None takes the value from a table
+    (dense bf16), or on a CPU measures the rate of a matrix product."""
     checkpoint_every: PositiveInt = 500
-    """Optimizer steps between checkpoints; one is always written at the end."""
+    """Optimizer steps between checkpoints. One is always written at the end."""
     keep: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Number of checkpoints to keep, the newest ones."""
     log_every: PositiveInt = 10
-    """Optimizer steps between writes of metrics.jsonl and updates of the progress bar."""
+    """Optimizer steps between writes to metrics.jsonl and updates of the progress bar."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Also log to the project recurrent_db of Weights & Biases; `wandb sync DIR/wandb/latest-run` uploads an offline run."""
+    """Also log to Weights & Biases, project recurrent_db. `wandb sync DIR/wandb/latest-run` uploads an offline run."""
 
 
 @dataclass
 class GuardConfig(Section):
-    """When numbers blow up (docs/reliability.md)."""
+    """What to do about bad steps (docs/reliability.md)."""
 
     spike: NotNegative = 0.0
-    """Standard deviations above its running mean at which a step's loss makes it a skipped one; 0 skips none."""
+    """Skip a step whose loss is this many standard deviations above its running mean; 0 skips none for its loss."""
 
 
 @dataclass
 class ParallelConfig(Section):
-    """Several processes, as torchrun starts them (docs/distributed.md)."""
+    """Training in several processes, started by torchrun (docs/distributed.md)."""
 
     mode: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """ddp: each process holds the whole model; fsdp: each holds its part of parameters, gradients and optimizer state
-    (FSDP2). auto is ddp for several processes and none for one."""
+    """How processes divide the model. ddp: each holds all of it. fsdp: each holds a part of parameters, gradients and
+    optimizer state (FSDP2). auto: ddp for several processes, none for one."""
     shard_size: Count = 0
-    """fsdp: processes that share one copy of the model, 0 for all. With fewer, as many as a node has, parameters are
-    gathered within a node alone, and gradients averaged over nodes (HSDP)."""
+    """Number of processes that share one copy of the model under fsdp; 0 means all. Set it to the processes per node to
+    gather parameters within each node and average gradients between nodes (HSDP)."""
     async_checkpoints: bool = True
-    """Write checkpoints of several processes in the background, from a copy of the state, while training goes on."""
+    """Write checkpoints of several processes in the background, from a copy of the state, while training continues."""
     timeout: Positive = 600.0
-    """Seconds without progress after which the run ends with an error that names the process that the others wait for.
-    Evaluation is progress; one step, one compilation or one checkpoint must be shorter."""
+    """Seconds without progress after which the run stops, with an error that names the process the others wait for. One
+    step, compilation or checkpoint must take less time than this. Evaluation counts as progress."""
 
 
 @dataclass
 class InitConfig(Section):
-    """Where the first weights come from."""
+    """The weights that training starts from."""
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """Run directory (or checkpoint) whose weights training starts from; empty draws them from the seed."""
+    """Run directory or checkpoint to load the initial weights from; empty draws them at random from the seed."""
 
 
 @dataclass
 class Config(Section):
     """Pretrain a looped language model. The first argument is a TOML file; dotted options override it.
 
-    `--resume` continues the run directory from its newest checkpoint (`--resume last-good` passes over damaged ones; a
-    run without checkpoints starts afresh), `--overwrite` replaces it.
+    `--resume` continues the run from its newest checkpoint, or from the beginning if it has none. `--resume last-good` skips
+    damaged checkpoints. `--overwrite` replaces the run directory.
     """
 
     seed: int = 0
-    """Seed of everything random: weights, data order, depth, noise."""
+    """Seed of all random numbers: weights, data order, depth, noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
@@ -317,12 +323,12 @@ class Config(Section):
 
 
 def rows_of_vocabulary(config: Config, tokens: int) -> int:
-    """Rows of the embedding for a tokenizer of so many tokens."""
+    """Rows of the embedding table: the tokenizer's ``tokens`` plus the objective's extra tokens, such as a mask."""
     return tokens + config.objective.own.extra_tokens
 
 
 def resolve(config: Config) -> None:
-    """Fill in what one choice implies for another, in place."""
+    """Set the fields that follow from other fields, in place."""
     model = config.model
     if model.n_blocks > 0 and not model.block_layers and model.n_core % model.n_blocks == 0:
         model.block_layers = [model.n_core // model.n_blocks] * model.n_blocks
@@ -330,16 +336,21 @@ def resolve(config: Config) -> None:
 
 
 def validate(config: Config) -> None:
-    """Refuse values that cannot work, in one line each. Raises `UserError`."""
+    """Check each value's bounds and the sections against each other. Raises `UserError`, one line."""
     check_bounds(config)
     check(config, config)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
-    """Read a TOML file, apply dotted command-line overrides, resolve what they imply and validate.
+    """Read a TOML file, apply dotted command-line options, set dependent fields and validate.
+
+    Args:
+        path: the TOML file; None starts from the defaults.
+        overrides: options as on the command line, such as ``["--optim.lr", "3e-4"]``.
+        prog: the program's name in ``--help``.
 
     Raises:
-        UserError: one line that names the key.
+        UserError: a key is unknown or a value is invalid; one line that names the key.
     """
     config = from_dict(Config, read_toml(path)) if path else Config()
     config = parse(Config, list(overrides), default=config, prog=prog)
@@ -349,7 +360,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), prog: str | No
 
 
 def config_from_json(text: str, source: str) -> Config:
-    """The configuration saved beside a checkpoint. ``source`` names it in errors."""
+    """Read the configuration saved beside a checkpoint.
+
+    Args:
+        text: JSON.
+        source: where the text comes from, for error messages.
+
+    Raises:
+        UserError: ``text`` is not JSON or not a valid configuration.
+    """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

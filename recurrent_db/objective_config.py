@@ -1,7 +1,7 @@
-"""The sections of the objectives: the options of each way of training, and what choosing it implies for the rest.
+"""The configuration section of each objective: its settings, and what it requires of the model.
 
-An objective's name is the name of its section here and of its file in `recurrent_db/objectives`. Nobody else asks for an
-objective by name: what others need of one they ask of its section (before there is a model) or of its class (after).
+An objective's name is the name of its section here and of its file in `recurrent_db/objectives`. Other code never compares
+that name. It reads the section's class attributes before the model is built, and the objective's attributes afterwards.
 """
 
 from __future__ import annotations
@@ -16,74 +16,80 @@ from recurrent_db.errors import UserError
 from recurrent_db.schema import Hidden, NotNegative, Positive, Section, Share, above, at_least, at_most, need
 
 Config = Any
-"""`config.Config`, which is made of these sections."""
+"""`config.Config`. This module cannot import it, because it contains these sections."""
 
 
 class ObjectiveSection(Section):
-    """Options of one way of training, and what choosing it implies."""
+    """Base of the objectives' sections. Class attributes say what the objective requires of the model."""
 
     noise_conditioning: ClassVar[bool] = False
-    """The model's core is conditioned on a noise level."""
+    """Whether the core is conditioned on the noise level (model.noise_conditioning)."""
     silent_state: ClassVar[bool] = False
-    """The adapter's half for the state starts at zero (model.silent_state)."""
+    """Whether the adapter's weights on the state start at zero (model.silent_state)."""
     extra_tokens: ClassVar[int] = 0
-    """Rows of the embedding beside the tokenizer's."""
+    """Number of embeddings in addition to the tokenizer's, such as a mask."""
     in_blocks: ClassVar[bool] = False
-    """It can train a model in blocks."""
+    """Whether the objective can train a model in blocks."""
     blocks_file: ClassVar[str] = ""
-    """The file of `objectives` that does so, where it is not the objective's own."""
+    """File in `recurrent_db/objectives` that trains a model in blocks; empty if it is the objective's own file."""
 
     def resolve(self, config: Config) -> None:
-        """Fill in what choosing this objective implies for other sections, in place."""
+        """Set fields of other sections that follow from this objective, in place. ``config`` is the whole configuration."""
         config.model.noise_conditioning, config.model.silent_state = self.noise_conditioning, self.silent_state
 
 
 @dataclass
 class NextTokenConfig(ObjectiveSection):
-    """One iteration: the flat control."""
+    """Next-token training with one core pass: the flat control."""
 
 
 @dataclass
 class UnrolledConfig(ObjectiveSection):
-    """Huginn's training: sampled depth, truncated backpropagation through time."""
+    """Huginn's training (arXiv 2502.05171): random depth, truncated backpropagation through time."""
 
     mean_depth: Annotated[int, above(0), at_most(1 << 14)] = 32
-    """Mean r of the log-normal Poisson depth sampler, in core iterations."""
+    """Parameter r of the log-normal Poisson distribution of depths, in core passes. The mean depth is r + 1."""
     truncation: Annotated[int, at_least(0), at_most(1 << 20)] = 8
-    """Iterations at the end that carry gradient; 0 backpropagates through all of them (full BPTT)."""
+    """Number of last core passes to backpropagate through; 0 means all (full backpropagation through time)."""
 
 
 @dataclass
 class OneStepConfig(ObjectiveSection):
-    """Next-token training first; then extra iterations, with gradient through the last one alone (docs/method.md)."""
+    """Next-token training, then training of extra iterations with gradient through the last one (docs/method.md).
+
+    A run has three phases: the skip-core phase (short runs only), the next-token phase and the iteration phase.
+    """
 
     next_token_share: Share = 0.9
-    """Share of the budget that trains the first iteration alone, as `next_token` does. The rest trains extra iterations."""
+    """Share of the budget at which the iteration phase starts. Until then the first iteration alone is trained, as
+    `next_token` does."""
     skip_core: NotNegative = 2.0
-    """Length of the opening phase that skips the core, in tokens per weight of the network without it. The core's blocks
-    then start as copies of the blocks around them. At most .4 of the budget. The phase is left out where it is 0 or
-    shorter than .15 of the budget, where the run starts from another's weights, and where the budget is in seconds alone."""
+    """Length of the skip-core phase, in tokens per weight of the network without its core; at most 0.4 of the budget. After
+    it the core's layers start as copies of the layers around them. The phase is left out if it would be shorter than 0.15 of
+    the budget, if the run starts from other weights (init.from), or if the only limit is budget.seconds. 0 turns it off."""
     first_probability: Share = 0.2
-    """After ``next_token_share``: probability that a step trains the first iteration."""
+    """Probability that a step of the iteration phase trains the first iteration."""
     prior_iterations: Annotated[int, above(0), at_most(1 << 14)] = 2
-    """After ``next_token_share``, in the other steps: iterations without gradient before the trained one, uniform over 1
-    to this."""
+    """Largest number of core passes without gradient before the trained one, in the other steps of the iteration phase. The
+    number is uniform from 1 to this."""
     corrupt_share: Share = 0.0
-    """Mean share of a sequence's context tokens that are replaced by random ones. About 0.1 helps where a small corpus is
-    repeated; elsewhere it costs."""
+    """Mean share of a sequence's input tokens to replace by random ones, at most 0.5. About 0.1 helps if a small corpus is
+    repeated; otherwise it raises the loss."""
 
     silent_state = True
 
     def check(self, config: Config) -> None:
         need(
             self.corrupt_share <= 0.5,
-            f"objective.one_step.corrupt_share must be at most 0.5 (rates reach twice it), got {self.corrupt_share}",
+            "objective.one_step.corrupt_share must be at most 0.5, because a sequence's share is uniform between 0 and twice"
+            f" that, got {self.corrupt_share}",
         )
 
 
 @dataclass
 class DenoiseConfig(ObjectiveSection):
-    """One noise-conditioned pass a step, the token as clean target (DiffusionBlocks, arXiv 2506.14202)."""
+    """One core pass per step, conditioned on the noise level, that names the next token from its embedding with noise
+    (DiffusionBlocks, arXiv 2506.14202)."""
 
     p_mean: float = -0.4
     """Mean of ln sigma before truncation."""
@@ -92,28 +98,28 @@ class DenoiseConfig(ObjectiveSection):
     sigma_min: Positive = 0.02
     """Smallest noise level."""
     sigma_max: Positive = 20.0
-    """Largest noise level: where the target is invisible and the read-out is a next-token prediction."""
+    """Largest noise level. There the target is invisible, and the read-out is a next-token prediction."""
     atom: Share = 0.5
-    """Probability of drawing exactly sigma_max instead of from the density."""
+    """Probability that a training step draws exactly sigma_max; otherwise it draws from the density."""
     conditioning: Literal["inject", "two-stream"] = "inject"
-    """How z meets the context: one stream in which neighbours hold noisy targets too, or beside a clean stream, each
-    position seeing clean keys and its own noisy one (the paper's concatenation)."""
+    """How the noised targets z attend. inject: one stream; a position sees the noised targets up to its own. two-stream: a
+    position sees the clean context and its own noised target (the paper's concatenation)."""
     bridge: Literal["soft", "hard", "sample", "state"] = "soft"
-    """From a read-out back to an estimate of the target during a walk: expected row, most likely row, sampled row; or
-    the core's own output, with one read-out at the end."""
+    """How a walk turns a read-out into an estimate of the target. soft: expected embedding. hard: embedding of the most
+    likely token. sample: embedding of a drawn token. state: the core's output, read out once at the end."""
     sampler: Literal["euler", "heun", "ancestral"] = "euler"
-    """Step of the walk from one noise level to the next."""
+    """Method for one step of a walk, from one noise level to the next."""
     grid: Literal["equal-probability", "karras", "log-uniform", "edges"] = "equal-probability"
-    """Noise levels of a K-step walk, from sigma_max down; ``edges`` are the upper ends of K intervals of equal probability
-    (of a model in B blocks at K = B: where each block's range begins)."""
+    """Noise levels of a walk in K steps, from sigma_max down. edges: the upper ends of K intervals of equal probability; for
+    a model in B blocks and K = B, that is where each block's range begins."""
 
     noise_conditioning = True
     in_blocks = True
     blocks_file = "denoise_blocks"
     sd = 0.0
-    """Per-component standard deviation of the clean target in the preconditioning; 0 takes the true 1 / sqrt(d_model)."""
+    """Standard deviation per component of the clean target, for the preconditioning. 0 uses the true 1 / sqrt(d_model)."""
     mute = True
-    """Scale the network's view of z by 1 / (1 + sigma^2), so that pure noise is silent."""
+    """Whether to scale the network's input z by a further 1 / (1 + sigma^2), so that the network does not see pure noise."""
 
     def check(self, config: Config) -> None:
         need(
@@ -126,8 +132,8 @@ class DenoiseConfig(ObjectiveSection):
         )
         need(
             high - low > 1e-6,
-            f"objective.denoise: log-normal({self.p_mean}, {self.p_std}) has no mass in"
-            f" [{self.sigma_min}, {self.sigma_max}]",
+            f"objective.denoise: the noise density log-normal({self.p_mean}, {self.p_std}) has no mass in"
+            f" [sigma_min, sigma_max] = [{self.sigma_min}, {self.sigma_max}]",
         )
         need(
             config.objective.own is not self or not config.model.n_blocks or self.conditioning == "two-stream",
@@ -137,7 +143,7 @@ class DenoiseConfig(ObjectiveSection):
 
 @dataclass
 class DenoisePaperConfig(DenoiseConfig):
-    """The constants that arXiv 2506.14202 prints; the other choices are those of [objective.denoise]."""
+    """`denoise` with the constants printed in arXiv 2506.14202. Other settings are taken from [objective.denoise]."""
 
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -157,13 +163,13 @@ class DenoisePaperConfig(DenoiseConfig):
             elif given not in (f.default, own):
                 raise UserError(
                     f"objective.denoise.{f.name} = {given} contradicts objective.name = {config.objective.name}, which fixes"
-                    f" it at {own}; name the objective denoise to choose"
+                    f" it at {own}; set objective.name = denoise to change it"
                 )
 
 
 @dataclass
 class MaskedConfig(ObjectiveSection):
-    """Masked diffusion in blocks, not autoregressive."""
+    """Masked diffusion for a model in blocks (MD4, arXiv 2406.04329). It is not autoregressive."""
 
     noise_conditioning = True
     extra_tokens = 1
@@ -172,13 +178,13 @@ class MaskedConfig(ObjectiveSection):
     def check(self, config: Config) -> None:
         need(
             config.objective.own is not self or config.model.n_blocks > 0,
-            f"objective {config.objective.name} needs a model in blocks: set model.n_blocks (1 for end-to-end)",
+            f"objective {config.objective.name} needs a model in blocks: set model.n_blocks (1 trains end to end)",
         )
 
 
 @dataclass
 class Objectives(Section):
-    """Every objective's section by its name; the first is the default."""
+    """One section per objective, under the objective's name. The first is the default objective."""
 
     one_step: OneStepConfig = field(default_factory=OneStepConfig)
     denoise: DenoiseConfig = field(default_factory=DenoiseConfig)
@@ -198,14 +204,15 @@ else:
 
 @dataclass
 class ObjectiveConfig(Objectives):
-    """What a training step computes."""
+    """The objective: how the model is trained."""
 
     name: ObjectiveName = OBJECTIVE_NAMES[0]
-    """next_token (flat control), unrolled (Huginn), denoise (one noise-conditioned core pass on the noised target),
-    denoise_paper (denoise with the constants that the paper prints), one_step (one pass with gradient from a state that the
-    model reached itself), or masked (masked diffusion in blocks, not autoregressive; needs model.n_blocks)."""
+    """How the model is trained. one_step: next-token training, then extra iterations, each with gradient through one core
+    pass. denoise: name the next token from its embedding with noise, in one core pass. denoise_paper: denoise with the
+    paper's constants. unrolled: Huginn's backpropagation through iterations. next_token: one core pass, the flat control.
+    masked: masked diffusion, not autoregressive; needs model.n_blocks."""
 
     @property
     def own(self) -> ObjectiveSection:
-        """The section of the objective that ``name`` names."""
+        """The section of the objective ``name``."""
         return typing.cast(ObjectiveSection, getattr(self, self.name))
