@@ -66,7 +66,8 @@ class OneStepConfig(ObjectiveSection):
     skip_core: NotNegative = 2.0
     """Length of the skip-core phase, in tokens per weight of the network without its core; at most 0.4 of the budget. After
     it the core's layers start as copies of the layers around them. The phase is left out if it would be shorter than 0.15 of
-    the budget, if the run starts from other weights (init.from), or if the only limit is budget.seconds. 0 turns it off."""
+    the budget, if the run starts from other weights (init.from), if the model has neither prelude nor coda, or if the only
+    limit is budget.seconds. 0 turns it off."""
     first_probability: Share = 0.2
     """Probability that a step of the iteration phase trains the first iteration."""
     prior_iterations: Annotated[int, above(0), at_most(1 << 14)] = 2

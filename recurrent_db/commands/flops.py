@@ -59,12 +59,12 @@ def run(args: Args) -> int:
 def table(config: Config, epochs_ratio: float, cache_bytes: int) -> dict[str, Any]:
     """What each way of training and each recurrence costs. The layers of a model in blocks count as a core."""
     from recurrent_db.objectives.cost_table import flops_table
-    from recurrent_db.objectives.costs import inference_passes, opening_phase, training_passes
+    from recurrent_db.objectives.costs import inference_passes, skip_core_phase, training_passes
 
     config = copy.deepcopy(config)
     config.model.n_blocks, config.model.block_layers = 0, []
     found = flops_table(config, training_passes(config), inference_passes(config), epochs_ratio, cache_bytes)
-    return found | opening_phase(config)
+    return found | skip_core_phase(config)
 
 
 def blocks(config: Config) -> dict[str, Any]:

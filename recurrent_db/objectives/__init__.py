@@ -1,7 +1,8 @@
-"""Ways of training, behind the contract in `base`.
+"""Objectives: ways of training a model. `base` has the contract that each of them fulfils.
 
-An objective's file has its name. The others are parts: `denoise_blocks` (denoise for a model in blocks), `block_choice`,
-`skipped_core` (the opening phase of one_step), `costs` and `cost_table` (`recurrent-db flops`).
+Each objective has a file of its own name. Other files are shared parts: `denoise_blocks` (`denoise` for a model in blocks),
+`block_choice` (which block a step trains), `skipped_core` (the skip-core phase of `one_step`), `costs` and `cost_table`
+(`recurrent-db flops`).
 """
 
 from __future__ import annotations
@@ -16,24 +17,32 @@ from recurrent_db.objectives.base import Metrics, Objective, mean_passes
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that ``config.objective.name`` names, in its form for the model."""
+    """The objective ``config.objective.name``, in its form for a looped model or a model in blocks."""
     blocks_file = config.objective.own.blocks_file if config.model.n_blocks else ""
     module = importlib.import_module(f"{__name__}.{blocks_file or config.objective.name}")
     return cast(Objective, module.build(config))
 
 
 def drawn_passes(config: Config, draws: int) -> dict[Passes, float]:
-    """`base.mean_passes` of the configuration's own objective."""
+    """`base.mean_passes` for the configuration's objective."""
     return mean_passes(build_objective(config), config, draws)
 
 
 def load_objective_state(objective: Objective, state: dict[str, Any], source: object) -> None:
-    """Give an objective what it had learned. Raises `UserError`, naming ``source``, for what it does not keep."""
+    """Restore an objective from its saved state.
+
+    Args:
+        state: the result of `Objective.state_dict`.
+        source: where the state comes from, for error messages.
+
+    Raises:
+        UserError: the state does not fit the objective.
+    """
     try:
         objective.load_state_dict(state)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise UserError(
-            f"{source}: its objective's state is not what {type(objective).__name__} keeps: {error}"
+            f"{source}: the saved state of the objective does not fit {type(objective).__name__}: {error}"
         ) from None
 
 

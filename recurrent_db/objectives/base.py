@@ -1,16 +1,19 @@
-"""The contract of an objective, and what objectives share.
+"""The contract of an objective, and functions that objectives share.
 
-An objective says how a model is trained, and what it needs of the rest; nobody else asks for an objective by name. To add
-one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME`` in
-`objective_config.Objectives`, and a test.
+An objective defines how a model is trained: what a step computes, its loss, and how many FLOPs it takes. Other code never
+compares an objective's name. To add one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME``
+in `objective_config.Objectives`, and a test.
 
-It is called once for each micro-batch,
+The trainer calls the objective once for each micro-batch:
 
     loss, metrics = objective(model, batch, rng, progress)
 
-with the loss averaged over the micro-batch's tokens; metrics as detached 0-dimensional tensors averaged the same way,
-or pairs (sum, weight), shape (2,), where the average is over some of the tokens; ``rng`` drawing as a function of
-(seed, step, sample, stream); and ``progress`` the share of the budget that is spent.
+- ``loss`` is the mean over the micro-batch's tokens, in nats.
+- ``metrics`` are detached tensors: 0-dimensional for a mean over all tokens, or shape (2,) with (sum, weight) for a mean
+  over
+  some of the tokens.
+- ``rng`` draws numbers as a function of (seed, step, sample, stream).
+- ``progress`` is the share of the budget spent so far, in [0, 1].
 """
 
 from __future__ import annotations
@@ -36,70 +39,82 @@ Metrics = dict[str, Tensor]
 
 
 class Objective:
-    """One way of training. `next_token` is the smallest example.
+    """Base class of all objectives. `next_token` is the smallest example.
 
-    A subclass has a ``recurrence``, `__call__` and `passes`. The rest has defaults: an objective that trains the whole
-    model from the first step on, learns nothing of its own, and is scored as a likelihood by K.
+    A subclass must define ``recurrence``, `__call__` and `passes`. The defaults of the other members fit an objective that
+    trains the whole model from the first step, has no state, and is scored by its likelihood at each K.
     """
 
     recurrence: Recurrence
-    """How a checkpoint of this objective runs K iterations."""
+    """Computes K iterations at inference for checkpoints of this objective."""
     default_k: int = 1
-    """Iterations that an exported model runs where its user does not say."""
+    """Number of iterations K that an exported model runs by default."""
     flat: ClassVar[bool] = False
-    """Whether only the first iteration is ever trained: K = 1 is the model."""
+    """Whether only the first iteration is trained, so that the model is scored and used at K = 1."""
     two_stream: bool = False
-    """Whether attention has a second stream of keys to serve."""
+    """Whether training uses two-stream attention."""
     core_trained: bool = True
-    """Whether the core's blocks have run in training so far."""
+    """Whether the core's layers have been trained so far. A property may change it during a run."""
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
-        """The loss of one micro-batch, in nats per token, and what is worth logging."""
+        """Compute the loss of one micro-batch, in nats per token, and the metrics to log. See the module's docstring."""
         raise NotImplementedError
 
     def passes(self, rng: Rng, progress: float) -> Passes:
-        """What a step computes for each token, realised draws included: the basis of the FLOP count."""
+        """The passes that `__call__` runs with the same ``rng`` and ``progress``. FLOPs are counted from them."""
         raise NotImplementedError
 
     def passes_of(self, row: Mapping[str, Any]) -> Passes | None:
-        """What the step behind a row of metrics.jsonl computed, where the row says so."""
+        """The passes of a logged step, from its line of metrics.jsonl; None if the line does not tell."""
         return None
 
     def cost_rows(self) -> dict[str, dict[Passes, float]]:
-        """Rows of `recurrent-db flops`: ways to train with this objective, each with the shares of its kinds of step. Where
-        objectives give the same row it is printed once."""
+        """Columns of the table of `recurrent-db flops`.
+
+        Maps the name of a way to train with this objective to its kinds of step, each with its share of the steps. A name
+        that several objectives return is printed once.
+        """
         return {}
 
     def prepare(self, model: LoopedLM) -> None:
-        """Called once before training: the place to freeze parameters that this run never trains."""
+        """Called once before training. Override it to freeze parameters that the run does not train."""
 
     def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
-        """Called before each step with the share of the budget that is spent, and before anything is saved: the place to
-        set weights by a rule and not by a gradient. Returns those that it set, of a sharded model the shards: what was
-        averaged of them before says nothing of them now."""
+        """Called before each step and before each save. Override it to set weights by a rule instead of a gradient.
+
+        Returns the parameters that it set (their shards if the model is sharded). The trainer then resets their optimizer
+        state, the running mean of the loss and the EMA.
+        """
         return []
 
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-        """Columns for the metrics from held-out batches; empty where the run is scored as a likelihood by K."""
+        """Score held-out batches and return the metrics by name. An empty result means that the run is scored by its
+        likelihood at each K instead."""
         return {}
 
     def describe(self, model: LoopedLM) -> list[str]:
-        """Lines worth reading before training starts."""
+        """Lines to print before training starts."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the objective learns on the way, as JSON values; empty where it learns nothing."""
+        """The objective's own state, as JSON values; empty if it has none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`'s result. Raises ValueError, KeyError or TypeError for anything else."""
+        """Restore the result of `state_dict`.
+
+        Raises:
+            ValueError, KeyError or TypeError: ``state`` is anything else.
+        """
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
+            raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
 
 
 def mean_passes(objective: Objective, config: Config, draws: int) -> dict[Passes, float]:
-    """What a run's steps would compute, and the share of each, by so many draws spread evenly over the budget. Of a budget
-    in FLOPs alone a dearer step takes more, so that there are fewer of them."""
+    """Estimate the share of each kind of step in a run, from ``draws`` steps spread evenly over the budget.
+
+    If the budget is in FLOPs alone, expensive kinds of step are fewer: each kind is divided by its cost.
+    """
     budget = config.budget
     drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))
     by_flops = budget.flops is not None and budget.tokens is None and budget.steps is None
@@ -110,8 +125,17 @@ def mean_passes(objective: Objective, config: Config, draws: int) -> dict[Passes
 def cross_entropy(
     model: LoopedLM, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy in nats: its mean over positions (each times its weight, broadcastable to (B, T)), to be
-    differentiated, and the plain losses, fp32 (B, T), detached."""
+    """Next-token cross-entropy in nats.
+
+    Args:
+        hidden_BTD: the coda's output.
+        targets_BT: int64 tokens.
+        weights_BT: factors on the losses, broadcastable to (B, T).
+
+    Returns:
+        The weighted mean over positions, 0-dimensional, with gradient; and the losses without weights, fp32 (B, T),
+        detached.
+    """
     ones = torch.full(targets_BT.shape, 1 / targets_BT.numel(), device=targets_BT.device)
     weights_BT = ones if weights_BT is None else ones * weights_BT
     flat = targets_BT.flatten(), weights_BT.flatten()
@@ -121,6 +145,8 @@ def cross_entropy(
 
 
 def position_rms(state_BTD: Tensor) -> Tensor:
-    """RMS per component of each position's state, averaged over positions: 0-dimensional fp32, detached, and the same
-    however a batch is cut into micro-batches."""
+    """RMS of each position's state over its components, averaged over positions: 0-dimensional fp32, detached.
+
+    The order (root first, then mean over positions) makes it independent of how a batch is cut into micro-batches.
+    """
     return state_BTD.detach().float().square().mean(-1).sqrt().mean()

@@ -1,4 +1,4 @@
-"""Which block a step trains, and who trains the tables (embedding and head) that all blocks share."""
+"""Which block a training step trains, and whether it trains the embedding and head that all blocks share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from recurrent_db.rng import Rng
 
 
 def drawn_block(config: Config, rng: Rng) -> int:
-    """The block that a step trains."""
+    """The block that a step trains, from 1: ``blocks.only``, or a uniform draw."""
     return config.blocks.only or 1 + int(rng.scalar("block") * config.model.n_blocks)
 
 
 def trains_shared(config: Config, block: int) -> bool:
-    """Whether a step of this block trains the shared tables too."""
+    """Whether a step of this block also trains the shared embedding and head."""
     return {"all": True, "frozen": False, "owned": block == config.blocks.owner}[config.blocks.shared]
 
 
 def freeze_shared(config: Config, model: LoopedLM) -> None:
-    """In a process that trains one block: no gradients, and no optimizer's state, for tables that it does not train."""
+    """In a process that trains one block, freeze embedding and head if that block does not train them. They then need
+    neither gradients nor optimizer state."""
     if isinstance(model, BlocksLM) and config.blocks.only:
         model.train_shared(trains_shared(config, config.blocks.only))

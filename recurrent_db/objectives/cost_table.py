@@ -1,4 +1,4 @@
-"""The tables of `recurrent-db flops`: as plain values for JSON, and as lines of text."""
+"""The tables of `recurrent-db flops`, as plain values for JSON and as lines of text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from recurrent_db.optim.optimizer import update_flops
 
 KS = (1, 2, 4, 8, 16, 32)
 POLICIES = ("full", "modulo-4", "last")
-"""Of the key-value cache; see `recurrent_db.generation.cache`."""
+"""Policies of the key-value cache; see `recurrent_db.generation.cache`."""
 KINDS = ("forward", "backward", "backward_input", "backward_weight", "recomputed", "attention", "causal")
 KIND_LABELS = {
     "forward": "forward",
     "backward_input": "backward to inputs",
     "backward_weight": "backward to weights",
-    "recomputed": "done again in the backward",
+    "recomputed": "recomputed in backward",
 }
 
 
 def mean_cost(config: Config, steps: Mapping[Passes, float]) -> dict[str, Cost]:
-    """FLOPs per token by part, the mean over kinds of steps; ``steps`` has the share of each."""
+    """Mean FLOPs per training token of each part of the model. ``steps`` maps kinds of step to their shares."""
     found: dict[str, Cost] = {}
     for passes, share in steps.items():
         parts = cost_per_token(config.model, config.data.sequence_length, passes, config.run.activation_checkpointing)
@@ -45,13 +45,13 @@ def flops_table(
     epochs_ratio: float,
     cache_size: int,
 ) -> dict[str, Any]:
-    """Everything that the command prints of a looped model, as plain values.
+    """All values that the command prints for a looped model.
 
     Args:
-        training: the passes of a step and their shares, by way of training.
-        inference: what K iterations compute, by recurrence.
-        epochs_ratio: tokens of `denoise` for each of `unrolled`, in the comparison of whole runs.
-        cache_size: bytes of a number in the key-value cache.
+        training: for each way to train, its kinds of step and their shares.
+        inference: for each recurrence, a function from K to the passes of K iterations.
+        epochs_ratio: training tokens of `denoise` divided by those of `unrolled`, for the comparison of whole runs.
+        cache_size: bytes per number in the key-value cache.
     """
     parts = {name: mean_cost(config, steps) for name, steps in training.items()}
     per_token = {name: total(costs).total for name, costs in parts.items()}
@@ -86,7 +86,7 @@ def flops_table(
 def cache_bytes(
     config: Config, inference: Mapping[str, Callable[[int], Passes]], size: int
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """Bytes that a token adds to the key-value cache, by policy, recurrence and K."""
+    """Bytes that each token adds to the key-value cache, by policy, recurrence and K. ``size`` is in bytes per number."""
     return {
         policy: {
             name: {str(k): size * cache_numbers_per_token(config.model, passes(k), policy) for k in KS}
@@ -97,10 +97,10 @@ def cache_bytes(
 
 
 def lines(table: dict[str, Any], config: Config, source: object, cache_size: int) -> list[str]:
-    """The printed form of `flops_table`. ``table`` also has what the `one_step` objective says of its opening phase."""
+    """The printed form of `flops_table`. ``table`` must also have the result of `costs.skip_core_phase`."""
     return [
         *_training_lines(table, config, source),
-        _opening_line(**table["one_step"]),
+        _skip_core_line(**table["one_step"]),
         *_kind_lines(table),
         *_comparison_lines(table, config),
         *_inference_lines(table, config, cache_size),
@@ -115,8 +115,8 @@ def _training_lines(table: dict[str, Any], config: Config, source: object) -> li
     names, by_part = list(table["per_token"]), table["by_part"]
     found = [
         f"{source}: FLOPs per training token at T = {config.data.sequence_length}",
-        "(model FLOPs: matrix products, and attention over all pairs, forward + backward; unrolled at depth r exactly,",
-        " where the sampler's mean is r + 1)",
+        "(model FLOPs: matrix products and attention over all pairs, forward + backward; unrolled at depth r exactly,",
+        " although the mean depth of its steps is r + 1)",
         f"{'':<28}" + "".join(f"{name:>20}" for name in names),
     ]
     for part in by_part["denoise"]:
@@ -130,14 +130,14 @@ def _training_lines(table: dict[str, Any], config: Config, source: object) -> li
     ]
 
 
-def _opening_line(skip_core_share: float | None, skip_core_asked: float | None) -> str:
+def _skip_core_line(skip_core_share: float | None, skip_core_asked: float | None) -> str:
     if skip_core_share is None:
-        what = "no budget in the configuration, so its opening phase, without the core's blocks, is left out"
+        what = "without the skip-core phase, because the configuration has no budget"
     elif skip_core_share or not skip_core_asked:
-        what = f"{skip_core_share:.0%} of the budget without the core's blocks"
+        what = f"skip-core phase: {skip_core_share:.0%} of the budget"
     else:
-        what = f"{skip_core_asked:.1%} of the budget without the core's blocks is left out as too little"
-    return f"one_step is the mean of its steps over a run ({what})"
+        what = f"the skip-core phase, {skip_core_asked:.1%} of the budget, is too short and left out"
+    return f"one_step is the mean over the steps of a run ({what})"
 
 
 def _kind_lines(table: dict[str, Any]) -> list[str]:
@@ -150,19 +150,19 @@ def _kind_lines(table: dict[str, Any]) -> list[str]:
         "of the total",
         _row("  products with weights", [table["per_token"][name] - kinds[name]["attention"] for name in names]),
         _row("  attention", [kinds[name]["attention"] for name in names]),
-        _row("with the causal half alone", [kinds[name]["causal"] for name in names]),
-        f"\nnot in the total, per optimizer step: {each}; that is {per_token:.3g} per token of a step"
-        f" of {update['tokens_per_step']:,}, {100 * per_token / table['per_token']['denoise']:.2g} percent of denoise",
+        _row("total with causal attention", [kinds[name]["causal"] for name in names]),
+        f"\nnot in the total: the update, {each} FLOPs per optimizer step. At {update['tokens_per_step']:,} tokens per step"
+        f" that is {per_token:.3g} per token, {100 * per_token / table['per_token']['denoise']:.2g} percent of denoise.",
     ]
 
 
 def _comparison_lines(table: dict[str, Any], config: Config) -> list[str]:
     runs, ratio = table["ratio_of_runs"], table["ratio_to_denoise"]
     return [
-        f"\nunrolled against denoise trained on {table['epochs_ratio']:g}x the tokens. Counted in iterations, as the paper"
-        f" does: {runs['iterations']:.1f}; counted in FLOPs: {runs['flops_full']:.1f} (full backpropagation),"
-        f" {runs['flops_truncated']:.1f} (truncated).",
-        f"Per token, before the extra epochs: {config.objective.unrolled.mean_depth} iterations;"
+        f"\ncost of unrolled divided by that of denoise with {table['epochs_ratio']:g}x the tokens."
+        f" Counted in iterations, as the paper does: {runs['iterations']:.1f}; counted in FLOPs:"
+        f" {runs['flops_full']:.1f} (full backpropagation), {runs['flops_truncated']:.1f} (truncated).",
+        f"The same per token: {config.objective.unrolled.mean_depth} in iterations;"
         f" {ratio['unrolled_full']:.1f} (full) and {ratio['unrolled_truncated']:.1f} (truncated) in FLOPs.",
     ]
 
@@ -170,8 +170,8 @@ def _comparison_lines(table: dict[str, Any], config: Config) -> list[str]:
 def _inference_lines(table: dict[str, Any], config: Config, cache_size: int) -> list[str]:
     counts = table["parameters"]
     return [
-        "\nper generated token, from a key-value cache as `generate` keeps: FLOPs at"
-        f" {config.data.sequence_length:,} tokens of context; bytes that each token adds, {cache_size} a number",
+        f"\nper generated token, with a key-value cache: FLOPs at {config.data.sequence_length:,} tokens of context, and"
+        f" bytes that each token adds to the cache ({cache_size} per number)",
         f"{'':<28}" + "".join(f"{f'K={k}':>12}" for k in KS),
         *(
             f"{'FLOPs, ' + name:<28}" + "".join(f"{value:>12.3g}" for value in by_k.values())
@@ -182,7 +182,7 @@ def _inference_lines(table: dict[str, Any], config: Config, cache_size: int) -> 
             for policy, by_name in table["cache_bytes_per_token_by_policy"].items()
             for name, by_k in by_name.items()
         ),
-        f"\nparameters: {counts['total']:,}, and {counts['noise_conditioning']:,} for noise conditioning",
+        f"\nparameters: {counts['total']:,}, plus {counts['noise_conditioning']:,} for noise conditioning",
     ]
 
 
@@ -191,11 +191,11 @@ def _inference_lines(table: dict[str, Any], config: Config, cache_size: int) -> 
 
 
 def blocks_table(config: Config, by_block: Mapping[int, Passes], whole: Passes) -> dict[str, Any]:
-    """What the command says of a model in blocks, as plain values.
+    """All values that the command prints for a model in blocks.
 
     Args:
-        by_block: what a step of each block computes, each in a process of its own.
-        whole: what a step computes where the same network is trained end to end.
+        by_block: the passes of a training step of each block, each in a process of its own.
+        whole: the passes of a training step if the same network is trained end to end.
     """
     model, length, rows = config.model, config.data.sequence_length, {}
     for block, passes in by_block.items():
@@ -226,8 +226,8 @@ def blocks_lines(table: dict[str, Any], source: object) -> list[str]:
     """The printed form of `blocks_table`."""
     whole = table["end_to_end_flops_per_token"]
     return [
-        f"{source}: each block as a process of its own; FLOPs per training token, forward + backward, attention over all"
-        " pairs",
+        f"{source}: each block in a process of its own; FLOPs per training token, forward + backward, with attention over"
+        " all pairs",
         f"{'block':>5}{'layers':>8}{'FLOPs/token':>14}{'x end-to-end':>14}{'parameters':>12}{'trained':>12}"
         f"{'MiB held*':>11}{'MiB if shared**':>17}",
         *(
@@ -236,7 +236,7 @@ def blocks_lines(table: dict[str, Any], source: object) -> list[str]:
             f"{row['data_parallel_bytes_per_step'] / 2**20:>17.2f}"
             for block, row in table["blocks"].items()
         ),
-        f"end to end, conditioned as the blocks are: {whole:.4g}; the plain network: {table['plain_flops_per_token']:.4g}",
+        f"trained end to end with noise conditioning: {whole:.4g}; without: {table['plain_flops_per_token']:.4g}",
         "* parameters, gradients and AdamW's two moments in fp32; activations are logged in training (memory/*)",
-        "** gradients that data-parallel training would exchange in each step; blocks that train alone exchange nothing",
+        "** gradients that data-parallel training would exchange per step; blocks that train alone exchange nothing",
     ]

@@ -1,4 +1,4 @@
-"""What each way of training computes at a configuration's shape: the rows of `recurrent-db flops`."""
+"""The passes of each objective's steps, from which `recurrent-db flops` computes its tables."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ def _named(config: Config, name: str) -> Config:
 
 
 def training_passes(config: Config) -> dict[str, dict[Passes, float]]:
-    """The passes of a training step by way of training, and the share of the steps that makes each."""
-    rows: dict[str, dict[Passes, float]] = {}
+    """All objectives' `cost_rows`: for each way to train, its kinds of step and their shares."""
+    found: dict[str, dict[Passes, float]] = {}
     for name in OBJECTIVE_NAMES:
-        rows |= build_objective(_named(config, name)).cost_rows()
-    return rows
+        found |= build_objective(_named(config, name)).cost_rows()
+    return found
 
 
 def inference_passes(config: Config) -> dict[str, Callable[[int], Passes]]:
-    """What K iterations compute, by recurrence: the plain loop and the walk."""
+    """Functions from K to the passes of K iterations: ``unrolled`` for the plain loop, ``denoise`` for the walk."""
     return {name: build_objective(_named(config, name)).recurrence.passes for name in ("unrolled", "denoise")}
 
 
-def opening_phase(config: Config) -> dict[str, dict[str, float | None]]:
-    """Shares of the budget that `one_step` spends without the core, and that its ``skip_core`` asks for; None without a
-    budget."""
+def skip_core_phase(config: Config) -> dict[str, dict[str, float | None]]:
+    """Length of the skip-core phase of `one_step`, as shares of the budget; None without a budget.
+
+    ``skip_core_share`` is the actual length. ``skip_core_asked`` is the length by the configuration, even if the phase is
+    left out as too short.
+    """
     budgeted = any(limit is not None for limit in vars(config.budget).values())
     phase = SkippedCore(config)
     return {
@@ -46,7 +49,7 @@ def opening_phase(config: Config) -> dict[str, dict[str, float | None]]:
 
 
 def block_passes(config: Config) -> dict[int, Passes]:
-    """What a step of each block computes where each block is trained by a process of its own."""
+    """The passes of a training step of each block, by its number, if each block has a process of its own."""
     found = {}
     for block in range(1, config.model.n_blocks + 1):
         alone = copy.deepcopy(config)
@@ -57,7 +60,7 @@ def block_passes(config: Config) -> dict[int, Passes]:
 
 
 def whole_passes(config: Config) -> Passes:
-    """What a step computes where the blocks are one network, conditioned as they are and trained end to end."""
+    """The passes of a training step if all layers are one block with the same conditioning, trained end to end."""
     whole = copy.deepcopy(config)
     whole.model.n_blocks, whole.model.block_layers, whole.blocks.shared = 1, [config.model.n_core], "all"
     return _first_step(build_objective(whole))

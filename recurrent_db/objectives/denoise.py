@@ -1,12 +1,15 @@
-"""`denoise`: one noise-conditioned pass (DiffusionBlocks, arXiv 2506.14202, section 5.5 and appendix E.5).
+"""`denoise`: one core pass conditioned on the noise level (DiffusionBlocks, arXiv 2506.14202, section 5.5, appendix E.5).
 
-The clean target y of position i is the normalised embedding row of token i+1. A step draws sigma for each sequence, makes
-z = y + sigma eps, runs the core once as an EDM-preconditioned denoiser of z given the clean context e, reads its estimate
-out through the coda and takes the cross-entropy against token i+1, without a weight over sigma: EDM's weight belongs to
-the squared error.
+The target y of position i is the embedding of token i+1, scaled to length 1. A training step:
 
-Position i sees clean tokens <= i and noisy targets of positions <= i (the core's attention is causal), so the only trace
-of the answer is its own z, which fades as sigma grows. Scoring starts from pure noise: see `recurrence.walk`.
+1. draws a noise level sigma for each sequence and makes the noised target z = y + sigma eps;
+2. runs the core once, with EDM's preconditioning, to estimate y from z and the context e;
+3. reads the estimate out through the coda;
+4. takes the cross-entropy against token i+1, without a weight over sigma (EDM's weight is meant for the squared error).
+
+Position i sees clean tokens <= i and noised targets of positions <= i, because attention is causal. The only trace of the
+answer is its own z, which fades as sigma grows. Scoring starts from pure noise and never sees the answer; see
+`recurrence.walk`.
 """
 
 from __future__ import annotations
@@ -28,14 +31,16 @@ from recurrent_db.recurrence.walk import DenoiseWalk, normalised
 from recurrent_db.rng import Rng
 
 WARN_SHARE = 0.75
-"""Share of draws below sigma* above which the model mostly learns to copy."""
+"""Share of draws below sigma* above which `describe` warns that the model mostly learns to copy."""
 
 
-def mean_pairwise_cosine(rows_VD: Tensor, most: int = 256) -> Tensor:
-    """Mean cosine between different rows: near 0 for spread-out targets, towards 1 as they collapse. 0-dimensional.
-    Of a larger table, ``most`` to twice as many evenly spaced rows are taken."""
-    rows_VD = rows_VD.detach()[:: max(1, len(rows_VD) // most)]
-    unit = torch.nn.functional.normalize(rows_VD.float(), dim=-1)
+def mean_pairwise_cosine(table_VD: Tensor, most: int = 256) -> Tensor:
+    """Mean cosine between different embeddings, 0-dimensional: near 0 if targets are spread out, near 1 if they collapse.
+
+    Of a large table only evenly spaced rows are used, from ``most`` to twice as many.
+    """
+    some_ND = table_VD.detach()[:: max(1, len(table_VD) // most)]
+    unit = torch.nn.functional.normalize(some_ND.float(), dim=-1)
     n = len(unit)
     return (unit.sum(0).square().sum() - n) / (n * (n - 1))
 
@@ -46,11 +51,11 @@ def noised(rows_BTD: Tensor, eps_BTD: Tensor, sigma_Bs: Tensor) -> Tensor:
 
 
 class Denoise(Objective):
-    """The noise-conditioned method for a looped model.
+    """Train the core of a looped model as a denoiser.
 
     Args:
-        config: the noise levels and how z meets the context.
-        width: d_model, which the true standard deviation of the target follows from.
+        config: noise levels, conditioning and the walk at inference.
+        width: d_model. The target's standard deviation per component is 1 / sqrt(width).
     """
 
     def __init__(self, config: DenoiseConfig, width: int) -> None:
@@ -67,18 +72,19 @@ class Denoise(Objective):
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         sigma_B1 = self.sigma(batch, rng).to(batch.tokens_BT.device, non_blocking=True)
-        rows_BTD = model.embedding_rows(batch.targets_BT).float()
-        eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "noise", rows_BTD.device)
-        z_BTD = model.fuse(noised)(rows_BTD, eps_BTD, sigma_B1)
+        embeddings_BTD = model.embedding_rows(batch.targets_BT).float()
+        eps_BTD = rng.normal(batch.sample_index_B, tuple(embeddings_BTD.shape[1:]), "noise", embeddings_BTD.device)
+        z_BTD = model.fuse(noised)(embeddings_BTD, eps_BTD, sigma_B1)
 
         visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(batch.tokens_BT, visible)
         clean = self.recurrence.clean_contexts(model, e_BTD, visible)
         estimate_BTD = self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, clean, visible)
-        # Dividing by sd brings the estimate to unit scale before the norm's epsilon; the norm itself ignores scale.
+        # The norm ignores scale except for its epsilon. Dividing by sd gives the estimate unit scale, where epsilon is
+        # small.
         hidden_BTD = model.decode((estimate_BTD / self.precond.sd).to(e_BTD.dtype), visible=visible)
         loss, losses_BT = cross_entropy(model, hidden_BTD, batch.targets_BT)
-        # The part of the loss that is a next-token loss: the draws at sigma_max, where z says nothing.
+        # At sigma_max z carries no information, so the loss of these draws is a next-token loss.
         at_top_BT = (sigma_B1 >= self.config.sigma_max).float().expand_as(losses_BT)
         metrics = {
             "loss_sigma_max": torch.stack(((losses_BT * at_top_BT).sum(), at_top_BT.sum())),
@@ -97,17 +103,22 @@ class Denoise(Objective):
         }
 
     def describe(self, model: LoopedLM) -> list[str]:
-        """sigma* of the freshly built targets and the share of draws below it."""
+        """sigma* for the current embedding and the share of draws below it, with a warning if the share is large."""
         star = sigma_star(self.recurrence.targets(model), self.config.sigma_min, self.config.sigma_max)
         share = share_below(self.recurrence.density, self.config.atom, star)
-        lines = [f"sigma* = {star:.3g}; {share:.0%} of the draws lie below it, where the nearest row is the answer"]
+        lines = [
+            f"sigma* = {star:.3g}; {share:.0%} of the noise levels are below it, where the model can copy the answer"
+        ]
         if share > WARN_SHARE:
-            lines.append(f"warning: {share:.0%} of the draws teach copying; raise objective.denoise.p_mean or .atom")
+            lines.append(
+                f"warning: {share:.0%} of the noise levels teach the model to copy; raise objective.denoise.p_mean or"
+                " objective.denoise.atom"
+            )
         return lines
 
 
 def own_section(config: Config) -> DenoiseConfig:
-    """The section of the objective that the configuration names, where it is this one or a variant of it."""
+    """The configuration's objective section. The objective must be `denoise` or a variant of it."""
     assert isinstance(config.objective.own, DenoiseConfig)
     return config.objective.own
 

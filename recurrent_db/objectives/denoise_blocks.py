@@ -1,11 +1,11 @@
 """`denoise` for a model in blocks: each block is trained as the denoiser of its own noise range (arXiv 2506.14202).
 
-A block's training is `denoise` with the block for a model and its range, widened by the overlap, for the noise:
-nothing of the other blocks is read, run or updated. With ``blocks.only`` that is all that the process holds. Without,
-each step draws a block and trains it alone, and the others' gradients, moments and decay rest.
+Training a block is `denoise` with the block as the model and with its noise range, widened by the overlap. Other blocks are
+neither read nor run nor updated. With ``blocks.only`` the process holds that block alone. Otherwise each step draws a block
+and trains it; the other blocks' weights and optimizer state do not change, not even by weight decay.
 
-The clean context is a second stream through the block's own layers, from the embedding; position i of the noisy stream
-sees clean tokens <= i and itself.
+The clean context is a second stream, from the embedding through the block's own layers. Position i of the noised stream sees
+clean tokens <= i and itself.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 HELD_OUT_LEVELS = 4
-"""Noise levels of a block's range that a run of that block alone is scored at."""
+"""Number of noise levels at which a run of a single block is scored."""
 
 
 def noise_partition(config: Config) -> Partition:
-    """Which block has which noise levels."""
+    """The noise range of each block, by the configuration."""
     own = own_section(config)
     law = LogNormal(own.p_mean, own.p_std, own.sigma_min, own.sigma_max)
     return Partition.cut(law, config.model.n_blocks, config.blocks.gamma, config.blocks.partition == "uniform")
@@ -46,11 +46,11 @@ def noise_partition(config: Config) -> Partition:
 
 @dataclass(frozen=True)
 class BlockWalk(DenoiseWalk):
-    """The reverse diffusion in which each noise level is one pass of the block that has it."""
+    """A walk in which each noise level is one pass of the block that has that level."""
 
     partition: Partition = field(kw_only=True)
     layers: tuple[int, ...] = field(kw_only=True)
-    """Of each block."""
+    """Number of layers of each block."""
 
     def at(self, model: LoopedLM, sigma: float) -> LoopedLM:
         assert isinstance(model, BlocksLM)
@@ -62,7 +62,7 @@ class BlockWalk(DenoiseWalk):
 
     def passes(self, k: int) -> Passes:
         levels = self.levels(k)
-        again = EVALUATIONS[self.config.sampler] - 1  # second order looks at the next level too
+        again = EVALUATIONS[self.config.sampler] - 1  # a second-order step also evaluates at the next level
         runs = [self.partition.block_of(sigma) for sigma in [*levels, *levels[1:] * again]]
         touched = set(runs)
         return dataclasses.replace(
@@ -74,7 +74,7 @@ class BlockWalk(DenoiseWalk):
 
 
 class DenoiseBlocks(Objective):
-    """One denoiser a block, each trained for itself."""
+    """Train each block as a denoiser of its own."""
 
     two_stream = True
 
@@ -89,7 +89,7 @@ class DenoiseBlocks(Objective):
         self.recurrence: BlockWalk = BlockWalk(law, precond, own, partition=self.partition, layers=layers)
 
     def _denoise(self, block: int) -> Denoise:
-        """`denoise` on the block's range. The atom at sigma_max is the first block's."""
+        """`denoise` on the block's range. Only the first block draws exactly sigma_max (the atom)."""
         low, high = self.partition.range_of(block)
         own = own_section(self.config)
         part = dataclasses.replace(own, sigma_min=low, sigma_max=high, atom=own.atom if block == 1 else 0.0)
@@ -105,7 +105,7 @@ class DenoiseBlocks(Objective):
         loss, metrics = self.blocks[block](model.block(block), batch, rng, progress)
         metrics[f"loss_block_{block}"] = metrics.pop("loss_cross_entropy")
         if block > 1:
-            del metrics["loss_sigma_max"]  # that level is the first block's
+            del metrics["loss_sigma_max"]  # only the first block has sigma_max
         return loss, metrics
 
     def passes(self, rng: Rng, progress: float) -> Passes:
@@ -121,7 +121,7 @@ class DenoiseBlocks(Objective):
         lines = []
         for block, denoise in self.blocks.items():
             low, high = self.partition.range_of(block)
-            atom = f", and {denoise.config.atom:.0%} of the draws at its top" if denoise.config.atom else ""
+            atom = f", {denoise.config.atom:.0%} of the draws at its upper end" if denoise.config.atom else ""
             lines.append(
                 f"block {block} of {len(counts)}: {counts[block - 1]} layers, sigma in [{low:.3g}, {high:.3g}]{atom}"
             )
@@ -130,8 +130,12 @@ class DenoiseBlocks(Objective):
 
     @torch.no_grad()
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-        """Of a run of one block: the held-out cross-entropy at levels spread over its range (z made from the answer, as in
-        training, so not a likelihood), by level and on average. Empty for a whole model, which is scored as one."""
+        """Score a run of a single block: cross-entropy at noise levels spread over its range, each level and their mean.
+
+        z is made from the answer, as in training, so this is not a likelihood. Block 1 also reports its loss on pure noise
+        at
+        sigma_max, which is the likelihood at K = 1. Empty for a model with all blocks, which is scored by K.
+        """
         block = self.config.blocks.only
         if not block:
             return {}
@@ -140,7 +144,7 @@ class DenoiseBlocks(Objective):
         ends = self.partition.law.cdf(torch.tensor([self.partition.edges[block], self.partition.edges[block - 1]]))
         shares = (torch.arange(HELD_OUT_LEVELS, dtype=torch.float64) + 0.5) / HELD_OUT_LEVELS
         levels = self.partition.law.quantile(ends[0] + shares * (ends[1] - ends[0])).tolist()
-        if block == 1:  # where z says nothing: the likelihood at sigma_max
+        if block == 1:  # pure noise: the likelihood at K = 1
             levels.append(self.partition.edges[0])
         sums, rng, count = dict.fromkeys(levels, 0.0), Rng(seed, EVALUATION_STEP), 0
         device = model.embedding.weight.device
@@ -149,12 +153,12 @@ class DenoiseBlocks(Objective):
             visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
             e_BTD = part.encode(batch.tokens_BT, visible)
             clean = walk.clean_contexts(part, e_BTD, visible)
-            rows_BTD = model.embedding_rows(batch.targets_BT).float()
-            eps_BTD = rng.normal(batch.sample_index_B, tuple(rows_BTD.shape[1:]), "held out", device)
+            embeddings_BTD = model.embedding_rows(batch.targets_BT).float()
+            eps_BTD = rng.normal(batch.sample_index_B, tuple(embeddings_BTD.shape[1:]), "held out", device)
             for sigma in levels:
-                sigma_B1 = torch.full((len(rows_BTD), 1), sigma, device=device)
+                sigma_B1 = torch.full((len(embeddings_BTD), 1), sigma, device=device)
                 top = block == 1 and sigma == self.partition.edges[0]
-                z_BTD = sigma * eps_BTD if top else noised(rows_BTD, eps_BTD, sigma_B1)
+                z_BTD = sigma * eps_BTD if top else noised(embeddings_BTD, eps_BTD, sigma_B1)
                 estimate = denoise.precond.denoise(part, z_BTD, sigma_B1, e_BTD, clean, visible)
                 hidden = walk.read(part, estimate, e_BTD.dtype, visible=visible)
                 sums[sigma] += cross_entropy(part, hidden, batch.targets_BT)[1].double().sum().item()

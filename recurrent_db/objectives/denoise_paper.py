@@ -1,4 +1,4 @@
-"""`denoise_paper`: `denoise` with the constants that arXiv 2506.14202 prints (objective_config.DenoisePaperConfig)."""
+"""`denoise_paper`: `denoise` with the constants printed in arXiv 2506.14202 (`objective_config.DenoisePaperConfig`)."""
 
 from recurrent_db.objectives.denoise import build
 

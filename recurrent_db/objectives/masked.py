@@ -1,17 +1,18 @@
-"""`masked`: masked diffusion (MD4, arXiv 2406.04329) with the linear schedule, whole or in blocks that train alone.
+"""`masked`: masked diffusion (MD4, arXiv 2406.04329) with the linear schedule, end to end or in blocks that train alone.
 
-At time t in (0, 1] each token is hidden with probability 1 - alpha_t = t. A network that sees the rest, on both sides,
-guesses what is hidden, and the negative evidence lower bound (ELBO) is the expectation over t, uniform, of
+At time t in (0, 1] each token is hidden with probability 1 - alpha_t = t. The network sees the other tokens, on both sides,
+and predicts the hidden ones. The negative evidence lower bound (ELBO) is the expectation over uniform t of
 
     (-alpha'_t / (1 - alpha_t)) sum over hidden positions of -log p(x_i | x_t) = (1/t) sum ...
 
-in nats per sequence. Time takes the place of sigma: the B blocks of the model have ranges of t in each of which alpha falls
-by the same 1/B, block 1 from t = 1 (all hidden) on. The bound is a sum over ranges, so each block has a term of its own,
-and blocks that train alone minimise the whole bound between them. One block of all layers is end-to-end training.
+in nats per sequence. Time takes the place of sigma. Each of the model's B blocks has a range of t in which alpha changes by
+1/B; block 1 starts at t = 1, where all tokens are hidden. The bound is a sum over these ranges, so each block has its own
+term, and blocks that train alone together minimise the whole bound. A single block with all layers trains end to end.
 
-Not autoregressive: there is no likelihood token by token, and no generation from left to right; see `elbo` and `unmask`.
+The model is not autoregressive: it has no likelihood per token and does not generate from left to right. See `Masked.elbo`
+and `unmask`.
 
-Shapes: B sequences, T positions, V rows of the vocabulary, the last of which is the mask.
+Shapes: B sequences, T positions, V vocabulary. The vocabulary's last token is the mask.
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
 def time_partition(n_blocks: int) -> Partition:
-    """Which block has which time: equal decrements of alpha, and under the linear schedule so of t."""
+    """Equal ranges of time t for the blocks. They are equal ranges of alpha too, because the schedule is linear."""
     return Partition.cut(Uniform(0.0, 1.0), n_blocks)
 
 
 def both_sides(model: LoopedLM, length: int, docs_BT: Tensor | None) -> Visible:
-    """Each position sees all of its document."""
+    """Attention in which each position sees its whole document. ``docs_BT``: document of each position, or None."""
     return model.served(Rule(length, length, docs_BT if model.document_mask else None, causal=False))
 
 
 def hidden_vectors(model: BlocksLM, block: int, tokens_BT: Tensor, t_B: Tensor, visible: Visible) -> Tensor:
-    """What the head reads to guess, (B, T, D), from tokens some of which are the mask, at times that are the block's."""
+    """Run a block on partly masked tokens. Returns the head's input, (B, T, D). Times ``t_B`` must be in the block's
+    range."""
     part = model.block(block)
     e_BTD = part.encode(tokens_BT, visible)
     state_BTD = part.iterate(torch.zeros_like(e_BTD), e_BTD, 1, t_B.float()[:, None], visible=visible)
@@ -60,35 +62,42 @@ def hidden_vectors(model: BlocksLM, block: int, tokens_BT: Tensor, t_B: Tensor, 
 
 
 def strata(shift: float, number: int, count: int) -> float:
-    """The ``number``-th of ``count`` evenly spaced points of [0, 1), all shifted: draws with less variance than independent
-    ones have (MD4, arXiv 2406.04329, appendix)."""
+    """The ``number``-th of ``count`` evenly spaced points in [0, 1), shifted by ``shift`` and wrapped around.
+
+    With a uniform shift they are uniform draws whose mean has less variance than that of independent draws (MD4,
+    arXiv 2406.04329, appendix).
+    """
     return (shift + number % count / count) % 1.0
 
 
 @dataclass(frozen=True)
 class Elbo:
-    """A bound on held-out text, in nats per token."""
+    """Upper bound on the NLL of held-out text, in nats per token (negative ELBO)."""
 
     by_block: dict[int, float]
-    """The term of each block; their sum is the bound."""
+    """Each block's term of the bound, in nats per token."""
     stderr: float
-    """Of the sum, over sequences."""
+    """Standard error of the bound, over sequences; NaN for a single sequence."""
     by_sequence: list[float]
-    """The sum of each, in nats per token: two models are told apart by the differences."""
+    """The bound of each sequence, in nats per token, for paired comparisons of two models."""
     tokens: int
+    """Number of tokens scored."""
     characters: int
+    """Number of characters in the scored text."""
 
     @property
     def nats(self) -> float:
+        """The bound: the sum of the blocks' terms, in nats per token."""
         return math.fsum(self.by_block.values())
 
     @property
     def bits_per_character(self) -> float:
+        """The bound in bits per character, which is comparable between tokenizers."""
         return self.nats * self.tokens / self.characters / math.log(2)
 
 
 class NotLeftToRight:
-    """Masked diffusion has no K iterations towards the next token."""
+    """The recurrence of masked diffusion: all methods raise `UserError`, because it has no next-token iterations."""
 
     stochastic = False
     loop = None
@@ -97,8 +106,8 @@ class NotLeftToRight:
     @staticmethod
     def _refuse() -> NoReturn:
         raise UserError(
-            "a masked-diffusion model does not predict from left to right: there is no NLL by K, lm-eval or generation from"
-            " a prompt; eval/masked.py gives bits per character and samples"
+            "a masked-diffusion model does not predict from left to right, so it has no NLL by K, lm-eval scores or"
+            " generation from a prompt; use eval/masked.py for bits per character and samples"
         )
 
     def hidden(
@@ -121,7 +130,7 @@ class NotLeftToRight:
 
 
 class Masked(Objective):
-    """One draw of time a sequence, in the range of the block that the step trains."""
+    """Train one block per step, at one random time per sequence from the block's range."""
 
     recurrence = NotLeftToRight()
 
@@ -132,7 +141,8 @@ class Masked(Objective):
         freeze_shared(self.config, model)
 
     def _losses(self, model: BlocksLM, block: int, batch: Batch, t_B: Tensor, hide_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(1/t) times the cross-entropy where hidden: its mean, to be differentiated, and (B, T), detached."""
+        """Cross-entropy times 1/t at hidden positions, 0 elsewhere: the mean with gradient, and each position's, (B, T),
+        detached. ``hide_BT``: bool, which tokens are hidden."""
         tokens_BT, length = batch.tokens_BT, batch.tokens_BT.shape[1]
         t_B, hide_BT = t_B.to(tokens_BT.device), hide_BT.to(tokens_BT.device)
         seen_BT = tokens_BT.masked_fill(hide_BT, model.config.vocab_size - 1)
@@ -144,8 +154,11 @@ class Masked(Objective):
     def _draw(
         self, block: int, batch: Batch, rng: Rng, count: int, draw: int = 0, first: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Times in the block's range, float64 (B,), and what is hidden at them, bool (B, T), on the CPU. ``count`` sequences
-        share the range evenly: in training those of a batch, by their sample index, else by their place, from ``first``."""
+        """Draw times in the block's range, float64 (B,), and which tokens are hidden, bool (B, T), both on the CPU.
+
+        ``count`` sequences divide the range evenly. A sequence's place among them is its sample index, or in evaluation its
+        position from ``first`` on. ``draw`` numbers repeated draws.
+        """
         low, high = self.partition.range_of(block)
         shift = rng.scalar(f"time/{block}/{draw}")
         places = batch.sample_index_B.tolist() if first is None else range(first, first + len(batch))
@@ -177,8 +190,15 @@ class Masked(Objective):
 
     @torch.no_grad()
     def elbo(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int, draws: int = 1) -> Elbo:
-        """The bound on held-out sequences, each from nothing but itself, from ``draws`` times for each block of the model.
-        Of a model that holds one block alone, that block's term."""
+        """Estimate the bound on held-out sequences.
+
+        Args:
+            model: the `BlocksLM` to score. If it holds a single block, the result has that block's term only.
+            batches: sequences; each is scored from its own tokens alone.
+            tokenizer: decodes the tokens, to count characters.
+            seed: seed of the times and masks.
+            draws: times drawn per block and sequence.
+        """
         assert isinstance(model, BlocksLM)
         rng, batches = Rng(seed, EVALUATION_STEP), list(batches)
         count = sum(map(len, batches))
@@ -205,7 +225,7 @@ class Masked(Objective):
         )
 
     def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-        """The bound by block; of a whole model also in nats per token and bits per character."""
+        """The bound's term for each block; with all blocks also the bound in nats per token and in bits per character."""
         found = self.elbo(model, batches, tokenizer, seed, self.config.eval.draws)
         row: dict[str, float] = {f"eval/loss_block_{block}": value for block, value in found.by_block.items()}
         if not self.config.blocks.only:
@@ -216,20 +236,24 @@ class Masked(Objective):
 
 @torch.no_grad()
 def unmask(model: LoopedLM, tokens_BT: Tensor, steps: int, seed: int = 0) -> Tensor:
-    """Fill in the masks (the vocabulary's last row) by the reverse process in ``steps`` equal steps of t: a hidden token
-    shows in the step from t to s with probability (t - s)/t, drawn from the guess of the block that has t. Others stay."""
+    """Replace the masks in ``tokens_BT`` by sampled tokens, in ``steps`` equal steps of t from 1 to 0.
+
+    In the step from t to s, each masked token is revealed with probability (t - s) / t. It is drawn from the prediction of
+    the
+    block whose range holds t. Other tokens do not change. Returns int64 (B, T).
+    """
     assert isinstance(model, BlocksLM)
     partition, mask = time_partition(model.config.n_blocks), model.config.vocab_size - 1
     tokens_BT = tokens_BT.clone()
     visible, rng = both_sides(model, tokens_BT.shape[1], None), Rng(seed, EVALUATION_STEP)
-    rows, device = range(len(tokens_BT)), tokens_BT.device
+    samples, device = range(len(tokens_BT)), tokens_BT.device
     times = [*partition.levels(steps), 0.0]
     for step, (t, s) in enumerate(itertools.pairwise(times)):
         t_B = torch.full((len(tokens_BT),), t, dtype=torch.float64, device=device)
         hidden = hidden_vectors(model, partition.block_of(t), tokens_BT, t_B, visible)
         logits_BTV = model.logits(hidden).double()
         logits_BTV[..., mask] = -math.inf
-        u_BT2 = rng.uniform(rows, (tokens_BT.shape[1], 2), f"unmask/{step}").to(device)
+        u_BT2 = rng.uniform(samples, (tokens_BT.shape[1], 2), f"unmask/{step}").to(device)
         guess_BT = (logits_BTV.softmax(-1).cumsum(-1) < u_BT2[..., :1]).sum(-1).clamp(max=mask - 1)
         shown_BT = (tokens_BT == mask) & (u_BT2[..., 1] < (t - s) / t)
         tokens_BT = torch.where(shown_BT, guess_BT, tokens_BT)

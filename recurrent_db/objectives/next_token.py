@@ -1,4 +1,4 @@
-"""`next_token`: K = 1 and plain cross-entropy. The flat control: the model that a user would otherwise train."""
+"""`next_token`: one core pass and next-token cross-entropy. This is the flat control in every comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recurrent_db.rng import Rng
 
 
 class NextToken(Objective):
-    """One core pass from a zero state."""
+    """Run one core pass from a zero state."""
 
     recurrence = PlainLoop(initial="zeros")
     flat = True

@@ -1,19 +1,23 @@
-"""`one_step`: next-token training, then extra iterations trained one at a time.
+"""`one_step`: next-token training, then training of extra iterations with gradient through one core pass.
 
-A step of the extra iterations runs the core l times without gradient from the silent state, s_l = f(s_{l-1}, e), makes
-one more pass with gradient, and takes the cross-entropy of its read-out:
+The budget has three phases:
+
+1. Skip-core phase (short runs only): the core's layers do not run, and the coda reads the injection's output. It lasts
+   ``skip_core`` tokens per weight; see `skipped_core`.
+2. Next-token phase, until ``next_token_share`` of the budget: the first iteration is trained, as `next_token` does.
+3. Iteration phase: a step draws a number l of earlier passes. l is 0 with probability ``first_probability``, else uniform
+   over 1 to ``prior_iterations``.
+
+A step of the iteration phase runs the core l times without gradient from the zero state, s_l = f(s_{l-1}, e), then once with
+gradient, and takes the cross-entropy of the read-out:
 
     loss = -log p(token_{i+1} | read(f(stop(s_l), e)))
 
-The gradient of one step through the last iteration alone is HRM's (arXiv 2506.21734). Nothing is noised: the state never
-holds the answer, so the likelihood at every K is that of one deterministic pass.
+Backpropagating through the last pass alone comes from HRM (arXiv 2506.21734). No noise is added and the state never holds
+the answer, so the likelihood at every K comes from one deterministic forward computation.
 
-The budget has three phases. The first (``skip_core`` tokens per weight; short runs only) skips the core: the coda reads the
-injection (`skipped_core`). Then the first iteration is trained, which is next-token training. After
-``next_token_share`` of the budget, l is 0 with ``first_probability`` and otherwise uniform over 1 to ``prior_iterations``.
-
-With ``corrupt_share``, a share of a sequence's context tokens (uniform between 0 and twice that) is replaced by random
-tokens: the state is then an estimate from a corrupted context, which each pass learns to improve.
+With ``corrupt_share``, a share of each sequence's input tokens, uniform between 0 and twice ``corrupt_share``, is replaced
+by random tokens. The state is then an estimate from a corrupted context, which each pass learns to improve.
 """
 
 from __future__ import annotations
@@ -34,16 +38,16 @@ from recurrent_db.recurrence.loop import PlainLoop
 from recurrent_db.rng import Rng
 
 DRAWS = 1000
-"""Steps, spread over a budget, whose mean is what a run's steps cost."""
+"""Number of steps, spread over the budget, from which the mean cost of a step is computed."""
 
 
 def passes_of_depth(depth: float) -> Passes:
-    """What a step runs that trains iteration ``depth``, counted from 1; 0 skips the core."""
+    """The passes of a step that trains iteration ``depth``, counted from 1; depth 0 skips the core."""
     return Passes(core_no_grad=round(depth) - 1, core_grad=1) if depth else SKIPPED
 
 
 class OneStep(Objective):
-    """Draw how many iterations came before, run them without gradient, train the next one."""
+    """Draw a number of core passes to run without gradient, then train the pass after them."""
 
     recurrence = PlainLoop(initial="zeros")
 
@@ -57,7 +61,7 @@ class OneStep(Objective):
         return self.skipped_core.over
 
     def _depth(self, rng: Rng, progress: float) -> int:
-        """The iteration that a step trains, from 1; 0 where it skips the core."""
+        """The iteration that a step trains, counted from 1; 0 in the skip-core phase."""
         if self.skipped_core.skips(progress):
             return 0
         if progress < self.config.next_token_share or rng.scalar("start") < self.config.first_probability:
@@ -65,7 +69,7 @@ class OneStep(Objective):
         return 2 + int(rng.scalar("depth") * self.config.prior_iterations)
 
     def corrupted(self, tokens_BT: Tensor, samples_B: Tensor, vocab_size: int, rng: Rng) -> Tensor:
-        """The context with a share of its tokens replaced, int64 (B, T), on the tokens' device."""
+        """The input tokens with a random share of each sequence replaced, int64 (B, T), on the tokens' device."""
         shape = (tokens_BT.shape[1],)
         rate_B1 = rng.uniform(samples_B, (1,), "noise/rate") * 2 * self.config.corrupt_share
         hit_BT = rng.uniform(samples_B, shape, "noise/where") < rate_B1
@@ -92,8 +96,8 @@ class OneStep(Objective):
         return passes_of_depth(self._depth(rng, progress))
 
     def passes_of(self, row: Mapping[str, Any]) -> Passes | None:
-        """By the depth that the row logged: a run that went on with another budget ran other steps than its configuration
-        would draw now."""
+        """From the logged depth. A resumed run may have changed its budget, so its configuration alone does not tell which
+        steps it ran."""
         depth = row.get("depth")
         return None if depth is None else passes_of_depth(float(depth))
 

@@ -1,7 +1,7 @@
-"""The opening phase of `one_step`: the core's blocks are skipped, then start as copies of the blocks around them.
+"""The skip-core phase of `one_step`: the core's layers do not run, and then start as copies of the layers around them.
 
-Prelude and coda learn at a lower price while the core is skipped (stacking, arXiv 2405.15319). Long runs leave the phase
-out: where it took .07 of the budget, runs ended no lower by it (docs/method.md).
+Prelude and coda train at fewer FLOPs per token without the core (stacking, arXiv 2405.15319). Long runs leave the phase out,
+because it did not lower their loss when it took 0.07 of the budget (docs/method.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from recurrent_db.model.passes import Passes
 from recurrent_db.optim.schedule import budget_progress
 
 SKIPPED = Passes(core_grad=0, injections_grad=1)
-"""A step that skips the core: the coda reads the injection."""
+"""The passes of a step that skips the core: one injection, which the coda reads."""
 MOST, LEAST = 0.4, 0.15
-"""Shares of the budget: the phase takes no more than the first, and is left out where it would take less than the second."""
+"""Longest and shortest phase, as shares of the budget. A shorter phase is left out."""
 
 
 def phase_share(config: Config) -> float:
-    """Share of the budget that ``objective.one_step.skip_core`` tokens take for each weight of the matrices that such a
-    step multiplies by; 0 where the budget does not say."""
+    """Share of the budget that the skip-core phase takes; 0 if the budget is in seconds alone.
+
+    The phase has ``objective.one_step.skip_core`` tokens for each weight of the matrices that a step without the core
+    multiplies by.
+    """
     cost, budget = step_cost(config, SKIPPED), config.budget
     tokens = config.objective.one_step.skip_core * cost.matmul / 6
     steps = tokens / (config.data.batch_size * config.data.sequence_length)
@@ -33,24 +36,24 @@ def phase_share(config: Config) -> float:
 
 
 class SkippedCore:
-    """Whether the core is skipped at a point of the budget, and its start."""
+    """Decides when the core is skipped, and initialises it at the end of the phase."""
 
     def __init__(self, config: Config) -> None:
         without = bool(config.init.from_) or not config.model.n_prelude + config.model.n_coda
         self.asked = 0.0 if without else min(MOST, phase_share(config))
-        """Share of the budget that the configuration asks for, whether it is taken or left out as too little."""
+        """Length of the phase by the configuration, as a share of the budget, even if it is left out as too short."""
         self.share = min(config.objective.one_step.next_token_share, self.asked) if self.asked >= LEAST else 0.0
         self.over = not self.share
-        """Whether the core's blocks run."""
+        """Whether the phase is over or left out, so that the core's layers run."""
         self.resumed = False
 
     def skips(self, progress: float) -> bool:
-        """Whether a step at this share of the budget skips the core."""
+        """Whether a step skips the core when the share ``progress`` of the budget is spent."""
         return not self.over and progress < self.share
 
     def end(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
-        """When the phase is over, make the core's blocks copies of the blocks around them, from the first to the last.
-        Returns the parameters that this sets."""
+        """At the end of the phase, copy the layers of prelude and coda, in order and spread evenly, into the core's layers.
+        Returns the parameters that it sets; empty at any other time."""
         if self.over or progress < self.share:
             return []
         self.over = True
@@ -63,16 +66,17 @@ class SkippedCore:
         return list(core.parameters())
 
     def describe(self) -> list[str]:
-        """Lines worth reading before training starts."""
+        """Lines to print before training starts."""
+        key = "objective.one_step.skip_core"
         if self.share and not self.over:
-            when = f"the core's blocks run from {100 * self.share:.3g}% of the budget on (objective.one_step.skip_core)"
-            return [f"{when}: no score before then is that of a trained core"]
-        asked = f"{100 * self.asked:.3g}% of the budget without them (objective.one_step.skip_core)"
-        left_out = f"{asked} is left out as too little"
+            return [
+                f"skip-core phase until {100 * self.share:.3g}% of the budget ({key}): scores before then lack the core"
+            ]
+        left_out = f"the skip-core phase would take {100 * self.asked:.3g}% of the budget ({key}), which is too short"
         if not self.over:  # stopped in the phase, and resumed with another budget
-            return [f"the core's blocks start now, as copies of those around them: {left_out}"]
+            return [f"the core starts now, with copies of the layers around it: {left_out}"]
         if 0 < self.asked < LEAST and not self.resumed:
-            return [f"the core's blocks run from the start: {left_out}"]
+            return [f"the core runs from the first step: {left_out}"]
         return []
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`unrolled`: Huginn's training (arXiv 2502.05171, section 3.3), sampled depth and truncated backpropagation."""
+"""`unrolled`: Huginn's training (arXiv 2502.05171, section 3.3) with random depth and truncated backpropagation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from recurrent_db.recurrence.loop import PlainLoop, truncated_normal
 from recurrent_db.rng import Rng
 
 NAME = "unrolled"
-"""What a configuration calls this objective."""
+"""The objective's name in a configuration."""
 
 
 class Unrolled(Objective):
-    """Draw a depth for the step, iterate from a random state, backpropagate through the last iterations."""
+    """Draw a depth for the step, run so many core passes from a random state, backpropagate through the last of them."""
 
     recurrence = PlainLoop(initial="random")
 
@@ -47,7 +47,7 @@ class Unrolled(Objective):
         return Passes(core_no_grad=without, core_grad=with_gradient)
 
     def cost_rows(self) -> dict[str, dict[Passes, float]]:
-        """Steps of depth r = mean_depth. The sampler's own mean is r + 1: its Poisson count starts at one."""
+        """Steps of depth r = mean_depth. The distribution's mean is r + 1, because one is added to the Poisson count."""
         depth = self.config.mean_depth
         truncation = min(self.config.truncation or depth, depth)
         return {

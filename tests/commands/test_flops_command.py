@@ -45,7 +45,7 @@ def test_one_step_costs_the_mean_of_its_steps() -> None:
     assert by_kind["forward"] + by_kind["backward"] == pytest.approx(table["per_token"]["one_step"])
 
 
-def test_the_opening_phase_of_one_step() -> None:
+def test_the_skip_core_phase_of_one_step() -> None:
     config = load_config(CONFIGS / "tiny.toml", ["--budget.tokens", "1e6"])
     config.model.vocab_size = 2048
     assert flops.table(config, 3.0, 2)["one_step"] == {"skip_core_share": 0.4, "skip_core_asked": 0.4}
@@ -59,12 +59,14 @@ def test_the_opening_phase_of_one_step() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("", "(no budget in the configuration, so its opening phase, without the core's blocks, is left out)"),
-        ("tokens = 1e6", "(40% of the budget without the core's blocks)"),
-        ("tokens = 1e9", "of the budget without the core's blocks is left out as too little)"),
+        ("", "(without the skip-core phase, because the configuration has no budget)"),
+        ("tokens = 1e6", "(skip-core phase: 40% of the budget)"),
+        ("tokens = 1e9", "of the budget, is too short and left out)"),
     ],
 )
-def test_the_opening_phase_is_told(options: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_skip_core_phase_is_printed(
+    options: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "own.toml"
     path.write_text(f"{(CONFIGS / 'tiny.toml').read_text()}\n[budget]\n{options}\n")
     assert cli.run(["flops", str(path)]) == 0

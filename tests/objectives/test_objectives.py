@@ -186,5 +186,5 @@ def test_collapse_is_what_the_cosine_shows() -> None:
 def test_an_objective_refuses_state_that_is_not_its_own(objective: str) -> None:
     train = build_objective(micro_config("--objective.name", objective))
     train.load_state_dict(train.state_dict())
-    with pytest.raises(ValueError, match=r"keeps no state|core_runs must be true or false"):
+    with pytest.raises(ValueError, match=r"has no state|core_runs must be true or false"):
         train.load_state_dict({"x": 1})

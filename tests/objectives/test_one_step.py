@@ -200,10 +200,10 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
     weights = run(1e15).skipped_core.asked * 1e15
     shorter, longer = run(weights / 0.151), run(weights / 0.149)
     assert shorter.skipped_core.share == pytest.approx(0.151, rel=1e-3) and not shorter.core_trained
-    assert "from 15.1% of the budget on" in shorter.describe(model)[0]
+    assert "skip-core phase until 15.1% of the budget" in shorter.describe(model)[0]
     assert longer.skipped_core.share == 0 and longer.core_trained
     assert longer.passes(Rng(0, 0), 0.0) == FLAT and longer.grow(model, 1.0) == []
-    assert "run from the start: 14.9% of the budget without them" in longer.describe(model)[0]
+    assert "from the first step: the skip-core phase would take 14.9% of the budget" in longer.describe(model)[0]
     assert run(1000, "--objective.one_step.skip_core", "0").describe(model) == []
     # A short run with a flat part that is shorter than any first phase: as long as that.
     short = run(1000, "--objective.one_step.next_token_share", "0.1")
@@ -213,7 +213,7 @@ def test_a_long_run_has_its_core_from_the_start_and_is_told_so() -> None:
     longer.load_state_dict({"core_runs": True})
     assert longer.describe(model) == []
     longer.load_state_dict({"core_runs": False})
-    assert longer.describe(model)[0].startswith("the core's blocks start now, as copies of those around them: 14.9% of")
+    assert longer.describe(model)[0].startswith("the core starts now, with copies of the layers around it: ")
     assert longer.grow(model, 0.05) and longer.describe(model) == []
 
 
