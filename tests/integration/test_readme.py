@@ -48,7 +48,7 @@ def test_a_run_of_ones_own(tmp_path: Path, texts: list[str]) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "LOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("recurrent_db", "train", "eval", "tokenizers", "benchmarks", "tests", "docs")
 SUFFIXES = (".py", ".sh", ".sbatch", ".toml", ".md")
 OTHERS = (".json", ".safetensors")
@@ -75,9 +75,9 @@ def test_every_file_that_a_document_names_is_there(document: Path) -> None:
     assert [link for link in links if not link.startswith("http") and not (document.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name != "LOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_option_that_a_document_names_is_there(document: Path) -> None:
-    """Dotted keys of the configuration; the log speaks of those that are gone too."""
+    """Dotted keys of the configuration."""
     known = set(keys(Config))
     sections = {key.split(".")[0] for key in known if "." in key}
     options = re.findall(
