@@ -194,7 +194,7 @@ class ScheduleConfig(Section):
     budget. cosine: half a cosine down to zero. constant: no decay."""
     warmup: Share = 0.03
     """Length of the linear warm-up, as a share of the budget. A high rate after a short warm-up makes runs diverge: before a
-    rate of 3e-3, 70 steps were enough and 20 were not (docs/notebook.md). Use about 0.2 for budgets of some hundred steps."""
+    rate of 3e-3, 70 steps were enough and 20 were not (docs/notebook.md). Use about 0.2 for a few hundred steps."""
 
 
 @dataclass
