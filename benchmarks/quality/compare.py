@@ -79,7 +79,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "config": "tiny.toml", "budget": 7e12, "rates": "3e-3,6e-3,1.2e-2", "score_tokens": 16_384, "options": [],
         "arms": ",".join(ARMS),
     },
-    # 16,384 tokens a step, so that a short budget has enough steps, and a warm-up that is long enough in them (docs/notebook.md).
+    # 16,384 tokens a step: a short budget then has enough steps, and enough of them are warm-up (docs/notebook.md).
     # Four arms, three rates and a second seed are 16 runs and 6.4e16 FLOPs: within 25 minutes where training has 60
     # TFLOP/s and starting and scoring a run take 25 seconds. That is not yet measured.
     "gpu": {
