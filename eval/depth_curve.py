@@ -1,11 +1,13 @@
-"""Held-out likelihood by number of core iterations K.
+"""Score held-out text by number of core iterations K.
 
 python eval/depth_curve.py RUN --data DIR [--k 1,2,4,8,16,32] [--draws 4] [--json OUT]
 
-Prints nats per token, bits per byte, standard error and FLOPs per token for each K. A checkpoint whose inference starts
-from noise is scored as a mixture of --draws draws (K = 1 of a denoiser is its read-out at sigma_max). With --likelihood
-bound a denoiser's walk is scored by an importance-weighted bound, which is near the truth with few draws where the
-mixture is not (docs/method.md). The JSON also says how large the state is after each core pass of the largest K.
+Prints nats per token, standard error, bits per byte and FLOPs per token for each K. If inference starts from noise, the
+likelihood is averaged over --draws noise draws. K = 1 of a denoiser is its read-out at sigma_max.
+
+--likelihood bound scores a denoiser's walk by an importance-weighted upper bound on its NLL. With few draws it is much
+closer to the true value than the average is (docs/method.md). The JSON also holds the size of the state after each core pass
+of the largest K.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -33,47 +35,49 @@ from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import load_with_config
 
 STATE_SEQUENCES = 8
-"""Held-out sequences whose states are measured."""
+"""Number of held-out sequences on which the size of the state is measured."""
 
 
 @dataclass
 class Args:
-    """Score a run's newest good checkpoint on held-out text at several numbers of iterations."""
+    """Score a run's newest good checkpoint on held-out text at several values of K."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     draws: int = 4
-    """Noise draws in the mixture of a likelihood (log-mean-exp)."""
+    """Noise draws in a likelihood."""
     likelihood: Literal["mixture", "bound"] = "mixture"
-    """Of a denoiser's walk: the mixture of its read-outs, or the bound on its ancestral walk with a sampled bridge."""
+    """How a denoiser's draws are combined: mixture averages the likelihoods of the read-outs; bound gives the
+    importance-sampling bound of an ancestral walk with a sampled bridge."""
     tokens: int = 65536
-    """Held-out tokens to score, spread evenly over the split; 0 scores all of it."""
+    """Number of held-out tokens to score, spread evenly over the split; 0 scores all of it."""
     batch_size: int = 16
-    """Sequences at once."""
+    """Sequences in a batch."""
     seed: int = 0
     """Seed of the noise."""
     bridge: Literal["soft", "hard", "sample", "state"] | None = None
-    """From a read-out to the next step of a denoiser's walk; the run's own by default."""
+    """Bridge of a denoiser's walk, from a read-out to the next step; the run's own by default."""
     sampler: Literal["euler", "heun", "ancestral"] | None = None
-    """Step of a denoiser's walk; the run's own by default."""
+    """Sampler of a denoiser's walk, which makes its steps; the run's own by default."""
     grid: Literal["equal-probability", "karras", "log-uniform", "edges"] | None = None
-    """Noise levels of a denoiser's walk; the run's own by default."""
+    """How the noise levels of a denoiser's walk are spaced; the run's own by default."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
 
 
 @torch.no_grad()
 def state_rms_by_iteration(model: LoopedLM, batches: Iterable[Batch], k: int, seed: int = 0) -> list[float]:
-    """Root mean square per component of what each core pass of a run of K = ``k`` iterations gave, first pass first.
+    """Root mean square per component of the output of each core pass in a run of ``k`` iterations, first pass first.
 
-    Of a denoiser's walk that is the estimate D at each level, in units of the clean targets (Heun's steps make 2 K - 1
-    passes); else the state. One noise draw. All passes' states of a batch are held at once, so give small ones.
+    For a denoiser's walk the output is the estimate D at each level, in units of the clean targets; Heun's steps make
+    2 K - 1 passes. Otherwise it is the state. Uses one noise draw. The states of all passes of a batch are in memory at
+    once, so batches should be small.
     """
     device = model.embedding.weight.device
     sums: list[float] = []

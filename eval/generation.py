@@ -1,19 +1,20 @@
-"""The quality of generated text, which likelihood misses: by K, by decoding, beside real text and baselines.
+"""Measure the quality of text that a run generates, by K and decoding, beside real text and baselines.
 
 python eval/generation.py RUN --judge JUDGE --data DIR [--k 1,8] [--decodings t=1,p=0.95,greedy] [--json OUT]
 
-Held-out prompts are continued by the model, and the continuations are read by a judge, a flat model that was trained on
-other documents (eval/train_judge.py). Each row has
+The model continues held-out prompts. A judge reads the continuations: a flat model that was trained on other documents
+(eval/train_judge.py). The printed table has one row for each kind of text, with these columns:
 
-  MAUVE     likeness to real continuations of the same prompts, 1 at best (needs the extra `mauve`); the features are the
-            judge's hidden state of the last token, as its authors have it. MAUVE-mean: of the mean over the
-            continuation, which tells apart more. In the row `real`: real text against other real text.
-  gen-PPL   perplexity under the judge, in the judge's tokens, and bits/byte, which does not depend on a tokenizer
-  dist-n    distinct n-grams over all n-grams, in the judge's tokens, over one continuation of every prompt
-  rep-4     share of a continuation's 4-grams that it had before (seq-rep-4, arXiv 1908.04319)
-  rank      by gen-PPL, of the rows whose dist-2 is within .03 of real text's: repetition lowers perplexity
+  MAUVE     similarity to real continuations of the same prompts; 1 is best. Needs the extra `mauve`. Its features are the
+            judge's hidden state at the last token, as in the paper. MAUVE-mean uses the mean hidden state over the
+            continuation, which separates models better. The row `real` compares real text with other real text.
+  gen-PPL   perplexity under the judge, per judge token. bits/byte is the same score, independent of the tokenizer.
+  dist-n    distinct n-grams divided by all n-grams, in judge tokens, over one continuation of every prompt
+  rep-4     share of a continuation's 4-grams that occurred earlier in it (seq-rep-4, arXiv:1908.04319)
+  rank      rank by gen-PPL among the rows whose dist-2 is within 0.03 of real text's. Other rows have none, because
+            repetition lowers perplexity.
 
-and 95 percent intervals over prompts. None of it compares with figures of another judge, of other prompts or lengths.
+The intervals are 95 percent intervals over prompts. The numbers are comparable only for the same judge, prompts and lengths.
 """
 
 from __future__ import annotations
@@ -65,74 +66,74 @@ FEATURES = {
 }
 
 WalkChoices = dict[str, str]
-"""Of a denoiser's walk: its bridge and sampler."""
+"""The bridge and sampler of a denoiser's walk."""
 Row = dict[str, Any]
 
 
 @dataclass
 class Args:
-    """Measure the text that a run's newest good checkpoint generates."""
+    """Measure the text that a run generates with its newest good checkpoint."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     judge: Path
-    """Run directory of the judge, made by eval/train_judge.py from other documents."""
+    """Run directory of the judge. eval/train_judge.py trains it on other documents."""
     data: Path
-    """Folder made by train/prepare_data.py; prompts and real continuations are of its validation split, the unigram
-    model's frequencies of its training split."""
+    """Folder made by train/prepare_data.py. Prompts and real continuations come from its validation split, the unigram
+    baseline's frequencies from its training split."""
     k: str = "1,8"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     decodings: str = "t=1,p=0.95,greedy"
-    """Ways to draw tokens, separated by commas: greedy, t=TEMPERATURE, p=TOP_P, t=TEMPERATURE:p=TOP_P."""
+    """Decodings, separated by commas: greedy, t=TEMPERATURE, p=TOP_P or t=TEMPERATURE:p=TOP_P."""
     bridge: str = ""
-    """For a denoiser, the bridges of its walk to try, separated by commas (soft, hard, sample, state); the run's own by
-    default. K = 1 has none."""
+    """Bridges to try for a denoiser's walk, separated by commas (soft, hard, sample, state). The default is the run's own.
+    K = 1 uses no bridge."""
     sampler: str = ""
-    """For a denoiser, the steps of its walk to try (euler, heun, ancestral); likewise."""
+    """Samplers to try for a denoiser's walk, separated by commas (euler, heun, ancestral). The default is the run's own."""
     prompts: int = 200
-    """Held-out prompts; twice as many windows of held-out text are needed."""
+    """Number of held-out prompts. Twice as many windows of held-out text are needed, to compare real text with real text."""
     prompt_tokens: int = 32
-    """Tokens of a prompt."""
+    """Length of a prompt, in tokens."""
     tokens: int = 50
-    """Tokens of a continuation, at most: a document's end ends it. A run with another tokenizer than the data's makes as
-    many of its own as the real continuations take on average."""
+    """Longest continuation, in tokens; the end of a document ends it earlier. A run with another tokenizer than the data's
+    generates as many of its own tokens as the real continuations have on average."""
     each: int = 5
-    """Continuations of each prompt (one where greedy decoding leaves nothing to chance)."""
+    """Continuations of each prompt. Greedy decoding makes one if the model starts from no noise."""
     resamples: int = 200
-    """Half samples of the prompts for the intervals; 0 gives none."""
+    """Half samples of the prompts, from which the intervals are computed; 0 computes none."""
     batch_size: int = 32
-    """Texts at once."""
+    """Texts in a batch."""
     seed: int = 0
-    """Of the choice of prompts, of tokens and of noise."""
+    """Seed of the choice of prompts, of the tokens and of the noise."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     allow_shared: bool = False
-    """Go on, with a warning, where the judge was trained on the run's documents or on those of the prompts."""
+    """Warn, and do not stop, if the judge was trained on documents of the run or of the prompts."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is tried, and by whom it is judged
+# Settings to try, and the check of the judge
 
 
 def chosen_words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
-    """The words of a comma-separated option, each one of ``known``."""
+    """Split a comma-separated option. Raises UserError for a value that is not in ``known``."""
     chosen = list(dict.fromkeys(text.split(","))) if text else []
     for word in chosen:
         if word not in known:
-            raise UserError(f"{option}: {word!r} is none of {', '.join(known)}")
+            raise UserError(f"{option}: unknown value {word!r}; choose from {', '.join(known)}")
     return chosen
 
 
 def settings(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, WalkChoices]]:
-    """What is tried of a model, as (K, choices of the walk). At K = 1 a walk has no step, so nothing to choose."""
+    """The settings to try, as pairs (K, choices of the walk). A walk with K = 1 has no step, so it has no choices."""
     bridges = chosen_words(args.bridge, "--bridge", ("soft", "hard", "sample", "state"))
     samplers = chosen_words(args.sampler, "--sampler", ("euler", "heun", "ancestral"))
     walk = model.recurrence.walk
     if walk is None:
         if bridges or samplers:
-            raise UserError(f"{args.run} is no denoiser: it has no --bridge or --sampler to choose")
+            raise UserError(f"{args.run} is not a denoiser, so --bridge and --sampler do not apply")
         return [(k, {}) for k in ks]
     each = [
         {"bridge": bridge, "sampler": sampler}
@@ -143,27 +144,29 @@ def settings(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, Walk
 
 
 def check_judge(judge: Judge, config: Config, prompt_marks: set[str], allow: bool) -> dict[str, float | None]:
-    """Refuse a judge that was trained on what it is to judge or, with ``allow``, warn.
+    """Check that the judge was not trained on the documents that it must judge.
 
-    Returns the share of the run's training documents (None where they are gone) and of the prompts' documents that are
-    among the judge's.
+    Returns:
+        The shares of the run's training documents and of the prompts' documents that the judge was trained on. The first
+        is None if the run's training data no longer exist.
+
+    Raises:
+        UserError: the judge was trained on some of them and ``allow`` is false. With ``allow`` it is a warning.
     """
 
     def trouble(message: str) -> None:
         if not allow:
-            raise UserError(f"{message} (--allow-shared goes on all the same)")
+            raise UserError(f"{message} (--allow-shared continues with a warning)")
         print(f"warning: {message}", file=sys.stderr)
 
     shared: dict[str, float | None] = {"run": None, "prompts": len(judge.saw(prompt_marks)) / len(prompt_marks)}
     if shared["prompts"]:
-        trouble(f"the judge was trained on {shared['prompts']:.1%} of the documents that the prompts are from")
+        trouble(f"the judge was trained on {shared['prompts']:.1%} of the documents that the prompts come from")
     trained_on = Path(config.data.path)
     try:
         open_data(trained_on, "train")
     except UserError as error:
-        print(
-            f"warning: whether the judge knows the run's training documents cannot be checked: {error}", file=sys.stderr
-        )
+        print(f"warning: cannot check whether the judge knows the run's training documents: {error}", file=sys.stderr)
         return shared
     try:
         shared["run"] = check_apart(judge.kept, trained_on, "train", COMPARED_DOCUMENTS)
@@ -181,7 +184,7 @@ def check_judge(judge: Judge, config: Config, prompt_marks: set[str], allow: boo
 
 
 class Bench:
-    """The prompts, their real continuations and the judge: what turns texts into rows."""
+    """The prompts, their real continuations and the judge. Turns sets of texts into rows of the table."""
 
     def __init__(self, args: Args, judge: Judge, config: Config, tokenizer: Tokenizer) -> None:
         self.args, self.judge, self.tokenizer = args, judge, tokenizer
@@ -196,10 +199,10 @@ class Bench:
         self.prompts, self.real = self.texts(prompts)
         context = judge.model.config.max_seq_len
         lengths = [len(ids) for ids in judge.tokenizer.encode_batch([*self.prompts, *self.real])]
-        if sum(lengths) > context * args.prompts:  # on average; a single one that is too long is cut
+        if sum(lengths) > context * args.prompts:  # only the mean must fit; a single long text is cut
             raise UserError(
-                f"prompt and continuation take {sum(lengths) / args.prompts:.0f} tokens of the judge, whose context is"
-                f" {context}: ask for fewer --prompt-tokens or --tokens, or train a judge with a longer model.max_seq_len"
+                f"prompt and continuation take {sum(lengths) / args.prompts:.0f} judge tokens, but the judge's context has"
+                f" {context}: lower --prompt-tokens or --tokens, or train a judge with a longer model.max_seq_len"
             )
         self.prompt_ids, self.tokens = [prompt.ids for prompt in prompts], args.tokens
         if tokenizer.hash != self.data_tokenizer.hash:
@@ -209,12 +212,12 @@ class Bench:
         self.halves = half_samples(args.prompts, args.resamples, args.seed)
         self.mauve = has_mauve()
         if not self.mauve:
-            print("note: no MAUVE: mauve-text is missing, pip install 'recurrent-db[mauve]'", file=sys.stderr)
+            print("note: MAUVE is left out: install it with pip install 'recurrent-db[mauve]'", file=sys.stderr)
         self.reading = self.read(self.prompts, self.real)
         self.other_reading = self.read(*self.texts(others))
 
     def texts(self, prompts: list[Prompt]) -> tuple[list[str], list[str]]:
-        """Prompts, and their real continuations."""
+        """Decode the prompts and their real continuations."""
         decode = self.data_tokenizer.decode
         return [decode(prompt.ids) for prompt in prompts], [decode(prompt.real_ids) for prompt in prompts]
 
@@ -222,12 +225,12 @@ class Bench:
         return self.judge.read(prompts, texts, self.args.batch_size)
 
     def real_row(self) -> Row:
-        """The anchor. Its MAUVE is that of real text against other real text, not against itself."""
+        """The row of real text. Its MAUVE compares it with other real text, not with itself."""
         found = measure([self.reading], self.other_reading if self.mauve else None, self.halves)
         return self._row("real", [self.real], [self.reading], found, {})
 
     def row(self, name: str, sets: list[list[str]], described: Row | None = None) -> Row:
-        """Texts in sets, each with one continuation of every prompt."""
+        """The row of generated text. Each set has one continuation of every prompt."""
         readings = [self.read(self.prompts, texts) for texts in sets]
         found = measure(readings, self.reading if self.mauve else None, self.halves)
         return self._row(name, sets, readings, found, described or {})
@@ -251,7 +254,7 @@ class Bench:
         tries: list[tuple[int, WalkChoices]],
         decodings: list[str],
     ) -> list[Row]:
-        """A row for each K, walk and decoding, and one of a model with its first weights."""
+        """One row for each K, walk and decoding, and one row of the untrained model."""
         args, rows, own = self.args, [], model.recurrence
         jobs = [(model, "model", k, walk, name) for k, walk in tries for name in decodings]
         jobs.append((untrained, "untrained", tries[0][0], {}, "t=1"))
@@ -267,11 +270,11 @@ class Bench:
                 cost = inference_cost(source.config, args.prompt_tokens + self.tokens, passes)
                 described = {"k": k, "decoding": decoding, **walk, "flops_per_token": cost}
                 rows.append(self.row(name, [[self.tokenizer.decode(ids) for ids in one] for one in sets], described))
-                bar.n = number * args.prompts * args.each  # greedy decoding may need fewer texts
+                bar.n = number * args.prompts * args.each  # greedy decoding may generate fewer texts
         return rows
 
     def baseline_rows(self) -> list[Row]:
-        """Independent tokens: with the frequencies of the data's training split, and all equally likely."""
+        """Rows of independent tokens: drawn with the training split's frequencies, and drawn uniformly."""
         args, eos_id = self.args, self.data_tokenizer.eos_id
         shares = {"unigram": frequencies(open_data(args.data, "train"))}
         shares["uniform"] = np.full_like(shares["unigram"], 1 / len(shares["unigram"]))
@@ -284,7 +287,7 @@ class Bench:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows for people."""
+    """The rows as a printed table."""
     lines = [f"{'row':<10}{'K':>4} {'decoding':<13}{'walk':<16}{'bytes':>6}{heading()}{'rank':>6}"]
     for row in rows:
         walk = " ".join(filter(None, (row["bridge"], row["sampler"])))

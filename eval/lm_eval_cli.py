@@ -1,30 +1,31 @@
-"""The lm-eval harness on a checkpoint, with tasks that need no network.
+"""Run the lm-eval harness on a checkpoint, with tasks that need no network.
 
 python eval/lm_eval_cli.py --model_args checkpoint=RUN,k=8 --tasks NAMES [--data DIR] [the harness's own options]
 
---model is recurrent_db unless another is named. Its model arguments:
+The default of --model is recurrent_db. Its model arguments:
   checkpoint     run directory or checkpoint folder
   k              core iterations (default 8)
-  sigma          noise level that a denoiser's inference starts from (default its sigma_max)
+  sigma          noise level at which a denoiser's inference starts (default: the run's sigma_max)
   draws          noise draws in a likelihood (default 1)
-  max_length     tokens (default the model's window)
+  max_length     longest input in tokens (default: the model's window)
   dtype          float32 (default) or bfloat16
-  seed           of the noise and of sampling (default 0)
-  prefix_reuse   run common beginnings of requests once (default true)
-  cache          file to keep answers in and to take them from, JSON lines; so does --use_cache
-  sampler, exit  how text is generated (recurrent_db/generation/options.py); likelihoods always take k iterations
---batch_size is auto and --device is auto unless given.
+  seed           seed of the noise and of sampling (default 0)
+  prefix_reuse   compute shared prefixes of requests once (default true)
+  cache          JSON Lines file that stores answers and reuses stored ones; --use_cache means the same
+  sampler, exit  decoding strategy and early exit of generated text (recurrent_db/generation/options.py). Likelihoods always
+                 take k iterations
+--batch_size and --device are auto by default.
 
 Tasks with --data DIR:
   heldout_cloze           made from the held-out text of a data directory (train/prepare_data.py); chance is 0.25
-  heldout_last_word       from the same text, in the manner of LAMBADA
-  arc_easy, piqa          DIR/arc_easy_validation.jsonl, DIR/piqa_validation.jsonl (and _train, _test where there)
-  blimp_PARADIGM, blimp   DIR/blimp/PARADIGM.jsonl; the group averages the paradigms that are there
+  heldout_last_word       made from the same text, in the style of LAMBADA
+  arc_easy, piqa          DIR/arc_easy_validation.jsonl, DIR/piqa_validation.jsonl (_train and _test files are optional)
+  blimp_PARADIGM, blimp   DIR/blimp/PARADIGM.jsonl; the group averages the paradigms in the folder
   lambada                 DIR/lambada_test.jsonl or DIR/lambada_validation.jsonl
-The prompts and metrics are the harness's own. Every other name, and these without --data, is the harness's task of that
-name, which downloads its data.
+Prompts and metrics are the harness's own. Any other name, and any name without --data, is the harness's task of that name,
+which downloads its data.
 
-The harness's options follow; --output_path writes the results as JSON.
+The harness's options follow. --output_path writes the results as JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Read when tqdm is first imported; the harness's bars know nothing of terminals.
+# Set before the first import of tqdm, which reads it: the harness does not check for a terminal before it draws bars.
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else "1")
 
 import argparse
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
-    """The harness's options and ours (--data). Raises UserError in one line where the harness prints its usage."""
+    """Parse the harness's options and --data. Raises UserError, in one line, where the harness would print its usage."""
     ours = _Parser(add_help=False, allow_abbrev=False)
     ours.add_argument("--data", type=Path)
     known, rest = ours.parse_known_args(list(argv))
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
 
 
 def fill_defaults(args: argparse.Namespace, file: dict[str, Any]) -> None:
-    """Fill in defaults for our model in place, where neither the options nor a --config ``file`` set them."""
+    """Fill in our model's defaults, in place, for arguments that neither the options nor the --config ``file`` set."""
     if args.model is None and "model" not in file:
         args.model = MODEL
     if (args.model or file.get("model")) != MODEL:
@@ -122,12 +123,12 @@ def fill_defaults(args: argparse.Namespace, file: dict[str, Any]) -> None:
             given = default
         if given is not None:
             setattr(args, name, given)
-    # The harness's own cache unpickles what its file holds, and does not know whose answers they are.
+    # The harness's own cache unpickles the file's contents, and does not record which model gave the answers.
     if file.get("use_cache"):
-        raise UserError("use_cache in the --config file: name the file for answers as cache among the model_args")
+        raise UserError("use_cache in the --config file is not supported: set cache in its model_args instead")
     if args.use_cache:
         if "cache" in model_args:
-            raise UserError("the file for answers is given twice, as --use_cache and as the model argument cache")
+            raise UserError("the answer cache is given twice, as --use_cache and as the model argument cache")
         args.model_args = {**model_args, "cache": args.use_cache}
         args.use_cache = None
 
@@ -138,9 +139,9 @@ def fill_defaults(args: argparse.Namespace, file: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """The harness's warnings only, and none when the run ends in a user's mistake, which is one line.
+    """Show only the harness's warnings, and not even these if the run ends in a user error, which prints one line.
 
-    LMEVAL_LOG_LEVEL brings its own logging back.
+    The environment variable LMEVAL_LOG_LEVEL restores the harness's own logging.
     """
     if os.environ.get("LMEVAL_LOG_LEVEL"):
         from lm_eval.utils import setup_logging
@@ -163,7 +164,7 @@ def quiet_harness() -> Iterator[None]:
 
 
 def harness_errors(action: Callable[[], T], *kinds: type[Exception]) -> T:
-    """Run ``action``, with exceptions of these kinds, which the harness raises for mistakes, as UserError."""
+    """Run ``action`` and turn exceptions of these kinds, which the harness raises for user errors, into UserError."""
     try:
         return action()
     except kinds as error:
@@ -177,10 +178,10 @@ def _is_word(name: bytes, content: bytes) -> bool:
 
 
 def check_names(names: Sequence[str], include_path: str | None) -> None:
-    """Raise UserError for a name that is a word of no task file of the harness or of ``include_path``.
+    """Raise UserError for a task name that occurs in no task file of the harness or of ``include_path``.
 
-    What the harness says too, after a quarter of a minute in which it parses 14,000 files; searching them takes a second.
-    Patterns and paths are left to it.
+    The harness reports this too, but only after parsing 14,000 files, which takes a quarter of a minute. This search takes a
+    second. Patterns and paths are left to the harness.
     """
     import lm_eval
 
@@ -198,7 +199,7 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise UserError for numbers that the harness takes, or refuses in words that name no option."""
+    """Raise UserError for invalid numbers that the harness accepts, or reports without naming the option."""
     if config.limit is not None and config.limit <= 0:
         raise UserError(f"--limit must be above 0, got {config.limit:g}")
     if config.num_fewshot is not None and config.num_fewshot < 0:
@@ -206,7 +207,7 @@ def check_numbers(config: Any) -> None:
 
 
 def check_output(path: str | None) -> None:
-    """Raise UserError where results could not be written, which the harness finds out after the run."""
+    """Raise UserError if results cannot be written to ``path``. The harness notices only after the run."""
     if path is None:
         return
     folder = Path(path).parent if path.endswith(".json") else Path(path)
@@ -219,10 +220,10 @@ def check_output(path: str | None) -> None:
 
 
 def saved_since(output: Path, moment: float) -> bool:
-    """Whether a whole results file has appeared where the harness puts them."""
+    """Whether a complete results file was written under ``output`` after ``moment`` (seconds since the epoch)."""
     folder = output.parent if output.suffix == ".json" else output
     for path in folder.rglob("*.json"):
-        # A clock tick of slack: file systems round times down.
+        # Two seconds of slack, because file systems round times down.
         if path.stat().st_mtime >= moment - 2:
             try:
                 if "results" in json.loads(path.read_text(encoding="utf-8")):
@@ -233,7 +234,7 @@ def saved_since(output: Path, moment: float) -> bool:
 
 
 def evaluate(config: Any, folder: Path) -> None:
-    """What the harness's own ``run`` does, with the tasks of ``folder`` alone: indexing its 14,000 takes a while."""
+    """Do the same as the harness's ``run``, but load only the tasks of ``folder``: indexing all 14,000 files is slow."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
@@ -254,16 +255,16 @@ def evaluate(config: Any, folder: Path) -> None:
         evaluation_tracker=tracker,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False, metadata=config.metadata),
     )
-    if results is None or os.environ.get("RANK", "0") != "0":  # the harness knows the first process of each machine
+    if results is None or os.environ.get("RANK", "0") != "0":  # the harness takes the first process of each machine
         return
     samples = results.pop("samples") if config.log_samples else None
-    # The harness names a model's folder of results after arguments that ours does not have.
+    # The harness names the results folder after arguments that our model does not have.
     name = str(config.model_args.get("checkpoint", config.model))
     tracker.general_config_tracker.model_name = name
     tracker.general_config_tracker.model_name_sanitized = sanitize_model_name(name)
     tracker.save_results_aggregated(results=results, samples=samples)
     if config.output_path is not None and not saved_since(Path(config.output_path), started):
-        # The harness logs this and goes on, as if nothing had been lost.
+        # The harness only logs this error and continues.
         raise UserError(f"the results could not be saved under --output_path {config.output_path}: is the disk full?")
     for task, rows in (samples or {}).items():
         tracker.save_results_samples(task_name=task, samples=rows)
@@ -279,9 +280,9 @@ def evaluate(config: Any, folder: Path) -> None:
 
 
 def run(args: argparse.Namespace, data: Path | None) -> None:
-    """The harness's ``run``, with the offline tasks among its tasks."""
+    """Run the harness with the offline tasks added to its own."""
     if args.tasks and all(maker(name) for name in args.tasks) and data is not None:
-        # Read on import. Nothing is downloaded, and no name of ours is looked up elsewhere.
+        # The libraries read these variables on import. Offline tasks need no download and no lookup of their names.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if not sys.stderr.isatty():
@@ -302,7 +303,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     given = [config.tasks] if isinstance(config.tasks, str) else config.tasks
     names = [name for names in given for name in names.split(",") if name]
     if not names:
-        raise UserError("--tasks names no task; offline ones are " + ", ".join(OFFLINE))
+        raise UserError("--tasks names no task; the offline tasks are " + ", ".join(OFFLINE))
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
     mistakes: tuple[type[Exception], ...] = (
@@ -313,7 +314,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         datasets.exceptions.DatasetsError,
     )
     if config.samples:
-        mistakes += (AssertionError,)  # what the harness says of numbers beyond the task's
+        mistakes += (AssertionError,)  # raised by the harness for sample indices beyond the task's
     with task_folder(offline) as folder:
         config.tasks = args.tasks = chosen(names, offline)
         if offline and set(config.tasks) <= set(map(task_name, offline)) and not any(services):
@@ -322,14 +323,14 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
             return
         if offline:
             args.include_path = [*([config.include_path] if config.include_path else []), str(folder)]
-            logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # ours replace the harness's: meant
+            logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # our tasks replace its own on purpose
         try:
             check_names([name for name in names if data is None or not maker(name)], config.include_path)
             harness_errors(lambda: args.func(args), *mistakes)
         except UserError as error:
             local = [name for name in names if maker(name)] if data is None else []
             near = difflib.get_close_matches(next((n for n in names if not maker(n)), ""), OFFLINE, n=1)
-            hint = f" (--data DIR has {local[0]} read from local files)" if local else ""
+            hint = f" (with --data DIR, {local[0]} is read from local files)" if local else ""
             raise UserError(f"{error}{hint}{f'; did you mean {near[0]}?' if near else ''}") from None
 
 

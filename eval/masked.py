@@ -1,9 +1,9 @@
-"""Bits per character of a masked-diffusion run, by the ELBO, and samples.
+"""Score a masked-diffusion run in bits per character (by the ELBO), and sample from it.
 
 python eval/masked.py RUN --data DIR [--draws 16] [--samples 2] [--json OUT]
 
-Prints the bound on held-out text, with each block's term. The text is scored in sequences of the training length, each from
-nothing but itself.
+Prints the bound on held-out text and each block's term of it. The text is scored in sequences of the training length. A
+sequence sees no text outside itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -34,23 +34,23 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     draws: int = 16
-    """Times drawn for each block and sequence."""
+    """Number of diffusion times drawn for each block and sequence."""
     tokens: int = 65536
-    """Held-out tokens to score, spread evenly over the split."""
+    """Number of held-out tokens to score, spread evenly over the split."""
     batch_size: int = 16
-    """Sequences at once."""
+    """Sequences in a batch."""
     samples: int = 2
-    """Sequences to sample; 0 samples none."""
+    """Number of sequences to sample; 0 samples none."""
     steps: int = 128
     """Steps of the reverse process for a sample."""
     seed: int = 0
-    """Of times, masks and samples."""
+    """Seed of times, masks and samples."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
 
 
 def main(args: Args) -> int:
@@ -61,13 +61,11 @@ def main(args: Args) -> int:
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
     objective, length = build_objective(config), config.data.sequence_length
     if not isinstance(objective, Masked):
-        raise UserError(f"{args.run} is a {config.objective.name} run; eval/depth_curve.py scores it")
+        raise UserError(f"{args.run} is a {config.objective.name} run: score it with eval/depth_curve.py")
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash)
     batches = list(validation_batches(data, length, args.batch_size, args.tokens))
     found = objective.elbo(model, batches, tokenizer, args.seed, args.draws)
-    what = (
-        "at most" if not config.blocks.only else f"the term of block {config.blocks.only}, which alone bounds nothing:"
-    )
+    what = "at most" if not config.blocks.only else f"the term of block {config.blocks.only}, not a bound by itself:"
     print(
         f"{checkpoint}: {what} {found.bits_per_character:.4f} bits per character, {found.nats:.4f} nats per token"
         f" (± {found.stderr:.4f}); {found.tokens:,} held-out tokens, {args.draws} draws, seed {args.seed}"

@@ -1,12 +1,12 @@
 """Tasks of the lm-eval harness that read local files: configurations for eval/lm_eval_cli.py and eval/sweep.py.
 
-The YAML files of eval/tasks/ are the harness's own, but for where the data come from. What is read, in the folder that
---data names, is one JSON object in each line:
+The YAML files of eval/tasks/ are the harness's own, except that they read local files. The folder given by --data holds
+JSONL files, one JSON object per line with these fields:
 
-- ``arc_easy``: arc_easy_validation.jsonl (and _test, _train where there): question, choices (text, label), answerKey
-- ``piqa``: piqa_validation.jsonl (and _train where there): goal, sol1, sol2, label
-- ``blimp_PARADIGM``, and the group ``blimp`` of all: blimp/PARADIGM.jsonl: sentence_good, sentence_bad
-- ``lambada``: lambada_test.jsonl, or else lambada_validation.jsonl: text; what follows its last blank is asked for
+- ``arc_easy``: arc_easy_validation.jsonl (_test and _train are optional): question, choices (text, label), answerKey
+- ``piqa``: piqa_validation.jsonl (_train is optional): goal, sol1, sol2, label
+- ``blimp_PARADIGM``, and the group ``blimp`` of all paradigms: blimp/PARADIGM.jsonl: sentence_good, sentence_bad
+- ``lambada``: lambada_test.jsonl, or else lambada_validation.jsonl: text, whose last word must be predicted
 - ``heldout_cloze``, ``heldout_last_word``: made from the held-out text of a data directory
 """
 
@@ -27,7 +27,7 @@ from recurrent_db.evaluation.heldout_task import write_heldout_task
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 PARADIGMS = 67
-"""All of BLiMP."""
+"""Number of paradigms in all of BLiMP."""
 
 Config = dict[str, Any]
 
@@ -42,7 +42,7 @@ def _read_yaml(file: str, **values: str) -> Config:
 
 
 def _check_rows(path: Path, fields: Sequence[str]) -> None:
-    """Raise UserError unless the file is JSONL whose rows, one or more, have ``fields``. Empty lines are none."""
+    """Raise UserError unless the file is JSONL with at least one object, all with ``fields``. Empty lines are skipped."""
     rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -53,26 +53,26 @@ def _check_rows(path: Path, fields: Sequence[str]) -> None:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise UserError(f"{path} is not JSONL: its line {number} is no JSON object")
+                raise UserError(f"{path} is not JSONL: its line {number} is not a JSON object")
             if missing := [field for field in fields if field not in row]:
-                raise UserError(f"{path}, line {number}: the row lacks {', '.join(missing)}")
+                raise UserError(f"{path}, line {number}: missing {', '.join(missing)}")
             rows += 1
     if not rows:
         raise UserError(f"{path} has no rows")
 
 
 def _localize(config: Config, folder: Path, *fields: str) -> Config:
-    """A task whose data files are absolute paths in ``folder``; splits without a file are left out.
+    """Point a task at its data files in ``folder``, as absolute paths. Splits without a file are left out.
 
     Raises:
-        UserError: no file to evaluate on, or one with other rows.
+        UserError: there is no file to evaluate on, or a file lacks ``fields``.
     """
     files: dict[str, str] = config["dataset_kwargs"]["data_files"]
     there = {split: (folder / name).resolve() for split, name in files.items() if (folder / name).is_file()}
     splits = {name: config.get(f"{name}_split") for name in ("training", "validation", "test")}
     if not any(splits[name] in there for name in ("validation", "test")):
         wanted = " or ".join(files[s] for n, s in splits.items() if s in files and n != "training")
-        raise UserError(f"task {config['task']}: there is no {wanted} in {folder}")
+        raise UserError(f"task {config['task']}: no file {wanted} in {folder}")
     for path in there.values():
         _check_rows(path, fields)
     config["dataset_kwargs"]["data_files"] = {split: str(path) for split, path in there.items()}
@@ -83,12 +83,12 @@ def _localize(config: Config, folder: Path, *fields: str) -> Config:
 
 
 def _blimp(folder: Path, wanted: str) -> list[Config]:
-    """The group and its paradigms, or those that the name or pattern ``wanted`` means."""
+    """The group ``blimp`` and all its paradigms, or only the paradigms that match the name or pattern ``wanted``."""
     names = sorted(path.stem for path in (folder / "blimp").glob("*.jsonl"))
     chosen = names if wanted == "blimp" else [name for name in names if fnmatch.fnmatch(f"blimp_{name}", wanted)]
     if not chosen:
         what = wanted.removeprefix("blimp_") if wanted.startswith("blimp_") else "*"
-        raise UserError(f"task {wanted}: there is no blimp/{what}.jsonl in {folder}")
+        raise UserError(f"task {wanted}: no file blimp/{what}.jsonl in {folder}")
     tasks = [_localize(_read_yaml("blimp", name=name), folder, "sentence_good", "sentence_bad") for name in chosen]
     if wanted != "blimp":
         return tasks
@@ -133,15 +133,15 @@ OFFLINE: dict[str, Callable[[Path, str], list[Config]]] = {
 
 
 def maker(name: str) -> Callable[[Path, str], list[Config]] | None:
-    """Who makes the offline task of this name; None for the harness's other tasks."""
+    """The function that makes the offline task ``name``; None if it is not an offline task."""
     return next((make for pattern, make in OFFLINE.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def offline_tasks(names: Sequence[str], data: Path | None) -> list[Config]:
-    """Configurations of those of ``names`` that are offline tasks and have --data.
+    """Configurations of the offline tasks among ``names``; none without ``data``.
 
     Raises:
-        UserError: --data is missing where it is needed, is no folder, or lacks a task's files.
+        UserError: --data is missing but needed, is not a folder, or lacks a task's files.
     """
     if data is None:
         if needy := [name for name in names if name in HELDOUT]:
@@ -161,12 +161,12 @@ def offline_tasks(names: Sequence[str], data: Path | None) -> list[Config]:
 
 
 def task_name(config: Config) -> str:
-    """The name that a task, or a group, goes by."""
+    """The name of a task or group."""
     return config.get("group") or config["task"]
 
 
 def chosen(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """The tasks and groups that ``names`` mean, without repeats: patterns (blimp_*) by what there is of them."""
+    """The tasks and groups that ``names`` select, without repeats. Patterns (blimp_*) select from ``configs``."""
     available = [task_name(config) for config in configs]
     hits = (fnmatch.filter(available, name) if maker(name) and configs else [name] for name in names)
     return list(dict.fromkeys(name for matching in hits for name in matching))
@@ -174,9 +174,9 @@ def chosen(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
 
 @contextlib.contextmanager
 def task_folder(configs: Sequence[Config]) -> Iterator[Path]:
-    """A temporary folder with the configurations as YAML files, for the harness's ``include_path``."""
+    """Write the configurations as YAML files to a temporary folder, for the harness's ``include_path``."""
     with tempfile.TemporaryDirectory(prefix="lm-eval-") as temporary:
         for config in configs:
-            text = json.dumps(config)  # which is YAML
+            text = json.dumps(config)  # JSON is also YAML
             (Path(temporary) / f"{task_name(config)}.yaml").write_text(text, encoding="utf-8")
         yield Path(temporary)

@@ -1,11 +1,12 @@
-"""Accuracy on tasks by number of core iterations K, beside chance, a unigram model and the same model untrained.
+"""Measure accuracy on tasks by K, beside chance, a unigram model and the same model untrained.
 
 python eval/sweep.py RUN --k 1,2,4,8,16,32 --tasks arc_easy,blimp --data DIR [--json OUT] [--plot OUT.svg]
 
-For each K: accuracy, its standard error and bootstrap interval, forward FLOPs for each item, seconds, and z, the paired
-difference to the better of the unigram and the untrained model on the same items in units of its standard error. Tasks
-are the offline ones of eval/lm_eval_cli.py, with the harness's prompts; choices that score the same share the credit.
-FLOPs count shared beginnings once, as they are run. Under torchrun the processes share the work.
+For each K the table gives accuracy, its standard error and bootstrap interval, forward FLOPs per item, seconds, and z. z is
+the paired difference to the better of the unigram and the untrained model on the same items, divided by its standard error.
+
+Tasks are the offline tasks of eval/lm_eval_cli.py, with the harness's prompts. Choices with equal scores share the credit.
+FLOPs count a shared prefix once, because it is computed once. Under torchrun the processes share the work.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-# Read when tqdm is first imported; the harness's bars know nothing of terminals.
+# Set before the first import of tqdm, which reads it: the harness does not check for a terminal before it draws bars.
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else "1")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
 
@@ -46,53 +47,53 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Accuracy of a run's newest good checkpoint on offline tasks, by number of core iterations."""
+    """Measure the accuracy of a run's newest good checkpoint on offline tasks, by K."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder of the tasks' files: benchmark JSONL, or a folder made by train/prepare_data.py for the heldout tasks."""
+    """Folder with the tasks' files: benchmark JSONL, or for the heldout tasks a folder made by train/prepare_data.py."""
     tasks: str = "arc_easy,piqa,blimp"
-    """Names separated by commas: arc_easy, piqa, blimp, blimp_PARADIGM, blimp_*, lambada, heldout_cloze,
+    """Task names, separated by commas: arc_easy, piqa, blimp, blimp_PARADIGM, blimp_*, lambada, heldout_cloze,
     heldout_last_word."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     untrained_k: int | None = None
-    """Core iterations of the untrained model; the least of --k by default."""
+    """K of the untrained model; the smallest of --k by default."""
     counts: Path | None = None
-    """Data directory whose training tokens the unigram model counts; the run's own by default, or --data."""
+    """Data directory whose training tokens the unigram model counts. By default the run's own, or else --data."""
     draws: int = 1
-    """Noise draws in the mixture of a likelihood."""
+    """Noise draws averaged in a likelihood."""
     sigma: float | None = None
-    """Noise level that a denoiser's inference starts from; its sigma_max by default."""
+    """Noise level at which a denoiser's inference starts; the run's sigma_max by default."""
     limit: int | None = None
-    """Items of each task, at most."""
+    """Largest number of items of each task; all by default."""
     fewshot: int = 0
-    """Solved examples before each question (BLiMP takes none)."""
+    """Number of solved examples before each question. BLiMP always has none."""
     batch_size: str = "auto"
-    """Sequences at once, or auto."""
+    """Sequences in a batch, or auto."""
     seed: int = 0
-    """Seed of the noise, and of the untrained weights."""
+    """Seed of the noise and of the untrained weights."""
     cache: Path | None = None
-    """File to keep answers in and to take them from; a sweep that was killed goes on from it."""
+    """JSON Lines file that stores answers and reuses stored ones, so that a killed sweep can continue."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
     plot: Path | None = None
-    """File for a plot of accuracy against FLOPs: .svg, .png or .pdf."""
+    """File for a plot of accuracy against FLOPs; its name ends in .svg, .png or .pdf."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the harness's samples to rows
+# From the harness's samples to table rows
 
 Samples = list[dict[str, Any]]
 Answer = tuple[float, bool]
-"""Log-likelihood and greedy flag of a continuation."""
+"""Log-likelihood of a continuation in nats, and whether greedy decoding gives it."""
 
 
 def item_credits(task: Task, samples: Samples, answers: Sequence[Sequence[Answer]]) -> dict[str, Floats]:
-    """Credit by metric for each item, (N,), from the answers to its requests."""
+    """Credit of each item, (N,), by metric. ``answers`` holds one answer for each request of an item."""
     if task.OUTPUT_TYPE == "loglikelihood":
         return {"acc": np.array([float(greedy) for ((_, greedy),) in answers])}
     wanted = [metric["metric"] for metric in task.config.metric_list]
@@ -107,14 +108,14 @@ def item_credits(task: Task, samples: Samples, answers: Sequence[Sequence[Answer
 
 
 def chance(task: Task, samples: Samples) -> Floats:
-    """What guessing among the choices gets of each item; where there are none, nothing."""
+    """Expected credit of each item for a random choice, (N,). Zero for tasks without choices."""
     if task.OUTPUT_TYPE == "loglikelihood":
         return np.zeros(len(samples))
     return np.array([1 / len(sample["arguments"]) for sample in samples])
 
 
 def unigram_answers(lm: RecurrentDBLM, samples: Samples, log_p_V: Floats) -> list[list[Answer]]:
-    """What token frequencies alone make of the same requests."""
+    """Answers to the same requests by token frequencies alone. ``log_p_V`` holds the log-frequency of each token."""
     best = int(log_p_V.argmax())
 
     def answer(context: str, continuation: str) -> Answer:
@@ -125,10 +126,10 @@ def unigram_answers(lm: RecurrentDBLM, samples: Samples, log_p_V: Floats) -> lis
 
 
 def token_counts(args: Args, lm: RecurrentDBLM) -> NDArray[np.int64] | None:
-    """How often the training data hold each token, (V,); None where no such data are there.
+    """Number of occurrences of each token in the training data, (V,). None if the training data are not found.
 
     Raises:
-        UserError: --counts names no training data of the run's tokenizer.
+        UserError: --counts has no training data made with the run's tokenizer.
     """
     for folder in (args.counts,) if args.counts else (Path(lm.run_config.data.path), args.data):
         if args.counts is None and not (folder / MANIFEST).is_file():
@@ -150,12 +151,12 @@ def token_counts(args: Args, lm: RecurrentDBLM) -> NDArray[np.int64] | None:
 
 @dataclass
 class Sweep:
-    """Runs models on tasks and collects rows."""
+    """Runs models on tasks and collects their rows."""
 
     args: Args
     ks: list[int]
     rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
-    """By task and metric."""
+    """Rows by (task, metric)."""
     samples: dict[str, Samples] = field(default_factory=dict)
 
     def add(
@@ -172,7 +173,7 @@ class Sweep:
             self.rows.setdefault((name, metric), []).append(row)
 
     def run(self, lm: RecurrentDBLM, tasks: dict[str, Task], model: str) -> None:
-        """One model at its K on all tasks."""
+        """Evaluate one model, at its current K, on all tasks."""
         from lm_eval.evaluator import evaluate
 
         for name, task in tasks.items():
@@ -180,14 +181,14 @@ class Sweep:
             result = evaluate(
                 lm, {"tasks": {name: task}, "groups": {}}, limit=self.args.limit, bootstrap_iters=0, log_samples=True
             )
-            assert result is not None  # every process is the harness's first
+            assert result is not None  # RecurrentDBLM tells the harness in every process that its rank is 0
             samples = self.samples[name] = result["samples"][name]
             answers = [sample["filtered_resps"] for sample in samples]
             cost = lm.scorer.flops - before[0], lm.scorer.seconds - before[1]
             self.add(name, model, lm.k, item_credits(task, samples, answers), *cost)
 
     def add_baselines(self, lm: RecurrentDBLM, tasks: dict[str, Task], counts: NDArray[np.int64] | None) -> None:
-        """Chance and the unigram model, on the items of the runs before."""
+        """Add chance and the unigram model, on the items of the earlier runs."""
         for name, task in tasks.items():
             samples = self.samples[name]
             metrics = [metric for of, metric in self.rows if of == name]
@@ -197,7 +198,7 @@ class Sweep:
                 self.add(name, "unigram", None, item_credits(task, samples, answers), None, None)
 
     def tables(self, groups: dict[str, list[str]]) -> list[Table]:
-        """All tables, those of groups first; a group's tasks are in its table."""
+        """All tables, groups first. The tasks of a group appear only in the group's table."""
         by_task: dict[str, list[Table]] = {}
         for (name, metric), rows in self.rows.items():
             rows.sort(key=lambda row: (row.baseline, row.k or 0))
@@ -208,11 +209,11 @@ class Sweep:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running
+# Command
 
 
 def check(args: Args) -> tuple[list[int], list[str]]:
-    """Numbers of iterations and names of tasks. Raises UserError for what can be seen to be wrong beforehand."""
+    """Values of K and names of tasks. Raises UserError for options that are wrong on their face."""
     ks = parse_ints(args.k, "--k", least=1)
     numbers = (("--untrained-k", args.untrained_k, 1), ("--limit", args.limit, 1), ("--fewshot", args.fewshot, 0))
     for option, value, least in numbers:
@@ -221,7 +222,7 @@ def check(args: Args) -> tuple[list[int], list[str]]:
     names = [name for name in args.tasks.split(",") if name]
     for name in names:
         if maker(name) is None:
-            raise UserError(f"--tasks {name}: no offline task; there are {', '.join(OFFLINE)}")
+            raise UserError(f"--tasks {name}: not an offline task; choose from {', '.join(OFFLINE)}")
     if not names:
         raise UserError("--tasks names no task")
     if args.plot is not None and args.plot.suffix not in (".svg", ".png", ".pdf"):
@@ -233,7 +234,7 @@ def check(args: Args) -> tuple[list[int], list[str]]:
 
 
 def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, list[Table]]:
-    """All tables."""
+    """Run all tasks at each K, with the baselines. Returns the run's model and the tables."""
     try:
         import datasets
         from lm_eval.tasks import TaskManager
@@ -252,7 +253,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
     lm = model(ks[0])
     counts = token_counts(args, lm)
     if counts is None:
-        lm._warn("no unigram row: the run's training data are not at %s (--counts DIR)", lm.run_config.data.path)
+        lm._warn("no unigram row: the run's training data are not in %s (give --counts DIR)", lm.run_config.data.path)
     with task_folder(configs) as folder:
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
         loaded = TaskManager(include_path=str(folder), include_defaults=False).load(chosen(names, configs))
@@ -260,7 +261,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
         for task in tasks.values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", args.fewshot)
-            task.set_fewshot_seed(seed=1234)  # the harness's
+            task.set_fewshot_seed(seed=1234)  # the harness's default
         runs = Sweep(args, ks)
         name = args.run.resolve().name
         for k in ks:
@@ -268,7 +269,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
             runs.run(lm, tasks, f"{name} (run)" if name in BASELINES else name)
         untrained = model(args.untrained_k or ks[0])
         untrained.untrain(args.seed)
-        untrained._warned = lm._warned  # once is enough
+        untrained._warned = lm._warned  # do not repeat warnings
         runs.run(untrained, tasks, "untrained")
         runs.add_baselines(lm, tasks, counts)
     groups = {config["group"]: config["task"] for config in configs if "group" in config}

@@ -1,4 +1,4 @@
-"""The rows of eval/sweep.py: put together for groups, compared with their baselines, printed and plotted."""
+"""The result tables of eval/sweep.py: average tasks into groups, compare rows with baselines, print and plot."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from recurrent_db.report.figure import Frame, drawing
 from recurrent_db.report.svg import MUTED, PAPER, SERIES
 
 CLEAR = 3.0
-"""z from which a difference counts as one."""
+"""A difference counts as clear if its z is above this."""
 
 
 BASELINES = ("chance", "unigram", "untrained")
-"""In the order of the tables; a run's own rows follow by K."""
+"""Names of the baselines, in the order of the tables. The run's own rows follow, by K."""
 
 
 @dataclass
@@ -34,17 +34,17 @@ class Row:
     items: int
     accuracy: Accuracy
     flops: float | None = None
-    """Of all items."""
+    """Forward FLOPs of all items."""
     seconds: float | None = None
     credits: Floats | None = None
-    """By item; of a task, not of a group."""
+    """Credit for each item, (N,). Only tasks have it; groups do not."""
     against: str | None = None
-    """The baseline that ``difference`` compares with."""
+    """The baseline that ``difference`` is measured against."""
     difference: Difference | None = None
 
     @property
     def baseline(self) -> int:
-        """Which baseline it is, by number; those that are none come last."""
+        """Index in `BASELINES`; ``len(BASELINES)`` for a row of the run."""
         return BASELINES.index(self.model) if self.model in BASELINES else len(BASELINES)
 
     @property
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def above(self) -> bool | None:
-        """Whether it is clearly better than the baseline."""
+        """Whether the row is clearly better than its baseline; None without a comparison."""
         return None if self.z is None else self.z > CLEAR
 
     @property
@@ -74,13 +74,13 @@ class Row:
 
 @dataclass
 class Table:
-    """The rows of one metric of a task, or of a group."""
+    """The rows of one metric, for a task or a group."""
 
     task: str
     metric: str
     rows: list[Row]
     members: list[Table] = field(default_factory=list)
-    """Of a group: its tasks' tables."""
+    """For a group: the tables of its tasks."""
 
     @property
     def bar(self) -> Row:
@@ -89,11 +89,12 @@ class Table:
 
     @property
     def by_k(self) -> list[Row]:
+        """The run's own rows, in the order of K."""
         return [row for row in self.rows if row.difference is not None]
 
 
 def compare(table: Table) -> Table:
-    """A task's table with its rows compared with the better baseline."""
+    """Compare the run's rows of a task's table with the better baseline. Changes ``table`` and returns it."""
     bar = table.bar
     for row in table.rows:
         if row.baseline == len(BASELINES) and row.credits is not None and bar.credits is not None:
@@ -102,7 +103,7 @@ def compare(table: Table) -> Table:
 
 
 def group_table(name: str, members: list[Table]) -> Table:
-    """A group's rows, whose tasks weigh the same, compared with the baseline that is better on the group."""
+    """Average the tasks of a group with equal weights. The baseline is the one that is better on the group."""
     rows = []
     for parts in zip(*(table.rows for table in members), strict=True):
         first, accuracy = parts[0], Accuracy.average([row.accuracy for row in parts])
@@ -131,7 +132,7 @@ def _z(row: Row) -> str:
 
 
 def text(table: Table) -> str:
-    """A table as printed: a task's or a group's rows, and below a group's its tasks, one line each."""
+    """A table as printed. A group's table has one more line for each of its tasks."""
     first = table.rows[0]
     lines = [
         f"{table.task}: {table.metric} on {first.items:,} items"
@@ -166,7 +167,7 @@ def text(table: Table) -> str:
 
 
 def plot(tables: Sequence[Table], path: Path) -> None:
-    """Accuracy against FLOPs for each item, one panel for each table, K beside the points."""
+    """Plot accuracy against FLOPs per item, one panel per table, each point labelled with its K."""
     with drawing():
         columns = min(3, len(tables))
         lines = math.ceil(len(tables) / columns)

@@ -1,11 +1,13 @@
-"""Train a judge of generated text: a flat next-token model, on other documents than the models it is to judge.
+"""Train a judge of generated text: a flat next-token model, trained on other documents than the models it judges.
 
 python eval/train_judge.py CONFIG.toml --data.path DIR --run.dir RUN --budget.tokens N [--apart-from DIR]
 
-Everything is train/pretrain.py's, its options and --resume included, with the objective next_token; the judge is an
-ordinary run directory, which also keeps marks of its training documents (judge.json). `--apart-from DIR`, which may be
-repeated, names data directories whose documents, training and held-out, the judge must not be trained on: prepare the
-judge's as another part of the same sources (train/prepare_data.py --part 2/2), or from other ones.
+All options of train/pretrain.py apply, --resume included. The objective is always next_token. The judge is an ordinary run
+directory. It also holds hashes of its training documents (judge.json).
+
+`--apart-from DIR` names a data directory whose documents, training and held-out, the judge must not be trained on. It may be
+repeated. Prepare the judge's data as another part of the same sources (train/prepare_data.py --part 2/2), or from other
+sources.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from recurrent_db.training.trainer import train
 
 
 def take_apart_from(words: list[str]) -> tuple[list[Path], list[str]]:
-    """The values of --apart-from, and the other words."""
+    """Split the command line into the values of --apart-from and the remaining words."""
     others, rest = [], []
     given = iter(words)
     for word in given:
@@ -42,7 +44,7 @@ def main() -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
     if any(word.partition("=")[0] == "--objective.name" for word in words):
-        raise UserError("a judge is a flat model, its objective is next_token: leave --objective.name out")
+        raise UserError("the objective of a judge is always next_token: leave --objective.name out")
     config, resume, overwrite = arguments([*words, "--objective.name", "next_token"], prog="train_judge.py")
     if not config.data.path:
         raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")

@@ -1,10 +1,11 @@
-"""What a smaller key-value cache costs in likelihood: held-out text read a token at a time, under each cache policy.
+"""Measure what a smaller key-value cache costs in likelihood: NLL of held-out text under each cache policy.
 
 python eval/diagnostics/cache_policies.py RUN --data DIR [--k 4,8,16] [--policies full,modulo-4,modulo-2,last] [--json OUT]
 
-Windows of held-out text are read as one document each, as generation reads, with one noise draw: the first token alone, then
-each true token from the cache (`generation/cache.py` says what the policies keep). `full` equals reading the window at
-once. Differences to the first policy are of the same windows and draws; their standard error is over windows.
+Each window of held-out text is read as one document, one true token at a time, from the cache, as generation reads. All
+policies use the same noise draw. recurrent_db/generation/cache.py says what each policy keeps; `full` gives the same NLL as
+reading the window at once. The difference to the first policy is paired: same windows, same noise. Its standard error is
+over windows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -41,26 +42,26 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     k: str = "4,8,16"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     policies: str = "full,modulo-4,modulo-2,last"
-    """Cache policies, separated by commas; the others are compared with the first."""
+    """Cache policies, separated by commas. The others are compared with the first."""
     tokens: int = 16384
-    """Held-out tokens to score, spread evenly over the split; 0 scores all of it."""
+    """Number of held-out tokens to score, spread evenly over the split; 0 scores all of it."""
     batch_size: int = 32
-    """Windows at once."""
+    """Windows in a batch."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
 
 
 @torch.inference_mode()
 def nll_by_window(model: LoopedLM, batch: Batch, k: int, policy: str, seed: int) -> Tensor:
-    """Mean NLL of each window, read token by token, nats, fp64 (B,)."""
+    """Mean NLL of each window in nats per token, read token by token, fp64 (B,)."""
     device = model.embedding.weight.device
     tokens_BT, targets_BT = batch.tokens_BT.to(device), batch.targets_BT.to(device)
     cache = Cache(model, len(tokens_BT), tokens_BT.shape[1], policy=policy)
@@ -82,7 +83,7 @@ def mean_and_stderr(values_N: Tensor) -> tuple[float, float]:
 def measure(
     model: LoopedLM, batches: Sequence[Batch], k: int, policies: Sequence[str], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """NLL in nats per token, difference to the first policy and bytes of a token, by policy."""
+    """For each policy: NLL in nats per token, its difference to the first policy, and cache bytes per token."""
     result: dict[str, dict[str, Any]] = {}
     first_N: Tensor | None = None
     for policy in policies:

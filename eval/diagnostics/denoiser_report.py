@@ -1,10 +1,10 @@
-"""What a denoiser has learned, and what its iterations are worth.
+"""Report what a denoiser has learned, and how much its iterations help.
 
 python eval/diagnostics/denoiser_report.py RUN --data DIR [--control FLAT_RUN] [--json OUT] [--png OUT]
 
-All figures are held-out nats per token. Those that start from noise are likelihoods; `nll_by_sigma` is not: there z is made
-from the answer, as in training, and it says how well each noise level is denoised. Runs of other objectives get the parts
-that make sense for them (null elsewhere).
+All numbers are nats per held-out token. Numbers of runs that start from pure noise are likelihoods. `nll_by_sigma` is not a
+likelihood: z is made from the answer, as in training, to show how well each noise level is denoised. Parts that do not apply
+to a run's objective are null.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -38,32 +38,32 @@ from recurrent_db.store.loading import load_with_config
 
 @dataclass
 class Args:
-    """Measure what a run's denoiser has learned, and what its iterations are worth."""
+    """Report what a run's denoiser has learned, and how much its iterations help."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored."""
+    """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     control: Path | None = None
-    """A flat `next_token` run to score beside it."""
+    """A flat `next_token` run to score for comparison."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     draws: str = "1,4,16"
-    """Noise draws M of the mixtures, separated by commas."""
+    """Numbers M of noise draws averaged in a likelihood, separated by commas."""
     sigmas: int = 12
-    """Noise levels of nll_by_sigma, equally spaced in ln sigma."""
+    """Number of noise levels in nll_by_sigma, equally spaced in ln sigma."""
     tokens: int = 4096
-    """Held-out tokens to score, spread evenly over the split."""
+    """Number of held-out tokens to score, spread evenly over the split."""
     batch_size: int = 8
-    """Sequences at once; also how far contexts are shuffled."""
+    """Sequences in a batch, at least 2. Contexts and states are shuffled within a batch."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """Where the result goes; RUN/eval/denoiser_report.json by default."""
+    """File for the result; RUN/eval/denoiser_report.json by default."""
     png: Path | None = None
-    """Where the plots go; beside the JSON by default."""
+    """File for the plots; by default the JSON file's name with the ending .png."""
 
 
 class Probes:
@@ -72,19 +72,20 @@ class Probes:
     def __init__(self, model: LoopedLM, batches: list[Batch], seed: int) -> None:
         self.model, self.rng = model, Rng(seed, EVALUATION_STEP)
         self.device = model.embedding.weight.device
-        # Contexts and states are shuffled within a batch, so a batch of one has nothing to shuffle.
+        # Contexts and states are shuffled within a batch, which needs at least two sequences.
         self.batches = [batch.to(self.device) for batch in batches if len(batch) > 1]
 
     def noise(self, batch: Batch) -> NoiseSource:
         return NoiseSource(self.rng, batch.sample_index_B, self.model.config.max_seq_len)
 
     def mean(self, measure: Callable[[Batch], Tensor]) -> float:
-        """Mean over batches of a measurement that gives (B, T) values."""
+        """Mean of a (B, T) measurement over all batches."""
         values = [measure(batch) for batch in self.batches]
         return (sum(v.double().sum().item() for v in values)) / sum(v.numel() for v in values)
 
     def teacher_forced(self, batch: Batch, sigma: float, shift: int = 0) -> Tensor:
-        """Cross-entropy at one noise level with z made from the answer; ``shift`` takes another sequence's context."""
+        """Cross-entropy, (B, T), at one noise level with z made from the answer. With ``shift`` = 1 each sequence gets
+        another one's context."""
         model, walk = self.model, self.model.recurrence.walk
         assert walk is not None
         tokens_BT, docs_BT = batch.tokens_BT.roll(shift, 0), batch.doc_ids_BT.roll(shift, 0)
@@ -98,7 +99,7 @@ class Probes:
         return cross_entropy(model, walk.read(part, estimate, e_BTD.dtype, visible=visible), batch.targets_BT)[1]
 
     def scored(self, batch: Batch, k: int, edit: Callable[[Tensor], Tensor] | None = None, shift: int = 0) -> Tensor:
-        """Cross-entropy after K iterations from noise, with the state edited before the last one."""
+        """Cross-entropy, (B, T), after K iterations from noise. ``edit`` changes the state before the last iteration."""
         model = self.model
         tokens = batch.tokens_BT.roll(shift, 0)
         visible = model.visible(tokens.shape[1], batch.doc_ids_BT.roll(shift, 0))
@@ -107,12 +108,12 @@ class Probes:
         return cross_entropy(model, hidden, batch.targets_BT)[1]
 
     def state_gap(self, k: int) -> dict[str, float]:
-        """NLL at K with the state replaced before the last pass, minus NLL at K: 0 means the state is not read."""
+        """Increase of the NLL at K when the state is replaced before the last pass. 0 means that the state is not used."""
 
         def like_noise(state: Tensor) -> Tensor:
             noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(k)).to(state)
             rms = state.float().square().mean().sqrt().to(state.dtype)
-            return noise * torch.where(rms > 0, rms, STATE_STD)  # a zero state has no size to imitate
+            return noise * torch.where(rms > 0, rms, STATE_STD)  # a zero state has no scale to match
 
         edits: dict[str, Callable[[Tensor], Tensor]] = {
             "zeros": torch.zeros_like,
@@ -126,7 +127,7 @@ class Probes:
         }
 
     def walk_entropy(self, k: int) -> list[float]:
-        """Mean entropy in nats of the read-out after each core pass of one run of K iterations (Heun makes 2 K - 1)."""
+        """Mean entropy, in nats, of the read-out after each core pass of a run of K iterations (Heun has 2 K - 1 passes)."""
         model, recurrence, walk = self.model, self.model.recurrence, self.model.recurrence.walk
         sums: list[list[Tensor]] = []
         for batch in self.batches:
@@ -146,7 +147,7 @@ class Probes:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Six panels of the result as one PNG."""
+    """Draw five plots and a list of numbers into one PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,7 +203,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """The same nested value with null for numbers that JSON cannot hold."""
+    """Replace numbers that JSON cannot hold (NaN, infinity) by null."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -281,7 +282,7 @@ def main(args: Args) -> int:
 
 
 def show(result: dict[str, Any], by_draws: dict[int, Any], ks: list[int]) -> None:
-    """Print the result for people."""
+    """Print the result as tables."""
     print(f"{result['checkpoint']}: {result['objective']}, {result['tokens']:,} held-out tokens, seed {result['seed']}")
     if result["nll_by_sigma"]:
         print(f"sigma* {result['sigma_star']:.3g}, {result['share_below_sigma_star']:.1%} of the draws below it;"

@@ -1,11 +1,13 @@
-"""Where a denoiser's walk loses: each noise level's loss, and that of the closed form which needs no network there.
+"""Compare a denoiser's loss at each noise level of its walk with a closed form that needs no network there.
 
 python eval/diagnostics/walk_levels.py RUN --data DIR [--k 4] [--json OUT]
 
-Given the answer's target y, z = y + sigma eps is noise, so an exact denoiser's read-out is the next-token distribution times
-exp(-|z - y_u|^2 / (2 sigma^2)) (docs/method.md). For each level of a walk of K steps this prints the cross-entropy of the
-run's read-out, and of that closed form with the run's own read-out at sigma_max for the next-token distribution, from the
-same z; and each level's share of the bound on the walk (recurrent_db/denoise/bound.py). One noise draw.
+z = y + sigma eps, and eps is independent of the text. An exact denoiser's read-out is therefore the next-token distribution
+times exp(-|z - y_u|^2 / (2 sigma^2)), normalised (docs/method.md). The closed form takes the run's own read-out at sigma_max
+as the next-token distribution.
+
+For each level of a walk of K steps the table gives the cross-entropy of the run's read-out and of the closed form, from the
+same z, and each one's share of the bound on the walk (recurrent_db/denoise/bound.py). It uses one noise draw.
 
 Shapes: B sequences, T positions, D width, V vocabulary.
 """
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: it says how threads wait
+from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -43,40 +45,41 @@ class Args:
     """Compare a denoiser's read-out at each level of its walk with the closed form."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory or checkpoint folder of a denoiser that walks: denoise, denoise_paper, joined blocks."""
+    """Run directory or checkpoint folder of a denoiser with a walk: denoise, denoise_paper or joined blocks."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored. Must hold the run's tokenizer."""
+    """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     k: int = 4
-    """Levels of the walk."""
+    """Number of noise levels of the walk."""
     tokens: int = 16384
-    """Held-out tokens to score, spread evenly over the split."""
+    """Number of held-out tokens to score, spread evenly over the split."""
     batch_size: int = 16
-    """Sequences at once."""
+    """Sequences in a batch."""
     seed: int = 0
     """Seed of the noise."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
 
 
 @dataclass
 class Level:
-    """Means over held-out tokens in nats."""
+    """Results for one noise level: means over held-out tokens, in nats."""
 
     sigma: float
     loss: float
-    """Cross-entropy of the run's read-out, z made from the answer (but for the first level, which is drawn without it)."""
+    """Cross-entropy of the run's read-out. z is made from the answer, except at the first level, where it is pure noise."""
     exact_loss: float
-    """The same of the closed form."""
+    """Cross-entropy of the closed form."""
     share: float
-    """Of the bound on the walk; the shares of all levels sum to it."""
+    """Share of the bound on the walk. The shares of all levels sum to the bound."""
     exact_share: float
+    """Share of the closed form's bound."""
 
 
 @torch.no_grad()
 def levels(model: LoopedLM, walk: DenoiseWalk, batches: Iterable[Batch], k: int, seed: int) -> list[Level]:
-    """The table, first level first."""
+    """Results for each level of a walk of ``k`` levels, in the order of the walk."""
     rng, sigmas, rows_VD = Rng(seed, EVALUATION_STEP), walk.levels(k), walk.targets(model)
     sums, count = torch.zeros(k, 4, dtype=torch.float64), 0
     device = model.embedding.weight.device
@@ -93,7 +96,7 @@ def levels(model: LoopedLM, walk: DenoiseWalk, batches: Iterable[Batch], k: int,
         z_BTD = normals("noise") * sigmas[0]
         prior_BTV = read(z_BTD, sigmas[0])
         for index, sigma in enumerate(sigmas):
-            # All rows have one norm, so z.y_u is what differs between them.
+            # All targets have the same norm, so only z.y_u differs between them.
             exact_BTV = (prior_BTV + z_BTD @ rows_VD.T / sigma**2).log_softmax(-1) if index else prior_BTV
             both = read(z_BTD, sigma), exact_BTV
             losses = [-log_p_BTV.gather(-1, answers_BT[..., None]).double().sum() for log_p_BTV in both]
@@ -117,7 +120,7 @@ def main(args: Args) -> int:
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
     walk = model.recurrence.walk
     if walk is None:
-        raise UserError(f"{args.run} is a {config.objective.name} run: it walks over no noise levels")
+        raise UserError(f"{args.run} is a {config.objective.name} run, which walks over no noise levels")
     data = open_data(str(args.data), "validation", expect_tokenizer_hash=tokenizer.hash, verify=True)
     batches = list(validation_batches(data, config.data.sequence_length, args.batch_size, args.tokens))
     found = levels(model, walk, tqdm(batches, "scoring", unit="batch", disable=None, leave=False), args.k, args.seed)

@@ -1,7 +1,7 @@
-"""What an interactive command shows and reads: colour, columns, whole characters, lines, Ctrl-C.
+"""Input and output of the interactive session: lines, colours, columns, UTF-8 and Ctrl-C.
 
-At a terminal lines come through prompt_toolkit (history in a file, editing, pasting of several lines), or through `input`
-where it is not installed; from a pipe or a file they are read one by one. Text goes to standard output, remarks to
+At a terminal, lines are read with prompt_toolkit (editing, a history file, pasting of several lines), or with `input` if it
+is not installed. From a pipe or a file they are read one by one. Generated text goes to standard output, messages to
 standard error.
 """
 
@@ -31,23 +31,23 @@ def is_terminal(stream: Any) -> bool:
 
 
 def colourful() -> bool:
-    """Whether standard output shows colours: a terminal that can, and no NO_COLOR (https://no-color.org)."""
+    """Whether standard output shows colours: it is a terminal with colours and NO_COLOR is unset (https://no-color.org)."""
     return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, *codes: str) -> str:
-    """``text`` in a colour or face, where standard output shows them."""
+    """Colour ``text`` with ANSI codes if standard output shows colours."""
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes and colourful() else text
 
 
 def remark(text: str) -> None:
-    """One line about what goes on, on standard error: it is no part of the texts."""
+    """Print a one-line message to standard error, which keeps it apart from generated text."""
     sys.stdout.flush()
     print(paint(text, DIM) if is_terminal(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
-    """One line about what was wrong."""
+    """Print a one-line error message to standard error."""
     sys.stdout.flush()
     text = one_line(text)
     print(paint(text, RED) if is_terminal(sys.stderr) else text, file=sys.stderr, flush=True)
@@ -58,7 +58,7 @@ def complain(text: str) -> None:
 
 
 def harmless(text: str) -> str:
-    """Control characters but line feed and tab as pictures, so that a text cannot command a terminal."""
+    """Replace control characters, except line feed and tab, by visible symbols, so that a text cannot control a terminal."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f]",
         lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else "\u2421" if m[0] == "\x7f" else "\ufffd",
@@ -67,7 +67,7 @@ def harmless(text: str) -> str:
 
 
 class Utf8Writer:
-    """Writes bytes to standard output as they come, never half of a character; bytes that are not UTF-8 as U+FFFD."""
+    """Writes UTF-8 bytes to standard output as they arrive, whole characters only. Invalid bytes become U+FFFD."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -81,7 +81,7 @@ class Utf8Writer:
             sys.stdout.flush()
 
     def end(self) -> None:
-        """What is left of a character, and a line's end where there is none."""
+        """Write an incomplete last character as U+FFFD, and a line break if the text does not end with one."""
         self.add(b"", final=True)
         if self._last != "\n":
             sys.stdout.write("\n")
@@ -89,13 +89,13 @@ class Utf8Writer:
 
 
 def width_of(text: str) -> int:
-    """Columns that a text without control characters takes on a terminal."""
+    """Number of terminal columns of a text without control characters."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` columns, cut where they are full."""
+    """Break a text into lines of at most ``width`` columns, without regard to words."""
     lines = []
     for raw in harmless(text).split("\n"):
         line, used = "", 0
@@ -111,7 +111,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def side_by_side(heads: Sequence[str], texts: Sequence[str], width: int) -> str:
-    """Texts in columns under their heads, ``width`` wide together."""
+    """Lay out texts in columns below their headings, ``width`` columns in total."""
     each = (width - 3 * (len(texts) - 1)) // len(texts)
     columns = [[head, "-" * each, *wrapped(text, each)] for head, text in zip(heads, texts, strict=True)]
     rows = []
@@ -127,10 +127,10 @@ def side_by_side(heads: Sequence[str], texts: Sequence[str], width: int) -> str:
 
 
 def state_file(name: str) -> Path:
-    """A file in the user's state directory (XDG_STATE_HOME; on Windows LOCALAPPDATA); its folder is made.
+    """A file in the user's state directory (XDG_STATE_HOME; LOCALAPPDATA on Windows). Creates it and its folder.
 
     Raises:
-        OSError, RuntimeError: there is none that can be written.
+        OSError, RuntimeError: the file cannot be written, or the user has no home directory.
     """
     root = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_STATE_HOME")
     folder = (Path(root) if root else Path.home() / ".local" / "state") / "recurrent_db"
@@ -141,37 +141,37 @@ def state_file(name: str) -> Path:
 
 
 def as_text(line: str) -> str:
-    """A line that was read with surrogates for what is not UTF-8. Raises `UserError` where there is such a byte."""
+    """Decode a line that was read with surrogate escapes. Raises `UserError` if it is not valid UTF-8."""
     raw = b""
     try:
         raw = line.encode("utf-8", errors="surrogateescape")
         return raw.decode("utf-8")
     except UnicodeError as error:
         found = error.start if isinstance(error, UnicodeDecodeError) else 0
-        what = f"byte {found + 1} of it is 0x{raw[found]:02x}" if raw else "it has half of a character"
-        raise UserError(f"what came in is not UTF-8, so nothing was done with it: {what}") from None
+        what = f"byte {found + 1} is 0x{raw[found]:02x}" if raw else "it has half of a character"
+        raise UserError(f"the input is not UTF-8, so it is ignored: {what}") from None
 
 
 class Lines(Protocol):
-    """Where lines come from."""
+    """A source of input lines."""
 
     def around(self) -> contextlib.AbstractContextManager[None]:
-        """To be in force while lines are read and answered."""
+        """A context in which the session reads and answers lines."""
         ...
 
     def read(self) -> str:
-        """The next line or lines, without the last line's end.
+        """The next line, or several lines at once, without the final line break.
 
         Raises:
-            EOFError: there are no more.
-            KeyboardInterrupt: Ctrl-C.
-            UserError: what was typed is not UTF-8.
+            EOFError: the input has ended.
+            KeyboardInterrupt: the user pressed Ctrl-C.
+            UserError: the input is not UTF-8.
         """
         ...
 
 
 class PlainLines:
-    """Lines through `input`. A line of three double quotes alone begins a text of several lines, and another ends it."""
+    """Reads lines with `input`. A line of three double quotes starts a text of several lines; another one ends it."""
 
     def __init__(self) -> None:
         self._asks = is_terminal(sys.stdin)
@@ -197,10 +197,10 @@ class PlainLines:
 
 
 class EditedLines:
-    """Lines through prompt_toolkit. Raises ImportError where it is not installed.
+    """Reads lines with prompt_toolkit. Raises ImportError if it is not installed.
 
-    Enter sends, Alt-Enter begins a new line, pasted lines stay together, arrows walk through the history, Tab completes
-    ``words``.
+    Enter sends, Alt-Enter starts a new line, pasted lines stay together, the arrow keys go through the history, and Tab
+    completes ``words``.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -212,7 +212,7 @@ class EditedLines:
         try:
             history: History = FileHistory(str(state_file("history")))
         except (OSError, RuntimeError) as error:
-            remark(f"no history is kept: {error}")
+            remark(f"the history is not saved: {error}")
             history = InMemoryHistory()
         keys = KeyBindings()
 
@@ -231,8 +231,8 @@ class EditedLines:
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """Keys that are pressed while a text comes are not shown in its middle, and wait for the next line: Ctrl-D too, that
-        the terminal would swallow. Ctrl-C is heard at once all the same."""
+        """Hide keys that are pressed while text is generated, and keep them for the next line. This includes Ctrl-D, which
+        the terminal would discard. Ctrl-C still works at once."""
         try:
             import termios
         except ImportError:  # Windows
@@ -240,7 +240,7 @@ class EditedLines:
             return
         before = termios.tcgetattr(sys.stdin)
         kept = termios.tcgetattr(sys.stdin)
-        kept[0] &= ~termios.ICRNL  # Enter stays what it is at the prompt
+        kept[0] &= ~termios.ICRNL  # Enter sends the same character as at the prompt
         kept[3] &= ~(termios.ICANON | termios.ECHO)
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, kept)
         try:
@@ -253,18 +253,16 @@ class EditedLines:
 
 
 def open_lines(words: Sequence[str]) -> Lines:
-    """The best that standard input and output allow. Raises `UserError` where there is no input."""
+    """The best line reader for standard input and output. Raises `UserError` if standard input is closed."""
     if sys.stdin is None:
-        raise UserError("standard input is closed: there is nothing to read prompts from")
+        raise UserError("standard input is closed, so no prompt can be read")
     if is_terminal(sys.stdin) and is_terminal(sys.stdout):
         try:
             return EditedLines(words)
         except ImportError:
-            remark(
-                "prompt_toolkit is not installed, so no history and little editing: pip install 'recurrent-db[repl]'"
-            )
+            remark("prompt_toolkit is not installed, so there is no history: pip install 'recurrent-db[repl]'")
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  `input` edits with it
+                import readline  # noqa: F401  gives `input` line editing
     return PlainLines()
 
 
@@ -273,7 +271,7 @@ def open_lines(words: Sequence[str]) -> Lines:
 
 
 class Interrupts:
-    """Ctrl-C raises KeyboardInterrupt within `allowed`, once, and does nothing elsewhere: the program outlives it."""
+    """Ctrl-C raises KeyboardInterrupt once inside `allowed` and is ignored elsewhere, so it never ends the program."""
 
     def __init__(self) -> None:
         self._armed = False
@@ -285,6 +283,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
+        """Let the next Ctrl-C raise KeyboardInterrupt."""
         self._armed = True
         try:
             yield
@@ -293,7 +292,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """While this is in force."""
+        """Handle SIGINT in this context, and restore the old handler after it."""
         before = signal.signal(signal.SIGINT, self._handle)
         try:
             yield

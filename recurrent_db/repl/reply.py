@@ -1,4 +1,4 @@
-"""A reply of the REPL: the text as it grows, and what making it took."""
+"""A reply of the REPL: its text, shown while it is generated, and its speed, FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def bytes_shown(count: float) -> str:
 
 @dataclass
 class Reply:
-    """A text and how it came about."""
+    """A generated text with its options and measurements."""
 
     prompt: str
     prompt_ids: list[int]
     options: GenerationOptions
     ids: list[int] = field(default_factory=list)
-    """The new tokens."""
+    """Generated tokens."""
     ended: str = "length"
     """Why the text ended: ``length``, ``document`` (the model ended it) or ``stopped`` (Ctrl-C)."""
     text: str = ""
     first_seconds: float = 0.0
-    """Seconds to the first token."""
+    """Time to the first token, in seconds."""
     seconds: float = 0.0
-    """Seconds in all."""
+    """Total time, in seconds."""
     flops: float = 0.0
     cache_bytes: int = 0
     mean_k: float = float("nan")
-    """Mean number of iterations behind a token; nan without any token."""
+    """Mean number of iterations per token; NaN without tokens."""
     acceptance: float | None = None
-    """Share of drafted tokens that held; None where nothing was drafted."""
+    """Share of drafted tokens that were accepted; None if nothing was drafted."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed after the first token; nan without later ones."""
+        """Speed after the first token; NaN if there is only one."""
         later = self.seconds - self.first_seconds
         return (len(self.ids) - 1) / later if len(self.ids) > 1 and later > 0 else float("nan")
 
@@ -64,10 +64,10 @@ class Reply:
 
 
 def check_memory(model: LoopedLM, prompt_tokens: int, options: GenerationOptions) -> None:
-    """Refuse a cache that is larger than the machine's memory: the system would end the program, not the text.
+    """Refuse a cache larger than the machine's memory, because the system would kill the whole program.
 
     Raises:
-        UserError: with the memory that is needed and the memory that there is.
+        UserError: the cache does not fit; the message gives the needed and the installed memory.
     """
     weight = model.embedding.weight
     positions = min(model.config.max_seq_len, prompt_tokens + options.max_new_tokens)
@@ -81,7 +81,7 @@ def check_memory(model: LoopedLM, prompt_tokens: int, options: GenerationOptions
         return
     if needed > memory:
         raise UserError(
-            f"at k = {options.k} the cache of {positions} tokens takes {bytes_shown(needed)}, and there are"
+            f"at k = {options.k} the cache of {positions} tokens needs {bytes_shown(needed)}, but the memory has only"
             f" {bytes_shown(memory)}: choose a lower /k, or /cache last"
         )
 
@@ -94,8 +94,8 @@ def make_reply(
     options: GenerationOptions,
     show: Callable[[bytes], object],
 ) -> Reply:
-    """Continue a prompt of tokens ``ids``, and call ``show`` with the bytes of each new token. Ctrl-C (KeyboardInterrupt)
-    ends the text.
+    """Continue the prompt ``ids`` and call ``show`` with the bytes of each new token. Ctrl-C (KeyboardInterrupt) ends the
+    text and keeps what was generated.
 
     Raises:
         UserError: the cache does not fit into memory.

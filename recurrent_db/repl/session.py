@@ -1,7 +1,7 @@
-"""The session of `recurrent-db repl RUN`: prompts in, texts out, and commands.
+"""The session of `recurrent-db repl RUN`: answers prompts with text, and runs commands.
 
-A line that begins with a slash and a word is a command; every other line is a prompt. The texts are those of
-`recurrent_db.generate` with the same options. Texts and tables go to standard output, remarks to standard error.
+A line that begins with a slash and a word is a command; any other line is a prompt. The text equals that of
+`recurrent_db.generate` with the same options. Texts and tables go to standard output, messages to standard error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from recurrent_db.repl.trace import label, table, trace
 
 def _on_or_off(word: str) -> bool:
     if word not in ("on", "off"):
-        raise UserError(f"warm_start is on or off, not {word!r}")
+        raise UserError(f"warm_start must be on or off, got {word!r}")
     return word == "on"
 
 
@@ -55,7 +55,7 @@ def _exit_or_off(word: str) -> str | None:
 
 @dataclass(frozen=True)
 class Setting:
-    """A generation option that a command shows and changes."""
+    """A generation option that a command shows or changes."""
 
     option: str
     parse: Callable[[str], Any]
@@ -63,58 +63,58 @@ class Setting:
 
 
 SETTINGS = {
-    "k": Setting("k", int, "core iterations for each token; of a denoiser, noise levels of the walk"),
-    "temp": Setting("temperature", float, "0 is greedy, 1 the model's own distribution"),
-    "top_p": Setting("top_p", float, "draw among the fewest tokens that reach this probability; 1 is all"),
-    "top_k": Setting("top_k", int, "draw among so many most likely tokens; 0 is all"),
-    "min_p": Setting("min_p", float, "draw among tokens this times as likely as the likeliest; 0 is all"),
-    "penalty": Setting("repetition_penalty", float, "above 1 makes tokens that are there less likely; 1 is none"),
-    "max": Setting("max_new_tokens", int, "the most new tokens"),
+    "k": Setting("k", int, "core iterations per token; for a denoiser, noise levels of the walk"),
+    "temp": Setting("temperature", float, "0 takes the most likely token; 1 is the model's own distribution"),
+    "top_p": Setting("top_p", float, "draw from the fewest tokens that reach this probability; 1 keeps all"),
+    "top_k": Setting("top_k", int, "draw from this many most likely tokens; 0 keeps all"),
+    "min_p": Setting("min_p", float, "drop tokens below this share of the highest probability; 0 keeps all"),
+    "penalty": Setting("repetition_penalty", float, "above 1 makes repeated tokens less likely; 1 has no effect"),
+    "max": Setting("max_new_tokens", int, "largest number of new tokens"),
     "seed": Setting("seed", int, "the same seed gives the same text"),
-    "cache": Setting("cache_policy", str, "full; or last or modulo-S: less memory, another distribution"),
-    "sampler": Setting("sampler", str, "how tokens are made; alone it lists what there is"),
+    "cache": Setting("cache_policy", str, "full, last or modulo-S; the last two save memory and change the text"),
+    "sampler": Setting("sampler", str, "decoding strategy; /sampler alone lists them"),
     "adaptive": Setting(
-        "exit", _exit_or_off, "stop iterating when kl, entropy or latent (kl:1e-3) has settled, K at most; or off"
+        "exit", _exit_or_off, "stop iterating early, by kl, entropy or latent (kl:1e-3 sets the threshold); or off"
     ),
-    "warm": Setting("warm_start", _on_or_off, "on: a token's iterations start from the last state of the token before"),
+    "warm": Setting("warm_start", _on_or_off, "on: a token's iterations start from the previous token's last state"),
 }
-"""By command word. `/exit` leaves the session, so the option ``exit`` has another word."""
+"""Settings by command word. The option ``exit`` is called ``adaptive`` here, because `/exit` leaves the session."""
 ACTIONS = {
-    "compare": ("K K ...", "the last prompt with each K, same seed, side by side"),
-    "trace": ("[N]", "read-outs by iteration for the next N tokens of the last prompt (1)"),
-    "stats": ("", "speed, mean K, cache and FLOPs of what was made last"),
-    "save": ("FILE", "write the transcript; as JSON where FILE ends with .json"),
-    "help": ("", "this list"),
-    "quit": ("", "leave (so does Ctrl-D)"),
+    "compare": ("K K ...", "continue the last prompt with each K and the same seed, side by side"),
+    "trace": ("[N]", "show the read-out after each iteration, for N tokens of the last text (default 1)"),
+    "stats": ("", "speed, mean K, cache and FLOPs of the last texts"),
+    "save": ("FILE", "save all texts to a file; as JSON if its name ends in .json"),
+    "help": ("", "show this list"),
+    "quit": ("", "leave (or press Ctrl-D)"),
 }
 ALIASES = {"temperature": "temp", "max_new_tokens": "max", "repetition_penalty": "penalty", "exit": "quit", "q": "quit"}
 SAMPLERS_SHOWN = {
     "sequential": "one token after another, K iterations each",
-    "speculative": "[:DRAFT_K[:BLOCK]] blocks drafted at DRAFT_K (2) iterations; the same distribution, faster",
-    "diagonal": "[:INNER] a new token every INNER iterations; the same text, faster",
-    "diagonal-unverified": "[:INNER] the same without taking anything back; another text",
+    "speculative": "[:DRAFT_K[:BLOCK]] draft blocks with DRAFT_K (2) iterations; same distribution, faster",
+    "diagonal": "[:INNER] start a new token every INNER iterations; same text, faster",
+    "diagonal-unverified": "[:INNER] the same without corrections; different text",
 }
-"""What `/sampler` lists."""
+"""Lines of `/sampler`."""
 _COMMAND = re.compile(r"/([A-Za-z]\w*)(?:[^\S\n]+([^\n]*))?")
 _TRACED_AT_ONCE = 1 << 27
-"""Tokens times iterations times vocabulary of a trace: 1 GiB in fp64."""
+"""Largest product of tokens, iterations and vocabulary in a trace: 1 GiB in fp64."""
 
 
 def shown(value: object) -> str:
-    """An option's value, as a user would type it."""
+    """An option's value, as the user would type it."""
     if value is None or isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def described(options: GenerationOptions) -> str:
-    """All that commands can change, in one line."""
+    """One line with every setting."""
     values = ((setting.option, getattr(options, setting.option)) for setting in SETTINGS.values())
     return ", ".join(f"{name} {shown(value)}" for name, value in values)
 
 
 def check(options: GenerationOptions, model: LoopedLM | None = None) -> None:
-    """Raises `UserError` for options that a session, or a session with this model, cannot run with."""
+    """Raises `UserError` for options that a session cannot use, or cannot use with ``model``."""
     if options.max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be 1 or more, got {options.max_new_tokens}")
     if model is not None:
@@ -129,20 +129,20 @@ def _parsed(parse: Callable[[str], Any], word: str, name: str) -> Any:
 
 
 class Session:
-    """What a user has set and seen. Everything that is shown goes to standard output or error."""
+    """Settings and texts of one user. Prints its results to standard output and standard error."""
 
     def __init__(self, model: LoopedLM, tokenizer: Tokenizer, options: GenerationOptions, name: str = "") -> None:
         self.model, self.tokenizer, self.options, self.name = model, tokenizer, options, name
         self.replies: list[Reply] = []
-        """All texts, in order."""
+        """All texts of the session, in order."""
         self.last: list[Reply] = []
-        """Those of the last prompt or comparison."""
+        """Texts of the last prompt or comparison."""
         self.done = False
         self._saved: set[Path] = set()
         self._interrupts = Interrupts()
 
     def run(self, lines: Lines) -> None:
-        """Answer line after line until there are no more or the user leaves."""
+        """Answer lines until the input ends or the user leaves."""
         with self._interrupts.installed(), lines.around():
             while not self.done:
                 try:
@@ -151,14 +151,14 @@ class Session:
                 except EOFError:
                     return
                 except KeyboardInterrupt:
-                    remark("/quit or Ctrl-D leaves")
+                    remark("leave with /quit or Ctrl-D")
                 except UserError as error:
                     complain(str(error))
                 else:
                     self.answer(text)
 
     def answer(self, text: str) -> None:
-        """One prompt, or commands one a line. Mistakes, and what the machine cannot do, are a line."""
+        """Answer a prompt, or run commands, one per line. Any error is reported in one line."""
         commands = [_COMMAND.fullmatch(line.strip()) for line in text.strip().split("\n")]
         try:
             with self._interrupts.allowed():
@@ -167,7 +167,7 @@ class Session:
                         assert command is not None
                         self._command(command[1].lower(), (command[2] or "").strip())
                 elif not text.strip():
-                    raise UserError("an empty line: type a prompt, or /help for the commands")
+                    raise UserError("the line is empty: type a prompt, or /help for the commands")
                 else:
                     self._prompt(text)
         except KeyboardInterrupt:
@@ -177,19 +177,19 @@ class Session:
         except BrokenPipeError:
             raise
         except (OSError, MemoryError, RuntimeError) as error:
-            complain(f"that did not work: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            complain(f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
     def _command(self, word: str, rest: str) -> None:
         word = ALIASES.get(word, word)
         if word in ACTIONS:
             if rest and not ACTIONS[word][0]:
-                raise UserError(f"/{word} takes nothing more, got {rest!r}")
+                raise UserError(f"/{word} takes no argument, got {rest!r}")
             getattr(self, f"_{word}")(rest)
         elif word in SETTINGS:
             self._set(word, rest)
         else:
             near = difflib.get_close_matches(word, [*SETTINGS, *ACTIONS, *ALIASES], n=1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
             raise UserError(f"unknown command /{word}; {hint}")
 
     def _set(self, word: str, rest: str) -> None:
@@ -208,13 +208,11 @@ class Session:
     # -- texts -------------------------------------------------------------------------------------------------------
 
     def _prompt(self, text: str) -> None:
-        # What precedes a document in training is the end of another.
+        # An empty prompt becomes the separator, which precedes every document in training.
         ids = self.tokenizer.encode(text) or [self.tokenizer.eos_id]
         if len(ids) > self.model.config.max_seq_len:
             window = self.model.config.max_seq_len
-            remark(
-                f"the prompt has {len(ids):,} tokens and the model's context {window:,}: its last {window:,} are read"
-            )
+            remark(f"the prompt has {len(ids):,} tokens, so only its last {window:,}, the model's context, are used")
         self.last, writer = [], Utf8Writer()
         reply = self._reply(text, ids, self.options, writer.add)
         writer.end()
@@ -238,10 +236,10 @@ class Session:
     def _compare(self, rest: str) -> None:
         words = rest.replace(",", " ").split()
         if not words:
-            raise UserError("/compare takes two or more numbers of iterations, such as /compare 1 4 16")
+            raise UserError("/compare takes two or more values of K, for example /compare 1 4 16")
         asked = self._asked()
         each = [replace(self.options, k=_parsed(int, word, "/compare")) for word in dict.fromkeys(words)]
-        for options in each:  # before any of them is made
+        for options in each:  # check all of them before any text is generated
             check_memory(self.model, len(asked.prompt_ids), options)
         replies: list[Reply] = []
         total = len(each) * self.options.max_new_tokens
@@ -264,7 +262,7 @@ class Session:
                 writer.add(reply.text.encode())
                 writer.end()
 
-    # -- figures -----------------------------------------------------------------------------------------------------
+    # -- measurements ------------------------------------------------------------------------------------------------
 
     def _trace(self, rest: str) -> None:
         count = _parsed(int, rest, "/trace") if rest else 1
@@ -273,13 +271,13 @@ class Session:
         asked, k = self._asked(), self.options.k
         if count > len(asked.ids) + 1:
             count = len(asked.ids) + 1
-            remark(f"the text has {len(asked.ids)} tokens, so {count} can be traced")
+            remark(f"the text has {len(asked.ids)} tokens, so only {count} can be traced")
         if count * k * self.model.config.vocab_size > _TRACED_AT_ONCE:
-            raise UserError(f"{count} tokens at k = {k} are too many to trace at once: choose fewer, or a lower /k")
+            raise UserError(f"{count} tokens at k = {k} are too many to trace at once: trace fewer, or lower /k")
         if self.options.cache_policy != "full":
-            remark(f"as with a full cache; the text's was {self.options.cache_policy}")
+            remark(f"the trace uses a full cache; the text used {self.options.cache_policy}")
         if self.options.exit is not None:
-            remark(f"all {k} iterations; the text's end where {self.options.exit} has settled")
+            remark(f"the trace shows all {k} iterations; the text stopped earlier by {self.options.exit}")
         prompt = len(asked.prompt_ids)
         ids = asked.prompt_ids + asked.ids[: count - 1]
         result = trace(self.model, ids, prompt, k, self.options.seed)
@@ -315,17 +313,17 @@ class Session:
         if not rest:
             raise UserError("/save takes the name of a file")
         if not self.replies:
-            raise UserError("there is nothing to save yet")
+            raise UserError("there is no text to save yet")
         try:
             path = Path(rest).expanduser().absolute()
             if path.exists() and path not in self._saved:
-                raise UserError(f"{rest} is there already: name another file")
+                raise UserError(f"{rest} already exists: choose another name")
             check_output(path)
             write_atomic(path, self._as_json() if path.suffix == ".json" else self._as_text())
-        except (ValueError, RuntimeError) as error:  # no path at all; no such user's folder
+        except (ValueError, RuntimeError) as error:  # an invalid path, or an unknown user's home directory
             raise UserError(f"cannot write {rest!r}: {error}") from None
         self._saved.add(path)
-        remark(f"{len(self.replies)} texts in {path}")
+        remark(f"saved {len(self.replies)} texts to {path}")
 
     def _as_json(self) -> str:
         return json.dumps([reply.to_json() for reply in self.replies], indent=1, ensure_ascii=False) + "\n"
@@ -339,7 +337,7 @@ class Session:
 
     def _help(self, rest: str) -> None:
         print(
-            'A line is a prompt, or one of these. Alt-Enter (or a line of """ before and after) makes longer prompts.'
+            'Type a prompt, or one of these commands. Alt-Enter, or """ on the lines before and after, makes longer prompts.'
         )
         for word, setting in SETTINGS.items():
             print(f"  /{word:<8} {shown(getattr(self.options, setting.option)):<11} {setting.about}")

@@ -1,8 +1,8 @@
-"""What each iteration contributes: the read-out after each of them, for tokens of a generated text.
+"""Read-outs after each iteration, for tokens of a generated text.
 
-For a plain loop the read-out after iteration i is what the model says at K = i. For a denoiser it is the read-out of the
-estimate at level i of K; a walk of fewer levels has other levels. The last read-out is the distribution that the token is
-drawn from, before temperature and filters (with a full cache, but for rounding).
+In a plain loop the read-out after iteration i is the model's output at K = i. In a denoiser's walk it is the read-out of the
+estimate at level i of K; a walk with another K has other levels. The last read-out is the distribution from which the token
+was drawn, before temperature and filters, if the text used a full cache. It is equal up to rounding.
 
 Shapes: T positions, D width, V vocabulary, K iterations, N tokens traced.
 """
@@ -32,12 +32,12 @@ class Trace:
 
     @property
     def entropy_NK(self) -> Tensor:
-        """Nats."""
+        """Entropy of each read-out, in nats."""
         return torch.special.entr(self.log_p_NKV.exp()).sum(-1)
 
     @property
     def moved_NK(self) -> Tensor:
-        """KL divergence in nats of each read-out from the one before it, KL(p_i || p_{i-1}); NaN for the first."""
+        """KL divergence of each read-out from the previous one, KL(p_i || p_{i-1}), in nats; NaN for the first."""
         later, before = self.log_p_NKV[:, 1:], self.log_p_NKV[:, :-1]
         kl = (later.exp() * (later - before)).sum(-1).clamp(min=0)
         return torch.nn.functional.pad(kl, (1, 0), value=float("nan"))
@@ -51,19 +51,19 @@ def _hidden(model: LoopedLM, tokens_BT: Tensor, k: int, noise: NoiseSource) -> T
     probe = Probe()
     for _ in recurrence.hidden(model, tokens_BT, e_BTD, [k], noise, probe):
         pass
-    each = EVALUATIONS[walk.config.sampler]  # the first of a step is the one at its level
+    each = EVALUATIONS[walk.config.sampler]  # the first evaluation of a step is at its level
     estimates = zip(probe.parts[::each], probe.states[::each], strict=True)
     return torch.stack([walk.read(part, estimate, e_BTD.dtype) for part, estimate in estimates])
 
 
 @torch.inference_mode()
 def trace(model: LoopedLM, ids: list[int], prompt: int, k: int, seed: int = 0, request: int = 0) -> Trace:
-    """Read-outs for the token after the first ``prompt`` ids and for that after each further one.
+    """Read-outs for the token after the first ``prompt`` ids, and for the token after each later id.
 
     Args:
         ids: the tokens of a prompt and of the text generated after it.
         prompt: the prompt's length in tokens, 1 or more.
-        k, seed, request: those that the text was generated with.
+        k, seed, request: the values with which the text was generated.
     """
     window, rng, each = model.config.max_seq_len, Rng(seed, EVALUATION_STEP), []
     lengths = range(prompt, len(ids) + 1)
@@ -78,7 +78,7 @@ def trace(model: LoopedLM, ids: list[int], prompt: int, k: int, seed: int = 0, r
 
 
 def label(tokenizer: Tokenizer, token: int) -> str:
-    """A token in one line: quoted text, or bytes where it is no whole characters; special ones in angle brackets."""
+    """A token as a short text: quoted, or as bytes if it holds part of a character; special tokens in angle brackets."""
     piece = tokenizer.decode_bytes([token])
     if not piece:
         return "<end>" if token == tokenizer.eos_id else f"<{token}>"
@@ -91,13 +91,14 @@ def label(tokenizer: Tokenizer, token: int) -> str:
 def table(
     result: Trace, index: int, model: LoopedLM, tokenizer: Tokenizer, drawn: int | None = None, width: int = 100
 ) -> list[str]:
-    """Lines for one of the traced tokens: iteration (of a walk, its noise level), entropy, how far the read-out moved, the
-    likeliest tokens and their probabilities; ``drawn`` is marked. At most ``width`` columns where that is enough for one."""
+    """Lines of the table of one traced token: iteration, noise level (walks only), entropy, KL divergence from the previous
+    read-out, and the most likely tokens with their probabilities. ``drawn`` is marked. Lines have at most ``width`` columns,
+    or more if one token needs more."""
     k, name_width = result.log_p_NKV.shape[1], 10
     sigmas = model.recurrence.levels(k)
     head = f"{'k':>4}" + (f"{'sigma':>9}" if sigmas else "") + f"{'entropy':>9}{'moved':>9}  "
     cells = max(1, min(5, (width - len(head)) // (name_width + 9)))
-    lines = [paint(head + "likeliest tokens", DIM)]
+    lines = [paint(head + "most likely tokens", DIM)]
     entropy_K, moved_K = result.entropy_NK[index].tolist(), result.moved_NK[index].tolist()
     for i in range(k):
         line = f"{i + 1:>4}" + (f"{sigmas[i]:>9.3g}" if sigmas else "") + f"{entropy_K[i]:>9.3f}"

@@ -201,7 +201,7 @@ def test_mistakes_are_one_line(
         ({"--k": "1,x"}, "--k takes whole numbers"),
         ({"--untrained-k": 0}, "--untrained-k must be 1 or more"),
         ({"--limit": 0}, "--limit must be 1 or more"),
-        ({"--tasks": "hellaswag"}, "no offline task"),
+        ({"--tasks": "hellaswag"}, "not an offline task"),
         ({"--tasks": ","}, "names no task"),
         ({"--data": here / "nowhere"}, "no such folder"),
         ({"--tasks": "heldout_cloze"}, "manifest.json"),

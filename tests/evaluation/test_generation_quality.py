@@ -225,7 +225,7 @@ def test_without_mauve_there_is_one_line(folder: Path, script_here: Run, monkeyp
     words = ["--judge", folder / "judge", "--data", folder / "data", *SMALL, "--k", "1", "--decodings", "greedy"]
     result = script_here("eval/generation.py", folder / "next_token", *words)
     assert result.returncode == 0
-    assert result.stderr.splitlines() == ["note: no MAUVE: mauve-text is missing, pip install 'recurrent-db[mauve]'"]
+    assert result.stderr.splitlines() == ["note: MAUVE is left out: install it with pip install 'recurrent-db[mauve]'"]
 
 
 def test_a_judge_that_knows_the_documents_is_refused(folder: Path, script_here: Run) -> None:
@@ -259,7 +259,7 @@ def test_a_judge_that_knows_the_documents_is_refused(folder: Path, script_here: 
     finally:
         (folder / "judge" / RECORD).unlink()
     assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
-    assert "100.0% of the documents that the prompts are from" in told.stderr
+    assert "100.0% of the documents that the prompts come from" in told.stderr
 
 
 def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) -> None:
@@ -270,7 +270,7 @@ def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) ->
     finally:
         (folder / "moved").rename(folder / "data")
     assert result.returncode == 0, result.stderr
-    assert "warning: whether the judge knows the run's training documents cannot be checked" in result.stderr
+    assert "warning: cannot check whether the judge knows the run's training documents" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -278,10 +278,10 @@ def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) ->
     [
         (["--k", "0"], "--k must be 1 or more"),
         (["--decodings", "beam"], "a decoding is greedy"),
-        (["--bridge", "rope"], "'rope' is none of soft"),
+        (["--bridge", "rope"], "unknown value 'rope'; choose from soft"),
         (["--prompts", "3"], "--prompts must be 4 or more"),
         (["--prompts", "100000"], "windows of 8 + 12 tokens"),
-        (["--tokens", "25"], "whose context is 32"),
+        (["--tokens", "25"], "the judge's context has 32"),
         (["--resamples", "-1"], "must be 0 or more"),
         (["--judge", "nowhere"], "no run directory or checkpoint nowhere"),
         (["--judge", "denoise"], "a judge is a flat model"),
@@ -295,4 +295,4 @@ def test_mistakes(folder: Path, script_here: Run, words: list[str], message: str
     assert message in told.stderr
     flat = script_here("eval/generation.py", folder / "next_token", "--judge", folder / "judge", "--data", folder / "data",
                        "--bridge", "hard")  # fmt: skip
-    assert "is no denoiser" in flat.stderr
+    assert "is not a denoiser" in flat.stderr

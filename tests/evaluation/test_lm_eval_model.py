@@ -436,7 +436,7 @@ def test_mistakes_are_one_line(
     run = f"checkpoint={runs / 'next_token'}"
     arc = ["--model_args", run, "--tasks", "arc_easy", "--data", files]
     cases = [
-        (["--model_args", run, "--tasks", "lambada", "--data", files], "its line 3 is no JSON object"),
+        (["--model_args", run, "--tasks", "lambada", "--data", files], "its line 3 is not a JSON object"),
         (["--model_args", run, "--tasks", "blimp_empty", "--data", files], "has no rows"),
         ([*arc, "--limit", "-1"], "--limit must be above 0, got -1"),
         ([*arc, "--num_fewshot", "-1"], "--num_fewshot must be 0 or more"),
@@ -445,7 +445,7 @@ def test_mistakes_are_one_line(
         (["--model_args", run, "--tasks", "heldout_cloze", "--data", tmp_path / "nowhere"], "no such folder"),
         (["--model_args", run, "--tasks", "arc_easy", "--data", data], "token shards"),
         (["--model_args", run, "--tasks", "arc_easy", "--data", tmp_path], "arc_easy_validation.jsonl"),
-        (["--model_args", run, "--tasks", "piqa", "--data", files], "lacks sol1"),
+        (["--model_args", run, "--tasks", "piqa", "--data", files], "missing sol1"),
         (["--model_args", run, "--tasks", "blimp_third", "--data", files], "blimp/third.jsonl"),
         (["--model_args", run, "--data", files], "no task"),
         (["--tasks", "arc_easy", "--data", files], "checkpoint=RUN"),

@@ -353,10 +353,10 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("", "an empty line"),
-        ("  \t", "an empty line"),
+        ("", "the line is empty"),
+        ("  \t", "the line is empty"),
         ("/sead 3", "unknown command /sead; did you mean /seed?"),
-        ("/xyzzy", "unknown command /xyzzy; /help lists them"),
+        ("/xyzzy", "unknown command /xyzzy; /help lists the commands"),
         ("/k", "k = 2"),
         ("/k 0", "k must be 1 or more, got 0"),
         ("/k many", "/k takes a whole number, got 'many'"),
@@ -370,17 +370,17 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
         ("/seed 1.5", "/seed takes a whole number, got '1.5'"),
         ("/sampler magic", "a sampler is sequential, speculative[:DRAFT_K"),
         ("/sampler diagonal:x", "a sampler is sequential, speculative"),
-        ("/warm maybe", "warm_start is on or off"),
+        ("/warm maybe", "warm_start must be on or off"),
         ("/adaptive often", "an exit is kl, entropy or latent"),
         ("/cache some", "a cache policy is full, last or modulo-S"),
-        ("/compare", "/compare takes two or more numbers"),
+        ("/compare", "/compare takes two or more values of K"),
         ("/compare 1 2", "type a prompt first"),
         ("/trace", "type a prompt first"),
         ("/trace 0", "/trace takes 1 token or more"),
         ("/stats", "type a prompt first"),
         ("/save", "/save takes the name of a file"),
-        ("/save x", "there is nothing to save yet"),
-        ("/quit now", "/quit takes nothing more, got 'now'"),
+        ("/save x", "there is no text to save yet"),
+        ("/quit now", "/quit takes no argument, got 'now'"),
     ],
 )
 def test_mistakes_are_a_line(line: str, word: str, session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -411,7 +411,7 @@ def test_too_much_is_refused(session: Session, capsys: pytest.CaptureFixture[str
     session.answer("/k 2")
     session.answer("/trace 99")
     told = capsys.readouterr()
-    assert "so 13 can be traced" in told.err
+    assert "so only 13 can be traced" in told.err
     assert told.out.count("entropy") == 13
 
 
@@ -423,7 +423,7 @@ def test_what_the_machine_cannot_do_is_a_line(
 
     monkeypatch.setattr(Decoder, "stream", fails)
     session.answer("x")
-    assert capsys.readouterr().err.splitlines()[-1] == "that did not work: DefaultCPUAllocator: can't allocate memory"
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: DefaultCPUAllocator: can't allocate memory"
 
 
 def test_commands_and_prompts_are_told_apart(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,7 +456,7 @@ def test_save(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"[prompt]\nb\n[text]\n{second['text']}\n" in text
     other = tmp_path / "precious"
     other.write_text("mine")
-    for path, word in ((other, "is there already"), (tmp_path, "is there already"), ("/proc/no/file", "cannot write"),
+    for path, word in ((other, "already exists"), (tmp_path, "already exists"), ("/proc/no/file", "cannot write"),
                        ("a\x00b", "cannot write"), ("~nobody-of-that-name/x", "cannot write")):  # fmt: skip
         capsys.readouterr()
         session.answer(f"/save {path}")
@@ -469,7 +469,7 @@ def test_save(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_lines_that_are_not_utf8() -> None:
     assert as_text("añ😀") == "añ😀"
-    for raw, place in ((b"ab\xff", "byte 3 of it is 0xff"), (b"\xe2\x82", "byte 1 of it is 0xe2")):
+    for raw, place in ((b"ab\xff", "byte 3 is 0xff"), (b"\xe2\x82", "byte 1 is 0xe2")):
         with pytest.raises(UserError, match=place):
             as_text(raw.decode("utf-8", errors="surrogateescape"))
     with pytest.raises(UserError, match="half of a character"):
@@ -555,12 +555,12 @@ def test_pipe(runs: dict[str, Path], loaded: dict[str, Loaded], tmp_path: Path) 
     assert "Traceback" not in told
     tokens = len(loaded["unrolled"][1].encode(long))
     assert told.splitlines() == [
-        "an empty line: type a prompt, or /help for the commands",
-        "what came in is not UTF-8, so nothing was done with it: byte 4 of it is 0xff",
-        "unknown command /nonsense; /help lists them",
+        "the line is empty: type a prompt, or /help for the commands",
+        "the input is not UTF-8, so it is ignored: byte 4 is 0xff",
+        "unknown command /nonsense; /help lists the commands",
         "k = 4",
-        f"the prompt has {tokens} tokens and the model's context {WINDOW}: its last {WINDOW} are read",
-        f"4 texts in {tmp_path / 't.json'}",
+        f"the prompt has {tokens} tokens, so only its last {WINDOW}, the model's context, are used",
+        f"saved 4 texts to {tmp_path / 't.json'}",
         "k = 1",
     ]
     saved = json.loads((tmp_path / "t.json").read_text())
@@ -683,21 +683,21 @@ def test_terminal(
     stop_in_the_middle(screen, *loaded["unrolled"], asks="\x1b[?2004h")
     screen.wait("\x1b[?2004h")
     screen.type(b"\x03")
-    screen.wait("/quit or Ctrl-D leaves")
+    screen.wait("leave with /quit or Ctrl-D")
     screen.type(b"\x1b[200~def f():\r    return\x1b[201~\r")  # a paste of two lines, as terminals send it
     screen.wait("[8 tokens; ")
     screen.type(b"a\xffb\r")
     screen.wait("is not UTF-8")
     screen.type(b"\r")
-    screen.wait("an empty line")
+    screen.wait("the line is empty")
     screen.type(b"/trace\r")
-    assert "\x1b[2m   k  entropy" in screen.wait("likeliest")
+    assert "\x1b[2m   k  entropy" in screen.wait("most likely")
     screen.type(b"one\x1b\rtwo\r")  # Alt-Enter
     screen.wait("[8 tokens; ")
     screen.type(b"/compare 1 4\r")
     screen.type(f"/save {tmp_path / 't.json'}\r".encode())
     screen.type(b"\x04")  # all of these before the texts are there
-    assert re.search(r"k = 1 +\| k = 4", re.sub(r"\x1b\[\d*m", "", screen.wait("5 texts in"))) is not None
+    assert re.search(r"k = 1 +\| k = 4", re.sub(r"\x1b\[\d*m", "", screen.wait("saved 5 texts to"))) is not None
     assert screen.end() == 0
     saved = json.loads((tmp_path / "t.json").read_text())
     assert [text["prompt"] for text in saved] == ["def main(", "def f():\n    return", *["one\ntwo"] * 3]
@@ -714,7 +714,7 @@ def test_terminal(
     screen.type(b"\r")
     screen.wait("[3 tokens; ")
     screen.type(b"/trace\r")
-    assert "\x1b[2m   k" not in screen.wait("likeliest")
+    assert "\x1b[2m   k" not in screen.wait("most likely")
     screen.type(b"\x04")
     assert screen.end() == 0
 
@@ -726,7 +726,7 @@ def test_terminal_without_prompt_toolkit(
     (tmp_path / "absent/prompt_toolkit.py").write_text("raise ModuleNotFoundError('prompt_toolkit')\n")
     path = f"{tmp_path / 'absent'}{os.pathsep}{ROOT}"
     screen = at_terminal(runs["denoise"], "--k", "2", PYTHONPATH=path)
-    screen.wait("prompt_toolkit is not installed, so no history and little editing: pip install 'recurrent-db[repl]'")
+    screen.wait("prompt_toolkit is not installed, so there is no history: pip install 'recurrent-db[repl]'")
     screen.wait("> ")
     stop_in_the_middle(screen, *loaded["denoise"], asks="> ")
     screen.type(b'"""\rone\rtwo\r"""\r')
