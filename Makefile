@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-long check format audit lock golden clean
+.PHONY: setup demo test test-fast test-long check format audit lock golden clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,11 @@ demo: $(STAMP)
 # As many processes as cores, at most four, each with one thread; what one has not begun another takes, so that none idles at the end.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist worksteal
+
+# The tests of the core that take milliseconds each (pytestmark = pytest.mark.fast): for after each edit. Only the files that
+# hold the mark are imported.
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "fast and not long" -n logical --maxprocesses 4 --dist worksteal $$(grep -rl --include='test_*.py' '^pytestmark = pytest.mark.fast' tests)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -q -m long

@@ -12,6 +12,8 @@ from recurrent_db.errors import UserError
 from recurrent_db.objective_config import DenoisePaperConfig
 from recurrent_db.schema import keys, to_dict
 
+pytestmark = pytest.mark.fast
+
 CONFIGS = sorted((Path(__file__).parents[1] / "train/configs").glob("*.toml"))
 
 

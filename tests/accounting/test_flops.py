@@ -26,6 +26,8 @@ from recurrent_db.model.passes import Passes
 from recurrent_db.optim.optimizer import update_flops
 from recurrent_db.rng import Rng
 
+pytestmark = pytest.mark.fast
+
 CONFIGS = Path(__file__).parents[2] / "train/configs"
 MODEL = ModelConfig(vocab_size=101, d_model=32, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=40, d_condition=24)
 B, T = 2, 12
@@ -53,14 +55,14 @@ def counted(
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
-@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (24, 8)])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (9, 2)])
 def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> None:
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
     ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
     assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
 
 
-@pytest.mark.parametrize("depth", range(1, 41))
+@pytest.mark.parametrize("depth", [1, 2, 8, 9, 20])
 def test_every_realised_depth(depth: int) -> None:
     config = dataclasses.replace(MODEL, noise_conditioning=False, n_core=1)
     no_grad, grad = max(0, depth - 8), min(depth, 8)
@@ -68,7 +70,7 @@ def test_every_realised_depth(depth: int) -> None:
     assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
 
 
-@pytest.mark.parametrize("depth", [1, 8, 20])
+@pytest.mark.parametrize("depth", [1, 8])
 def test_full_backpropagation(depth: int) -> None:
     config = dataclasses.replace(MODEL, noise_conditioning=False)
     ours = total(cost_per_token(config, T, Passes(core_grad=depth))).total

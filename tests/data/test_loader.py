@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from recurrent_db.data import Loader, TokenData, open_data, permute, validation_batches
 from recurrent_db.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 EOS = 2
 
 

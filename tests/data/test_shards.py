@@ -16,6 +16,8 @@ from recurrent_db.data import ReadOptions, document, load_tokenizer, open_data, 
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def copy(data_dir: Path, tmp_path: Path) -> Path:

@@ -18,6 +18,8 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence.walk import DenoiseWalk, normalised
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 RNG = Rng(0, EVALUATION_STEP)
 CASES: dict[str, dict[str, str]] = {
     "inject": {},

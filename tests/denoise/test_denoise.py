@@ -26,6 +26,8 @@ from recurrent_db.denoise.noise import (
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import STEPS, ancestral, euler, heun
 
+pytestmark = pytest.mark.fast
+
 PAPER = LogNormal(-1.2, 1.2, 0.002, 80.0)
 DENSITIES = [PAPER, LogNormal(0.5, 0.7, 0.05, 20.0), LogUniform(0.01, 50.0)]
 

@@ -34,6 +34,8 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.denoise_blocks import BlockWalk, DenoiseBlocks, noise_partition
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 LAW = LogNormal(-0.4, 1.0, 0.02, 20.0)
 
 

@@ -17,6 +17,8 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 RNG = Rng(0, EVALUATION_STEP)
 
 CASES = {

@@ -19,6 +19,8 @@ from recurrent_db.model.attention import Rule, Visible
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 KS = (1, 4, 16)
 LENGTH, PAGE = 21, 8  # pages of noise shorter than the text, so that chunks cross their borders
 

@@ -23,6 +23,8 @@ from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 LOGITS = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64).log()
 
 

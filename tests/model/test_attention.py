@@ -50,6 +50,8 @@ from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import denoise, next_token, one_step, unrolled
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 CPU = torch.device("cpu")
 DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 1, 2, 2]], dtype=torch.int32)
 RULES = {

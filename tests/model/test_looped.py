@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo.utils
-from helpers import micro_config, with_values
+from helpers import with_values
 
 from recurrent_db.config import ModelConfig, load_config
-from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.depth import poisson_quantile, sample_depth
 from recurrent_db.model.layers import Attention, GatedMLP, apply_rope, rope_table, scaled_rms
-from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
+
+pytestmark = pytest.mark.fast
 
 SMALL = ModelConfig(vocab_size=31, d_model=16, n_heads=2, n_prelude=1, n_core=2, n_coda=1, d_mlp=24, max_seq_len=16)
 CONFIGS = Path(__file__).parents[2] / "train/configs"
@@ -306,38 +305,6 @@ def test_rotation_as_complex_product_equals_the_real_one(monkeypatch: pytest.Mon
     real = apply_rope(x, *tables)
     torch.testing.assert_close(ours, real)
     torch.testing.assert_close(gradient, torch.autograd.grad(real.square().sum() + real.sum(), x)[0])
-
-
-@pytest.mark.parametrize(("options", "half"), [(["next_token"], False), (["unrolled"], False), (["denoise"], False),
-    (["denoise", "--objective.denoise.conditioning", "two-stream"], False), (["unrolled"], True),
-    (["denoise"], True)],
-    ids=lambda o: str(o) if isinstance(o, bool) else o[-1])  # fmt: skip
-def test_compiles_once_whatever_changes(options: list[str], half: bool) -> None:
-    """50 steps of new noise levels, depths, tokens and documents: each part is compiled in the first steps, no
-    graph twice. The graphs run as they are (eager back end); what compiles is counted, not what a compiler makes of it."""
-    config = micro_config("--objective.name", *options, "--data.sequence_length", "16")
-    config.model.vocab_size = 61
-    model, objective = build_model(config.model, 0), build_objective(config)
-    plain = build_model(config.model, 0)
-    model.compile_parts(backend="eager")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    generator, after = torch.Generator().manual_seed(0), {}
-    for step in range(50):
-        ids = torch.randint(61, (3, 17), generator=generator)
-        docs = torch.randint(2, (3, 16), generator=generator).cumsum(1) * (step % 3 > 0)
-        made = Batch(ids[:, :-1], ids[:, 1:], docs, torch.arange(3) + 3 * step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = objective(model, made, Rng(0, step), 0.0)[0]
-            if step < 2:
-                exact = objective(plain, made, Rng(0, step), 0.0)[0]
-                torch.testing.assert_close(loss, exact, **({"rtol": 1e-2, "atol": 0.0} if half else {}))
-        loss.backward()
-        if step == 29:  # half precision meets its last graph at step 25, the first whose depth is all gradient
-            after = dict(torch._dynamo.utils.counters["stats"])
-    assert after["unique_graphs"] <= {"next_token": 4, "unrolled": 8 if half else 6}.get(options[0], 8)
-    assert dict(torch._dynamo.utils.counters["stats"]) | {"calls_captured": 0} == after | {"calls_captured": 0}
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_gated_product_and_its_backward() -> None:

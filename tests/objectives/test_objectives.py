@@ -16,6 +16,8 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "denoise_paper"])
 def test_micro_batches_change_no_draw(objective: str) -> None:

@@ -19,6 +19,8 @@ from recurrent_db.objectives import drawn_passes
 from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.rng import Rng
 
+pytestmark = pytest.mark.fast
+
 SHALLOW, FLAT = Passes(core_grad=0, injections_grad=1), Passes(core_grad=1)
 DEEP = (
     "--objective.name",

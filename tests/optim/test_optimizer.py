@@ -17,6 +17,8 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import MuonAdamW, build_optimizer, hidden_matrices, parameter_groups, update_flops
 from recurrent_db.rng import Rng
 
+pytestmark = pytest.mark.fast
+
 
 def muon_config(*more: object) -> Config:
     config = micro_config("--optim.name", "muon", *more)

@@ -24,6 +24,8 @@ from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.tensors import load_weights, optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
+pytestmark = pytest.mark.fast
+
 
 def trained(config: Config, tokenizer: Tokenizer) -> tuple[LoopedLM, torch.optim.Optimizer, EMA]:
     """A model after one step, with its optimizer and average."""

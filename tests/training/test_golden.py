@@ -17,6 +17,8 @@ from helpers import OBJECTIVES
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_golden import COLUMNS, STEPS, curve
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_golden_curve(objective: str, tmp_path: Path) -> None:
