@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test test-fast test-long check format audit lock golden clean
+.PHONY: setup demo test test-fast test-long check format docs audit lock golden clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; name it with make PYTHON=python3.x" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[data,eval,hf,wandb,mauve,repl,dev]"
+	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[data,eval,hf,wandb,mauve,repl,docs,dev]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -47,6 +47,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The site, in site/. --strict: a broken link or an unknown name fails.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --strict
+
 # Known vulnerabilities of the versions in requirements.lock. It has an environment of its own, so that it changes none of
 # these, and fails (--strict) where the service cannot be asked about one of them.
 audit:
@@ -64,4 +68,4 @@ golden: $(STAMP)
 	$(BIN)/python tests/golden/make_golden.py
 
 clean:
-	rm -rf $(VENV) .venv-audit runs
+	rm -rf $(VENV) .venv-audit runs site

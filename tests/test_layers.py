@@ -72,6 +72,18 @@ def test_the_document_has_the_rooms_in_order() -> None:
     assert ordered == ["__main__", *named]
 
 
+def test_the_functions_that_the_document_names_exist() -> None:
+    """Names such as `data/loader.py:locate` in docs/architecture.md."""
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / "docs/architecture.md").read_text())
+    assert len(named) > 20
+    missing = [
+        f"{path}:{name}"
+        for path, name in named
+        if not re.search(rf"^ *(def|class) {name}\b", (PACKAGE / path).read_text(), re.MULTILINE)
+    ]
+    assert missing == []
+
+
 def modules(room: str = "") -> Iterator[tuple[str, str]]:
     """Each module's path within the package, and its text."""
     for path in sorted((PACKAGE / room).rglob("*.py")):

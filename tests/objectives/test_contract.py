@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,93 +67,69 @@ def test_every_name_has_its_file(name: str) -> None:
     assert objective.recurrence.loop is None or objective.recurrence.walk is None
 
 
-NEW_FILE = '''"""`two_pass`: two iterations, all backpropagated."""
-
-import torch
-
-from recurrent_db.model.passes import Passes
-from recurrent_db.objectives.base import Objective, cross_entropy
-from recurrent_db.recurrence.loop import PlainLoop
+PAGE = (ROOT / "docs/adding-an-objective.md").read_text(encoding="utf-8")
 
 
-class TwoPass(Objective):
-    recurrence = PlainLoop(initial="zeros")
-    default_k = 2
-
-    def __init__(self, options):
-        self.smoothing = options.smoothing
-
-    def __call__(self, model, batch, rng, progress):
-        visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
-        e_BTD = model.encode(batch.tokens_BT, visible)
-        state_BTD = model.iterate(torch.zeros_like(e_BTD), e_BTD, 2, visible=visible)
-        loss, _ = cross_entropy(model, model.decode(state_BTD, visible=visible), batch.targets_BT)
-        return loss * (1 - self.smoothing), {}
-
-    def passes(self, rng, progress):
-        return Passes(core_grad=2)
+def code_of_page(title: str) -> str:
+    """The block of docs/adding-an-objective.md under this title."""
+    [code] = re.findall(rf'```python title="{re.escape(title)}"\n(.*?)```', PAGE, re.DOTALL)
+    return str(code)
 
 
-def build(config):
-    return TwoPass(config.objective.two_pass)
-'''
-NEW_SECTION = '''@dataclass
-class TwoPassConfig(ObjectiveSection):
-    """Two iterations, all backpropagated."""
+COMMANDS = """
+import json, runpy, sys
+import pytest
+import recurrent_db
+from recurrent_db import cli
 
-    smoothing: Share = 0.1
-    """Share of the loss that is left out."""
-
-
-@dataclass
-class Objectives(Section):
-'''
-NEW_FIELD = "    two_pass: TwoPassConfig = field(default_factory=TwoPassConfig)\n    masked: MaskedConfig"
+words, evaluation, test = json.loads(sys.argv[1])
+train = ["train", *words, "--eval.points", "1"]
+assert cli.run([*train, "--budget.steps", "3"]) == 0
+assert cli.run([*train, "--budget.steps", "6", "--resume"]) == 0
+sys.argv = evaluation
+try:
+    runpy.run_path(evaluation[0], run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+assert cli.run(["export", "run", "--to", "hf", "out"]) == 0
+model, tokenizer = recurrent_db.load("run", "cpu")
+assert recurrent_db.generate(model, tokenizer, "a", k=2, max_new_tokens=3)
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", test]))
+"""
 
 
 def test_a_new_objective_is_one_file_and_a_section(tmp_path: Path) -> None:
-    """Trained, continued, scored by K, generated from and exported, in a copy of the package."""
-    shutil.copytree(ROOT / "recurrent_db", tmp_path / "copy/recurrent_db", ignore=shutil.ignore_patterns("__pycache__"))
-    config = tmp_path / "copy/recurrent_db/objective_config.py"
+    """The example of the documentation is trained, continued, scored by K, exported and generated from, and passes its own
+    test, in a copy of the package."""
+    package = tmp_path / "copy/recurrent_db"
+    shutil.copytree(ROOT / "recurrent_db", package, ignore=shutil.ignore_patterns("__pycache__"))
+    config = package / "objective_config.py"
     text = config.read_text(encoding="utf-8")
-    for old, new in (
-        ("@dataclass\nclass Objectives(Section):\n", NEW_SECTION),
-        ("    masked: MaskedConfig", NEW_FIELD),
-    ):
-        assert text.count(old) == 1
-        text = text.replace(old, new)
+    class_of_all, last_field = "@dataclass\nclass Objectives(Section):\n", "    masked: MaskedConfig"
+    section = code_of_page("recurrent_db/objective_config.py, before Objectives")
+    field = code_of_page("recurrent_db/objective_config.py, in Objectives")
+    for place, new in ((class_of_all, section + "\n\n"), (last_field, field)):
+        assert text.count(place) == 1
+        text = text.replace(place, new + place)
     config.write_text(text, encoding="utf-8")
-    (tmp_path / "copy/recurrent_db/objectives/two_pass.py").write_text(NEW_FILE, encoding="utf-8")
-    data, run = synthetic_data(tmp_path / "data"), tmp_path / "run"
+    code = code_of_page("recurrent_db/objectives/deep_supervision.py")
+    (package / "objectives/deep_supervision.py").write_text(code, encoding="utf-8")
+    test = tmp_path / "test_deep_supervision.py"
+    test.write_text(code_of_page("tests/objectives/test_deep_supervision.py"), encoding="utf-8")
 
-    def call(*command: object) -> str:
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")}, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    words = [*MICRO, "--objective.name", "two_pass", "--objective.two_pass.smoothing", "0.2", "--data.path", data]
-    train = ["-m", "recurrent_db", "train", *words, "--run.dir", run, "--eval.points", 1]
-    call(*train, "--budget.steps", 3)
-    call(*train, "--budget.steps", 6, "--resume")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[-1]["eval/nll_k2"] > 0
-    call(
-        ROOT / "eval/depth_curve.py",
-        run,
-        "--k",
-        "1,2,3",
-        "--data",
-        data,
-        "--tokens",
-        256,
-        "--json",
-        tmp_path / "k.json",
-    )
+    data, name = synthetic_data(tmp_path / "data"), "deep_supervision"
+    words = [*MICRO, "--objective.name", name, f"--objective.{name}.iterations", "3", "--data.path", str(data)]
+    evaluation = [str(ROOT / "eval/depth_curve.py"), "run", "--k", "1,2,3", "--data", str(data)]
+    evaluation += ["--tokens", "256", "--json", "k.json"]
+    arguments = json.dumps([[*words, "--run.dir", "run"], evaluation, str(test)])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, arguments], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'copy'}{os.pathsep}{ROOT / 'tests'}"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["eval/nll_k2"] > 0 and rows[-1]["loss_last"] > 0
     assert set(json.loads((tmp_path / "k.json").read_text())["by_k"]) == {"1", "2", "3"}
-    call("-m", "recurrent_db", "export", run, tmp_path / "out")
-    assert json.loads((tmp_path / "out/config.json").read_text())["num_recurrence"] == 2
-    load = "import recurrent_db as r; m, t = r.load('run', 'cpu'); print(r.generate(m, t, 'a', k=2, max_new_tokens=3))"
-    assert call("-c", load)
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_recurrence"] == 3

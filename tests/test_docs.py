@@ -1,0 +1,125 @@
+"""The documentation: the site builds, names what exists, and its code blocks run.
+
+Every block is one of: ``sh``, ``python`` or ``toml``, which a test runs or reads; ``text`` or ``json``, which is output. A
+block that no test runs has its reason in a comment before it, and one that another test runs has that test's name
+(`doc_pages`).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from doc_pages import LANGUAGES, PAGES, REASONS, Block, Runner, blocks
+from helpers import MICRO, ROOT
+
+from recurrent_db.config import load_config
+from recurrent_db.training.trainer import train
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+RUN = [page for page in PAGES if any(block.runs_here for block in blocks(page))]
+
+
+# -- the site ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as `make docs` builds it. A warning ends the build."""
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="the extra `docs` is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config as load_site
+
+    warnings: list[str] = []
+
+    class Warnings(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            warnings.append(record.getMessage())
+
+    handler, logger = Warnings(logging.WARNING), logging.getLogger("mkdocs")
+    logger.addHandler(handler)
+    folder = tmp_path_factory.mktemp("site")
+    try:
+        build(load_site(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    finally:
+        logger.removeHandler(handler)
+    assert warnings == []
+    return folder
+
+
+def test_the_site_asks_nothing_of_the_network(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="?(https?:[^" >]*)', page.read_text())
+        assert loaded == [], page.name
+
+
+def test_the_reference_has_the_docstrings(site: Path) -> None:
+    for page, name in {
+        "front-door": "recurrent_db.store.loading.load",
+        "configuration": "recurrent_db.config.OptimConfig",
+        "objectives": "recurrent_db.objectives.base.Objective.passes",
+        "recurrence": "recurrent_db.model.recurrence.Recurrence.hidden",
+        "generation": "recurrent_db.generation.options.GenerationOptions.top_p",
+        "evaluation": "recurrent_db.evaluation.likelihood.score",
+        "accounting": "recurrent_db.accounting.flops.step_cost",
+        "blocks": "recurrent_db.denoise.partition.convert",
+        "data": "recurrent_db.data.loader.Loader.batch",
+    }.items():
+        assert f'id="{name}"' in (site / f"reference/{page}.html").read_text(encoding="utf-8"), page
+
+
+# -- the code blocks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_block_says_how_it_is_run(block: Block) -> None:
+    assert block.language in LANGUAGES, f"the block is in no language of {', '.join(LANGUAGES)}"
+    if block.run_by:
+        assert (ROOT / block.run_by).is_file()
+    if block.not_run:
+        reason = next((reason for reason in REASONS if block.not_run.startswith(reason)), None)
+        assert reason is not None, f"{block.not_run!r} is no reason of {', '.join(REASONS)}"
+        if reason == "takes minutes":
+            named = re.fullmatch(r"takes minutes \((?:make ([\w-]+)|(tests/[\w/]+\.py))\)", block.not_run)
+            assert named is not None, "name what runs it: takes minutes (make TARGET), or (tests/FILE.py)"
+            target, test = named.groups()
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert (ROOT / test).is_file() if test else re.search(f"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizer_path: Path, data_dir: Path) -> Path:
+    """What pages take as given: a folder of text, its tokenizer and shards, and the runs of small models."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "books").mkdir()
+    for number, text in enumerate(texts):
+        (home / f"books/{number}.txt").write_bytes(text.encode())
+    shutil.copy(tokenizer_path, home / "books.model")
+    shutil.copytree(data_dir, home / "data/books")
+    shutil.copytree(data_dir, home / "runs/demo/data")
+    small = [*MICRO, "--budget.steps", "2", "--eval.points", "1", "--eval.tokens", "256"]
+    for run, objective in {
+        "books": "unrolled", "demo/denoise": "denoise", "demo/one_step": "one_step",
+        "demo/unrolled": "unrolled", "demo/next_token": "next_token",
+    }.items():  # fmt: skip
+        options = ["--objective.name", objective, "--data.path", str(home / "data/books")]
+        train(load_config(None, [*small, *options, "--run.dir", str(home / "runs" / run)]))
+    return home
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_blocks_of_a_page_run_in_order(
+    page: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(template, home)
+    for folder in ("recurrent_db", "train", "eval", "tokenizers", "benchmarks", "tests", "docs"):
+        (home / folder).symlink_to(ROOT / folder)
+    runner = Runner(home, monkeypatch)
+    for block in blocks(page):
+        if block.runs_here:
+            runner.run(block)
