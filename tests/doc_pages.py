@@ -141,10 +141,10 @@ class Runner:
         given, _, fed = line.rpartition(" | ")
         fed, _, target = fed.partition(" > ")
         words = shlex.split(fed, comments=True)
-        if words[0] == "python" and words[1].endswith(".py"):
+        if words[0] == "python" and words[1:] and words[1].endswith(".py"):
             script, words = words[1], words[2:]
             name = Path(script).stem
-        elif words[0] == "recurrent-db":
+        elif words[0] == "recurrent-db" and words[1:]:
             script, name, words = "", words[1], words[2:]
         else:
             return self._bash(line, place)

@@ -16,7 +16,8 @@ import pytest
 from doc_pages import LANGUAGES, PAGES, REASONS, Block, Runner, blocks
 from helpers import MICRO, ROOT
 
-from recurrent_db.config import load_config
+from recurrent_db.config import Config, load_config
+from recurrent_db.schema import keys
 from recurrent_db.training.trainer import train
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -123,3 +124,48 @@ def test_the_blocks_of_a_page_run_in_order(
     for block in blocks(page):
         if block.runs_here:
             runner.run(block)
+
+
+# -- what documents name -----------------------------------------------------------------------------------------------
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXAMPLE = "deep_supervision"
+"""The objective that docs/adding-an-objective.md adds."""
+FOLDERS = ("recurrent_db", "train", "eval", "tokenizers", "benchmarks", "tests", "docs")
+SUFFIXES = (".py", ".sh", ".sbatch", ".toml", ".md")
+OTHERS = (".json", ".safetensors")
+"""What a run leaves."""
+
+
+def repository() -> set[str]:
+    """Every file and folder of the repository, and every end of its path: a/b/c.py, b/c.py, c.py."""
+    paths = [path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*")]
+    ends = {"/".join(path.parts[start:]) for path in paths for start in range(len(path.parts))}
+    return ends | {path.name for path in ROOT.iterdir()}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_file_that_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    words = re.findall(r"(?<![\w/.-])[a-z_][\w./-]*[\w/]", text)
+    words = [word for word in words if not re.search(r"[A-Z]{2}", word)]  # a/NAME.py is a placeholder
+    named = {word for word in words if word.endswith(SUFFIXES) or (word.endswith("/") and word.startswith(FOLDERS))}
+    known = repository()
+    missing = {word for word in named if word.rstrip("/") not in known}
+    missing = {word for word in missing if not word.startswith("benchmarks/results/")}  # what benchmarks write
+    assert {word for word in missing if EXAMPLE not in word} == set()
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not link.startswith("http") and not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_option_that_a_document_names_is_there(document: Path) -> None:
+    """Dotted keys of the configuration."""
+    known = set(keys(Config))
+    sections = {key.split(".")[0] for key in known if "." in key}
+    options = re.findall(
+        rf"(?:--|`)((?:{'|'.join(sections)})(?:\.[\w-]+)+)(?![\w(])", document.read_text(encoding="utf-8")
+    )
+    named = {option.replace("-", "_") for option in options if not option.endswith((*SUFFIXES, *OTHERS))}
+    groups = {key.rpartition(".")[0] for key in known} | {"model.silent_state"}  # what the objective sets
+    assert {name for name in named if name not in known | groups and EXAMPLE not in name} == set()
