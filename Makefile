@@ -49,7 +49,7 @@ format: $(STAMP)
 
 # The site, in site/. --strict: a broken link or an unknown name fails.
 docs: $(STAMP)
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Known vulnerabilities of the versions in requirements.lock. It has an environment of its own, so that it changes none of
 # these, and fails (--strict) where the service cannot be asked about one of them.
