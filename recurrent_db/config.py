@@ -72,7 +72,7 @@ class ModelConfig(Section):
     """Mean number of core passes assumed at initialisation, where it scales the output projections."""
     n_blocks: Count = 0
     """Number of separately trained blocks into which the n_core layers are cut (DiffusionBlocks). Each layer runs once, and
-    each block has its own range of noise levels. 0 makes a looped model. See docs/blocks.md."""
+    each block has its own range of noise levels. 0 makes a looped model. See docs/guides/blocks.md."""
     block_layers: list[int] = field(default_factory=list)
     """Number of layers in each block; the first block has the highest noise. Empty splits n_core evenly."""
 
@@ -263,7 +263,7 @@ class RunConfig(Section):
 
 @dataclass
 class GuardConfig(Section):
-    """What to do about bad steps (docs/reliability.md)."""
+    """What to do about bad steps (docs/guides/reliability.md)."""
 
     spike: NotNegative = 0.0
     """Skip a step whose loss is this many standard deviations above its running mean; 0 skips none for its loss."""
@@ -271,7 +271,7 @@ class GuardConfig(Section):
 
 @dataclass
 class ParallelConfig(Section):
-    """Training in several processes, started by torchrun (docs/distributed.md)."""
+    """Training in several processes, started by torchrun (docs/guides/several-gpus.md)."""
 
     mode: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes divide the model. ddp: each holds all of it. fsdp: each holds a part of parameters, gradients and

@@ -1,6 +1,7 @@
 """Pretrain a looped language model: python train/pretrain.py CONFIG.toml [--dotted.key value ...]
 
-With torchrun in place of python, on several processes (docs/distributed.md). The loop is `recurrent_db.training.trainer`.
+With torchrun in place of python it runs on several processes (docs/guides/several-gpus.md). The loop is
+`recurrent_db.training.trainer`.
 """
 
 import sys

@@ -62,7 +62,7 @@ class Args:
     json: Path | None = None
     """File to write the result to."""
     table: bool = False
-    """Also write the row of docs/reliability.md."""
+    """Also write the row of docs/measurements.md."""
 
 
 def _look(pid: int) -> tuple[int, int, float]:

@@ -60,7 +60,7 @@ class Args:
     json: Path | None = None
     """File to write the counts to."""
     table: bool = False
-    """Also write the rows of docs/reliability.md."""
+    """Also write the rows of docs/measurements.md."""
 
 
 class Missed(Exception):

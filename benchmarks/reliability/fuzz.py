@@ -275,7 +275,7 @@ class FuzzArgs:
     load: list[Path] = field(default_factory=list)
     """Try nothing: take these files of earlier --out, one or several together."""
     markdown: Path | None = None
-    """Page whose part between the fuzzing marks becomes the table, such as docs/security.md."""
+    """Page whose part between the fuzzing marks becomes the table, such as docs/measurements.md."""
     folder: Path | None = None
     """Run the cases in this process, which may write to this folder: what the command calls itself with."""
 

@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md: each benchmark writes its own rows between two marks, and leaves the others' alone."""
+"""The table of docs/measurements.md: each benchmark writes its own rows between two marks, and leaves the others' alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from recurrent_db.files import write_atomic
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "measurements.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 HEAD = ["| what | result | command | date, machine |", "| --- | --- | --- | --- |"]
 

@@ -75,7 +75,7 @@ class Args:
     json: Path | None = None
     """File to write the counts to."""
     table: bool = False
-    """Also write the row of docs/reliability.md."""
+    """Also write the row of docs/measurements.md."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

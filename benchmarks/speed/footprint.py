@@ -1,10 +1,10 @@
 """The plan's memory beside the memory of the same steps, measured.
 
-python benchmarks/speed/footprint.py [--json OUT] [--docs docs/scaling.md]
+python benchmarks/speed/footprint.py [--json OUT] [--docs docs/measurements.md]
 
 Each row trains one step (micro-batches, clipping, update) on random tokens and counts the most bytes of tensors held at once
-from the allocator's own events; beside it what `accounting.step_memory` says. --docs writes the table and the plans that
-the file quotes into it.
+from the allocator's own events; beside it what `accounting.step_memory` says. --docs writes the table into
+the file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import torch
 
 from recurrent_db.accounting.hardware import choose_device
 from recurrent_db.accounting.memory_split import peak_live_bytes
-from recurrent_db.accounting.plan import lines
 from recurrent_db.accounting.step_memory import Step
 from recurrent_db.arguments import run_command
-from recurrent_db.commands import plan
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
 from recurrent_db.files import write_atomic
@@ -33,8 +31,6 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.optim.ema import EMA
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless
 from recurrent_db.rng import Rng
-
-ROOT = Path(__file__).resolve().parents[2]
 
 DEEP = "--objective.name unrolled --objective.unrolled.mean_depth 8 "
 STEPS = {
@@ -134,7 +130,7 @@ def markdown(found: list[dict[str, object]], device: str) -> str:
     """The table, with where and how it was measured."""
     head = (
         f"Seed 0, {SEQUENCES} sequences, {device}, {platform.machine()}, torch {torch.__version__}: `python"
-        " benchmarks/speed/footprint.py --docs docs/scaling.md`\n\n"
+        " benchmarks/speed/footprint.py --docs docs/measurements.md`\n\n"
         "| shape | step | measured MB | planned MB | error | error above weights and optimizer |\n"
         "| --- | --- | --- | --- | --- | --- |\n"
     )
@@ -145,28 +141,13 @@ def markdown(found: list[dict[str, object]], device: str) -> str:
     )
 
 
-QUOTED = re.compile(r"(<!-- recurrent-db plan (.*?) -->\n```\n).*?(\n```\n)", re.DOTALL)
-
-
-def plan_text(words: str) -> str:
-    """What `recurrent-db plan WORDS` prints, for a path from the repository's root."""
-    args = plan.arguments(words.split(), "recurrent-db plan")
-    source, args.config = str(args.config), ROOT / args.config
-    return "\n".join(lines(plan.make_planner(args), args.gpus, source))
-
-
-def with_plans(text: str) -> str:
-    """A Markdown text with the plans that it quotes made anew."""
-    return QUOTED.sub(lambda m: m[1] + plan_text(m[2]) + m[3], text)
-
-
 def main(args: Args) -> int:
     found = rows(args.device)
     print(markdown(found, args.device))
     worst = max(abs(float(str(r["error"]))) for r in found)
     print(f"\nlargest error: {worst:.1%}")
     if args.docs is not None:
-        text = with_plans(args.docs.read_text(encoding="utf-8"))
+        text = args.docs.read_text(encoding="utf-8")
         block = f"<!-- measured: begin -->\n{markdown(found, args.device)}\n<!-- measured: end -->"
         text = re.sub(r"<!-- measured: begin -->.*<!-- measured: end -->", lambda _: block, text, flags=re.DOTALL)
         write_atomic(args.docs, text)

@@ -1,4 +1,4 @@
-"""The tables of benchmarks/speed/training.py, and the place of docs/performance.md where they go."""
+"""The tables of benchmarks/speed/training.py, and the place of docs/measurements.md where they go."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ SECTIONS = {"cpu": "### On a CPU", "cuda": "### On a GPU"}
 UNMEASURED = (
     "Not yet measured. On a machine with a GPU `benchmarks/gpu.sh` measures, and then\n"
     "`python benchmarks/speed/training.py --load benchmarks/results/gpu/{sdpa,compiled,flex,flash}.json --markdown\n"
-    "docs/performance.md` writes the tables."
+    "docs/measurements.md` writes the tables."
 )
 
 

@@ -4,9 +4,8 @@ python benchmarks/speed/training.py [--quick] [--compile none|compiled|both] [--
 
 The reference is Hugging Face's LlamaForCausalLM with as many layers as the looped model has at K = 1, its vocabulary and
 tied embeddings, on the same tokens, with the same optimizer, clipping and dtype: both eager or both compiled, timed in
-turns. Rates are model FLOPs per second (`flops.step_cost`; PyTorch's counter for the reference). docs/performance.md says
-what each column means; `--markdown docs/performance.md` writes the tables
-there.
+turns. Rates are model FLOPs per second (`flops.step_cost`; PyTorch's counter for the reference). docs/measurements.md says
+what each column means; `--markdown docs/measurements.md` writes the tables there.
 """
 
 from __future__ import annotations

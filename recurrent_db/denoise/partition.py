@@ -1,4 +1,6 @@
-"""DiffusionBlocks: a stack of residual blocks, cut into parts that train alone (arXiv 2506.14202). See docs/blocks.md.
+"""DiffusionBlocks: a stack of residual blocks, cut into parts that train alone (arXiv 2506.14202).
+
+See docs/guides/blocks.md.
 
     partition = Partition.cut(density, n_blocks, gamma=0.1)        # who has which noise
     blocks = convert(layers, n_blocks, density, width=64, sd=0.5)  # any layers x -> x + f(x) of one width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers import ROOT, load_script
+from helpers import ROOT
 
 from recurrent_db import cli
 from recurrent_db.accounting import plan
@@ -13,7 +13,6 @@ from recurrent_db.commands import plan as command
 from recurrent_db.errors import UserError
 
 HUGINN = str(ROOT / "train/configs/huginn-3.5b.toml")
-benchmark = load_script("benchmarks/speed/footprint.py")
 
 
 def planner(*words: str) -> plan.Planner:
@@ -92,7 +91,13 @@ def test_a_model_in_blocks_is_refused() -> None:
         planner(str(ROOT / "train/configs/gpt-blocks.toml"), "--gpus", "2", "--gpu", "A100")
 
 
-def test_scaling_md_is_current() -> None:
-    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    assert len(benchmark.QUOTED.findall(text)) == 2
-    assert benchmark.with_plans(text) == text, "run benchmarks/speed/footprint.py --docs docs/scaling.md"
+def test_the_guide_quotes_what_a_plan_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/guides/several-gpus.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"```sh\nrecurrent-db plan ([^\n]*)\n```\n.*?```text\n(.*?)\n```", text, re.DOTALL)
+    assert quoted
+    for words, output in quoted:
+        args = command.arguments(words.split(), "recurrent-db plan")
+        printed = iter(plan.lines(command.make_planner(args), args.gpus, str(args.config)))
+        missing = [line for line in output.splitlines() if line != "..." and line not in printed]  # in the plan's order
+        assert missing == []

@@ -113,7 +113,7 @@ class Residual(nn.Module):
 
 
 def test_the_documents_conversion_trains_its_block_alone() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/blocks.md").read_text(encoding="utf-8"), re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/blocks.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(code, names)
     trained = [any(p.grad is not None for p in block.parameters()) for block in names["blocks"].blocks]

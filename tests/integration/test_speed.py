@@ -46,7 +46,7 @@ def test_quick_run(
 ) -> None:
     if with_reference:
         pytest.importorskip("transformers", reason=WHY)
-    page = (ROOT / "docs/performance.md").read_text()
+    page = (ROOT / "docs/measurements.md").read_text()
     (tmp_path / "page.md").write_text(page)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = ["--quick", "--device", "cpu", "--json", tmp_path / "new/speed.json", "--markdown", tmp_path / "page.md"]
