@@ -1,4 +1,4 @@
-"""Accuracy on a task's items, its uncertainty, and the difference between two models on the same items.
+"""Accuracy on a task's items with its uncertainty, and the difference of two models on the same items.
 
 Shapes: N items, R resamples.
 """
@@ -20,10 +20,10 @@ RESAMPLES = 1000
 
 
 def credit(scores: Sequence[float], right: int) -> float:
-    """1 if the right choice has the highest score, 1/n if it shares it with n - 1 others, else 0.
+    """Credit for one item: 1 if the right choice has the highest score alone, 1/n if n choices share it, else 0.
 
-    The harness instead takes the first of tied choices, which makes a model that cannot tell right from wrong look
-    perfect on a task whose right choice always comes first. Scores a billionth apart count as equal.
+    The harness takes the first of tied choices. A model that gives all choices the same score then looks perfect on a task
+    whose right choice always comes first. Scores that differ by less than a relative 1e-9 count as tied.
     """
     best = max(scores)
     tied = [index for index, score in enumerate(scores) if score >= best - 1e-9 * max(1.0, abs(best))]
@@ -39,13 +39,13 @@ def resampled_means(credits_N: Floats, seed: int = 0) -> Floats:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers."""
+    """Mean credit over items, with its uncertainty."""
 
     mean: float
     stderr: float
     """Standard error over items; NaN for one item."""
     resamples_R: Floats
-    """Bootstrap means."""
+    """Means of bootstrap samples, (R,)."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -61,9 +61,9 @@ class Accuracy:
 
     @classmethod
     def average(cls, parts: Sequence[Accuracy]) -> Accuracy:
-        """Accuracy over a group of tasks of equal weight with independent items."""
+        """Accuracy over a group of tasks with equal weights and independent items."""
         stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
-        # Tasks of the same length have the same resamples: each gets an order of its own.
+        # Tasks with equally many items share their bootstrap indices, so each task's means get their own order.
         mixed = [np.random.default_rng(number).permutation(part.resamples_R) for number, part in enumerate(parts)]
         return cls(float(np.mean([part.mean for part in parts])), stderr, np.mean(mixed, axis=0))
 
@@ -83,13 +83,13 @@ class Difference:
 
     @classmethod
     def average(cls, parts: Sequence[Difference]) -> Difference:
-        """Difference over a group of tasks of equal weight."""
+        """Difference over a group of tasks with equal weights."""
         stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
         return cls(float(np.mean([part.mean for part in parts])), stderr)
 
     @property
     def z(self) -> float:
-        """The difference in units of its standard error; 0 if no item differs."""
+        """The difference divided by its standard error; 0 if the models agree on all items."""
         if self.stderr == 0:
             return math.copysign(math.inf, self.mean) if self.mean else 0.0
         return self.mean / self.stderr

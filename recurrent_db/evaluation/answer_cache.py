@@ -1,9 +1,8 @@
-"""A file of answers to an evaluation's requests, so that an evaluation that was killed goes on where it stopped.
+"""A file that stores answers to an evaluation's requests, so that a killed evaluation can continue.
 
-The file is JSON lines and is only appended to. The first line says what the file is. Each further line holds one answer,
-a hash of its owner (the checkpoint's content, K, and everything else that changes a number) and a hash of the request.
-Several models may share one file. Nothing in it is executed. A line that was cut short by a kill, or altered, counts as
-absent.
+The file is JSON Lines and is only appended to. The first line identifies the format. Each further line holds one answer, a
+hash of its owner (the checkpoint's content, K, and everything else that changes the answer) and a hash of its request.
+Several models may share a file. Nothing in it is executed. A line that is incomplete after a kill, or damaged, is ignored.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ HEADER = {"format": "recurrent_db.evaluation.answer_cache", "version": 1}
 
 
 def fingerprint(value: Any) -> str:
-    """128-bit hash (BLAKE2b) of a JSON value, hexadecimal; the order of a dictionary's keys does not matter."""
+    """128-bit hash (BLAKE2b) of a JSON value, in hexadecimal. The order of a dictionary's keys does not matter."""
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class AnswerCache:
-    """One model's answers in a file. Answers are JSON values.
+    """The answers of one model in a file. Answers are JSON values.
 
-    Several processes may append to one file at once: each call of `add` is one write.
+    Several processes may append to one file at once, because each call of `add` is one write.
 
     Args:
-        path: the file. It is made, with its folder, if it is missing.
+        path: the file. It is created, with its folder, if it is missing.
         owner: everything that changes an answer, as JSON.
 
     Raises:
-        UserError: the file cannot be read or written, or holds something else.
+        UserError: the file cannot be read or written, or is not an answer cache.
     """
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
@@ -54,11 +53,11 @@ class AnswerCache:
             if not content:
                 self._append(header.decode())
         except OSError as error:
-            raise UserError(f"cannot keep answers in {path}: {error.strerror or error}") from None
+            raise UserError(f"cannot store answers in {path}: {error.strerror or error}") from None
         lines = content.split(b"\n")
         if content and _parse(lines[0]) != HEADER:
-            raise UserError(f"cannot keep answers in {path}: it holds something else")
-        # What follows the last line's end was cut short; the next line must not be glued to it.
+            raise UserError(f"cannot store answers in {path}: it is not an answer cache")
+        # Text after the last line break is an incomplete line. The next answer must start on a new line.
         self._broken = bool(lines[-1])
         for line in lines[1:]:
             entry = _parse(line)
@@ -71,11 +70,11 @@ class AnswerCache:
                 self.answers[entry["asked"]] = entry["answer"]
 
     def get(self, request: Any) -> Any | None:
-        """The answer to a request (JSON), or None."""
+        """The stored answer to a request (JSON), or None."""
         return self.answers.get(fingerprint(request))
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, given by the fingerprints of their requests."""
+        """Store answers by the fingerprints of their requests."""
         self.answers.update(answers)
         lines = (
             json.dumps({"owner": self.owner, "asked": asked, "answer": answer}) + "\n"
@@ -89,7 +88,7 @@ class AnswerCache:
         try:
             data = text.encode()
             if os.write(descriptor, data) < len(data):
-                raise UserError(f"cannot keep answers in {self.path}: the disk is full")
+                raise UserError(f"cannot store answers in {self.path}: the disk is full")
         finally:
             os.close(descriptor)
 

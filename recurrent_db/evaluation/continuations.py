@@ -1,8 +1,8 @@
-"""Prompts from held-out text, and their continuations: the real ones, a model's, and those of baselines.
+"""Prompts from held-out text, and their continuations: real ones, generated ones, and those of baselines.
 
-A held-out document is cut into windows of P + N tokens. The first P are a prompt; the others are its real continuation,
-which is shorter than N where the document ends. A model's text ends by the same rule: after N tokens, or where the model
-ends the document. The seed and the split decide which windows are taken, by a keyed permutation.
+A held-out document is cut into windows of P + N tokens. The first P tokens are a prompt. The others are its real
+continuation, which is shorter than N at the end of the document. Generated text ends by the same rule: after N tokens, or
+when the model ends the document. A keyed permutation of the seed and the split chooses the windows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from recurrent_db.rng import key
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt and how its document goes on, in the data's tokens."""
+    """A held-out prompt and its real continuation, in the data's tokens."""
 
     ids: list[int]
     real_ids: list[int]
+    """The real continuation."""
     source: str
     number: int
     """The document's number within its source."""
@@ -41,7 +42,7 @@ class Prompt:
 def choose_prompts(
     data: TokenData, count: int, prompt_tokens: int, continuation_tokens: int, seed: int = 0
 ) -> list[Prompt]:
-    """``count`` windows of a split, none of which overlap; each has at least one token after its prompt.
+    """Choose ``count`` windows of a split that do not overlap. Each has at least one token after its prompt.
 
     Raises:
         UserError: the split has fewer windows.
@@ -50,14 +51,14 @@ def choose_prompts(
     places: list[tuple[str, int, NDArray[np.int64]]] = []
     for name, source in data.sources.items():
         lengths = np.concatenate([np.diff(offsets[:]) for offsets in source.offsets] or [np.empty(0, dtype=np.int64)])
-        # A document's last token is its separator; a window needs a prompt and one token more before it.
+        # A document's last token is its separator. A window needs a prompt and one more token before it.
         windows = np.maximum(0, (lengths - 1 - (prompt_tokens + 1)) // window + 1)
         places.append((name, len(lengths), windows))
     before = np.cumsum([0, *(number for _, _, windows in places for number in windows)])
     if before[-1] < count:
         raise UserError(
-            f"{data.where}: it has {before[-1]} windows of {prompt_tokens} + {continuation_tokens} tokens, and {count} are"
-            f" needed (half of them to compare real text with real text): ask for fewer --prompts or shorter ones"
+            f"{data.where} has {before[-1]} windows of {prompt_tokens} + {continuation_tokens} tokens, but {count} are"
+            f" needed (half of them to compare real text with real text): lower --prompts, or make them shorter"
         )
     names = [(name, number) for name, documents, _ in places for number in range(documents)]
     prompts = []
@@ -76,10 +77,10 @@ def choose_prompts(
 
 
 def parse_decoding(word: str) -> GenerationOptions:
-    """How tokens are drawn: ``greedy``, ``t=0.8`` (temperature), ``p=0.95`` (top-p), or both: ``t=0.8:p=0.95``.
+    """Options for a decoding: ``greedy``, ``t=0.8`` (temperature), ``p=0.95`` (top-p), or both, ``t=0.8:p=0.95``.
 
     Raises:
-        UserError: another word, or a value out of its range.
+        UserError: ``word`` has another form, or a value is out of range.
     """
     if word == "greedy":
         return GenerationOptions(temperature=0.0)
@@ -91,14 +92,14 @@ def parse_decoding(word: str) -> GenerationOptions:
                 raise ValueError
             values[match[1]] = float(match[2])
         except ValueError:
-            raise UserError(f"a decoding is greedy, t=0.8, p=0.95 or t=0.8:p=0.95, not {word!r}") from None
+            raise UserError(f"a decoding is greedy, t=0.8, p=0.95 or t=0.8:p=0.95, got {word!r}") from None
     if values["t"] <= 0 or not 0 < values["p"] <= 1:
         raise UserError(f"decoding {word}: t must be above 0, p above 0 and at most 1")
     return GenerationOptions(temperature=values["t"], top_p=values["p"])
 
 
 def with_walk(recurrence: Recurrence, choices: Mapping[str, str]) -> Recurrence:
-    """A denoiser's walk with another ``bridge`` or ``sampler``; other recurrences have no choice."""
+    """A denoiser's walk with another ``bridge`` or ``sampler``. Other recurrences are returned unchanged."""
     walk = recurrence.walk
     if walk is None:
         return recurrence
@@ -118,10 +119,10 @@ def continue_prompts(
 ) -> list[list[list[int]]]:
     """Continue every prompt several times.
 
-    Draw j of prompt i is request ``i * draws + j``. Greedy decoding of a model that starts from no noise has one draw.
+    Draw j of prompt i is request ``i * draws + j``. Greedy decoding makes one draw if the model starts from no noise.
 
     Returns:
-        Token ids without the separator, by draw and prompt.
+        Token ids without the separator, indexed by draw and prompt.
     """
     if options.temperature == 0 and not model.recurrence.stochastic:
         draws = 1
@@ -146,7 +147,7 @@ def frequencies(data: TokenData) -> NDArray[np.float64]:
 def independent_texts(
     shares_V: NDArray[np.float64], eos_id: int, count: int, tokens: int, seed: int = 0
 ) -> list[list[int]]:
-    """Texts of independent tokens with these shares; the separator ends a text and is not part of it."""
+    """Texts of independent tokens with these frequencies. The separator ends a text and is not part of it."""
     rng = np.random.default_rng(key("independent", seed))
     drawn = rng.choice(len(shares_V), size=(count, tokens), p=shares_V).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in drawn]

@@ -1,10 +1,10 @@
 """Makes tasks for the lm-eval harness from the held-out documents of a data directory, so that a run can be evaluated
-offline. Nothing is downloaded, and the same data give the same items.
+offline. Nothing is downloaded. The same data give the same items.
 
-- ``heldout_cloze``, multiple choice: held-out text that ends at a line break, and four candidates for the next line: the
-  true one and three lines of other held-out documents, of about its length. Chance is 0.25.
-- ``heldout_last_word``, after LAMBADA (arXiv 1606.06031): a passage whose last word occurred in it before. The answer is
-  that whole word.
+- ``heldout_cloze``, multiple choice: a context that ends at a line break, and four candidates for the next line. One is
+  true; the other three are lines of about the same length from other held-out documents. Chance is 0.25.
+- ``heldout_last_word``, in the style of LAMBADA (arXiv:1606.06031): a passage whose last word occurred earlier in it. The
+  answer is that whole word.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from recurrent_db.rng import key
 
 N_CHOICES = 4
 
-# Bounds on what is read, so that a split of any size takes about a second.
+# Limits on the text that is read, so that a split of any size takes about a second.
 _DOCUMENTS = 128
 _TOKENS_PER_DOCUMENT = 1 << 14
 _LINES_PER_DOCUMENT = 64
 
-# In characters. A line is offered up to a word's end; longer ones (a paragraph of prose) are cut there.
+# Lengths in characters. Longer lines (a paragraph of prose) are cut at the end of a word.
 _CONTEXT, _LEAST_CONTEXT = 256, 64
 _LINE = 80
 _LETTERS = 8
@@ -45,12 +45,12 @@ class _Line:
     context: str
     text: str
     hash: int
-    """Orders lines at random."""
+    """Random key that orders the lines."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question, as it stands in the JSONL file."""
+    """One question, as in the JSONL file."""
 
     context: str
     choices: list[str]
@@ -62,7 +62,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text whose last word is asked for, as it stands in the JSONL file."""
+    """A text whose last word must be predicted, as in the JSONL file."""
 
     text: str
     document: str
@@ -70,7 +70,7 @@ class Passage:
 
 
 def _context(text: str, end: int, most: int = _CONTEXT) -> str:
-    """At most ``most`` characters before ``end``, from a line's or else a word's beginning where there is one."""
+    """At most ``most`` characters before ``end``, starting at a line or else at a word if possible."""
     if end <= most:
         return text[:end]
     start = end - most
@@ -82,7 +82,7 @@ def _context(text: str, end: int, most: int = _CONTEXT) -> str:
 
 
 def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
-    """The lines of a document that have a context, and enough letters to differ from other documents' lines."""
+    """Lines of a document with enough context before them, and enough letters to differ from other documents' lines."""
     for match in re.finditer(r"(?<=\n)[^\n]+(?=\n)", text):
         if len(text[: match.start()].strip()) < _LEAST_CONTEXT:
             continue
@@ -94,7 +94,7 @@ def _lines(name: str, text: str, seed: int) -> Iterator[_Line]:
 
 
 def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
-    """(name, text) of a sample of the held-out documents; a part of a long document."""
+    """(name, text) of a random sample of held-out documents. Of a long document, only a part."""
     tokenizer = load_tokenizer(directory)
     data = open_data(directory, "validation", verify=True)
     names = [(source, number) for source in data.sources for number in range(data.sources[source].documents)]
@@ -108,17 +108,17 @@ def _documents(directory: Path, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def heldout_items(directory: Path, count: int = 200, seed: int = 0) -> list[Item]:
-    """At most ``count`` items from the validation split of a data directory; the same every time.
+    """At most ``count`` items from the validation split of a data directory, the same in every call.
 
     Raises:
-        UserError: no data directory, or held-out text too short for a single item (it takes lines of two documents).
+        UserError: there is no data directory, or too little held-out text (an item needs lines of several documents).
     """
     by_document = []
     for name, text in _documents(directory, seed):
         lines = sorted(_lines(name, text, seed), key=lambda line: line.hash)
         by_document.append(lines[:_LINES_PER_DOCUMENT])
     pool = [line for lines in by_document for line in lines]
-    # Turn by turn, so that no document dominates.
+    # Take one line per document in turn, so that no document dominates.
     turns = (lines[turn] for turn in range(_LINES_PER_DOCUMENT) for lines in by_document if turn < len(lines))
     items: list[Item] = []
     for line in turns:
@@ -135,8 +135,8 @@ def heldout_items(directory: Path, count: int = 200, seed: int = 0) -> list[Item
 
 
 def _nearest(line: _Line, pool: list[_Line]) -> list[str]:
-    """Up to three lines of other documents that differ from ``line`` and each other: at random among those whose length
-    is within a tenth of its own, then the nearest."""
+    """Up to three lines of other documents that differ from ``line`` and from each other. Lines whose length is within a
+    tenth of its own come first, in random order, then the lines nearest in length."""
     length = len(line.text)
 
     def order(other: _Line) -> tuple[int, int]:
@@ -154,10 +154,10 @@ def _nearest(line: _Line, pool: list[_Line]) -> list[str]:
 
 
 def heldout_passages(directory: Path, count: int = 200, seed: int = 0) -> list[Passage]:
-    """At most ``count`` passages from the validation split of a data directory; the same every time.
+    """At most ``count`` passages from the validation split of a data directory, the same in every call.
 
     Raises:
-        UserError: no data directory, or no held-out passage whose last word has occurred in it.
+        UserError: there is no data directory, or no held-out passage repeats its last word.
     """
     by_document: list[list[tuple[int, Passage]]] = []
     for name, text in _documents(directory, seed):
@@ -171,7 +171,7 @@ def heldout_passages(directory: Path, count: int = 200, seed: int = 0) -> list[P
     turns = (found[turn][1] for turn in range(longest) for found in by_document if turn < len(found))
     passages = list(islice(turns, count))
     if not passages:
-        raise UserError(f"{directory}: no held-out text for heldout_last_word: no word comes back within a passage")
+        raise UserError(f"{directory}: no held-out text for heldout_last_word: no passage repeats its last word")
     return passages
 
 
@@ -182,10 +182,15 @@ _MAKERS: dict[str, Callable[[Path, int, int], Sequence[Item | Passage]]] = {
 
 
 def write_heldout_task(directory: Path, task: str = "heldout_cloze", count: int = 200, seed: int = 0) -> Path:
-    """Write a task's items as JSONL into the data directory (or, where that is read-only, a new temporary one).
+    """Write a task's items as JSONL into the data directory, or into a new temporary folder if that is read-only.
 
-    Returns the file's absolute path. Items are made anew each time, so the file is never stale. Raises as their makers
-    do.
+    Items are made anew in each call, so the file is never out of date.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        UserError: as `heldout_items` and `heldout_passages`.
     """
     text = "".join(json.dumps(asdict(item)) + "\n" for item in _MAKERS[task](directory, count, seed))
     path = directory.resolve() / f"{task}.jsonl"

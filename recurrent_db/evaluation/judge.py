@@ -1,10 +1,11 @@
 """The judge of generated text: a flat next-token model trained on other documents than the models it judges.
 
 A judge that has read a model's training documents rewards the model for reciting them. A judge that has read the held-out
-text rates that text too high. A document's mark, a hash of how its text begins, tells documents apart: it does not depend
-on tokenizer, order or folder. `eval/train_judge.py` keeps the marks of the judge's training documents in its run directory.
+text rates that text too high. Documents are compared by their marks. A mark is a hash of the document's first bytes; it
+does not depend on tokenizer, order or folder. `eval/train_judge.py` stores the marks of the judge's training documents in
+its run directory.
 
-Shapes: N texts, B texts at once, T positions, D width.
+Shapes: N texts, B texts in a batch, T positions, D width.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from recurrent_db.store.loading import load_with_config
 
 RECORD = "judge.json"
 MARKED_BYTES = 1024
-"""Bytes at a document's beginning that its mark hashes: more than a licence, and less than a document keeps when its end
-is held out."""
+"""Number of bytes at a document's beginning that its mark hashes. This is longer than a licence text, and shorter than the
+part of a document that remains when its end is held out."""
 COMPARED_DOCUMENTS = 2000
-"""How many of a run's training documents, spread evenly, are looked up among the judge's."""
+"""Number of a run's training documents, spread evenly, that are looked up among the judge's."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which documents were read
+# Training documents of the judge
 
 
 def mark(ids: Sequence[int] | NDArray[Any], tokenizer: Tokenizer) -> str:
-    """16 hexadecimal digits that stand for the text of a document."""
-    # Every token but a separator stands for one byte or more.
+    """A document's mark: 64-bit hash of the text's first `MARKED_BYTES` bytes, as 16 hexadecimal digits."""
+    # Every token except a separator has at least one byte.
     text = tokenizer.decode_bytes(ids[: MARKED_BYTES + 1])[:MARKED_BYTES]
     return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def marks(data: TokenData, tokenizer: Tokenizer, most: int | None = None) -> list[str]:
-    """Marks of the documents of a split, or of ``most`` of them at even distances."""
+    """Marks of all documents of a split, or of ``most`` evenly spaced ones."""
     names = [(source, number) for source in data.sources.values() for number in range(source.documents)]
     chosen = range(len(names)) if most is None or most >= len(names) else np.arange(most) * len(names) // most
     return [mark(document(*names[index]), tokenizer) for index in chosen]
@@ -64,7 +65,7 @@ def text_hashes(directory: Path) -> dict[str, str]:
 
 
 def record(data_path: Path) -> dict[str, Any]:
-    """What a judge's run directory keeps about its training data."""
+    """The record of a judge's training data that its run directory keeps (`RECORD`)."""
     documents = marks(open_data(data_path, "train"), load_tokenizer(data_path))
     return {"data": str(data_path), "text_sha256": text_hashes(data_path), "documents": sorted(set(documents))}
 
@@ -74,13 +75,15 @@ def write_record(run: Path, kept: dict[str, Any]) -> None:
 
 
 def check_apart(kept: dict[str, Any], other: Path, split: str, most: int | None = None) -> float:
-    """Share of another data directory's documents (of ``most`` of them) that are among a judge's training documents.
+    """Share of another data directory's documents that the judge was trained on. Looks at ``most`` of them, or at all.
 
     Raises:
-        UserError: the directory cannot be read, or its training text is the judge's.
+        UserError: the directory cannot be read, or its training text equals the judge's.
     """
     if split == "train" and set(text_hashes(other).values()) & set(kept["text_sha256"].values()):
-        raise UserError(f"the judge's training text is that of {other}: prepare it from other documents (--part)")
+        raise UserError(
+            f"the judge was trained on the same text as {other}: prepare its data from other documents (--part)"
+        )
     mine = set(kept["documents"])
     found = marks(open_data(other, split), load_tokenizer(other), most)
     return sum(one in mine for one in found) / max(1, len(found))
@@ -97,13 +100,13 @@ class Reading:
     nats: NDArray[np.float64]
     """-log p of each continuation given its prompt, (N,). The end of a text is not scored."""
     tokens: NDArray[np.int64]
-    """The judge's tokens in each, (N,)."""
+    """Number of the judge's tokens in each continuation, (N,)."""
     bytes: NDArray[np.int64]
-    """UTF-8 bytes of those tokens, (N,)."""
+    """Number of UTF-8 bytes of those tokens, (N,)."""
     features: NDArray[np.float32]
     """Hidden vector (after the final norm) at the last token of prompt and continuation, (N, D)."""
     mean_features: NDArray[np.float32]
-    """Mean of the hidden vectors over the continuation, (N, D); for an empty continuation the same as ``features``."""
+    """Mean of the hidden vectors over the continuation, (N, D). For an empty continuation it equals ``features``."""
     ids: list[list[int]] = field(default_factory=list)
     """Each continuation in the judge's tokens."""
 
@@ -124,12 +127,12 @@ class Judge:
         """Load a judge from its run directory.
 
         Raises:
-            UserError: no run there, not a flat next-token model, or one whose training documents are not known: it has no
-                record (`eval/train_judge.py` writes it) and its data directory is gone.
+            UserError: there is no run, it is not a flat next-token model, or its training documents are unknown, because it
+                has no record (`eval/train_judge.py` writes one) and its data directory is gone.
         """
         model, tokenizer, config, checkpoint = load_with_config(path, device)
         if not build_objective(config).flat:
-            raise UserError(f"{path} is a {config.objective.name} run: a judge is a flat model")
+            raise UserError(f"{path} is a {config.objective.name} run, but a judge is a flat model")
         run = checkpoint.parents[1]
         if (run / RECORD).exists():
             try:
@@ -138,27 +141,27 @@ class Judge:
             except (ValueError, KeyError, TypeError):
                 known = False
             if not known:
-                raise UserError(f"{run / RECORD} is damaged; eval/train_judge.py --resume writes it again")
+                raise UserError(f"{run / RECORD} is damaged: write it again with eval/train_judge.py --resume")
         else:
             try:
                 kept = record(Path(config.data.path))
             except UserError as error:
                 raise UserError(
-                    f"{path}: it is not known which documents this model was trained on, so that it cannot be a judge;"
-                    f" make one with eval/train_judge.py ({error})"
+                    f"{path} cannot be a judge, because its training documents are unknown ({error});"
+                    f" train one with eval/train_judge.py"
                 ) from None
         return cls(model, tokenizer, config, checkpoint, kept)
 
     def saw(self, marked: Iterable[str]) -> list[str]:
-        """Which of these marks belong to the judge's training documents."""
+        """The marks in ``marked`` that belong to the judge's training documents."""
         mine = set(self.kept["documents"])
         return [one for one in marked if one in mine]
 
     def windows(self, prompts: Sequence[str], texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """(prompt, continuation) in the judge's tokens, cut to its context: a prompt loses its beginning; a continuation
-        that alone fills the context loses its end.
+        """Pairs (prompt, continuation) in the judge's tokens, cut to its context. A prompt loses its beginning; a
+        continuation that alone fills the context loses its end.
 
-        Prompt and continuation are tokenised separately, for real and for generated text, so that scores are comparable.
+        Prompt and continuation are tokenized separately, for real and for generated text, so that scores are comparable.
         """
         encode, room = self.tokenizer.encode_batch, self.model.config.max_seq_len
         cut = []
@@ -174,7 +177,7 @@ class Judge:
         texts: Sequence[str],
         batch_size: int = 32,
     ) -> Reading:
-        """Score and featurise each text as the continuation of its prompt; batching changes nothing but rounding."""
+        """Score each text as the continuation of its prompt, and compute its features. Batching only changes rounding."""
         model, device = self.model, self.model.embedding.weight.device
         windows = self.windows(prompts, texts)
         count, width = len(windows), model.config.d_model
@@ -185,7 +188,7 @@ class Judge:
             chosen = order[start : start + batch_size]
             rows = [windows[i][0] + windows[i][1] for i in chosen]
             length = max(map(len, rows))
-            # Right padding: no position of a causal model sees what comes after it.
+            # Right padding is harmless: no position of a causal model sees what comes after it.
             tokens_BT = torch.tensor(
                 [row + [self.tokenizer.pad_id] * (length - len(row)) for row in rows], device=device
             )

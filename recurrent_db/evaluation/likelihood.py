@@ -1,15 +1,15 @@
-"""Held-out likelihood: negative log-likelihood in nats per token and bits per byte, by number of iterations K.
+"""Held-out likelihood by number of iterations K: NLL in nats per token, and bits per byte.
 
 A model whose inference starts from noise defines a mixture over that noise,
 
     p(y_i | x_<=i) = E_eps[softmax(logits_K(x, eps))_y],
 
-estimated from M draws with log-mean-exp. A single draw of a denoiser's walk (its K denoising steps) is not a likelihood: at
-the end of the walk its read-out is nearly a point mass. The estimate of -log p is too high by a term of order 1/M, so fewer
-draws never make a model look better. Scoring starts from noise or zeros, never from a noised answer.
+which is estimated from M draws with log-mean-exp. One draw of a denoiser's walk is not a likelihood, because its read-out
+is nearly a point mass at the end of the walk. The estimate of -log p is too high by a term of order 1/M, so fewer draws
+never make a model look better. Scoring starts from noise or zeros, never from a noised answer.
 
-For a walk of more than a few steps the mixture needs too many draws. ``bound`` replaces it by the importance-weighted
-bound of `denoise.bound`, of the ancestral walk with a sampled bridge. The bound is also too high on average, and tight if
+A walk of more than a few steps needs too many draws for this. ``bound`` uses the importance-weighted bound of
+`denoise.bound` instead, for the ancestral walk with a sampled bridge. The bound is also too high on average. It is tight if
 the denoiser is good.
 
 Shapes: B sequences, T positions, V vocabulary, M draws.
@@ -41,14 +41,14 @@ class Score:
     """Held-out likelihood at one K."""
 
     nll: float
-    """Nats per token."""
+    """Negative log-likelihood in nats per token."""
     bits_per_byte: float
-    """The same loss in bits, per byte of the text that the scored tokens stand for."""
+    """The same loss in bits per byte of the text of the scored tokens."""
     stderr: float
     """Standard error of ``nll`` over sequences."""
     noise_stderr: float
-    """Standard error of ``nll`` over the noise, by a jackknife over the draws: tokens of a sequence share
-    their noise, which it respects. NaN with fewer than two draws."""
+    """Standard error of ``nll`` over the noise, by a jackknife over the draws. It accounts for the noise that the tokens of
+    a sequence share. NaN with fewer than two draws."""
     flops_per_token: float
     """Forward FLOPs per token to score one draw."""
 
@@ -62,7 +62,7 @@ class Scores:
     draws: int
 
     def row(self) -> dict[str, float]:
-        """Columns of metrics.jsonl."""
+        """The scores as columns of metrics.jsonl."""
         row: dict[str, float] = {"eval/tokens": self.tokens, "eval/draws": self.draws}
         for k, result in self.by_k.items():
             row[f"eval/nll_k{k}"] = result.nll
@@ -91,12 +91,12 @@ def token_log_probabilities(
     docs_BT: Tensor | None = None,
     bound: bool = False,
 ) -> dict[int, Tensor]:
-    """log p(target | tokens up to its position) by K, fp32 (B, T), from a mixture of ``draws`` noise draws.
+    """log p(target | tokens up to its position) by K, fp32 (B, T), averaged over ``draws`` noise draws.
 
     Args:
-        requests: int64 (B,), on the CPU; they key the noise, so that batching changes nothing.
-        draws: inference that uses no noise runs once whatever it is.
-        docs_BT: int, on the CPU: the document of each position of a packed sequence; None takes each sequence as one.
+        requests: int64 (B,), on the CPU. They key the noise, so that results do not depend on batches.
+        draws: number of noise draws. Inference without noise runs once.
+        docs_BT: int, on the CPU: the document of each position of a packed sequence. None: each sequence is one document.
         bound: as in `draw_log_probabilities`.
     """
     each = draw_log_probabilities(model, tokens_BT, targets_BT, ks, rng, requests, draws, docs_BT, bound)
@@ -115,7 +115,7 @@ def draw_log_probabilities(
     bound: bool = False,
 ) -> dict[int, Tensor]:
     """log p(target) by K for each of ``draws`` noise draws, fp32 (M, B, T). Inference without noise has M = 1. With
-    ``bound``, a walk gives log w instead, where w is an importance weight whose mean is the likelihood."""
+    ``bound``, walks return log w instead, where w is an importance weight whose mean is the likelihood."""
     recurrence = model.recurrence
     visible = model.visible(tokens_BT.shape[1], docs_BT)
     e_BTD = model.encode(tokens_BT, visible)
@@ -134,20 +134,19 @@ def draw_log_probabilities(
 
 
 def leave_one_out(log_p_MBT: Tensor) -> Tensor:
-    """Summed -log of the mixture without each draw in turn, float64 (M,), for a jackknife over draws."""
+    """Sum of -log p of the mixture without each draw in turn, float64 (M,), for a jackknife over draws."""
     m = len(log_p_MBT)
     others = [torch.cat((log_p_MBT[:j], log_p_MBT[j + 1 :])) for j in range(m)]
     return torch.stack([-(rest.logsumexp(0) - math.log(m - 1)).double().sum() for rest in others]).cpu()
 
 
-# Logits held at once by `read_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
+# Number of logits in memory at once in `read_positions`, over draws, positions and vocabulary: 64 MiB in fp32.
 _LOGITS_AT_ONCE = 1 << 24
 
 
 def read_positions(model: LoopedLM, hidden_MND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of one target at each of N positions (fp32), under the mixture over M draws of the hidden vectors there, and
-    whether the target is the mixture's most likely token (bool). Vocabulary-wide tensors are made in parts, so memory does
-    not grow with N."""
+    """For each of N positions: log p of its target (fp32) under the mixture over M draws, and whether the target is the
+    mixture's most likely token (bool). Works in parts, so that memory for logits does not grow with N."""
     draws = len(hidden_MND)
     part = max(1, _LOGITS_AT_ONCE // (draws * model.config.vocab_size))
     log_p, greedy = [], []
@@ -177,14 +176,14 @@ def score_draws(
     processes: Processes = ALONE,
     bound: bool = False,
 ) -> dict[int, Scores]:
-    """Score held-out batches at every K of ``ks`` and every number of draws M of ``draws``: {M: scores}.
+    """Score held-out batches at every K in ``ks`` and for every number of draws M in ``draws``: {M: scores}.
 
     Args:
-        byte_lengths: UTF-8 bytes of each token, int (V,). Special tokens have 0 bytes; their nats count.
-        draws: noise draws in the mixtures, nested; inference that uses no noise is scored once, under M = 1.
+        byte_lengths: UTF-8 bytes of each token, int (V,). Special tokens have 0 bytes, but their nats count.
+        draws: numbers of noise draws. Smaller sets are part of larger ones. Inference without noise is scored once, M = 1.
         seed: seed of the noise.
-        processes: the processes that share the batches, each with its own `validation_batches`; all get the same scores.
-        bound: score a walk by the bound in place of the mixture.
+        processes: the processes that share the batches, each with its own `validation_batches`. All get the same scores.
+        bound: score walks by the bound instead of the mixture.
     """
     device = model.embedding.weight.device
     lengths = torch.as_tensor(byte_lengths, dtype=torch.float64)
@@ -243,6 +242,6 @@ def score(
     processes: Processes = ALONE,
     bound: bool = False,
 ) -> Scores:
-    """`score_draws` for one number of draws."""
+    """`score_draws` with one number of draws."""
     [scores] = score_draws(model, batches, ks, byte_lengths, (draws,), seed, processes, bound).values()
     return scores

@@ -1,6 +1,6 @@
-"""What the lm-eval harness hands to `lm_eval_model`, checked: the model's arguments, and the options of a task's requests.
+"""Checks the values that the lm-eval harness passes to `lm_eval_model`: model arguments and the options of requests.
 
-The harness hands over numbers, or the strings that they were typed as.
+The harness passes numbers either as numbers or as the strings that the user typed.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ GENERATION_ARGUMENTS = ("k", "seed", "sampler", "exit")
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """``--model_args checkpoint=RUN,k=8,...``: the fields but ``options``, and `GENERATION_ARGUMENTS`."""
+    """``--model_args checkpoint=RUN,k=8,...``: all fields except ``options``, and `GENERATION_ARGUMENTS`."""
 
     checkpoint: str
     """Run directory or checkpoint folder."""
     options: GenerationOptions
-    """Likelihoods take k and the seed (of the noise) from it, whatever the sampler and the exit."""
+    """Generation options. Likelihoods use only its k and its seed (of the noise)."""
     sigma: float | str | None = None
-    """Noise level that a denoiser's inference starts from, at most (and by default) its sigma_max. At k = 1 it is the level
-    of the one read-out, at k > 1 the top of the walk's grid. z starts as noise of that size, without the answer in it,
-    so lower levels show how the model reads noise that it takes for signal."""
+    """Noise level at which a denoiser's inference starts; its sigma_max by default, which is also the upper limit. At k = 1
+    it is the level of the only read-out, at k > 1 the first level of the walk. z starts as noise of this size, without the
+    answer. At low levels the model therefore takes pure noise for signal."""
     draws: int = 1
-    """Noise draws in the mixture of a likelihood; ignored where inference has no noise."""
+    """Noise draws averaged in a likelihood. Inference without noise ignores it."""
     batch_size: int | None = None
-    """Sequences at once. None ("auto", "auto:N"): as many as hold 1,024 tokens (a GPU: 32,768) and 2^26 logits (2^28). Where
-    a GPU's memory does not hold them, half as many."""
+    """Sequences in a batch. None ("auto", "auto:N"): as many as have 1,024 tokens (GPU: 32,768) and 2^26 logits (GPU: 2^28).
+    If a batch does not fit in the GPU's memory, it is halved."""
     max_batch_size: int | None = None
-    """The most sequences at once."""
+    """Largest number of sequences in a batch."""
     max_length: int | None = None
-    """Window in tokens, at most (and by default) the model's."""
+    """Window in tokens; the model's by default, which is also the upper limit."""
     dtype: str = "float32"
     """float32, or bfloat16 for autocast as in training."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     prefix_reuse: bool = True
-    """Run common beginnings of requests (the choices of a question, for example) once."""
+    """Compute shared prefixes of requests once (for example the question before its choices)."""
     cache: Path | None = None
-    """File to keep answers in and to take them from, JSON lines (`answer_cache`). Answers are told apart by the checkpoint's
+    """JSON Lines file that stores answers and reuses stored ones (`answer_cache`). Answers are keyed by the checkpoint's
     content and everything else that changes them."""
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> ModelArguments:
-        """Raises `UserError` for an argument that is unknown or out of range."""
-        values = {name: value for name, value in given.items() if name != "trust_remote_code"}  # it is the tasks'
+        """Parse the harness's arguments. Raises `UserError` for one that is unknown or out of range."""
+        values = {name: value for name, value in given.items() if name != "trust_remote_code"}  # an argument of tasks
         known = [*(field.name for field in fields(cls) if field.name != "options"), *GENERATION_ARGUMENTS]
         for name in values:
             if name not in known:
@@ -103,10 +103,10 @@ def _truth(name: str, value: Any) -> bool:
 
 
 def request_options(given: dict[str, Any]) -> dict[str, Any]:
-    """A request's options in the harness's terms, numbers as numbers. They identify a kept answer.
+    """A request's generation options under the harness's names, with numbers converted. They are part of an answer's key.
 
     Raises:
-        UserError: an option that is wrong; it comes from a task's file.
+        UserError: an option is invalid. It comes from the task's file.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
 
@@ -132,7 +132,7 @@ def request_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_request_options(options: GenerationOptions, request: dict[str, Any]) -> GenerationOptions:
-    """Our options with those of a request (from `request_options`). Raises `UserError` for a value out of its range."""
+    """``options`` with the request's own (from `request_options`). Raises `UserError` for a value out of range."""
     return replace(
         options,
         # Sampling without a temperature is sampling from the model's own distribution.

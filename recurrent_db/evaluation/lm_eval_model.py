@@ -1,21 +1,21 @@
-"""A checkpoint as a model of the lm-eval harness, under the name ``recurrent_db``.
+"""The model ``recurrent_db`` of the lm-eval harness: scores and continues the harness's requests with a checkpoint.
 
     python eval/lm_eval_cli.py --model recurrent_db --model_args checkpoint=RUN,k=8 --tasks ...
 
-Importing this module registers the name; it needs the extra ``eval``. Scores come from `window_scorer` and text from
-`generate.complete`, so the harness sees the model that every other command sees.
+Importing this module registers the name. It needs the extra ``eval``. Scores come from `window_scorer` and text from
+`generate.complete`, the same code that the other commands use.
 
-- A ``denoise`` checkpoint at k = 1 is its read-out at sigma_max; at k > 1 it is the k-step walk's mixture over
-  ``draws`` noise draws. Scoring starts from noise (or zeros), never from the answer.
+- Inference starts from noise (or zeros), never from the answer. A ``denoise`` checkpoint at k = 1 is its read-out at
+  sigma_max. At k > 1 the likelihood is averaged over ``draws`` noise draws of the walk with k steps.
 - Results do not depend on batches, order, padding, shared prefixes or the number of processes: see `window_scorer`. The
-  noise of a (context, continuation) pair is keyed by the context, so the choices of one question are compared under the
-  same noise; that of a rolling window by the window; that of a text by its prompt.
-- A request longer than the window keeps its right end, as in the harness's own models.
-- Where a token straddles the border of context and continuation, the pair is cut after the longest common prefix of the
-  tokens of the context and those of the whole text. The continuation's score then includes the straddling token, and no
-  byte of the continuation is lost.
-- Several processes (torchrun) each load the checkpoint and share out the work among themselves. The harness sees one
-  process: its own way of dividing, by documents, would draw other few-shot examples for each number of processes.
+  noise of a (context, continuation) pair is keyed by its context, so the choices of a question are compared under the
+  same noise. The noise of a rolling window is keyed by the window, and the noise of a text by its prompt.
+- A request longer than the window loses its left end, as in the harness's own models.
+- If a token contains the border between context and continuation, the pair is cut at the end of the longest common prefix
+  of the context's tokens and the whole text's tokens. The continuation's score then includes that token and no byte of
+  the continuation is lost.
+- Several processes (torchrun) each load the checkpoint and share the work. The harness sees one process, because it would
+  divide the documents itself and then choose other few-shot examples for each number of processes.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-# The harness bootstraps errors (of a perplexity, say) in forked processes unless this is set. A model that has run leaves
-# threads behind, and a fork of a process with threads can wait for ever for a lock that one of them held.
+# Unless this is set, the harness bootstraps some errors (for example of a perplexity) in forked processes. A model that has
+# run leaves threads behind, and a fork can wait forever for a lock that one of these threads holds.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 eval_logger = logging.getLogger("lm_eval.recurrent_db")
 
 ANSWERS_VERSION = 1
-"""To be raised when the same request to the same checkpoint gets another answer than before: kept answers are then void."""
+"""Increase this number when the answer to a request changes for the same checkpoint. It invalidates stored answers."""
 
 
 @register_model("recurrent_db")
 class RecurrentDBLM(TemplateLM):
-    """The harness's model. Its arguments are those of `lm_eval_arguments.ModelArguments`.
+    """The harness's interface to a checkpoint. `lm_eval_arguments.ModelArguments` lists its arguments.
 
     Raises:
-        UserError: an argument that is unknown or out of range, or no checkpoint there.
+        UserError: an argument is unknown or out of range, or the checkpoint does not exist.
     """
 
     def __init__(self, checkpoint: str = "", **given: Any) -> None:
@@ -117,7 +117,7 @@ class RecurrentDBLM(TemplateLM):
         return self.options.k
 
     def _start_at(self, sigma: float | str | None) -> float | None:
-        """Make a denoiser's inference start from ``sigma``; where it starts (None: there is no noise level)."""
+        """Make a denoiser's inference start at noise level ``sigma``. Returns the level; None for other objectives."""
         walk = self.model.recurrence.walk
         if walk is None:
             if sigma is not None:
@@ -131,7 +131,7 @@ class RecurrentDBLM(TemplateLM):
             level = high if sigma is None else float(sigma)
         except ValueError:
             level = float("nan")
-        # A walk needs room below its top.
+        # A walk needs noise levels below its first one.
         if not (low < level <= high or (level == low and self.k == 1)):
             raise UserError(
                 f"model argument sigma must be above this checkpoint's sigma_min = {low:g} and at most its "
@@ -142,7 +142,7 @@ class RecurrentDBLM(TemplateLM):
         return level
 
     def choose(self, k: int) -> None:
-        """Evaluate at ``k`` from now on."""
+        """Use ``k`` core iterations in the following requests."""
         self.options, self.scorer.k = replace(self.options, k=k), k
         if self.arguments.cache is not None:
             owner = {
@@ -153,35 +153,35 @@ class RecurrentDBLM(TemplateLM):
                 "draws": self.scorer.draws,
                 "seed": self.options.seed,
                 "dtype": self.arguments.dtype,
-                "device": self._device.type,  # a GPU draws other noise than a CPU
+                "device": self._device.type,  # random numbers differ between GPU and CPU
             }
             if not self.options.plain:
                 owner |= {"sampler": self.options.sampler, "exit": self.options.exit}
             self.scorer.answers = AnswerCache(self.arguments.cache, owner)
 
     def untrain(self, seed: int = 0) -> None:
-        """Replace the weights by the ones that training of this model could have started from."""
+        """Replace the weights by random initial ones, as training of this model would start with."""
         fresh = build_model(self.model.config, seed)
         self.model.load_state_dict(fresh.state_dict())
         self._weights = f"{self._weights} before training, seed {seed}"
         self.choose(self.k)
 
     def _warn(self, message: str, *values: Any) -> None:
-        """A warning, once for all processes and however often."""
+        """Log a warning, once per message and only in the first process."""
         if self.processes.rank == 0 and (message, *values) not in self._warned:
             self._warned.add((message, *values))
             eval_logger.warning(message, *values)
 
     @property
     def _quiet(self) -> bool | None:
-        """For tqdm: no bar, or one where there is a terminal."""
+        """``disable`` argument for tqdm: a bar only in the first process, and there only at a terminal."""
         return None if self.processes.rank == 0 else True
 
-    # -- what the harness asks about the model -----------------------------------------------------------------------
+    # -- properties that the harness reads ---------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
-        """The document separator: what precedes a text in training, hence the context of an empty context."""
+        """The document separator. It precedes each text in training, and replaces an empty context here."""
         return self.tokenizer.eos_id
 
     @property
@@ -195,7 +195,7 @@ class RecurrentDBLM(TemplateLM):
         raise UserError("a recurrent_db checkpoint has no chat template: leave --apply_chat_template out")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness adds to ``config`` in its results."""
+        """Entries that the harness adds to ``config`` in its results."""
         return {
             "checkpoint": str(self.checkpoint),
             "objective": self.objective,
@@ -211,13 +211,13 @@ class RecurrentDBLM(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; there are no special tokens to add."""
+        """Token ids of a text. There are no special tokens to add."""
         return self.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of context and continuation, together the tokens of their text; the context is never empty.
+        """Token ids of context and continuation, which together are the tokens of the whole text.
 
-        White space at the context's end belongs to the continuation, as in `TemplateLM`.
+        The context is never empty. White space at its end moves to the continuation, as in `TemplateLM`.
         """
         border = len(context.rstrip())
         context, continuation = context[:border], context[border:] + continuation
@@ -230,7 +230,7 @@ class RecurrentDBLM(TemplateLM):
     # -- likelihood --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log p(continuation | context) in nats, whether every token of it is the most likely one) of each request."""
+        """For each request: log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
         encoded = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
@@ -247,7 +247,7 @@ class RecurrentDBLM(TemplateLM):
         if cut:
             self._warn(
                 "%d of %d requests are longer than the window of %d tokens and lose their left end; %d of them lose part "
-                "of the continuation, whose score then covers fewer tokens",
+                "of the continuation, so their score covers fewer tokens",
                 cut, len(requests), self.max_length, lost,
             )  # fmt: skip
         scored = self.scorer.score(windows, show=not disable_tqdm)
@@ -257,7 +257,7 @@ class RecurrentDBLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text in nats, in windows of ``max_length`` tokens, each token predicted once."""
+        """log p of each whole text in nats. The text is cut into windows of ``max_length`` tokens."""
         windows_by_text = []
         for request in requests:
             (text,) = request.args
@@ -286,10 +286,10 @@ class RecurrentDBLM(TemplateLM):
     # -- generation --------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to (and without) the first stop string, the end of the document or ``max_gen_toks``.
+        """Continue each context until the first stop string, the end of the document or ``max_gen_toks``.
 
-        Greedy unless the task sets ``do_sample`` or a temperature; ``top_k``, ``top_p``, ``min_p`` and
-        ``repetition_penalty`` are honoured. A request that is repeated with sampling gets other draws each time.
+        The stop string is left out. Decoding is greedy unless the task sets ``do_sample`` or a temperature. ``top_k``,
+        ``top_p``, ``min_p`` and ``repetition_penalty`` apply. Each repeat of a sampled request gets other random draws.
         """
         repeats: Counter[tuple[str, str]] = Counter()
         names = []
@@ -301,7 +301,7 @@ class RecurrentDBLM(TemplateLM):
             names.append((*content, repeats[content] if options["do_sample"] else 0))
             repeats[content] += 1
             asked.setdefault(names[-1], (context, options))
-        # Like of length together; every process takes some of each.
+        # Sorted by options and length, so that batches are uniform and every process gets some of each length.
         order = sorted(asked, key=lambda name: (repr(asked[name][1]), -len(asked[name][0])))
         mine = self.processes.my_part(order)
         with tqdm(total=len(mine), desc="generating", unit="request", leave=False,
@@ -313,7 +313,7 @@ class RecurrentDBLM(TemplateLM):
         return [done[name] for name in names]
 
     def _texts(self, asked: Sequence[tuple[str, dict[str, Any], int]], progress: Callable[[int], object]) -> list[str]:
-        """Continuations of (context, options, number of the repeat), kept or new. Equal options share batches."""
+        """Continuations of (context, options, number of the repeat), stored or new. Equal options share batches."""
         texts: dict[int, str] = {}
         prompts: list[list[int]] = []
         todo: dict[str, list[int]] = {}
@@ -350,10 +350,10 @@ class RecurrentDBLM(TemplateLM):
         return [texts[number] for number in range(len(asked))]
 
     def _fewer(self, texts: int) -> int:
-        """How many texts to generate at once where the GPU's memory did not hold ``texts``."""
+        """The batch size to try after ``texts`` texts did not fit in the GPU's memory. Raises `UserError` after 1."""
         if texts == 1:
-            raise UserError("the GPU's memory does not hold one text: a smaller max_length or dtype=bfloat16 may fit")
-        self._warn("out of GPU memory with %d texts at once; going on with fewer", texts)
+            raise UserError("one text does not fit in the GPU's memory: try a smaller max_length or dtype=bfloat16")
+        self._warn("out of GPU memory with %d texts in a batch; continuing with fewer", texts)
         torch.cuda.empty_cache()
         return texts // 2
 

@@ -1,9 +1,9 @@
-"""Runs sequences with a shared prefix as one row of a batch, so that shared prefixes are computed once.
+"""Runs sequences with a shared prefix in one row of a batch, so that shared prefixes are computed once.
 
-The choices of a question, or sentences with the same beginning, form a tree: a trunk and its branches. The tree's tokens
-are laid out branch after branch in one row. A mask (`TreeRule`) lets each position see only the tokens that lead to it.
-Rotary tables (`TreePast`) and noise (`TreeNoise`) follow a position's place, its index in its own sequence. Every
-position then computes what it would compute in a row of its own.
+The choices of a question, or sentences with the same beginning, form a tree: a trunk and its branches. One row holds the
+tree's tokens, branch after branch. A mask (`TreeRule`) lets each position see only the tokens on its own path from the
+root. Rotary tables (`TreePast`) and noise (`TreeNoise`) use a position's place, which is its index in its own sequence.
+Every position then computes the same result as in a row of its own.
 
     sequences (5 4), (5 6 7), (5 6 8 9)  ->  row 5 4 6 7 8 9, places 0 1 1 2 2 3
 
@@ -27,21 +27,21 @@ Tokens = tuple[int, ...]
 
 
 def shared_prefix_length(a: Tokens, b: Tokens) -> int:
-    """Number of tokens that two sequences begin with in common."""
+    """Length of the longest common prefix of two sequences."""
     shorter = min(len(a), len(b))
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), shorter)
 
 
 @dataclass
 class PrefixTree:
-    """Sequences in one row. They are added in sorted order."""
+    """Sequences in one row. They must be added in sorted order."""
 
     tokens: list[int] = field(default_factory=list)
     paths: list[list[int]] = field(default_factory=list)
     """For each sequence, its positions in the row."""
 
     def add(self, sequence: Tokens, common: int) -> None:
-        """Add a sequence that shares its first ``common`` tokens with the sequence added last."""
+        """Add a sequence whose first ``common`` tokens equal those of the sequence added last."""
         path = self.paths[-1][:common] if self.paths else []
         first = len(self.tokens)
         self.tokens += sequence[common:]
@@ -57,19 +57,19 @@ class PrefixTree:
 
     @property
     def has_branches(self) -> bool:
-        """Whether the row is more than one plain sequence."""
+        """Whether the row holds more than one plain sequence."""
         return self.paths[-1] != list(range(len(self.tokens)))
 
 
 @dataclass(frozen=True, eq=False)
 class TreeRule(Rule):
-    """Attention's rule for rows of trees: a position sees the positions that lead to it, and itself.
+    """Attention rule for rows of trees: a position sees the positions on its path, and itself.
 
-    Its ``docs_BS`` makes every position a document, so that no back end takes a simpler rule for it.
+    ``docs_BS`` makes every position its own document, so that no attention back end replaces the rule by a simpler one.
     """
 
     seen_BTT: Tensor = field(kw_only=True)
-    """bool, on the CPU: whether the first position sees the second."""
+    """bool, on the CPU. [b, i, j]: whether position i sees position j."""
 
     def sees(self, device: torch.device) -> Sees:
         seen_BTT, positions, stream = to_device(self.seen_BTT, device), self.positions, self.stream
@@ -86,7 +86,7 @@ class TreeRule(Rule):
 
 @dataclass(eq=False)
 class TreePast:
-    """A pass over trees has no past (`model.attention.Past`); this only gives it the rotary tables of its places."""
+    """Supplies the rotary tables of the places. A forward pass over trees has no real past (`model.attention.Past`)."""
 
     rope: tuple[Tensor, Tensor]
 
@@ -96,10 +96,10 @@ class TreePast:
 
 @dataclass(frozen=True)
 class TreeNoise(NoiseSource):
-    """Noise by place instead of position; rows of the same request share their noise."""
+    """Noise by place instead of position. Rows of the same request share their noise."""
 
     places_BT: Tensor = field(kw_only=True)
-    """int64, on the CPU; (1, T) if all rows have the same."""
+    """Place of each position, int64, on the CPU; (1, T) if all rows have the same places."""
 
     def _pages(self, length: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
         requests, which_B = self.requests.unique(return_inverse=True)
@@ -110,16 +110,16 @@ class TreeNoise(NoiseSource):
 
 
 def batch_trees(model: LoopedLM, trees: Sequence[PrefixTree], pad: int) -> tuple[Tensor, Tensor, Visible | None]:
-    """One row for each tree. Call it under the autocast of the pass.
+    """Lay out one tree per row. Call it under the autocast context of the forward pass.
 
     Returns:
-        Tokens (B, T) on the model's device, padded on the right with ``pad``; their places, for `TreeNoise`; and what each
-        position sees, or None for the causal rule if no tree has branches.
+        Tokens (B, T) on the model's device, padded on the right with ``pad``; their places, for `TreeNoise`; and the mask,
+        or None for the causal mask if no tree has branches.
     """
     length = max(len(tree.tokens) for tree in trees)
     device = model.embedding.weight.device
     tokens_BT = torch.tensor([tree.tokens + [pad] * (length - len(tree.tokens)) for tree in trees], device=device)
-    # Right padding: no position of a causal model sees what comes after it.
+    # Right padding is harmless: no position of a causal model sees what comes after it.
     if not any(tree.has_branches for tree in trees):
         return tokens_BT, torch.arange(length)[None], None
     places_BT = torch.zeros(len(trees), length, dtype=torch.int64)
@@ -127,7 +127,7 @@ def batch_trees(model: LoopedLM, trees: Sequence[PrefixTree], pad: int) -> tuple
     for places_T, seen_TT, tree in zip(places_BT, seen_BTT, trees, strict=True):
         done = -1
         for path in tree.paths:
-            # A sequence's own part is the end of its path, and what leads to it the path up to there.
+            # The sequence's own tokens are the end of its path.
             new = [i for i, position in enumerate(path) if position > done]
             if not new:
                 continue

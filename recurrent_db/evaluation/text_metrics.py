@@ -1,14 +1,13 @@
-"""Measures of generated text that likelihood misses: variety, repetition, MAUVE, and their intervals.
+"""Metrics of generated text that likelihood misses: variety, repetition, MAUVE, and their confidence intervals.
 
-All are functions of texts as token ids, or of their features. The caller chooses the tokens; texts of several models are
-comparable if one tokenizer cuts all of them.
+All are functions of texts as token ids, or of their features. Texts of several models are comparable only if one tokenizer
+is used for all of them.
 
-- `distinct`: distinct n-grams over all n-grams of a set of texts (Li et al., arXiv 1510.03055). It falls with the size of
-  the set, so compare only sets of equally many texts of equal length.
-- `repetition`: the share of a text's 4-grams that occurred before in the same text, seq-rep-4 of Welleck et al. (arXiv
-  1908.04319).
-- `mauve_score`: the area under the divergence curve of two sets of texts (Pillutla et al., arXiv 2102.01454), from
-  given features. Its value depends on the features and on the number of texts, so published values are not comparable.
+- `distinct`: distinct n-grams divided by all n-grams of a set of texts (Li et al., arXiv:1510.03055). It falls with the
+  size of the set, so compare only sets with equally many texts of equal length.
+- `repetition`: share of a text's 4-grams that occurred earlier in it; seq-rep-4 of Welleck et al. (arXiv:1908.04319).
+- `mauve_score`: area under the divergence curve of two sets of texts (Pillutla et al., arXiv:2102.01454), from given
+  features. It depends on the features and on the number of texts, so it is not comparable with published values.
 - `interval`: 95 percent intervals by resampling halves.
 """
 
@@ -30,14 +29,15 @@ if TYPE_CHECKING:
     from recurrent_db.evaluation.judge import Reading
 
 DISTINCT = (1, 2, 4)
-"""Orders n of distinct-n."""
+"""Values of n for distinct-n."""
 
 DISTINCT_MARGIN = 0.03
-"""A row is ranked if its distinct-2 is this near to real text's: below it text repeats itself, above it text is noise."""
+"""Largest difference to real text's distinct-2 at which a row is ranked. Text with a lower distinct-2 repeats itself; text
+with a higher one is noise."""
 
 
 def ngrams(texts: Sequence[Sequence[int]], n: int) -> list[NDArray[np.int64]]:
-    """Each text's n-grams in order, as numbers: equal n-grams have equal numbers."""
+    """Each text's n-grams in order, as integers. Equal n-grams have equal integers, across all texts."""
     numbers: dict[tuple[int, ...], int] = {}
     return [
         np.array(
@@ -52,18 +52,18 @@ def ngrams(texts: Sequence[Sequence[int]], n: int) -> list[NDArray[np.int64]]:
 
 
 def distinct_share(numbered: Sequence[NDArray[np.int64]]) -> float:
-    """Number of distinct values over number of values, all arrays together; NaN without values."""
+    """Number of distinct values divided by number of values, over all arrays together; NaN without values."""
     together = np.concatenate(numbered) if numbered else np.empty(0)
     return len(np.unique(together)) / len(together) if len(together) else float("nan")
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of ``texts``; no n-gram spans two texts. NaN without n-grams."""
+    """Distinct n-grams divided by all n-grams of ``texts``. No n-gram spans two texts. NaN without n-grams."""
     return distinct_share(ngrams(texts, n))
 
 
 def repetition(text: Sequence[int], n: int = 4) -> float:
-    """Share of a text's n-grams that occurred in it before: 1 - distinct / all. 0 for a text shorter than n."""
+    """Share of a text's n-grams that occurred earlier in it: 1 - distinct / all. 0 for a text shorter than n."""
     [numbered] = ngrams([text], n)
     return 1 - distinct_share([numbered]) if len(numbered) else 0.0
 
@@ -87,7 +87,7 @@ def _compute_mauve() -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop the warning about small clusters that faiss prints to standard error from C++."""
+    """Suppress the warning about small clusters that faiss prints to standard error from C++."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -100,12 +100,12 @@ def _quiet() -> Iterator[None]:
 
 
 def mauve_score(p_ND: NDArray[Any], q_ND: NDArray[Any], buckets: int | None = None, restarts: int = 5) -> float:
-    """MAUVE of two sets of features, in (0, 1]; 1 for equal distributions. The library's own settings and seed.
+    """MAUVE of two sets of features, in (0, 1]; 1 for equal distributions. Uses the library's own settings and seed.
 
     Args:
-        p_ND, q_ND: one row a text; the sets may differ in size.
-        buckets: clusters; a tenth of the smaller set by default, at least 2.
-        restarts: of k-means, the best of which is taken.
+        p_ND, q_ND: features, one row per text. The sets may differ in size.
+        buckets: number of clusters. The default is a tenth of the smaller set, at least 2.
+        restarts: number of runs of k-means; the best one counts.
 
     Raises:
         ImportError: mauve-text is not installed.
@@ -121,7 +121,7 @@ def mauve_score(p_ND: NDArray[Any], q_ND: NDArray[Any], buckets: int | None = No
 
 
 def mauve_buckets(texts: int) -> int:
-    """The library's number of clusters for sets of ``texts`` texts."""
+    """The library's default number of clusters for sets of ``texts`` texts."""
     return max(2, round(texts / 10))
 
 
@@ -133,16 +133,16 @@ def half_samples(count: int, resamples: int, seed: int = 0) -> list[NDArray[np.i
     """Random halves of range(count), each drawn without replacement.
 
     The mean over a random half varies around the sample's mean as much as the sample's mean varies around the truth:
-    sigma^2 / (n/2) (1 - 1/2) = sigma^2 / n. Halves therefore replace bootstrap samples, and hold no text twice: `distinct`
-    would count a second copy as repetition, and MAUVE as a difference between two sets.
+    sigma^2 / (n/2) (1 - 1/2) = sigma^2 / n. Halves can therefore replace bootstrap samples. Unlike these, they hold no text
+    twice. `distinct` would count a second copy as repetition, and MAUVE as a difference between the sets.
     """
     rng = np.random.default_rng(key("halves", seed))
     return [np.sort(rng.permutation(count)[: count // 2]) for _ in range(resamples)]
 
 
 def interval(value: float, halves: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of ``value``: quantiles of its values on `half_samples`, shifted so that their mean is ``value``, because
-    some measures depend on the size of the set. NaN without halves."""
+    """Interval of ``value``: quantiles of its values on `half_samples`, shifted to have mean ``value``. The shift is needed
+    because some metrics depend on the size of the set. NaN without halves."""
     finite = np.array([half for half in halves if np.isfinite(half)])
     if not len(finite):
         return float("nan"), float("nan")
@@ -152,27 +152,27 @@ def interval(value: float, halves: Sequence[float], level: float = 0.95) -> tupl
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# All of them
+# All metrics
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Measures of sets of texts by name, and their 95 percent intervals. A measure without a value is left out."""
+    """Metrics of sets of texts by name, with 95 percent intervals. A metric without a value is left out."""
 
     values: dict[str, float]
     intervals: dict[str, tuple[float, float]]
 
 
 def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequence[NDArray[np.int64]]) -> Measures:
-    """Measure J sets of N texts, text i of each set being a continuation of prompt i.
+    """Compute all metrics on J sets of N texts. Text i of each set continues prompt i.
 
-    Perplexity and bits per byte pool all sets. Repetition is the mean over texts. Distinct-n and MAUVE depend on the
-    size of a set, so they are means over the sets: several continuations of a prompt then compare with real text's one.
+    Perplexity and bits per byte pool all sets. Repetition is the mean over texts. Distinct-n and MAUVE depend on the size
+    of a set, so they are means over the sets: several generated continuations per prompt stay comparable with one real one.
 
     Args:
         readings: the judge's reading of each set.
-        reference: the judge's reading of real continuations; without it there is no MAUVE. ``mauve`` takes the last
-            token's features, as its authors do; ``mauve_mean`` their mean over the continuation.
+        reference: the judge's reading of real continuations. Without it MAUVE is left out. ``mauve`` uses the features of
+            the last token, as in the paper; ``mauve_mean`` uses their mean over the continuation.
         halves: `half_samples` of the N prompts.
     """
     nats_JN, tokens_JN, bytes_JN = (
@@ -202,7 +202,7 @@ def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequ
     spans = {name: interval(value, [part[name] for part in parts]) for name, value in whole.items()}
     for name in whole.keys() - {"nats_per_token", "bits_per_byte"}:
         spans[name] = tuple(np.clip(spans[name], 0, 1).tolist())
-    # Exponentiated here and not before: in nats the distribution is less skewed.
+    # The interval is computed in nats and exponentiated at the end, because the distribution is less skewed in nats.
     whole["generative_ppl"], spans["generative_ppl"] = (
         np.exp(whole.pop("nats_per_token")),
         tuple(np.exp(spans.pop("nats_per_token")).tolist()),
@@ -215,19 +215,19 @@ def measure(readings: Sequence[Reading], reference: Reading | None, halves: Sequ
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows of a table: a dict with each measure (or None) under its name, and its interval under "intervals"
+# Rows of a table. A row is a dict with each metric (or None) under its name, and the intervals under "intervals".
 
 COLUMNS = {
     "mauve": ("MAUVE", 3), "mauve_mean": ("MAUVE-mean", 3), "generative_ppl": ("gen-PPL", 1),
     "bits_per_byte": ("bits/byte", 3), "distinct_1": ("dist-1", 3), "distinct_2": ("dist-2", 3), "distinct_4": ("dist-4", 3),
     "repetition": ("rep-4", 3),
 }  # fmt: skip
-"""Measures in the order of a table, with heading and digits."""
+"""Metrics in the order of the table: heading and number of digits."""
 
 
 def rank(real: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Add ``ranked`` and ``rank`` to rows: from 1 by generative perplexity, the lowest first, for those whose distinct-2
-    is within `DISTINCT_MARGIN` of real text's; the others, and ``real`` itself, have none. Equals share a rank."""
+    """Add ``ranked`` and ``rank`` to all rows. Rows whose distinct-2 is within `DISTINCT_MARGIN` of real text's are ranked
+    from 1 by rising generative perplexity. The others and ``real`` get None. Equal perplexities share a rank."""
 
     def near(row: dict[str, Any]) -> bool:
         known = None not in (row["distinct_2"], real["distinct_2"], row["generative_ppl"])
@@ -240,12 +240,12 @@ def rank(real: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
 
 
 def heading() -> str:
-    """Headings of the measures."""
+    """Headings of the metrics."""
     return "".join(f"{title:>16}" for title, _ in COLUMNS.values())
 
 
 def cells(row: dict[str, Any]) -> str:
-    """A row's measures under `heading`, each with half of its interval's width."""
+    """A row's metrics, aligned with `heading`, each with half of its interval's width."""
     line = ""
     for name, (_, digits) in COLUMNS.items():
         value = "-" if row[name] is None else f"{row[name]:.{digits}f}"

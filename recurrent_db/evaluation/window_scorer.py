@@ -1,15 +1,14 @@
 """Scores many windows of tokens in batches: the log-likelihood of each window's targets.
 
-1. `group_windows` sorts the windows and puts windows with a shared prefix into one row (`prefix_tree`), if that saves more
-   than the longer row costs: the choices of a question, or questions after the same examples. Shared prefixes are
-   computed once.
-2. The processes share the rows, and leave out windows whose result is in the answer cache.
-3. Rows of similar length run in one batch, and are read out only at the positions of targets.
+1. `group_windows` sorts the windows. Windows with a shared prefix form one row (`prefix_tree`) if this saves more than the
+   longer row costs: the choices of a question, or questions after the same examples. Shared prefixes are computed once.
+2. The processes share the rows. Windows whose result is in the answer cache are left out.
+3. Rows of similar length run in one batch. Only the positions of targets are read out.
 
-Order, batching, padding, grouping and the number of processes change results by no more than rounding: a window's noise
-depends only on its own key and on positions.
+Order, batching, padding, grouping and the number of processes change results by no more than rounding, because a window's
+noise depends only on its own key and on positions.
 
-Shapes: M noise draws, B rows, T positions, D width, N positions that are read.
+Shapes: M noise draws, B rows, T positions, D width, N positions that are read out.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ from recurrent_db.rng import Rng
 
 logger = logging.getLogger("lm_eval.recurrent_db")
 
-# Automatic batches: tokens (a CPU is fastest while they stay in its caches), and vocabulary-wide values (one fp32 copy
-# of 256 MiB on a CPU, 1 GiB on a GPU) at once.
+# Limits of automatic batches: tokens per batch (a CPU is fastest while they fit in its caches), and logits per batch (one
+# fp32 copy takes 256 MiB on a CPU, 1 GiB on a GPU).
 _TOKENS = {"cpu": 1 << 10, "cuda": 1 << 15}
 _LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
 
 _LONGEST_ROW = 1 << 12
-"""Most tokens in a row of several windows: the row's mask grows with their square."""
+"""Largest number of tokens in a row of several windows. The row's mask grows with its square."""
 
 Result = tuple[float, bool]
-"""Sum of log p in nats, and whether every target is the most likely token."""
+"""Sum of log p over the targets in nats, and whether every target is the most likely token."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Input tokens, and the targets after the last ``len(targets)`` of them."""
+    """Input tokens, and one target for each of the last ``len(targets)`` of them."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
@@ -60,7 +59,7 @@ class Window:
 
 @dataclass
 class Group:
-    """Windows in sorted order that form one row. If there is noise, they are of one request."""
+    """Windows, in sorted order, that form one row. If inference uses noise, all belong to one request."""
 
     windows: list[Window]
     tree: PrefixTree
@@ -72,12 +71,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Costs:
-    """What `group_windows` weighs, in FLOPs of a block: a token, and a pair of positions in attention."""
+    """Costs that `group_windows` weighs, in FLOPs of one block: per token, and per pair of positions in attention."""
 
     token: float
     pair: float
     longest: int
-    """Most tokens in a row (a single window may be longer)."""
+    """Largest number of tokens in a row. A single window may be longer."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,11 +84,11 @@ class Costs:
 
 
 def group_windows(windows: Sequence[Window], costs: Costs | None, noisy: bool = True) -> list[Group]:
-    """Windows in groups, those with the longest rows first.
+    """Put windows into groups, in order of falling row length.
 
     Args:
-        costs: None puts each window into a row of its own.
-        noisy: whether results depend on noise; then only windows of one request share a prefix.
+        costs: costs to weigh; None puts each window into a row of its own.
+        noisy: whether results depend on noise. If so, only windows of one request share a prefix.
     """
     groups: list[Group] = []
     by_request: dict[int, list[Window]] = {}
@@ -119,36 +118,37 @@ def group_windows(windows: Sequence[Window], costs: Costs | None, noisy: bool = 
 
 @dataclass
 class WindowScorer:
-    """Scores windows under one model. Only ``k`` may be changed between calls."""
+    """Scores windows with one model. Only ``k`` and ``answers`` may change between calls."""
 
     model: LoopedLM
     k: int
     draws: int
     rng: Rng
     pad: int
-    """Token that fills rows up; which one does not matter."""
+    """Padding token. Any value gives the same results."""
     batch_size: int | None = None
-    """Rows at once; None takes as many as `_TOKENS` and the other bounds allow."""
+    """Rows per batch. None: as many as the limits `_TOKENS` and `_LOGITS` allow."""
     max_batch_size: int | None = None
     reuse: bool = True
     processes: Processes = field(default_factory=Processes)
     answers: AnswerCache | None = None
-    """File of results, made for this model and this ``k``."""
+    """Cache of results for this model and this ``k``."""
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     flops: float = 0.0
-    """Forward FLOPs of all requests so far, in all processes and cached or not: rows without padding, attention over all
-    pairs, as `accounting.flops` counts."""
+    """Forward FLOPs of all requests so far, over all processes, including requests answered from the cache. Counts rows
+    without padding and attention over all pairs, as `accounting.flops` does."""
     seconds: float = 0.0
     """Seconds spent in `score`."""
     _held: int | None = None
-    """Tokens at once that fit in memory, once more did not."""
+    """Tokens per batch that are assumed to fit, after a batch ran out of memory."""
 
     @torch.no_grad()
     def score(self, windows: Sequence[Window], show: bool = False) -> dict[Window, Result]:
-        """Every distinct window's result; a window without targets has (0, True). All processes must ask for the same.
+        """The result of every distinct window; (0, True) for a window without targets. All processes must pass the same
+        windows.
 
         Raises:
-            UserError: a single window is more than the GPU's memory holds.
+            UserError: a single window does not fit in the GPU's memory.
         """
         started = time.perf_counter()
         unique = list(dict.fromkeys(windows))
@@ -184,7 +184,7 @@ class WindowScorer:
         """Forward FLOPs of a group."""
         config, recurrence, length = self.model.config, self.model.recurrence, len(group.tree.tokens)
         flops = length * inference_cost(config, length, recurrence.passes(self.k))
-        # The head of the last read-out runs only at targets.
+        # The head of the last read-out runs only at the positions of targets.
         unread = length - sum(len(window.targets) for window in group.windows)
         flops -= unread * 2 * config.vocab_size * config.d_model
         return flops * (self.draws if recurrence.stochastic else 1)
@@ -212,12 +212,12 @@ class WindowScorer:
 
     @property
     def _tokens(self) -> int:
-        """Tokens at once by default."""
+        """Tokens per automatic batch."""
         kind = "cuda" if self.model.embedding.weight.device.type == "cuda" else "cpu"
         return max(1, min(_TOKENS[kind], _LOGITS[kind] // self.model.config.vocab_size))
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Groups whose rows run in one batch: of similar length, the longest first, all with branches or all without."""
+        """Batches of groups with rows of similar length, longest first. All rows of a batch have branches, or none has."""
         groups = sorted(groups, key=lambda group: (group.tree.has_branches, -len(group.tree.tokens)))
         for _, alike in itertools.groupby(groups, lambda group: group.tree.has_branches):
             rest = list(alike)
@@ -230,7 +230,7 @@ class WindowScorer:
                 rest = rest[size:]
 
     def _attempt(self, batch: list[Group]) -> Iterator[dict[Window, Result]]:
-        """The batch's results; in halves if the GPU's memory does not hold it."""
+        """Results of a batch. If it does not fit in the GPU's memory, it is split into halves."""
         try:
             results = self._run(batch)
         except torch.OutOfMemoryError:
@@ -241,11 +241,11 @@ class WindowScorer:
         count = sum(len(group.windows) for group in batch)
         if count == 1:
             raise UserError(
-                f"the GPU's memory does not hold one sequence of {len(batch[0].tree.tokens)} tokens: a smaller max_length, "
-                "fewer draws, or dtype=bfloat16 may fit"
+                f"one sequence of {len(batch[0].tree.tokens)} tokens does not fit in the GPU's memory: try a smaller "
+                "max_length, fewer draws, or dtype=bfloat16"
             )
         if self._held is None:
-            logger.warning("out of GPU memory with %d sequences at once; going on with fewer", count)
+            logger.warning("out of GPU memory with %d sequences in a batch; continuing with fewer", count)
         tokens = len(batch) * max(len(group.tree.tokens) for group in batch) // 2
         self._held = tokens if self._held is None else min(self._held, tokens)
         if torch.cuda.is_available():
@@ -261,7 +261,7 @@ class WindowScorer:
             yield from self._attempt(half)
 
     def _run(self, batch: list[Group]) -> dict[Window, Result]:
-        """Results of the windows of a few rows: one forward pass for each draw."""
+        """Results of the windows in a batch of rows: one forward pass per draw."""
         model, recurrence = self.model, self.model.recurrence
         windows = [window for group in batch for window in group.windows]
         at = [

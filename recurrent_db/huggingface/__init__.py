@@ -1,1 +1,1 @@
-"""To and from folders of Hugging Face transformers."""
+"""Export to and import from folders of Hugging Face transformers."""

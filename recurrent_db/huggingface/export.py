@@ -1,8 +1,8 @@
-"""Writes a run as a folder that Hugging Face transformers loads.
+"""Exports a run to a folder that Hugging Face transformers loads.
 
-The folder holds the weights (safetensors), the configuration, the tokenizer, and the files of `exported` that run them,
-so it does not need this package. ``config.json`` also carries the run's own configuration, so that
-`import_folder` brings the folder back. Nothing in it is pickled.
+The folder holds the weights (safetensors), the configuration, the tokenizer, and the code from `exported`, so it does not
+need this package. ``config.json`` also holds the run's own configuration, so that `import_folder` can restore the run.
+Nothing in the folder is pickled.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from recurrent_db.store.loading import trained_objective
 MODEL_TYPE = "recurrent_db"
 MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py")
 TOKENIZER_CODE = "tokenization_recurrent_db.py"
-"""Files of `huggingface.exported`. The last goes with sentencepiece models; other tokenizers have classes in the library."""
+"""Code files from `huggingface.exported`. The last is only for sentencepiece models; transformers has classes for others."""
 
 
 def _walk_keys(walk: DenoiseWalk) -> dict[str, Any]:
-    """What the exported model needs of a denoiser. Raises `UserError` for what it has no code for."""
+    """The keys of ``walk`` in config.json. Raises `UserError` for a walk that the exported code does not implement."""
     config = walk.config
     for name, supported in (("conditioning", ("inject",)), ("sampler", ("euler",)),
                             ("bridge", ("soft", "hard", "state")),
                             ("grid", ("equal-probability", "karras", "log-uniform"))):  # fmt: skip
         if getattr(config, name) not in supported:
             raise UserError(
-                f"the walk's {name} = {getattr(config, name)} cannot be exported: the exported model has"
-                f" {' and '.join(supported)} alone"
+                f"the walk's {name} = {getattr(config, name)} cannot be exported: the exported model only has"
+                f" {' and '.join(supported)}"
             )
     return {
         "sd": walk.precond.sd, "mute": walk.precond.mute, "bridge": config.bridge, "grid": config.grid,
@@ -55,14 +55,14 @@ SHAPE = {
     "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
     "injection": "injection",
 }  # fmt: skip
-"""Keys of config.json, and the fields of config.ModelConfig that they stand for."""
+"""Keys of config.json, each with the corresponding field of `config.ModelConfig`."""
 
 
 def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int, seed: int) -> dict[str, Any]:
-    """``config.json`` of the exported folder, but for ``run``.
+    """``config.json`` of the exported folder, without the key ``run``.
 
     Raises:
-        UserError: for a denoiser that walks in a way which the exported model has no code for.
+        UserError: the exported code does not implement the denoiser's walk.
     """
     model, walk = config.model, objective.recurrence.walk
     configuration, modeling = (name.removesuffix(".py") for name in MODEL_CODE)
@@ -88,12 +88,12 @@ def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int
 
 
 def _code(name: str) -> bytes:
-    """A file of `huggingface.exported`."""
+    """The content of a file of `huggingface.exported`."""
     return (resources.files("recurrent_db.huggingface.exported") / name).read_bytes()
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """Name and content of the tokenizer's files."""
+    """The tokenizer's files: content by name."""
     files: dict[str, bytes] = {}
     settings: dict[str, Any]
     if tokenizer.is_byte_level:
@@ -106,7 +106,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             **{f"{name}_token": by_id[getattr(tokenizer, f"{name}_id")] for name in ("bos", "eos", "pad")},
         }  # fmt: skip
         files["tokenizer.json"] = json.dumps(spec).encode()
-    else:  # the class knows its settings
+    else:  # the exported class has its settings built in
         auto = [f"{TOKENIZER_CODE.removesuffix('.py')}.RecurrentDBTokenizer", None]
         settings = {"tokenizer_class": "RecurrentDBTokenizer", "auto_map": {"AutoTokenizer": auto}}
         files["tokenizer.model"] = tokenizer.model_bytes
@@ -116,34 +116,34 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _without_paths(config: Config) -> dict[str, Any]:
-    """The run's configuration without paths of the machine that it was trained on."""
+    """The run's configuration, without paths of the machine that trained it."""
     values = to_dict(config)
     values["data"]["path"] = values["data"]["val_path"] = values["run"]["dir"] = values["init"]["from"] = ""
     return values
 
 
 def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
-    """Write the newest good checkpoint of ``run`` to ``folder``, whole or not at all.
+    """Export the newest good checkpoint of ``run`` to ``folder``. An interrupted export leaves no folder.
 
     Args:
-        folder: it must not exist or be empty.
-        k: core iterations where a caller does not say (`num_recurrence`); 0 takes the objective's own.
+        folder: target; it must be empty or not exist.
+        k: default number of core iterations (`num_recurrence`); 0 uses the objective's own.
         seed: seed of the random initial states.
 
     Returns:
-        The checkpoint that was taken.
+        The exported checkpoint.
 
     Raises:
-        UserError: no such run, a folder that is not empty or cannot be written, an objective that cannot be exported.
+        UserError: there is no such run, the folder is not empty or cannot be written, or the model cannot be exported.
     """
     if k < 0:
         raise UserError(f"--k must be 0 (the objective's own) or more, got {k}")
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
-        raise UserError(f"{folder} exists and is not an empty folder: export writes to a new one")
+        raise UserError(f"{folder} exists and is not an empty folder: choose a new one")
     checkpoint = Checkpoint(find_checkpoint(run))
     config, tokenizer = checkpoint.config(), checkpoint.tokenizer()
     if config.model.n_blocks:
-        raise UserError(f"{run} is a model in blocks, which the exported format has no code for")
+        raise UserError(f"{run} is a model in blocks, which cannot be exported")
     objective = trained_objective(checkpoint, config)
     values = hf_config(config, objective, tokenizer, k, seed)
     values["run"] = {"config": _without_paths(config), "objective": objective.state_dict()}
@@ -162,7 +162,7 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
             (temporary / name).write_bytes(content)
         weights = {name: value.contiguous() for name, value in checkpoint.weights(averaged=True).items()}
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "model.safetensors").chmod(new_file_mode())  # safetensors makes private files
+        (temporary / "model.safetensors").chmod(new_file_mode())  # safetensors creates files for the owner only
         temporary.replace(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None

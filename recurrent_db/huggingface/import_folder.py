@@ -1,15 +1,15 @@
-"""Makes a run from a folder of Hugging Face transformers, to score, to generate and to train on from.
+"""Makes a run from a folder of Hugging Face transformers, for scoring, generation or further training.
 
-``model_type`` in ``config.json`` says which of two formats a folder has:
+``model_type`` in ``config.json`` names one of two formats:
 
-- ``recurrent_db``: what `export` writes, or what transformers saved after changing it;
-- ``huginn_raven``: Huginn (arXiv 2502.05171), as tomg-group-umd/huginn-0125. Its model is this project's: the same fused
-  projections (queries, keys, values; gate half first), q/k bias before interleaved RoPE, sandwich norms, adapter on
-  [state, e], one final norm used twice, embeddings times sqrt(D), a state of standard deviation sqrt(2/5).
-  Only names and one shape differ.
+- ``recurrent_db``: written by `export`, or saved again by transformers;
+- ``huginn_raven``: Huginn (arXiv:2502.05171), as in tomg-group-umd/huginn-0125. Its model computes the same as this
+  project's: fused projections in the same order (queries, keys, values; gate half first), q/k bias before interleaved
+  RoPE, sandwich norms, an adapter on [state, e], one final norm used twice, embeddings times sqrt(D), and a random
+  initial state with standard deviation sqrt(2/5). Only the parameters' names and one shape differ.
 
-The folder is untrusted: its code is neither run nor read, weights come from safetensors only, and every shape is compared
-with the configuration's before anything is allocated.
+The folder is untrusted. Its code is neither run nor read, weights are read from safetensors only, and every shape is
+compared with the configuration before memory is allocated.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from recurrent_db.store.checkpoint import save_checkpoint
 from recurrent_db.store.train_state import TrainState
 
 MOST_DIMENSIONS = 8
-"""Most dimensions of a tensor that is read."""
+"""Largest number of dimensions of a tensor that is read."""
 
 _MOST_BYTES = 1 << 28
-"""Largest JSON file or tokenizer that is read."""
+"""Size limit of JSON files and tokenizers, in bytes."""
 
 
 def _check_size(path: Path) -> None:
@@ -54,7 +54,7 @@ def _check_size(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for anything else."""
+    """Read a JSON object. Raises `UserError` for anything else."""
     try:
         _check_size(path)
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# Keys of a huginn_raven configuration that say how it computes, and the only values that this model computes.
+# Keys of a huginn_raven configuration that determine its computation, with the only values that this model supports.
 _HUGINN_FIXED: dict[str, Any] = {
     "architecture_class_name": "RecurrentGPT", "block_class_name": "SandwichBlock", "norm_class_name": "RMSNorm_llama",
     "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "injection_type": "linear", "state_init": "like-init",
@@ -90,11 +90,11 @@ def _whole_number(values: dict[str, Any], key: str, source: str, default: Any = 
 
 
 def huginn_config(values: dict[str, Any], source: str) -> Config:
-    """A run's configuration from that of a Huginn checkpoint. Raises `UserError`, naming ``source``, for one that this
-    model does not compute."""
+    """Convert the configuration of a Huginn checkpoint to a run's. Raises `UserError`, naming ``source``, for one that this
+    model cannot compute."""
     for key, expected in _HUGINN_FIXED.items():
         if values.get(key, expected) != expected:
-            raise UserError(f"{source}: {key} = {str(values[key])[:80]!r} is not what Huginn has ({expected!r})")
+            raise UserError(f"{source}: {key} = {str(values[key])[:80]!r} differs from Huginn's {expected!r}")
     config = Config()
     model, depth = config.model, config.objective.unrolled
     for ours, theirs in _HUGINN_SHAPE.items():
@@ -102,7 +102,7 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
     rows = "padded_vocab_size" if "padded_vocab_size" in values else "vocab_size"
     model.vocab_size = _whole_number(values, rows, source)
     if values.get("num_key_value_heads", model.n_heads) != model.n_heads:
-        raise UserError(f"{source}: num_key_value_heads differs from n_heads: this model has no grouped queries")
+        raise UserError(f"{source}: num_key_value_heads differs from n_heads: grouped queries are not supported")
     config.objective.name = unrolled.NAME
     depth.mean_depth = model.expected_depth = _whole_number(values, "mean_recurrence", source, 32)
     depth.truncation = _whole_number(values, "mean_backprop_depth", source, 8)
@@ -122,7 +122,7 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
 
 
 def _huginn_name(name: str) -> str:
-    """Huginn's name of one of our parameters."""
+    """Huginn's name for one of our parameters."""
     fixed = {
         "embedding.weight": "transformer.wte.weight",
         "final_norm.weight": "transformer.ln_f.weight",
@@ -132,10 +132,10 @@ def _huginn_name(name: str) -> str:
 
 
 class Weights:
-    """The tensors of a folder's safetensors files: found by the files' headers, read one by one.
+    """The tensors of a folder's safetensors files. Reads the headers at first, and each tensor when it is needed.
 
     Raises:
-        UserError: no safetensors, an index that does not match the files, a damaged file.
+        UserError: there are no safetensors, the index does not match the files, or a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -149,12 +149,12 @@ class Weights:
                 raise UserError(f"{index} has no weight_map")
             for file in listed.values():
                 if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
-                    raise UserError(f"{index} names a file {str(file)[:80]!r}, which is no plain *.safetensors name")
+                    raise UserError(f"{index} names {str(file)[:80]!r}, which is not a plain *.safetensors file name")
             files = sorted(set(listed.values()))
         elif not (folder / files[0]).exists():
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
             note = "; pickled weights are not read" if pickled else ""
-            raise UserError(f"{folder} holds no model.safetensors and no index of such files{note}")
+            raise UserError(f"{folder} has neither model.safetensors nor an index of safetensors files{note}")
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -164,7 +164,7 @@ class Weights:
                 if len(shape) > MOST_DIMENSIONS:
                     raise UserError(f"{folder / file}: {name} has {len(shape)} dimensions")
                 if dtype not in ("F32", "BF16", "F16"):
-                    raise UserError(f"{folder / file}: {name} is of type {dtype}; F32, BF16 or F16 is needed")
+                    raise UserError(f"{folder / file}: {name} has type {dtype}; supported are F32, BF16 and F16")
                 self.files[name], self.shapes[name] = folder / file, shape
         if listed is not None and listed != {name: path.name for name, path in self.files.items()}:
             odd = min(name for name in listed.keys() | self.files.keys()
@@ -184,41 +184,41 @@ class Weights:
             raise UserError(f"{path}: not safetensors, or damaged ({str(error)[:120]})") from None
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored. Raises `UserError` for numbers that are not finite."""
+        """Read one tensor in its stored type. Raises `UserError` if it holds NaN or infinity."""
         try:
             with safe_open(self.files[name], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{self.files[name]}: damaged ({str(error)[:120]})") from None
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{self.folder}: {name} holds numbers that are not finite")
+            raise UserError(f"{self.folder}: {name} contains NaN or infinity")
         return tensor
 
 
 def _check_extras(weights: Weights, config: ModelConfig) -> None:
-    """Check what a Huginn file may hold beside the parameters: a copy of the tied embedding, and rotary tables (position,
-    pair, [cos, sin]). Raises `UserError` unless they are what this model computes with."""
+    """Check the other tensors that a Huginn file may hold: a copy of the tied embedding, and rotary tables (position, pair,
+    [cos, sin]). Raises `UserError` if they differ from what this model uses."""
     if "lm_head.weight" in weights.files:
         shape = (config.vocab_size, config.d_model)
         wte = weights.read("transformer.wte.weight")
         if weights.shapes["lm_head.weight"] != shape or not torch.equal(weights.read("lm_head.weight"), wte):
-            raise UserError(f"{weights.folder}: lm_head.weight is not the embedding's table, to which Huginn ties it")
+            raise UserError(f"{weights.folder}: lm_head.weight differs from the embedding, but Huginn ties them")
     if "freqs_cis" in weights.files:
         length, head_size = config.max_seq_len, config.d_model // config.n_heads
         if weights.shapes["freqs_cis"] != (1, length, 1, head_size // 2, 2):
             raise UserError(f"{weights.folder}: freqs_cis has shape {weights.shapes['freqs_cis']}, not Huginn's")
         table = torch.stack(rope_table(length, head_size, torch.device("cpu")), dim=-1)
-        # Theirs are made from fp32 angles, and may be stored in half precision.
+        # Huginn's tables are computed from fp32 angles, and may be stored in half precision.
         if not torch.allclose(weights.read("freqs_cis").float()[0, :, 0], table, rtol=0, atol=1e-2):
             raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {ROPE_BASE:g}")
 
 
 @torch.no_grad()
 def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: bool = True) -> LoopedLM:
-    """A model with the folder's weights, fp32. A Huginn without ``qk_bias`` gets one of zeros.
+    """A model with the folder's weights, fp32. For a Huginn without ``qk_bias`` the bias is zero.
 
     Raises:
-        UserError: for a tensor that is missing, unknown, or of another shape, naming the first.
+        UserError: a tensor is missing, unknown or has another shape; the message names the first one.
     """
     with torch.device("meta"):
         wanted = dict(LoopedLM(config).named_parameters())
@@ -235,7 +235,7 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
         if name not in zeros and weights.shapes[theirs] != shape:
             raise UserError(f"{what} has {theirs} in shape {weights.shapes[theirs]} instead of {shape}")
     for name in sorted(weights.shapes.keys() - {names[name] for name in names.keys() - zeros} - extras):
-        raise UserError(f"{what} has a weight too many: {name[:120]}")
+        raise UserError(f"{what} has an unknown weight: {name[:120]}")
     if huginn:
         _check_extras(weights, config)
     model = build_model(config, seed=None)
@@ -252,8 +252,8 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
 
 
 def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a folder: ``tokenizer.model`` if it is there, else ``tokenizer.json``, whose special tokens are named
-    in ``tokenizer_config.json`` or in ``config.json`` (``values``). Raises `UserError` if neither can be used."""
+    """The tokenizer of a folder: ``tokenizer.model`` if it exists, else ``tokenizer.json``. The latter's special tokens are
+    named in ``tokenizer_config.json`` or in ``config.json`` (``values``). Raises `UserError` if there is no usable one."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     if model.exists():
         _check_size(model)
@@ -280,7 +280,7 @@ def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
 
     eos = find("eos")
     if eos is None:
-        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names the token that ends a text")
+        raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names the end-of-text token")
     return Tokenizer.from_bytes(wrap(spec, eos, find("bos"), find("pad")), str(fast))
 
 
@@ -288,16 +288,16 @@ def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
 
 
 def import_folder(folder: Path, run: Path) -> LoopedLM:
-    """Make the run directory ``run`` of ``folder``: a configuration and one checkpoint, of step 0.
+    """Import ``folder`` as the new run directory ``run``, with its configuration and one checkpoint at step 0.
 
     Returns:
         The model, with its recurrence.
 
     Raises:
-        UserError: for anything in the folder that does not fit, and a run directory that is not empty.
+        UserError: the folder is invalid or not supported, or the run directory is not empty.
     """
     if run.is_symlink() or (run.exists() and (not run.is_dir() or any(run.iterdir()))):
-        raise UserError(f"{run} exists and is not an empty folder: import makes a new run")
+        raise UserError(f"{run} exists and is not an empty folder: choose a new one")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     source = str(folder / "config.json")
@@ -310,15 +310,15 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
             raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
         config, state = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {})
-        for theirs, ours in SHAPE.items():  # a folder that transformers wrote again lacks some
+        for theirs, ours in SHAPE.items():  # transformers leaves some keys out when it saves a folder again
             if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
                 said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
-                raise UserError(f"{said}, and run.config.model.{ours} {getattr(config.model, ours)!r}")
+                raise UserError(f"{said}, but run.config.model.{ours} is {getattr(config.model, ours)!r}")
     else:
-        raise UserError(f"{source}: model_type is {str(kind)[:80]!r}, which is neither {MODEL_TYPE} nor huginn_raven")
+        raise UserError(f"{source}: model_type must be {MODEL_TYPE} or huginn_raven, got {str(kind)[:80]!r}")
     tokenizer = read_tokenizer(folder, values)
     if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{source}: {config.model.vocab_size} rows of embedding for {tokenizer.vocab_size} tokens")
+        raise UserError(f"{source}: the embedding has {config.model.vocab_size} rows for {tokenizer.vocab_size} tokens")
     objective = build_objective(config)
     load_objective_state(objective, state, source)
     model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
@@ -332,5 +332,5 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         try:
             check_lossless(tokenizer)
         except RuntimeError as error:
-            print(f"warning: {error}: bits per byte of such texts count other bytes than theirs", file=sys.stderr)
+            print(f"warning: {error}: bits per byte count other bytes than those of the text", file=sys.stderr)
     return model

@@ -1,16 +1,16 @@
-"""`recurrent-db report RUN... -o report.html`: one self-contained page that compares training runs.
+"""`recurrent-db report RUN... -o report.html`: one self-contained HTML page that compares training runs.
 
-runs.py          what a report reads from a run directory: `Run`
-flops_to_loss.py FLOPs to reach a held-out NLL, without mixing annealed and unannealed losses
-cost.py          what a run cost: FLOPs per token by part, bytes by holder, energy
+runs.py          `Run`: the data that a report reads from a run directory
+flops_to_loss.py FLOPs to reach a held-out NLL; keeps annealed and unannealed losses apart
+cost.py          a run's cost: FLOPs per token by part, bytes by holder, energy
 curves.py        smoothing and thinning of curves
-figure.py        the frame of the figures: a run's look, axes, ticks, legends
-line_plots.py    the figures with lines
-stacked_bars.py  the figures with stacked bars
-svg.py           a matplotlib figure -> an inline SVG that follows the page's colours
-comparison.py    the runs with their plots, labels and legends: what a section gets
-html.py          words, numbers and tables as HTML
+figure.py        shared parts of all figures: line styles, axes, ticks, output
+line_plots.py    figures with lines
+stacked_bars.py  figures with stacked bars
+svg.py           turns a matplotlib figure into an inline SVG with the page's colours
+comparison.py    `Comparison`: runs, plots, labels and legends, the input of every section
+html.py          text, numbers and tables as HTML
 sections/        the sections, by topic
-page.py          the sections' order and the HTML around them; `write_report`
+page.py          the order of the sections and the HTML around them; `write_report`
 style.py         the page's style sheet
 """

@@ -1,4 +1,4 @@
-"""The runs that a report compares, as its sections get them."""
+"""`Comparison`: the runs of a report with their plots, labels and legends, the input of every section."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from recurrent_db.report.runs import Run
 
 
 class Comparison:
-    """Runs, baselines (nats per token by name), plots, and the labels that tell runs apart.
+    """Runs, baselines (NLL in nats per token, by name), plots and labels.
 
-    A run keeps its place, its colour and its marker in all sections. PNGs of the plots go to ``png_dir`` if it is given.
+    A run keeps its position, colour and marker in all sections. ``png_dir`` is a folder for the plots as PNG, or None.
     """
 
     def __init__(self, runs: Sequence[Run], baselines: dict[str, float], png_dir: Path | None = None) -> None:
@@ -21,11 +21,11 @@ class Comparison:
         self._swatches = self.plots.swatches()
 
     def label(self, run: Run) -> str:
-        """A run's name beside its line and marker."""
+        """A run's name with its line and marker, as HTML."""
         return f'<span class="run">{self._swatch(self.runs.index(run))}<span>{text(run.name)}</span></span>'
 
     def legend(self, only: Sequence[Run] | None = None) -> str:
-        """Which line is whose. It stands above every group of plots, so that nobody has to scroll back."""
+        """The legend of ``only`` these runs, or of all. It is repeated above every group of plots."""
         shown = self.runs if only is None else only
         items = (f"<li>{self._swatch(i)}{text(run.name)}</li>" for i, run in enumerate(self.runs) if run in shown)
         return f'<ul class="legend">{"".join(items)}</ul>'
@@ -34,7 +34,7 @@ class Comparison:
         return f'<svg class="swatch" viewBox="0 0 38 14" aria-hidden="true"><use href="#look-{index}"/></svg>'
 
     def definitions(self) -> str:
-        """The runs' lines and markers. The page draws them once; labels and legends refer to them."""
+        """SVG symbols of the runs' lines and markers. They are drawn once; labels and legends refer to them."""
         symbols = []
         for index, svg in enumerate(self._swatches):
             inner = svg[svg.index(">") + 1 : svg.rindex("</svg>")]
@@ -42,7 +42,7 @@ class Comparison:
         return f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{"".join(symbols)}</svg>'
 
     def score_sources(self) -> str:
-        """Which file the runs' NLL by K comes from; runs are named only where they differ."""
+        """The sources of the runs' NLL by K. Names the runs only if their sources differ."""
         names: dict[str, list[str]] = {}
         for run in self.runs:
             if run.depth_source:

@@ -1,4 +1,4 @@
-"""What a run cost: FLOPs per token by part, bytes by holder, energy."""
+"""A run's cost: FLOPs per token by part, bytes by holder, energy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from recurrent_db.report.runs import Run, number
 from recurrent_db.rng import Rng
 
 HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")
-"""What holds memory: the columns ``memory/*_bytes`` of metrics.jsonl."""
+"""Kinds of tensors that hold memory: the columns ``memory/*_bytes`` of metrics.jsonl."""
 
 
 def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
-    """Mean FLOPs per training token by part.
+    """Mean FLOPs per training token, by part of the model.
 
-    The objective says what each step ran: by the row where it logged that, else by the draws of (seed, step). Of longer
-    runs ``most`` evenly spaced steps are taken. Without rows 256 steps spread over the budget stand for the run.
+    The objective tells which passes each step ran: from the logged row, or else from the step's random draws, which depend
+    on (seed, step). At most ``most`` evenly spaced steps are used. A run without rows is represented by 256 steps, spread
+    over its budget.
     """
     config, objective = run.config, build_objective(run.config)
     steps: list[tuple[int, float, dict[str, Any]]] = []
@@ -43,13 +44,13 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
 
 
 def update_flops_per_token(run: Run) -> float | None:
-    """FLOPs per token of clipping, optimizer and weight average, as logged; None if they were not."""
+    """FLOPs per token of clipping, optimizer and weight average, as logged; None if the run did not log them."""
     tokens, flops = run.series("tokens", "flops_update")
     return float(flops[-1] / tokens[-1]) if len(tokens) and tokens[-1] > 0 else None
 
 
 def memory_by_holder(run: Run) -> dict[str, float] | None:
-    """Bytes by holder, each the maximum over steps; None if the run logged none of them."""
+    """Bytes by holder, each the maximum over all steps; None if the run logged none."""
     found = {holder: run.most(f"memory/{holder}_bytes") for holder in HOLDERS}
     if all(value is None for value in found.values()):
         return None
@@ -58,14 +59,14 @@ def memory_by_holder(run: Run) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Energy:
-    """What the GPU used: joules by the last reading, and joules per token trained by then."""
+    """The GPU's energy: total joules at the last reading, and joules per token trained until then."""
 
     joules: float
     per_token: float
 
 
 def energy(run: Run) -> Energy | None:
-    """The newest reading of the energy counter; None if the run logged none."""
+    """The last reading of the energy counter; None if the run logged none."""
     tokens, joules = run.series("tokens", "energy_joules")
     if not len(tokens) or tokens[-1] <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Curves of many points, made readable: smoothed, and thinned to what a figure can show."""
+"""Smooth and thin curves with many points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMOOTHING = "an exponential average over about 2% of the run's steps"
 
 
 def smooth(values: Array, share: float = 0.02) -> Array:
-    """Exponential moving average with a span of ``share`` of the points, corrected for its start."""
+    """Exponential moving average over a span of ``share`` of the points, with bias correction for the first points."""
     decay = 1 - 2 / (max(share * len(values), 1) + 1)
     result = np.empty_like(values)
     total = weight = 0.0
@@ -22,7 +22,7 @@ def smooth(values: Array, share: float = 0.02) -> Array:
 
 
 def thin(x: Array, most: int = 300, log: bool = False) -> NDArray[np.int64]:
-    """Indices of at most ``most`` points, spread evenly along the axis that they will be drawn on, both ends kept."""
+    """Indices of at most ``most`` points, spread evenly along the (linear or logarithmic) axis. Keeps both ends."""
     if len(x) <= most:
         return np.arange(len(x))
     positive = log and bool((x > 0).all())

@@ -1,4 +1,4 @@
-"""What all figures share: the look of each run, axes and their ticks, output as SVG and PNG."""
+"""Shared parts of all figures: each run's line style, axes with ticks, output as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ MARKERS = "osD^vPX<>phd"
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 SIZE, THIRD, SMALL = (370, 255), (350, 300), (340, 215)
-"""Width and height of a panel in the units of its view box, which are near CSS pixels on the page."""
+"""Width and height of a panel in view box units, which are close to CSS pixels on the page."""
 
 
 @dataclass
 class Panel:
-    """A drawn figure with its heading."""
+    """A drawn figure with its title."""
 
     title: str
     svg: str
 
 
 def scientific(value: float, digits: int = 2) -> str:
-    """1234567.0 -> ``1.23 × 10⁶``; small numbers stay plain."""
+    """Format a number: 1234567.0 -> ``1.23 × 10⁶``. Numbers from 0.01 to 9999 have no power of ten."""
     if value == 0 or 1e-2 <= abs(value) < 1e4:
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits + 1}g}"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
@@ -45,7 +45,7 @@ def scientific(value: float, digits: int = 2) -> str:
 
 
 def tick(value: float, _position: object = None) -> str:
-    """Label of an axis tick: a plain number if it is short, else in powers of ten."""
+    """Label of an axis tick: a plain number if it is short, else with a power of ten."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:g}".replace("-", "−")
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -55,17 +55,17 @@ def tick(value: float, _position: object = None) -> str:
 
 
 def linear_tick(value: float, position: object = None) -> str:
-    """Label of a tick of a linear axis: thousands with a comma, to match 7,500 and 10,000."""
+    """Label of a tick on a linear axis. Thousands have a comma, so that 7,500 and 10,000 match."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else tick(value, position)
 
 
 def memory_unit(most: float) -> tuple[str, float]:
-    """Unit that suits ``most`` bytes, and the factor from bytes to it."""
+    """A unit that suits ``most`` bytes, and the factor from bytes to that unit."""
     return ("GiB", 2.0**-30) if most >= 2**30 else ("MiB", 2.0**-20)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, or 1-2-5 or 1-3 steps, or evenly spaced if the range is short."""
+    """Ticks of a logarithmic axis: powers of ten, 1-2-5 or 1-3 steps, or evenly spaced ticks for a short range."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     decades = [10.0**e for e in range(first, last + 1) if low <= 10.0**e <= high]
     if len(decades) >= 3:
@@ -78,20 +78,20 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(name: str, most: int = 22) -> str:
-    """A name shortened to fit beside an axis. The end is kept: it tells runs apart more often than the start."""
+    """Shorten a name to ``most`` characters. Keeps its end, because run names differ more often there."""
     return name if len(name) <= most else "…" + name[-most + 1 :]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The settings that figures are made and saved under."""
+    """Context with the matplotlib settings for making and saving figures."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 class Frame:
-    """Draws figures in which each run keeps its look. A figure's key names it in the page and among the PNG files."""
+    """Draws figures in which each run keeps its style. A figure's key is its id in the page and the PNG's file name."""
 
     def __init__(self, runs: Sequence[Run], png_dir: Path | None = None) -> None:
         self.runs = runs
@@ -101,7 +101,7 @@ class Frame:
                 "color": SERIES[i % len(SERIES)],
                 "linestyle": DASHES[i % len(DASHES)],
                 "marker": MARKERS[i % len(MARKERS)],
-                # Curves that coincide stay visible: later ones are thinner and lie on top.
+                # Later lines are thinner and on top, so that curves that coincide stay visible.
                 "linewidth": 2.4 - i / max(len(runs) - 1, 1),
                 "markersize": 7.0 - 2 * i / max(len(runs) - 1, 1),
             }
@@ -109,13 +109,13 @@ class Frame:
         ]
 
     def axes(self, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-        """A figure of ``size`` view box units with one pair of axes."""
+        """A new figure of ``size`` view box units with one pair of axes."""
         layout = ConstrainedLayoutEngine(w_pad=4 / 72, h_pad=4 / 72)
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout=layout)
         return figure, figure.subplots()
 
     def finish(self, figure: Figure, key: str, title: str, handles: list[Any] | None = None) -> Panel:
-        """The figure as a panel. Its PNG, if wanted, has a title, a white ground and its own legend."""
+        """Turn the figure into a panel. If PNGs are wanted, save one with a title, a white background and a legend."""
         axes = figure.axes[0]
         label = f"{title}: {axes.get_ylabel() or 'runs'} against {axes.get_xlabel()}"
         panel = Panel(title, inline_svg(figure, key, label))
@@ -135,19 +135,19 @@ class Frame:
         return panel
 
     def log_axis(self, axis: Any, low: float, high: float, pad: float = 1.05) -> None:
-        """Make an axis logarithmic from ``low / pad`` to ``high * pad``."""
+        """Make an axis logarithmic, from ``low / pad`` to ``high * pad``."""
         axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low / pad, high * pad)})
         axis.set_major_locator(FixedLocator(log_ticks(low / pad, high * pad)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(tick))
 
     def linear_axis(self, axis: Any) -> None:
-        """About five round ticks on a linear axis."""
+        """Give a linear axis about five round ticks."""
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(FuncFormatter(linear_tick))
 
     def swatches(self) -> list[str]:
-        """For each run a small SVG of its line and marker, for legends."""
+        """One small SVG per run with its line and marker, for legends."""
         result = []
         for index, look in enumerate(self.looks):
             figure = Figure(figsize=(38 / 72, 14 / 72))

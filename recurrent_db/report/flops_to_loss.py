@@ -1,7 +1,8 @@
 """FLOPs to reach a held-out NLL.
 
-Annealing the learning rate lowers the loss at once, so a point during a decay lies below the curve at the constant rate and
-above that of complete runs; a mixture would flatter whichever run decays first. Two kinds of numbers are used, apart:
+Annealing the learning rate lowers the loss at once. A point during the decay therefore lies below the curve at the constant
+rate, and above the results of complete runs. Mixing them would favour the run that decays first, so two kinds of numbers
+are kept apart:
 
 - constant rate: between evaluations at the peak learning rate, NLL is interpolated linearly in log FLOPs;
 - annealed end: a complete run shows that a level can be reached with its FLOPs or fewer.
@@ -22,11 +23,11 @@ class Reached:
 
     flops: float
     at_most: bool
-    """The level was already reached at the first point that counts, so fewer FLOPs may be enough."""
+    """The first usable point was already at or below the level, so fewer FLOPs may be enough."""
 
 
 def reached_at_constant_rate(points: Sequence[Evaluation], level: float) -> Reached | None:
-    """FLOPs at which the best K's NLL first falls to ``level`` at the peak learning rate; None if it does not."""
+    """FLOPs at which the best K's NLL first falls to ``level`` at the peak learning rate; None if it never does."""
     before: Evaluation | None = None
     for point in points:
         if point.phase != "constant":
@@ -42,13 +43,13 @@ def reached_at_constant_rate(points: Sequence[Evaluation], level: float) -> Reac
 
 
 def reached_at_end(points: Sequence[Evaluation], level: float) -> Reached | None:
-    """The FLOPs of a complete, annealed run whose end is at or below ``level``; None otherwise."""
+    """FLOPs of a complete, annealed run whose final NLL is at or below ``level``; None otherwise."""
     end = next((p for p in points if p.phase == "end" and p.best_nll <= level), None)
     return Reached(end.flops, at_most=True) if end else None
 
 
 def choose_levels(runs: Sequence[Run], wanted: int = 5) -> list[float]:
-    """About ``wanted`` round NLL levels, from high to low, within the range of the points that count."""
+    """About ``wanted`` round NLL levels, from high to low, within the range of the usable points."""
     values = [p.best_nll for run in runs for p in run.evaluations if p.phase != "other"]
     if not values:
         return []
@@ -61,5 +62,5 @@ def choose_levels(runs: Sequence[Run], wanted: int = 5) -> list[float]:
             levels = [round(i * step, 6) for i in range(last, first - 1, -1)] if last - first < 50 else []
             if levels and abs(len(levels) - wanted) < abs(len(best) - wanted):
                 best = levels
-    # A single value: the next round number above it, which it reached.
+    # All points have one value: use the next round number above it.
     return best or [round(math.ceil(low * 20 - 1e-9) / 20, 6)]

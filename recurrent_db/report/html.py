@@ -1,4 +1,4 @@
-"""Text, numbers and tables as HTML. Everything that comes from a run enters the page through `text`."""
+"""Text, numbers and tables as HTML. All values from a run must pass through `text`, which escapes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DASH = "–"
 
 
 def text(value: object) -> str:
-    """Escaped text, for an element or a quoted attribute."""
+    """Escape a value for an element or a quoted attribute."""
     return escape(printable(value), quote=True)
 
 
 def count(value: float | None, unit: str = "") -> str:
-    """12345678 -> ``12.3 M``."""
+    """A number with three digits and a prefix: 12345678 -> ``12.3 M``."""
     if value is None:
         return DASH
     for factor, prefix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -27,7 +27,7 @@ def count(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A duration in its two largest units."""
+    """A duration in seconds, minutes or hours."""
     if seconds is None:
         return DASH
     if seconds < 100:
@@ -38,7 +38,7 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(value: float | None) -> str:
-    """Bytes in MiB or GiB."""
+    """A number of bytes in MiB or GiB."""
     if value is None:
         return DASH
     unit, factor = memory_unit(value)
@@ -46,7 +46,7 @@ def memory(value: float | None) -> str:
 
 
 def joules(value: float) -> str:
-    """Energy in kWh from 0.1 kWh on, else in joules."""
+    """An energy in joules, shown in kWh from 0.1 kWh, else in kJ, J, mJ or µJ."""
     if value >= 3.6e5:
         return f"{value / 3.6e6:.3g} kWh"
     for factor, unit in ((1e3, "kJ"), (1.0, "J"), (1e-3, "mJ")):
@@ -60,7 +60,7 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", kind: str = "") -> str:
-    """A table in its own scrolling box; cells are HTML. A row of one cell is a heading of the rows below it."""
+    """A table that scrolls by itself. Cells are HTML. A row with one cell is a heading for the rows below it."""
     body = []
     for row in rows:
         if len(row) == 1:
@@ -77,7 +77,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
 
 
 def panels(found: Iterable[Panel | None], kind: str = "grid") -> str:
-    """Panels side by side in a grid, each with its title; with ``wide`` one below the other, without titles."""
+    """Panels with titles in a grid. With ``kind="wide"`` they are stacked and have no titles."""
     drawn = [panel for panel in found if panel is not None]
     if kind == "wide":
         return "".join(f'<figure class="wide">{panel.svg}</figure>' for panel in drawn)

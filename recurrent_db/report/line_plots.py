@@ -27,10 +27,10 @@ COLUMN_LABELS = {
     "depth": ("Depth of the training step", "K (core iterations)", 1.0),
     "loss_sigma_max": ("Training loss at sigma_max", "loss (nats/token)", 1.0),
 }
-"""Title, axis label with unit, and factor of the columns of metrics.jsonl that get a panel of their own."""
+"""Title, axis label with unit, and factor of columns of metrics.jsonl. Other columns are labelled with their names."""
 
 EXACT_COLUMNS = frozenset({"lr", "peak_memory_bytes"})
-"""Columns that are drawn as logged; the others are smoothed."""
+"""Columns that are drawn as logged. All others are smoothed."""
 
 
 class LinePlots(Frame):
@@ -40,7 +40,7 @@ class LinePlots(Frame):
     # Training
 
     def loss_against(self, x: str) -> Panel | None:
-        """Smoothed training loss and held-out points at the best K against a column of metrics.jsonl, log axes."""
+        """Smoothed training loss, and held-out NLL at the best K, against a column of metrics.jsonl. Both axes are log."""
         curves: list[tuple[dict[str, Any], Array, Array]] = []
         points: list[tuple[dict[str, Any], float, float, bool]] = []
         for run, look in zip(self.runs, self.looks, strict=True):
@@ -64,7 +64,7 @@ class LinePlots(Frame):
         xs = [v for _, at, _ in curves for v in (at[0], at[-1])] + [point[1] for point in points]
         ys = [v for _, _, loss in curves for v in (loss.min(), loss.max())] + [point[2] for point in points]
         high = max(xs)
-        # The first steps of a long run would take half of a logarithmic axis.
+        # Without a limit, the first steps of a long run would take half of a logarithmic axis.
         self.log_axis(axes.xaxis, max(min(xs), high / 3e3), high, pad=1.1)
         if min(ys) > 0:
             self.log_axis(axes.yaxis, min(ys), max(ys))
@@ -72,7 +72,7 @@ class LinePlots(Frame):
         return self.finish(figure, f"loss-{x}", f"Loss against {x if x != 'flops' else 'FLOPs'}")
 
     def column(self, name: str) -> Panel | None:
-        """A column of metrics.jsonl over the optimizer steps."""
+        """A column of metrics.jsonl against the optimizer step."""
         title, label, factor = COLUMN_LABELS.get(name, (name, f"{short(name)} (as logged)", 1.0))
         if name == "peak_memory_bytes":
             unit, factor = memory_unit(max((run.most(name) or 0.0 for run in self.runs), default=0.0))
@@ -138,7 +138,7 @@ class LinePlots(Frame):
         return self.finish(figure, "nll-by-k", "NLL by K")
 
     def gain_by_k(self) -> Panel:
-        """What depth earns: NLL minus the same run's NLL at its smallest K."""
+        """NLL at each K minus the same run's NLL at its smallest K."""
         figure, axes = self.axes()
         for run, look in zip(self.runs, self.looks, strict=True):
             gains = [point.nll - run.depth[0].nll for point in run.depth]
@@ -148,10 +148,10 @@ class LinePlots(Frame):
         self._k_axis(axes)
         self.linear_axis(axes.yaxis)
         axes.set_ylabel("ΔNLL to the smallest K (nats/token)")
-        return self.finish(figure, "gain-by-k", "What depth earns")
+        return self.finish(figure, "gain-by-k", "Change of NLL with K")
 
     def nll_by_inference_flops(self) -> Panel | None:
-        """Held-out NLL against the forward FLOPs per token that each K costs."""
+        """Held-out NLL against the forward FLOPs per token at each K."""
         figure, axes = self.axes()
         every: list[float] = []
         for run, look in zip(self.runs, self.looks, strict=True):
@@ -168,7 +168,7 @@ class LinePlots(Frame):
         return self.finish(figure, "nll-by-inference-flops", "NLL against inference compute")
 
     def state_by_iteration(self) -> Panel | None:
-        """Size of the state (for a denoiser: of its estimate) after each core pass, for the runs that have it."""
+        """Size of the state (for a denoiser, of its estimate) after each core pass, for runs that measured it."""
         shown = [(run, look) for run, look in zip(self.runs, self.looks, strict=True) if run.state_rms]
         if not shown:
             return None
@@ -194,7 +194,7 @@ class LinePlots(Frame):
         return self.finish(figure, "state-by-iteration", "State norm by iteration")
 
     def loss_by_sigma(self) -> Panel | None:
-        """Held-out loss by noise level, for the runs that have it."""
+        """Held-out loss by noise level, for runs that measured it."""
         figure, axes = self.axes()
         sigmas: list[float] = []
         for run, look in zip(self.runs, self.looks, strict=True):

@@ -1,7 +1,7 @@
 """The page: its sections in reading order, and the HTML around them.
 
-Everything that comes from a run (names, configuration, samples, task names) passes through `html.text`, the only way into
-the page. A section whose files are missing keeps its heading and says so.
+All values from a run (names, configuration, samples, task names) are escaped by `html.text`. A section whose files are
+missing keeps its heading and says which file is missing.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ SECTIONS = (
     ("state", "State norm by iteration", inference.state_by_iteration),
     ("inference", "NLL against inference compute", inference.nll_by_flops),
     ("sigma", "Loss by noise level", inference.loss_by_sigma),
-    ("flops", "Where the FLOPs go", flops_and_memory.flops),
+    ("flops", "FLOPs by part of the model", flops_and_memory.flops),
     ("memory", "Memory", flops_and_memory.memory_held),
-    ("blocks", "Blocks that train alone", blocks.blocks),
+    ("blocks", "Blocks trained separately", blocks.blocks),
     ("throughput", "Throughput and optimisation", training.throughput),
     ("flops-to-loss", "FLOPs to reach a loss", training.flops_to_loss),
     ("lm-eval", "Benchmarks (lm-eval)", results.lm_eval),
     ("samples", "Samples", results.samples),
-    ("provenance", "How this was made", results.provenance),
+    ("provenance", "Commands, configurations and environments", results.provenance),
 )
-"""Anchor, title and function of each section. A section that returns nothing is left out."""
+"""Anchor, title and function of each section. A section whose function returns an empty string is left out."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""What a browser may do for the page: no script runs and nothing is fetched, even if something were to slip into it."""
+"""Content security policy: the browser runs no script and loads nothing, whatever text the runs contain."""
 
 
 def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path | None = None) -> str:
-    """The whole page as HTML: one file, no script, nothing fetched. PNGs of the plots go to ``png_dir`` where given."""
+    """The whole page as HTML, without scripts or external files. Also writes the plots as PNG to ``png_dir`` if given."""
     with drawing():
         comparison = Comparison(runs, baselines, png_dir)
         built = ((key, title, build(comparison)) for key, title, build in SECTIONS)
@@ -87,7 +87,7 @@ def write_report(
     Args:
         runs: run directories.
         output: HTML file.
-        baselines: reference models by name, in nats per token; they win over a ``baselines.json`` beside a run.
+        baselines: NLL of reference models by name, in nats per token. They take precedence over ``baselines.json``.
         png_dir: folder for the plots as PNG files; None writes none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a report reads from a run directory. Only ``config.json`` is needed; everything else may be missing."""
+"""`Run`: the data that a report reads from a run directory. Only ``config.json`` is required."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ STANDARD_COLUMNS = frozenset({
     "step", "tokens", *FLOP_COLUMNS, "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes",
     "seconds", "energy_joules", "skipped", "spikes", "rollbacks", "peak_flops", "optimizer_share",
 })  # fmt: skip
-"""Columns that every objective logs. Others are the objective's own, except ``eval/*``, ``memory/*`` and ``state/*``."""
+"""Columns that every objective logs. Other columns belong to an objective, except ``eval/*``, ``memory/*``, ``state/*``."""
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """Convert a finite number to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -44,7 +44,7 @@ def number(value: Any) -> float | None:
 
 
 def printable(value: object) -> str:
-    """Text without characters that a page or a figure cannot show (control characters, lone surrogates)."""
+    """Text in which characters that a page or figure cannot show (controls, lone surrogates) are replaced by U+FFFD."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", "\ufffd", str(value))
 
 
@@ -57,13 +57,13 @@ class Evaluation:
     flops: float
     seconds: float
     nll: dict[int, float]
-    """Nats per token by K; never empty."""
+    """NLL in nats per token, by K; never empty."""
     bits_per_byte: dict[int, float]
     phase: Phase
-    """``constant``: the learning rate is at its peak; ``end``: the annealed end of a complete run; ``other``: warm-up,
-    within a decay, or the end of an incomplete run."""
+    """State of the learning rate. ``constant``: at its peak. ``end``: annealed, at the end of a complete run. ``other``:
+    during warm-up or decay, or at the end of an incomplete run."""
     stretch: int
-    """Number of the uninterrupted stretch at the peak rate; points of different stretches do not share a curve."""
+    """Number of the uninterrupted period at the peak rate. Points of different periods are not joined to one curve."""
 
     @property
     def best_k(self) -> int:
@@ -76,7 +76,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class DepthPoint:
-    """Held-out likelihood at one K; NLL in nats per token, FLOPs of one draw's scoring."""
+    """Held-out likelihood at one K. NLL is in nats per token; FLOPs per token are for one noise draw."""
 
     k: int
     nll: float
@@ -87,7 +87,7 @@ class DepthPoint:
 
 @dataclass(eq=False)
 class Run:
-    """One run: its configuration, and what was found beside it."""
+    """One run: its configuration and the results in its directory."""
 
     name: str
     path: Path
@@ -98,44 +98,45 @@ class Run:
     evaluations: list[Evaluation] = field(default_factory=list)
     depth: list[DepthPoint] = field(default_factory=list)
     depth_source: str = ""
-    """Where ``depth`` comes from, in words."""
+    """Description of the file or evaluation that ``depth`` comes from."""
     depth_tokens: float | None = None
-    """Held-out tokens that ``depth`` was scored on."""
+    """Number of held-out tokens on which ``depth`` was scored."""
     state_rms: list[tuple[int, float]] = field(default_factory=list)
-    """(iteration, root mean square per component of the state after it), in a run of the largest K scored."""
+    """(iteration, root mean square per component of the state after it), in a run of the largest K that was scored."""
     state_is: Literal["state", "estimate"] = "state"
-    """What ``state_rms`` measures: the recurrent state, or a denoiser's estimate of the clean target."""
+    """The quantity in ``state_rms``: the recurrent state, or a denoiser's estimate of the clean target."""
     loss_by_sigma: list[tuple[float, float]] = field(default_factory=list)
+    """(sigma, held-out NLL in nats per token), by rising sigma."""
     sigma_star: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """lm-eval's results (task -> metric -> value) by K; the key is empty if the file does not say."""
+    """lm-eval's results (task -> metric -> value) by K. The key is empty if the file does not give K."""
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What each block of a joined run cost, by its number."""
+    """Cost of each block of a joined run, by block number."""
     notes: list[str] = field(default_factory=list)
-    """Files that were there and could not be used."""
+    """Messages about files that exist but cannot be used."""
 
     def last(self, column: str) -> float | None:
-        """The newest number of a column of metrics.jsonl."""
+        """The last number in a column of metrics.jsonl."""
         return next((v for row in reversed(self.rows) if (v := number(row.get(column))) is not None), None)
 
     def most(self, column: str) -> float | None:
-        """The largest number of a column of metrics.jsonl."""
+        """The largest number in a column of metrics.jsonl."""
         return max((v for row in self.rows if (v := number(row.get(column))) is not None), default=None)
 
     def series(self, x: str, y: str) -> tuple[Array, Array]:
-        """Two columns of metrics.jsonl, at the rows where both are numbers."""
+        """Two columns of metrics.jsonl, without rows where either is not a number."""
         pairs = [(a, b) for row in self.rows if None not in (a := number(row.get(x)), b := number(row.get(y)))]
         points = np.array(pairs, dtype=np.float64).reshape(-1, 2)
         return points[:, 0], points[:, 1]
 
     @property
     def progress(self) -> float | None:
-        """Share of the budget that is spent; None if the run has no rows or no budget."""
+        """Spent share of the budget; None if the run has no rows or no budget."""
         return _progress(self.config, self.rows[-1]) if self.rows else None
 
     def progress_at(self, row: dict[str, Any]) -> float | None:
-        """Share of the budget that was spent at a row of metrics.jsonl."""
+        """Spent share of the budget at a row of metrics.jsonl."""
         return _progress(self.config, row)
 
     @property
@@ -144,12 +145,12 @@ class Run:
 
     @property
     def training_curve(self) -> str:
-        """Column that can be compared with other runs' training loss. The plain loss of a denoiser averages over noise
-        levels, most of which show the answer."""
+        """Name of the training-loss column that is comparable with other runs. A denoiser's plain loss averages over noise
+        levels, and at most of them the answer is partly visible."""
         return "loss_sigma_max" if any("loss_sigma_max" in row for row in self.rows) else "loss"
 
     def own_columns(self) -> list[str]:
-        """Numeric columns that only this objective logs."""
+        """Names of the numeric columns that only this objective logs."""
         names = dict.fromkeys(name for row in self.rows for name, value in row.items() if number(value) is not None)
         return [
             name
@@ -158,7 +159,7 @@ class Run:
         ]
 
     def parameters(self) -> dict[str, int] | None:
-        """Parameters by part; None if the configuration has no vocabulary size."""
+        """Number of parameters by part; None if the configuration has no vocabulary size."""
         if self.config.model.vocab_size < 1:
             return None
         return build_model(self.config.model, seed=None, device="meta").parameter_counts()
@@ -182,8 +183,8 @@ def _by_k(row: dict[str, Any], prefix: str) -> dict[int, float]:
 
 
 def _annealed(config: Config, rows: Sequence[dict[str, Any]], rate: float | None) -> bool:
-    """Whether the run is complete and its last learning rate is that of its schedule's end. A run whose budget was made
-    smaller on the way ends before its rate has come down."""
+    """Whether the run is complete and its last learning rate is at the end of its schedule. If the budget was reduced
+    during the run, the run ends before its learning rate is annealed."""
     last = _progress(config, rows[-1]) or 0.0
     before = (_progress(config, rows[-2]) or 0.0) if len(rows) > 1 else 0.0
     scale = learning_rate_scale(config.schedule, min(1.0, (before + last) / 2))
@@ -191,14 +192,14 @@ def _annealed(config: Config, rows: Sequence[dict[str, Any]], rate: float | None
 
 
 def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluation]:
-    """Rows with held-out scores, each with the phase of its learning rate."""
+    """Rows of metrics.jsonl with held-out scores, each with the phase of its learning rate."""
     result: list[Evaluation] = []
     constant_schedule = config.schedule.name in ("wsd", "constant")
     stretch = 0
     for row in rows:
         rate = number(row.get("lr"))
         constant = constant_schedule and rate is not None and math.isclose(rate, config.optim.lr, rel_tol=1e-6)
-        constant = constant and number(row.get("depth")) != 0  # the core's blocks were not trained yet
+        constant = constant and number(row.get("depth")) != 0  # depth 0: the skip-core phase
         if not constant:
             stretch += 1
         nll = _by_k(row, "eval/nll_k")
@@ -217,7 +218,7 @@ def evaluations(config: Config, rows: Sequence[dict[str, Any]]) -> list[Evaluati
 
 
 def _read_json(path: Path, kind: type, notes: list[str]) -> Any:
-    """The value of a JSON file, of type ``kind``. It is empty if there is no such file, or (with a note) another value."""
+    """Read a JSON value of type ``kind``. Returns an empty one if the file is missing or, with a note, if it is wrong."""
     try:
         value = read_json(path)
     except FileNotFoundError:
@@ -226,13 +227,13 @@ def _read_json(path: Path, kind: type, notes: list[str]) -> Any:
         notes.append(f"{path.name} could not be read and is left out")
         return kind()
     if not isinstance(value, kind):
-        notes.append(f"{path.name} does not hold what it should and is left out")
+        notes.append(f"{path.name} has an unexpected content and is left out")
         return kind()
     return value
 
 
 def _read_depth(run: Run, curve: dict[str, Any]) -> None:
-    """Fill in NLL by K: from the depth curve, or else from the last evaluation of training."""
+    """Set NLL by K from the depth curve, or else from the last evaluation during training."""
     by_k = curve.get("by_k")
     for key, score in by_k.items() if isinstance(by_k, dict) else ():
         if not str(key).isdecimal() or not isinstance(score, dict) or (nll := number(score.get("nll"))) is None:
@@ -252,12 +253,12 @@ def _read_depth(run: Run, curve: dict[str, Any]) -> None:
             if run.config.model.vocab_size:
                 cost = inference_cost(run.config.model, run.config.data.sequence_length, recurrence.passes(k))
             run.depth.append(DepthPoint(k, nll, last.bits_per_byte.get(k), None, cost))
-        run.depth_source = f"the last evaluation in training (step {last.step:,})"
+        run.depth_source = f"the last evaluation during training (step {last.step:,})"
     run.depth.sort(key=lambda point: point.k)
 
 
 def _read_state(run: Run, curve: dict[str, Any]) -> None:
-    """Fill in the size of the state by iteration."""
+    """Set the size of the state by iteration."""
     table = curve.get("state_rms_by_iteration")
     for key, value in table.items() if isinstance(table, dict) else ():
         if str(key).isdecimal() and (rms := number(value)) is not None and rms >= 0:
@@ -267,6 +268,7 @@ def _read_state(run: Run, curve: dict[str, Any]) -> None:
 
 
 def _read_sigma(run: Run, report: dict[str, Any]) -> None:
+    """Set the loss by noise level, from a dict {sigma: NLL} or a list of objects."""
     table = report.get("nll_by_sigma")
     pairs: list[tuple[Any, Any]] = []
     if isinstance(table, dict):
@@ -285,7 +287,7 @@ def _read_sigma(run: Run, report: dict[str, Any]) -> None:
 
 
 def _read_blocks(run: Run, values: dict[str, Any]) -> None:
-    """Fill in the blocks of a joined run, and, without a report of its own, the loss by sigma that their runs measured."""
+    """Set the blocks of a joined run. Without a denoiser report, the loss by sigma comes from the blocks' own runs."""
     table = values.get("blocks")
     run.blocks = {str(k): v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
     if not run.loss_by_sigma:
@@ -294,6 +296,7 @@ def _read_blocks(run: Run, values: dict[str, Any]) -> None:
 
 
 def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """lm-eval's tables by K, from a file with one table per K or from the harness's own file."""
     by_k = values.get("by_k")
     if isinstance(by_k, dict):
         tables = {str(k): v.get("results", v) for k, v in by_k.items() if isinstance(v, dict)}
@@ -310,7 +313,7 @@ def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read one run directory. Raises `UserError` if it is not one, or a link leads out of it."""
+    """Read one run directory. Raises `UserError` if it is not a run directory or contains a link to the outside."""
     if not path.exists():
         raise UserError(f"no run directory {path}")
     check_links(path)
@@ -347,7 +350,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest tails of the paths that tell the runs apart; repeats are numbered."""
+    """Names of the runs: the shortest ends of their paths that differ. Equal paths are numbered."""
     parts = [[printable(part) for part in path.resolve().parts] for path in paths]
     names = [""] * len(paths)
     for length in range(1, max(map(len, parts)) + 1):
@@ -359,12 +362,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run directories in the order given. Raises `UserError` as `read_run` does."""
+    """Read run directories, in the given order. Raises `UserError` like `read_run`."""
     return [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
 
 
 def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> dict[str, float]:
-    """Reference NLLs in nats per token: the given ones, then ``baselines.json`` beside each run."""
+    """Reference NLLs in nats per token: those in ``given``, then those in ``baselines.json`` beside each run."""
     merged = {printable(name): nll for name, nll in (given or {}).items()}
     for path in paths:
         for name, value in _read_json(path.resolve().parent / "baselines.json", dict, []).items():

@@ -1,4 +1,4 @@
-"""Figures with stacked bars, one bar per run. Pieces differ by hatch and colour, and bear their name if it fits."""
+"""Figures with stacked bars, one bar per run. Pieces have different hatches and colours, and their name if it fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recurrent_db.report.runs import Run
 from recurrent_db.report.svg import INK, SERIES, inline_svg
 
 PARTS = ("prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
-"""Parts of the model that cost FLOPs, in the order of a forward pass. The embedding is a lookup without FLOPs."""
+"""Parts of the model that use FLOPs, in the order of a forward pass. The embedding is a lookup and uses none."""
 
 FLOP_HATCHES = {"forward": "", "backward": "////", "recomputed": "...."}
 HOLDER_HATCHES = dict(zip(HOLDERS, ("", "////", "xxxx", "\\\\\\\\", "...."), strict=True))
@@ -27,12 +27,12 @@ HOLDER_NAMES = dict(
 )
 
 WORTH_DRAWING = 0.01
-"""Recomputation is drawn from this share of the model FLOPs on; fused attention always recomputes its scores."""
+"""Smallest share of the model FLOPs at which recomputation is drawn. Fused attention always recomputes its scores."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a bar, in the axis's unit."""
+    """One piece of a bar. ``width`` is in the axis's unit."""
 
     name: str
     width: float
@@ -41,13 +41,13 @@ class Piece:
 
 
 def _face(color: str, hatch: str) -> list[dict[str, Any]]:
-    """How a piece is drawn: a pale ground (none under dots, which would not show), then outline and hatch."""
+    """The layers of a piece: a pale background (not below dots, which it would hide), then outline and hatch."""
     ground = [] if hatch.startswith(".") else [{"color": color, "alpha": 0.45, "lw": 0}]
     return [*ground, {"fill": False, "edgecolor": color, "lw": 1, "hatch": hatch or None}]
 
 
 def legend_box(key: str, color: str, hatch: str = "") -> str:
-    """A legend's box that looks like the bar's piece; ``key`` must be unique in the page."""
+    """A legend box that looks like a piece of a bar. ``key`` must be unique in the page."""
     figure = Figure(figsize=(24 / 72, 14 / 72))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
@@ -58,7 +58,7 @@ def legend_box(key: str, color: str, hatch: str = "") -> str:
 
 
 def _stacks(axes: Axes, runs: Sequence[Run], stacks: Sequence[Iterable[Piece]], most: float) -> None:
-    """One bar per run on an axis from 0 to ``most``."""
+    """Draw one bar per run on an axis from 0 to ``most``."""
     for row, pieces in enumerate(stacks):
         left = 0.0
         for index, piece in enumerate(pieces):
@@ -82,12 +82,12 @@ def _stacks(axes: Axes, runs: Sequence[Run], stacks: Sequence[Iterable[Piece]], 
 
 
 def worth_drawing(cost: Mapping[str, Cost]) -> bool:
-    """Whether a run recomputes enough to be drawn."""
+    """Whether a run recomputes enough to draw it."""
     return sum(c.recomputed for c in cost.values()) >= WORTH_DRAWING * sum(c.total for c in cost.values())
 
 
 def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) -> Panel:
-    """FLOPs per training token by part: forward plain, backward hatched, recomputed dotted if any run recomputes enough."""
+    """FLOPs per training token by part: forward plain, backward hatched, recomputed dotted if there is enough of it."""
     kinds = ["forward", "backward"]
     if any(worth_drawing(cost) for _, cost in shown):
         kinds.append("recomputed")
@@ -109,13 +109,13 @@ def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) ->
 
 
 def memory_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, float], float | None]]) -> Panel:
-    """Bytes by holder, and the measured peak as a diamond. A peak far beyond every bar is an arrow at the axis's end, so
-    that the bars stay readable."""
+    """Bytes by holder, with the measured peak as a diamond. A peak far beyond all bars is drawn as an arrow at the end of
+    the axis, so that the bars stay readable."""
     widest = max(sum(split.values()) for _, split, _ in shown)
     peaks = [peak for _, _, peak in shown if peak]
     limit = max([widest, *(peak for peak in peaks if peak <= 2.5 * widest)]) or max([*peaks, 1.0])
     unit, factor = memory_unit(limit)
-    # Room on the right for the figures of the peaks.
+    # Leave room on the right for the numbers of the peaks.
     most = limit * factor * (1.28 if peaks else 1.02)
     stacks = [
         [

@@ -1,4 +1,4 @@
-"""The page's style sheet: system fonts, two themes, tables and figures that fit a phone."""
+"""The page's style sheet: system fonts, a light and a dark theme, tables and figures that fit a phone."""
 
 LIGHT = """
   --page: #f6f7f9; --card: #ffffff; --ink: #1f2328; --muted: #59636e; --grid: #d8dee4; --link: #0a5ea8;
@@ -8,7 +8,7 @@ DARK = """
   --page: #101316; --card: #181c20; --ink: #e6e9ec; --muted: #9aa5b1; --grid: #343b43; --link: #6db6f2;
   --s0: #4a9fe0; --s1: #ee7d33; --s2: #2fbf95; --s3: #dd93b8; --s4: #f0b429; --s5: #8fd0f5; --s6: #b8bfc6;
 """
-"""The palette of `svg.SERIES`, with its lightest colours darkened on white and all of them lightened on black."""
+"""The palette of `svg.SERIES`: its lightest colours darkened for the light theme, all of them lightened for the dark one."""
 
 CSS = f"""
 :root {{ color-scheme: light dark; {LIGHT} }}

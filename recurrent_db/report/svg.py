@@ -1,7 +1,7 @@
-"""A matplotlib figure as an SVG inside the page, with the page's font and colours.
+"""Turns a matplotlib figure into an inline SVG with the page's font and colours.
 
-Figures are drawn in the light palette below. Each of its colours stands for a CSS variable, so the same SVG follows the
-reader's light or dark theme. Ids are made unique, since all figures share one document.
+Figures are drawn in the light palette below. Each of its colours is replaced by a CSS variable, so the SVG follows the
+reader's light or dark theme. Ids get a prefix, because all figures share one document.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-"""Okabe and Ito's colour-blind-safe palette, without the yellow that white paper swallows."""
+"""Okabe and Ito's colour-blind-safe palette, without its yellow, which is hard to see on white."""
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card"} | {
@@ -50,15 +50,15 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 1.0,
     "legend.frameon": False,
 }
-"""matplotlib settings that every figure is drawn and saved under."""
+"""matplotlib settings for drawing and saving every figure."""
 
 
 def inline_svg(figure: Figure, key: str, label: str) -> str:
-    """The figure as an ``<svg>`` element for an HTML page.
+    """Convert the figure to an ``<svg>`` element for an HTML page.
 
     Args:
-        key: unique in the page; letters, digits and hyphens. It prefixes all ids.
-        label: what the figure shows, for screen readers.
+        key: prefix of all ids: letters, digits and hyphens, unique in the page.
+        label: description of the figure for screen readers.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -72,7 +72,7 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
 
     def identify(match: re.Match[str]) -> str:
-        # Group ids that nothing refers to only tell matplotlib's own story; "halo" marks text that lies on a bar.
+        # Drop ids that nothing refers to. "halo" marks text on a bar or line, which gets an outline.
         if match[1].startswith("halo"):
             return ' class="halo"'
         return f' id="{key}-{match[1]}"' if match[1] in used else ""
@@ -82,7 +82,7 @@ def inline_svg(figure: Figure, key: str, label: str) -> str:
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", text)
     for colour, name in VARIABLES.items():
         text = re.sub(rf"(?<=: ){colour}", f"var({name})", text)
-    # The page's font instead of matplotlib's.
+    # Use the page's font.
     text = re.sub(r" font-family: [^;\"]+;", "", text)
     text = re.sub(
         r' d="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", " ".join(m[0].split())).replace("d=", " d="), text

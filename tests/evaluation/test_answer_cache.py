@@ -35,10 +35,10 @@ def test_a_file_of_answers_cut_anywhere_is_read(tmp_path: Path) -> None:
         b"\xff\xfe\n",
     ):
         cut.write_bytes(other)
-        with pytest.raises(UserError, match="holds something else"):
+        with pytest.raises(UserError, match="is not an answer cache"):
             AnswerCache(cut, {"k": 1})
         assert cut.read_bytes() == other
-    with pytest.raises(UserError, match="cannot keep answers"):
+    with pytest.raises(UserError, match="cannot store answers"):
         AnswerCache(tmp_path, {"k": 1})
-    with pytest.raises(UserError, match="cannot keep answers"):
+    with pytest.raises(UserError, match="cannot store answers"):
         AnswerCache(whole / "below", {"k": 1})

@@ -244,10 +244,10 @@ def test_a_judge_that_knows_the_documents_is_refused(folder: Path, script_here: 
     words = [*common, "--judge", folder / "next_token"]
     told = script_here(*words)
     assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
-    assert "training text is that of" in told.stderr
+    assert "trained on the same text as" in told.stderr
     allowed = script_here(*words, "--allow-shared", "--json", folder / "shared.json")
     assert allowed.returncode == 0
-    assert "warning: the judge's training text is that of" in allowed.stderr
+    assert "warning: the judge was trained on the same text as" in allowed.stderr
     assert json.loads((folder / "shared.json").read_text())["shared_documents"]["run"] == 1.0
 
     # The judge has no record of its own: it was made by train/pretrain.py.

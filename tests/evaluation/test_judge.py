@@ -81,7 +81,7 @@ def test_shared_documents_are_found(parts: Path) -> None:
     kept = record(parts / "part2")
     assert check_apart(kept, parts / "part1", "train") == 0
     assert check_apart(kept, parts / "part1", "validation") == 0
-    with pytest.raises(UserError, match="training text is that of"):
+    with pytest.raises(UserError, match="trained on the same text as"):
         check_apart(kept, parts / "part2", "train")
     # The whole corpus holds part 2, so the text is another and its documents are there.
     documents = [open_data(parts / name, "train").documents for name in ("part1", "part2", "whole")]
@@ -104,8 +104,8 @@ def test_a_judge_is_a_run_that_knows_its_documents(judge_run: Path, parts: Path)
 def test_train_judge_refuses(parts: Path, script_here: Run) -> None:
     base = ["eval/train_judge.py", *MICRO, "--run.dir", parts / "no", "--budget.steps", "1"]
     for words, message in (
-        (["--data.path", parts / "part1", "--apart-from", parts / "part1"], "training text is that of"),
-        (["--data.path", parts / "part2", "--objective.name", "unrolled"], "its objective is next_token"),
+        (["--data.path", parts / "part1", "--apart-from", parts / "part1"], "trained on the same text as"),
+        (["--data.path", parts / "part2", "--objective.name", "unrolled"], "objective of a judge is always next_token"),
         (["--data.path", parts / "part2", "--apart-from"], "--apart-from needs"),
         (["--data.path", parts / "part2", "--apart-from=" + str(parts)], "manifest.json"),
         (["--data.path", parts / "nowhere"], "no such data directory"),
@@ -146,7 +146,7 @@ def test_loading_refuses(judge_run: Path, parts: Path, script_here: Run) -> None
     assert Judge.load(parts / "flat", "cpu").kept == record(parts / "part1")
     (parts / "part1").rename(parts / "moved")
     try:
-        with pytest.raises(UserError, match="not known which documents"):
+        with pytest.raises(UserError, match="training documents are unknown"):
             Judge.load(parts / "flat", "cpu")
     finally:
         (parts / "moved").rename(parts / "part1")

@@ -155,7 +155,7 @@ def test_generation_goes_on_with_fewer_texts_where_memory_is_short(runs: Path, m
     assert lm.generate_until(requests("generate_until", *asked), disable_tqdm=True) == expected
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     room = 0
-    with pytest.raises(UserError, match="does not hold one text"):
+    with pytest.raises(UserError, match="one text does not fit"):
         lm.generate_until(requests("generate_until", *asked), disable_tqdm=True)
 
 
@@ -472,8 +472,8 @@ def test_mistakes_are_one_line(
                 ("denoise", "prefix_reuse=perhaps", "true or false"),
                 ("denoise", "dtype=float16", "dtype must be one of"),
                 ("denoise", "draws=0", "draws must be"),
-                ("denoise", f"cache={files / 'piqa_validation.jsonl'}", "holds something else"),
-                ("denoise", f"cache={files}", "cannot keep answers in"),
+                ("denoise", f"cache={files / 'piqa_validation.jsonl'}", "is not an answer cache"),
+                ("denoise", f"cache={files}", "cannot store answers in"),
             )
         ),
         (

@@ -306,7 +306,7 @@ def test_the_commands(exported: dict[str, tuple[Path, Path]], tmp_path: Path) ->
         ("max_position_embeddings", 10**12),
     ):
         (tmp_path / "out" / "config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(UserError, match=f"{key} is .*, and run.config.model"):
+        with pytest.raises(UserError, match=f"{key} is .*, but run.config.model"):
             run(["import", str(tmp_path / "out"), str(tmp_path / "run2")])
     assert not (tmp_path / "run2").exists()
     with pytest.raises(UserError, match="no run directory"):

@@ -378,15 +378,15 @@ def refused(folder: Path, match: str) -> None:
         ({"n_layers_in_recurrent_block": 10**9}, "n_core must be at most"),
         ({"n_embd": 1 << 40, "init_values": {}}, "d_model must be at most"),
         ({"padded_vocab_size": 1 << 50}, "vocab_size must be at most"),
-        ({"rope_base": 1e309}, "rope_base = 'inf' is not what Huginn has"),
-        ({"rope_base": 10_000}, "rope_base = '10000' is not what Huginn has"),
-        ({"norm_eps": float("nan")}, "norm_eps = 'nan' is not what Huginn has"),
+        ({"rope_base": 1e309}, "rope_base = 'inf' differs from Huginn's"),
+        ({"rope_base": 10_000}, "rope_base = '10000' differs from Huginn's"),
+        ({"norm_eps": float("nan")}, "norm_eps = 'nan' differs from Huginn's"),
         ({"mean_recurrence": 0}, "expected_depth must be above 0|mean_depth must be above 0"),
         ({"n_layers_in_coda": 2}, "lacks the weight transformer.coda.1"),
-        ({"n_layers_in_coda": 0}, "a weight too many: transformer.coda.0"),
+        ({"n_layers_in_coda": 0}, "an unknown weight: transformer.coda.0"),
         ({"intermediate_size": 41}, r"mlp.fc.weight in shape \(80, 24\) instead of \(82, 24\)"),
-        ({"padded_vocab_size": 300}, "300 rows of embedding for 320 tokens"),
-        ({"qk_bias": False}, "a weight too many: .*qk_bias"),
+        ({"padded_vocab_size": 300}, "the embedding has 300 rows for 320 tokens"),
+        ({"qk_bias": False}, "an unknown weight: .*qk_bias"),
         ({"block_size": 64}, "freqs_cis has shape"),
     ],
 )  # fmt: skip
@@ -408,12 +408,12 @@ def _rename(weights: dict[str, Tensor]) -> None:
     [
         (_lack, "lacks the weight transformer.core_block.1.norm_3.weight"),
         (_rename, "lacks the weight transformer.adapter.weight"),
-        (lambda w: w.update({"extra": torch.zeros(1)}), "a weight too many: extra"),
+        (lambda w: w.update({"extra": torch.zeros(1)}), "an unknown weight: extra"),
         (lambda w: w.update({"lm_head.weight": torch.zeros(VOCAB, D)}), "lm_head.weight is not"),
         (lambda w: w.update({"lm_head.weight": torch.zeros(1)}), "lm_head.weight is not"),
         (lambda w: w["freqs_cis"].mul_(-1), "freqs_cis is not the rotary table of rope_base = 50000"),
-        (lambda w: w["transformer.ln_f.weight"].fill_(float("nan")), "transformer.ln_f.weight holds numbers"),
-        (lambda w: w.update({"transformer.ln_f.weight": torch.ones(D, dtype=torch.int8)}), "is of type I8"),
+        (lambda w: w["transformer.ln_f.weight"].fill_(float("nan")), "transformer.ln_f.weight contains NaN"),
+        (lambda w: w.update({"transformer.ln_f.weight": torch.ones(D, dtype=torch.int8)}), "has type I8"),
         (lambda w: w.update({"transformer.adapter.weight": torch.zeros(2 * D, D)}), "adapter.weight in shape"),
     ],
 )
@@ -471,7 +471,7 @@ def test_tokenizers_that_do_not_fit(copy: Path, texts: list[str], tmp_path: Path
     (copy / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": VOCAB}))
     write({}, "special tokens .* are not among its 320 tokens")
     (copy / "config.json").write_text(json.dumps({key: CONFIG[key] for key in CONFIG if key != "eos_token_id"}))
-    write({}, "names the token that ends a text")
+    write({}, "names the end-of-text token")
     (copy / "tokenizer.json").unlink()
     refused(copy, "has no tokenizer")
 

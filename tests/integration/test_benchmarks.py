@@ -275,7 +275,7 @@ def test_table5_tells_a_failed_command_and_two_judges(folder: Path, script_here:
     words = ["benchmarks/paper/table5.py", "--data", folder / "data", "--out", folder / "failed", "--tokens", "3000"]
     failed = script_here(*words, "--judge-data", folder / "data")  # the arms' own data make no judge
     assert failed.returncode == 2
-    assert "training text is that of" in failed.stderr
+    assert "trained on the same text as" in failed.stderr
     assert failed.stderr.splitlines()[-1] == "error: the command above failed; repeat this one to go on from there"
     both = script_here(*words, "--judge-data", folder / "data", "--judge", folder / "next_token")
     assert (both.returncode, len(both.stderr.splitlines())) == (2, 1)

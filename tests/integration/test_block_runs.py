@@ -236,7 +236,7 @@ def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]
 
 def test_a_model_in_blocks_is_not_exported(frozen_runs: list[Path], tmp_path: Path) -> None:
     join(frozen_runs, tmp_path / "joined")
-    with pytest.raises(UserError, match="model in blocks, which the exported format has no code for"):
+    with pytest.raises(UserError, match="model in blocks, which cannot be exported"):
         export(tmp_path / "joined", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -191,7 +191,7 @@ def test_state_norm_is_drawn_as_measured(page: str, three_runs: list[Path]) -> N
             assert dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True)) == pytest.approx(
                 {int(k): v for k, v in written.items()}
             )
-    assert "For a denoiser (denoise) it is its estimate" in section(page, "state")
+    assert "For a denoiser (denoise) it is the size of the estimate" in section(page, "state")
 
 
 def test_state_norm_damaged_or_missing(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_two_runs_without_optional_files(tmp_path: Path) -> None:
     check_page(html)
     for missing in ("denoiser_report.json", "lm_eval.json", "samples.json"):
         assert f"Left out: no run has eval/{missing}" in html
-    assert "the last evaluation in training (step 40)" in html  # NLL by K falls back on it
+    assert "the last evaluation during training (step 40)" in html  # NLL by K falls back on it
 
 
 def test_damaged_and_empty_files_leave_their_sections_out(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_summary_shows_the_numbers_of_the_files(page: str) -> None:
     assert "<strong>2.080</strong>" in summary and "± 0.021" in summary
     assert summary.count("904 k") == 3 and "+ 215 k cond." in summary
     assert "bigram" in summary and "3.400" in summary and "corpus" not in summary
-    assert "Take care" not in summary
-    assert "mixes noise levels" in page
+    assert "Warning:" not in summary
+    assert "averages over noise levels" in page
 
 
 def test_runs_that_do_not_compare_are_called_out(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_runs_that_do_not_compare_are_called_out(tmp_path: Path) -> None:
     loaded = read_runs(runs)
     html = summary(Comparison(loaded, {}))
     assert "different vocabularies: compare bits per byte" in html
-    assert "not scored on the same amount of held-out text" in html
+    assert "scored on different amounts of held-out text" in html
 
 
 def test_one_run_with_png_files_and_the_same_bytes_again(tmp_path: Path) -> None:

@@ -1,2 +1,2 @@
-"""The code that an exported folder runs with: files that are copied into it as they are. They import each other relatively,
-and nothing of this package."""
+"""The code of an exported folder. These files are copied into it unchanged, so they use relative imports among themselves
+and import nothing from this package."""

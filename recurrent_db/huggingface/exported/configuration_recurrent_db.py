@@ -9,15 +9,15 @@ from transformers import PretrainedConfig
 
 
 class RecurrentDBConfig(PretrainedConfig):
-    """The model's shape, and how its iterations start. Every key that is not listed is transformers' own.
+    """The model's shape and the start of its iterations. Keys that are not listed here are transformers' own.
 
     Args:
-        num_recurrence: core iterations K.
+        num_recurrence: number of core iterations K.
         initial_state: zeros, random or noise.
-        seed: of random starts.
-        walk: for ``noise``: sd, mute, bridge, grid, and the log-normal law of the noise level (sigma_min, sigma_max, p_mean,
-            p_std).
-        run: the configuration of the run that this was exported from; not used here.
+        seed: seed of random and noise starts.
+        walk: for ``noise``: sd, mute, bridge, grid, and the log-normal distribution of the noise level (sigma_min,
+            sigma_max, p_mean, p_std).
+        run: configuration of the exported run; not used here.
     """
 
     model_type = "recurrent_db"
@@ -50,6 +50,6 @@ class RecurrentDBConfig(PretrainedConfig):
         self.walk, self.run = walk, run
         self.initializer_range = math.sqrt(2 / (5 * hidden_size))
         kwargs["num_hidden_layers"] = n_prelude + n_core + n_coda
-        # The head has no weight of its own: it is a product with the embedding's table.
+        # The head has no weight of its own, because it uses the embedding's.
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)

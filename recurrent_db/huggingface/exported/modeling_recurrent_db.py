@@ -1,22 +1,23 @@
-"""A recurrent-depth language model for Hugging Face transformers: prelude -> core x K -> coda.
+"""A looped language model for Hugging Face transformers: prelude -> core x K -> coda.
 
     tokens --embed, prelude--> e                         once
     state_0 --core(inject(state, e))--> ... state_K      K times: `num_recurrence`
     state_K --final norm, coda, final norm--> hidden     once
-    hidden --the embedding's own table--> logits
+    hidden --embedding matrix--> logits
 
-The architecture is Huginn's (arXiv 2502.05171). K is ``config.num_recurrence``, or an argument of ``forward`` and
-``generate``. ``config.initial_state`` says where the K iterations start:
+The architecture is Huginn's (arXiv:2502.05171). K is ``config.num_recurrence``, or an argument of ``forward`` and
+``generate``. ``config.initial_state`` is the start of the K iterations:
 
-- ``zeros``, or ``random``: a truncated normal, as in Huginn's training;
-- ``noise``: the K iterations are a reverse diffusion over K noise levels (arXiv 2506.14202); K = 1 is the read-out at the
-  highest one.
+- ``zeros``;
+- ``random``: a truncated normal, as in Huginn's training;
+- ``noise``: the iterations are a reverse diffusion over K noise levels (arXiv:2506.14202). K = 1 is the read-out at the
+  highest level.
 
-Random starts are a function of (``config.seed``, row of the batch, position). The same call therefore gives the same
-answer, with or without a cache, and row 0 is the text that `recurrent_db.generate` gives with that seed.
+Random starts depend only on ``config.seed``, the row in the batch, and the position. The same call therefore gives the same
+result, with or without a cache. Row 0 equals the text of `recurrent_db.generate` with the same seed.
 
-Every iteration has its own keys and values, so the cache has one layer for each visit to a block and must be one that
-grows (`DynamicCache`). One cache serves one K.
+Every iteration has its own keys and values. The cache therefore has one layer for each visit to a block, and must be able
+to grow (`DynamicCache`). A cache works for one K only.
 
 Shapes: B rows, T positions of a pass, S positions so far, D width, H heads, E head size, V vocabulary.
 """
@@ -37,7 +38,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_recurrent_db import RecurrentDBConfig
 
-# The output's name for the cache, which transformers has changed.
+# Name of the cache in the output; it depends on the version of transformers.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
 NORM_EPS, ROPE_BASE = 1e-6, 50_000.0
@@ -61,10 +62,10 @@ class Noise:
     def __init__(self, seed: int, page: int) -> None:
         self.seed, self.page = seed, page
         self.kept: dict[tuple[int, int, str, torch.device], Tensor] = {}
-        """The pages of the last call: positions come one after another."""
+        """Pages of the last call. Consecutive positions usually need the same page again."""
 
     def __call__(self, positions_BT: Tensor, width: int, stream: str, normal: bool) -> Tensor:
-        """(B, T, width): standard normals, or uniforms in [0, 1)."""
+        """Random numbers, (B, T, width): standard normal, or uniform in [0, 1)."""
         rows, before, self.kept = [], self.kept, {}
         for row, positions_T in enumerate(positions_BT.tolist()):
             first, last = min(positions_T) // self.page, max(positions_T) // self.page
@@ -86,12 +87,12 @@ class Noise:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms and rotations compute in."""
+    """The dtype for norms and rotations: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; with a modulation (1 + scale) * norm(x) + shift."""
+    """x / rms(x) * weight. With a modulation: (1 + scale) * norm(x) + shift."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class RMSNorm(nn.Module):
 
 
 class Pass:
-    """One pass over T positions that follow those in the cache: rotations, who sees whom, and the cache's next layer."""
+    """One forward pass over T positions after those in the cache: rotations, attention mask, and the cache's next layer."""
 
     def __init__(self, positions_BT: Tensor, mask_BS: Tensor | None, seen: int, cache: Any, config: Any) -> None:
         self.positions_BT, self.cache, self.visits = positions_BT, cache, itertools.count()
@@ -118,9 +119,9 @@ class Pass:
         rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
         angles = positions_BT[..., None].double() * rates
         self.cos, self.sin = angles.cos(), angles.sin()
-        self.mask: Tensor | None = None  # the causal one
+        self.mask: Tensor | None = None  # None is the causal mask
         causal = torch.arange(self.total, device=device) <= torch.arange(seen, self.total, device=device)[:, None]
-        if mask_BS is not None:  # padding sees padding, and nobody else does
+        if mask_BS is not None:  # padding is visible to padding only
             real_BS = mask_BS.bool()
             self.mask = (causal & (real_BS[:, None, :] == real_BS[:, seen:, None]))[:, None]
         elif seen and self.length > 1:
@@ -136,13 +137,13 @@ class Pass:
 
     def _layer(self) -> int:
         index, layers = next(self.visits), getattr(self.cache, "layers", None)
-        while layers and len(layers) <= index:  # a cache that was made with a layer for each block
+        while layers and len(layers) <= index:  # the cache was created with one layer per block
             layers.append(type(layers[0])())
         return index
 
 
 class Attention(nn.Module):
-    """Causal attention; fused projection of queries, keys, values; bias on the first two; neighbouring pairs rotate."""
+    """Causal attention: fused projection of queries, keys and values; bias on queries and keys; interleaved RoPE."""
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
@@ -162,7 +163,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """proj(silu(gate) * up), one fused projection with the gate half first."""
+    """proj(silu(gate) * up). One fused projection, gate half first."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -175,8 +176,8 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Sandwich block: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x); with a modulation, branches are scaled, shifted and
-    gated (AdaLN, the gate centred on one)."""
+    """Sandwich block: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x). A modulation scales, shifts and gates both branches
+    (AdaLN with gates centred on one)."""
 
     def __init__(self, config: RecurrentDBConfig) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ class Block(nn.Module):
 
 
 class Injection(nn.Module):
-    """How the core sees the prelude's output: linear W [state, e]; diagonal a * state + W e; add state + e."""
+    """Feeds the context e to the core. linear: W [state, e]; diagonal: a * state + W e; add: state + e."""
 
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class Injection(nn.Module):
 
 
 class Core(nn.Module):
-    """The weight-tied recurrence: one iteration."""
+    """One iteration of the weight-tied core."""
 
     def __init__(self, config: RecurrentDBConfig) -> None:
         super().__init__()
@@ -231,7 +232,7 @@ class Core(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """From c_noise = ln(sigma)/4 (fp32, (B, 1)) to six tensors (B, 1, D) for each core block."""
+    """Maps c_noise = ln(sigma)/4, fp32 (B, 1), to six tensors (B, 1, D) for each core block."""
 
     def __init__(self, dim: int, n_blocks: int, features: int) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class NoiseEmbedding(nn.Module):
 
 
 def _quantiles(law: dict[str, Any], u: Tensor) -> list[float]:
-    """Noise levels below which shares u (float64) of the training draws lie."""
+    """Quantiles of the training distribution of the noise level, at the probabilities u (float64)."""
     low, high = law["sigma_min"], law["sigma_max"]
     mean, std = law["p_mean"], law["p_std"]
     q = [0.5 * math.erfc(-(math.log(sigma) - mean) / (std * math.sqrt(2))) for sigma in (low, high)]
@@ -262,7 +263,7 @@ def _quantiles(law: dict[str, Any], u: Tensor) -> list[float]:
 
 
 def noise_levels(law: dict[str, Any], k: int) -> list[float]:
-    """K noise levels, the highest first; sigma_max alone for K = 1."""
+    """K noise levels, highest first. K = 1 has only sigma_max."""
     low, high = law["sigma_min"], law["sigma_max"]
     if k == 1:
         return [high]
@@ -280,7 +281,7 @@ def noise_levels(law: dict[str, Any], k: int) -> list[float]:
 
 
 class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
-    """See the top of this file."""
+    """The language model. The module's docstring describes it."""
 
     config_class = RecurrentDBConfig
     base_model_prefix = ""
@@ -317,7 +318,7 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         return x_BTD
 
     def decode(self, state_BTD: Tensor, here: Pass) -> Tensor:
-        """Final norm, coda, final norm: the hidden vectors that the head reads, (B, T, D)."""
+        """Final norm, coda, final norm: the hidden vectors for the head, (B, T, D)."""
         x_BTD = self.final_norm(state_BTD)
         for block in self.coda:
             x_BTD = block(x_BTD, here)
@@ -328,7 +329,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         return F.linear(hidden, self.embedding.weight)
 
     def recur(self, e_BTD: Tensor, k: int, here: Pass) -> Tensor:
-        """K iterations of the core from zeros or from a random state (std sqrt(2/5), cut at three of them), read out."""
+        """K core iterations, then the read-out's hidden vectors. The state starts from zeros or from a random normal with
+        standard deviation sqrt(2/5), truncated at three of them."""
         state = torch.zeros_like(e_BTD)
         if self.config.initial_state == "random":
             tail = 0.0013498980316301  # Phi(-3)
@@ -339,9 +341,9 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         return self.decode(state, here)
 
     def walk(self, e_BTD: Tensor, k: int, here: Pass) -> Tensor:
-        """Reverse diffusion over K noise levels: each position walks its own z from noise towards the embedding of the
-        token that follows. A level is one conditioned pass of the core and, before the last, a bridge from its read-out
-        to the estimate that the step moves towards. EDM's scalings (arXiv 2206.00364)."""
+        """Reverse diffusion over K noise levels. Each position moves its own z from noise towards the embedding of the next
+        token. A level is one conditioned pass of the core. Before the last level, a bridge turns its read-out into the
+        estimate that the step moves towards. Uses EDM's scalings (arXiv:2206.00364)."""
         law, embed_noise = self.config.walk, self.noise_embedding
         sd = law["sd"]
         assert embed_noise is not None
@@ -360,8 +362,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         return self.decode((estimate / sd).to(e_BTD.dtype), here)
 
     def _bridge(self, estimate: Tensor, here: Pass) -> Tensor:
-        """What a step moves towards: the estimate itself (state), or the expected (soft) or most likely (hard) normalised
-        target row of its read-out, (B, T, D)."""
+        """The estimate that a step moves towards, (B, T, D): the core's own (state), or the expected (soft) or most likely
+        (hard) normalised target under its read-out."""
         law = self.config.walk
         if law["bridge"] == "state":
             return estimate
@@ -384,16 +386,16 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         num_recurrence: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the token after each position.
+        """Logits for the token after each position.
 
         Args:
             input_ids: int64 (B, T).
-            attention_mask: 1 for tokens, 0 for padding, of all positions so far, (B, S).
-            position_ids: int64 (B, T); counted from the first token of each row where not given.
-            cache: keys and values of the positions before; ``past_key_values`` is its name in older versions.
-            labels: int64 (B, T), shifted here; -100 is not counted.
-            logits_to_keep: of the last so many positions; 0 is all.
-            num_recurrence: core iterations K.
+            attention_mask: 1 for tokens and 0 for padding, over all positions so far, (B, S).
+            position_ids: int64 (B, T). By default counted from the first token of each row.
+            cache: keys and values of the earlier positions. Older versions of transformers call it ``past_key_values``.
+            labels: int64 (B, T). They are shifted here; -100 is ignored.
+            logits_to_keep: number of last positions to return; 0 returns all.
+            num_recurrence: number of core iterations K; ``config.num_recurrence`` by default.
         """
         k = self.config.num_recurrence if num_recurrence is None else int(num_recurrence)
         if k < 1:

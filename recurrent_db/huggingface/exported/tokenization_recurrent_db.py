@@ -1,8 +1,8 @@
-"""The tokenizer of a recurrent_db model for Hugging Face transformers: a sentencepiece model with byte fallback, lossless.
+"""The tokenizer of a recurrent_db model for Hugging Face transformers: a lossless sentencepiece model with byte fallback.
 
-Any text comes back byte for byte, and gets the ids of training: the model's own normalisation is switched off, a literal
-U+2581 (sentencepiece's mark of a space) is spelled in bytes, and text that looks like a special token stays text. This
-file needs only sentencepiece and transformers.
+Encoding and decoding restores any text byte for byte, and gives the same ids as in training. The model's own normalisation
+is switched off, a literal U+2581 (sentencepiece's mark for a space) is encoded as bytes, and text that looks like a special
+token stays text. This file needs only sentencepiece and transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizer
 SPACE_MARK = "\u2581"
 MARK_PIECES = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
 
-# Long texts are cut at a line end before encoding. The place of the cut is part of what decides a text's tokens.
+# Long texts are cut at a line break before encoding. The tokens depend on the place of the cut, so keep this constant.
 SEGMENT_CHARACTERS = 1 << 17
 
 # ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
@@ -27,7 +27,7 @@ IDENTITY_NORMALIZER = b"\x1a\x06\x12\x00\x18\x00\x20\x00"
 
 
 def segments(text: str) -> Iterator[str | None]:
-    """Cut a text into parts that are encoded by themselves; None stands for one literal U+2581."""
+    """Cut a text into parts that are encoded separately. None stands for a literal U+2581."""
     for n, part in enumerate(text.split(SPACE_MARK)):
         if n:
             yield None
@@ -41,7 +41,7 @@ def segments(text: str) -> Iterator[str | None]:
 
 
 class RecurrentDBTokenizer(PreTrainedTokenizer):
-    """Args: vocab_file: a sentencepiece model with byte fallback."""
+    """A sentencepiece tokenizer. ``vocab_file`` is a sentencepiece model with byte fallback."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
@@ -85,11 +85,11 @@ class RecurrentDBTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """No special token is added."""
+        """Add no special tokens."""
         return token_ids_0 + (token_ids_1 or [])
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Joined from bytes; special tokens as they are written, bytes that are not UTF-8 as U+FFFD."""
+        """Join the tokens' bytes. Special tokens appear as written; invalid UTF-8 becomes U+FFFD."""
         joined = b""
         for token in tokens:
             index = self.sp.piece_to_id(token)

@@ -1,1 +1,1 @@
-"""The sections of a report: each is a function from a `Comparison` of runs to HTML, and knows nothing of the page."""
+"""The sections of a report. Each is a function from a `Comparison` to HTML, independent of the page."""

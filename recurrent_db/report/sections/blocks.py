@@ -1,4 +1,4 @@
-"""The section on blocks that train alone: what each cost, and its own loss."""
+"""The section on blocks that are trained separately: the cost and the loss of each."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from recurrent_db.report.runs import Run, number
 from recurrent_db.store.metrics import counted_where
 
 FLOPS = ("flops", "flops_forward", "flops_backward")
-"""FLOP columns of metrics.jsonl that the table shows."""
+"""FLOP columns of metrics.jsonl in the table."""
 
 
 def accounts(run: Run) -> dict[str, dict[str, Any]]:
-    """What each block of a run cost, by its number: of a joined run its file says it, of another its own metrics."""
+    """Cost of each block of a run, by block number: from blocks.json for a joined run, else from the run's own metrics."""
     if run.blocks:
         return run.blocks
     only = run.config.blocks.only
     if not run.config.model.n_blocks or not run.rows:
         return {}
-    if not only:  # a step trains one block, in one process with the others
+    if not only:  # one process trains all blocks; each step trains one of them
         return {
             str(block): {
                 "layers": layers, "trains_shared": trains_shared(run.config, block),
@@ -44,7 +44,7 @@ def accounts(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def blocks(comparison: Comparison) -> str:
-    """One row for each block of each run."""
+    """One row for each block of each run; empty if no run has blocks."""
     rows: list[list[str]] = []
     for run in comparison.runs:
         found = accounts(run)
@@ -71,14 +71,15 @@ def blocks(comparison: Comparison) -> str:
                 ]
             )
     if not rows:
-        return ""  # no run is of blocks: no section
+        return ""  # no run has blocks, so the section is left out
     head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
             "Read from<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
     caption = (
-        "Read from others: the tables of the block that owns them, once, before training; blocks that train alone send "
-        "nothing. Memory held: parameters, gradients, optimizer, average and activations of that block's process. The loss "
-        "is that of held-out text at noise levels of the block's own range, with the answer noised: less noise leaves less "
-        "of it, and none but the first's at sigma_max is a likelihood. By level it is under “Loss by noise level”. Of "
-        "masked diffusion it is the block's term of the bound on the NLL, and the blocks' terms add up to that."
+        "Read from others: size of the embedding tables that a block reads once, before training, from the block that "
+        "trains them. Blocks that are trained separately send nothing. Memory held: parameters, gradients, optimizer, "
+        "average and activations of the block's process. Loss: held-out loss with the answer noised at the noise levels "
+        "of the block's range. Less noise gives a lower loss, and only the first block's loss at sigma_max is a "
+        "likelihood; “Loss by noise level” shows each level. For masked diffusion, the loss is the block's term of the "
+        "bound on the NLL, and the terms of all blocks sum to the bound."
     )
     return table(head, rows, caption)

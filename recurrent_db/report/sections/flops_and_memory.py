@@ -1,4 +1,4 @@
-"""The sections on what the runs cost: FLOPs and memory."""
+"""The sections on the cost of the runs: FLOPs and memory."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from recurrent_db.report.stacked_bars import (
 from recurrent_db.report.svg import INK, SERIES
 
 FLOP_COUNTS = {
-    "Model FLOPs": "forward and backward, attention over all pairs of positions; budgets and MFU count these.",
-    "Attention": "the share that attention's two products have in them; the rest are products with weights.",
-    "With the causal half": "the model FLOPs with attention over the pairs alone that the causal mask lets through.",
-    "Recomputed": "forward work that the backward does again: fused attention's scores always, the core's iterations "
-    "with activation checkpointing. Not part of the model FLOPs; HFU counts both.",
-    "Optimizer": "clipping, optimizer and weight average, as logged; part of no other count.",
-    "Logged": "FLOPs / tokens of metrics.jsonl, a check on the model FLOPs computed here.",
+    "Model FLOPs": "forward and backward; attention counts all pairs of positions. Budgets and MFU use this count.",
+    "Attention": "share of attention's two products in the model FLOPs. The rest are products with weights.",
+    "With the causal half": "model FLOPs if attention counts only the pairs that the causal mask allows.",
+    "Recomputed": "forward work that the backward pass repeats: always fused attention's scores, and the core's "
+    "iterations with activation checkpointing. The model FLOPs do not include it; HFU counts both.",
+    "Optimizer": "clipping, optimizer and weight average, as logged. No other count includes it.",
+    "Logged": "FLOPs / tokens of metrics.jsonl, to check the model FLOPs computed here.",
 }
-"""Columns of the second FLOP table, with a line of explanation each."""
+"""Columns of the second FLOP table, each with its explanation."""
 
 
 def _legend(items: list[tuple[str, str]]) -> str:
-    """A list of (SVG, words)."""
+    """An HTML legend from pairs (SVG, text)."""
     return f'<ul class="legend">{"".join(f"<li>{svg}{words}</li>" for svg, words in items)}</ul>'
 
 
 def flops(comparison: Comparison) -> str:
-    """Where the FLOPs of a training token go."""
+    """FLOPs of a training token, by part and direction."""
     shown = [(run, training_cost(run)) for run in comparison.runs if run.config.model.vocab_size]
     if not shown:
-        return note("Left out: no configuration names the vocabulary's size.")
+        return note("Left out: no configuration has a vocabulary size.")
     drawn = any(worth_drawing(cost) for _, cost in shown)
     used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
     boxes = [(legend_box(f"part-{part}", SERIES[PARTS.index(part)]), part) for part in used]
@@ -52,12 +52,12 @@ def flops(comparison: Comparison) -> str:
         if kind != "recomputed" or drawn
     ]
     sentence = (
-        "Mean over the run's steps, from the shapes and from how often each step ran each part; matrix products "
-        "and attention are counted, a multiply-add as two. Iterations without gradient have no backward, and the "
-        "embedding is a lookup that costs none. The parts of a bar stand in the legend's order."
+        "Mean over the run's steps, computed from the shapes and from how often each step ran each part. Matrix products "
+        "and attention are counted; a multiply-add counts as two. Iterations without gradient have no backward pass. The "
+        "embedding is a lookup and costs nothing. The parts of a bar are in the order of the legend."
     )
     if not drawn:
-        sentence += " Recomputation is below 1% of every run and not drawn."
+        sentence += " Recomputation is below 1% in every run and is not drawn."
     counts = "".join(f"<dt>{name}</dt><dd>{line}</dd>" for name, line in FLOP_COUNTS.items())
     return (
         note(sentence) + _legend(boxes) + panels([flop_split(comparison.plots, shown)], "wide")
@@ -66,7 +66,7 @@ def flops(comparison: Comparison) -> str:
 
 
 def _flops_by_part(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]], used: list[str]) -> str:
-    """Every number of the bars; folded away where many runs would make it long."""
+    """All numbers of the bars, in a list that is closed at first if there are more than three runs."""
     kinds = {"forward": "forward", "backward_input": "backward, inputs", "backward_weight": "backward, weights"}
     rows = []
     for run, cost in shown:
@@ -79,13 +79,13 @@ def _flops_by_part(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost
                 shares = [f"{v / whole.total:.1%}" if (v := cost[part].total) else DASH for part in used]
                 rows.append(["share of the total", *shares, "100%"])
     inner = table(["FLOPs/token", *(part.capitalize() for part in used), "Total"], rows)
-    caption = note("Backward: towards the gradients of the inputs, and of the weights. Recomputed is not in the total.")
+    caption = note("Backward: gradients of the inputs, and gradients of the weights. The total excludes recomputation.")
     opened = " open" if len(shown) <= 3 else ""
     return f"<details{opened}><summary>By part of the model</summary>{inner}{caption}</details>"
 
 
 def _flop_counts(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
-    """The totals, counted in the ways that people count."""
+    """The total FLOPs, counted in several ways."""
     rows = []
     for run, cost in shown:
         whole, update = total(cost), update_flops_per_token(run)
@@ -105,7 +105,7 @@ def _flop_counts(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]
 
 
 def memory_held(comparison: Comparison) -> str:
-    """What holds the memory, beside the measured peak."""
+    """Memory by holder, beside the measured peak."""
     shown = [(run, split, run.most("peak_memory_bytes")) for run in comparison.runs if (split := memory_by_holder(run))]
     if not shown:
         return note("Left out: no run has metrics.jsonl with memory by holder.")
@@ -115,10 +115,10 @@ def memory_held(comparison: Comparison) -> str:
     ]
     boxes.append(('<span aria-hidden="true">◆</span>', "measured peak"))
     sentence = (
-        "Activations are the most that the forward pass of a micro-batch left for its backward, over all steps; "
-        "gradients are as large as the parameters that have them. The peak also holds what single operations need for "
-        "a moment, and on a CPU the whole process with its libraries; a peak far beyond the bars is an arrow (▶) at "
-        "the end of the axis."
+        "Activations: the most memory that the forward pass of a micro-batch kept for its backward pass, over all steps. "
+        "Gradients are as large as their parameters. The peak also includes temporary memory of single operations and, "
+        "on a CPU, the whole process with its libraries. A peak far beyond the bars is an arrow (▶) at the end of the "
+        "axis."
     )
     rows = []
     for run, split, peak in shown:

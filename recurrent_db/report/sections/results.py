@@ -39,7 +39,7 @@ def lm_eval(comparison: Comparison) -> str:
         "Task",
         *(f"{comparison.label(run)}<small>{f'K = {text(k)}' if k else 'K not given'}</small>" for run, k in columns),
     ]
-    caption = "± is lm-eval's standard error. Accuracies are shares; chance depends on the task."
+    caption = "± is lm-eval's standard error. Accuracies are shares of 1. Chance depends on the task."
     return table(head, rows, caption)
 
 
@@ -62,7 +62,7 @@ def samples(comparison: Comparison) -> str:
                     parts.append(f"<small>{text(facts)}</small><pre>{generated}</pre>")
             cells.append("".join(parts) or DASH)
         rows.append([f"<pre>{text(prompt)}</pre>", *cells])
-    caption = "As generated, nothing picked or shortened here. A sample says little; the likelihoods above say more."
+    caption = "Texts as generated, without selection or cuts. Single samples say less than the likelihoods above."
     return table(["Prompt", *(comparison.label(run) for run in having)], rows, caption, "samples")
 
 

@@ -1,4 +1,4 @@
-"""The section that sums up each run in one row."""
+"""The summary section: one row per run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recurrent_db.report.runs import Run
 
 
 def summary(comparison: Comparison) -> str:
-    """One row for each run, baselines below them, and what keeps the runs from being compared."""
+    """One row for each run, the baselines below, and warnings where runs are not comparable."""
     best = {run.name: min(run.depth, key=lambda point: point.nll) for run in comparison.runs if run.depth}
     lowest = min((point.nll for point in best.values()), default=None)
     energies = [energy(run) for run in comparison.runs]
@@ -60,31 +60,31 @@ def summary(comparison: Comparison) -> str:
     if metered:
         head.append("Energy<br>(per token)")
     how = (
-        "<p>Lower held-out NLL (negative log-likelihood) and fewer bits per byte are better; "
-        "<code>next_token</code> is the flat model that one would train otherwise, so a recurrent objective is "
-        "worth its cost only where it beats that control at equal FLOPs.</p>"
+        "<p>Lower held-out NLL (negative log-likelihood) and fewer bits per byte are better. "
+        "<code>next_token</code> is the flat control: a looped objective is worth its cost only if it beats that control "
+        "at equal FLOPs.</p>"
     )
-    caption = "NLL is the lowest over the K that were scored, ± its standard error over sequences. "
+    caption = "NLL is the lowest over all scored K, ± its standard error over sequences. "
     if any(run.last("eval/elbo") is not None for run in comparison.runs):
-        caption += "≤: masked diffusion's bound. "
-    caption += "“cond.”: further parameters for the noise conditioning."
+        caption += "≤: upper bound of masked diffusion. "
+    caption += "“cond.”: additional parameters for the noise conditioning."
     if metered:
-        caption += " Energy is that of the whole GPU while training, and per token trained."
+        caption += " Energy is of the whole GPU during training, in total and per trained token."
     if sources := comparison.score_sources():
         caption += f" Scores are from {sources}."
-    warnings = "".join(f"<p><strong>Take care:</strong> {text(w)}</p>" for w in _differences(comparison.runs))
+    warnings = "".join(f"<p><strong>Warning:</strong> {text(w)}</p>" for w in _differences(comparison.runs))
     damaged = [f"{run.name}: {n}" for run in comparison.runs for n in run.notes]
     return how + warnings + table(head, rows, caption) + "".join(note(text(line)) for line in damaged)
 
 
 def _status(run: Run) -> str:
     if run.progress is None:
-        return "no metrics" if not run.rows else "no budget given"
+        return "no metrics" if not run.rows else "no budget"
     return f"incomplete: {run.progress:.0%} of the budget"
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """What makes the runs' numbers not comparable, in sentences."""
+    """Sentences on why the runs' numbers are not comparable."""
     result = []
 
     def differ(values: Iterable[object]) -> bool:
@@ -93,9 +93,11 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     if differ(run.config.model.vocab_size for run in runs):
         result.append("the runs have different vocabularies: compare bits per byte, not nats per token.")
     if differ(run.config.data.val_path or run.config.data.path for run in runs):
-        result.append("the runs name different data: their losses compare only if the held-out text is the same.")
+        result.append(
+            "the runs name different data: their losses are comparable only if the held-out text is the same."
+        )
     if differ(run.config.data.sequence_length for run in runs):
-        result.append("the runs were scored with different context lengths, and longer contexts score lower.")
+        result.append("the runs were scored with different context lengths; longer contexts give a lower NLL.")
     if differ(run.depth_tokens for run in runs if run.depth):
-        result.append("the runs were not scored on the same amount of held-out text.")
+        result.append("the runs were scored on different amounts of held-out text.")
     return result

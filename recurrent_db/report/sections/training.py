@@ -10,7 +10,7 @@ from recurrent_db.report.html import note, panels, table, text
 from recurrent_db.report.runs import Run
 
 MAX_OWN_PANELS = 9
-"""Columns of an objective's own that are drawn, at most."""
+"""Largest number of an objective's own columns that are drawn."""
 
 
 def loss(comparison: Comparison) -> str:
@@ -20,19 +20,20 @@ def loss(comparison: Comparison) -> str:
         return note("Left out: no run has metrics.jsonl with losses.")
     sentences = [
         f"Lines: training loss, smoothed ({SMOOTHING}).",
-        "Markers: held-out NLL at the best K, open during training and filled at the end of a complete run, where "
-        "the learning rate has been annealed; an annealed loss is lower, so compare filled with filled.",
+        "Markers: held-out NLL at the best K. Open markers are evaluations during training; a filled marker is the end "
+        "of a complete run, where the learning rate is annealed. Annealing lowers the loss, so compare filled markers "
+        "only with filled ones.",
     ]
     mixed = [run.name for run in comparison.runs if run.training_curve == "loss_sigma_max"]
     if mixed:
         sentences.append(
-            f"The training loss of {text(', '.join(mixed))} mixes noise levels, most of which show part of the "
-            "answer, and compares with nothing here; the line is its loss at sigma_max, where the model is a "
-            "next-token predictor."
+            f"The logged training loss of {text(', '.join(mixed))} averages over noise levels, most of which show part of "
+            "the answer, so it is not comparable. The line is the loss at sigma_max, where the model predicts the next "
+            "token."
         )
     empty = [run.name for run in comparison.runs if len(run.series("flops", run.training_curve)[0]) < 2 and run.rows]
     if empty:
-        sentences.append(f"No training line for {text(', '.join(empty))}: no step logged such a loss.")
+        sentences.append(f"No training line for {text(', '.join(empty))}: the loss was not logged.")
     return note(" ".join(sentences)) + comparison.legend() + panels(drawn, "grid small")
 
 
@@ -52,20 +53,20 @@ def flops_to_loss(comparison: Comparison) -> str:
 
     rows: list[list[str]] = []
     if constant := group("constant"):
-        rows.append(["At the constant (peak) learning rate: interpolated between evaluations"])
+        rows.append(["At the constant (peak) learning rate, interpolated between evaluations"])
         for run in constant:
             rows.append([comparison.label(run), *(cell(reached_at_constant_rate(run.evaluations, v)) for v in levels)])
     if ended := group("end"):
-        rows.append(["At the annealed end of a complete run: reached at or below its FLOPs"])
+        rows.append(["At the annealed end of a complete run, reached with its FLOPs or fewer"])
         for run in ended:
             cells = [cell(reached_at_end(run.evaluations, level)) for level in levels]
             rows.append([comparison.label(run), *cells])
     caption = (
-        "Held-out NLL at the best K. The two groups are different kinds of numbers and must not be compared with "
-        "each other: annealing the learning rate lowers the loss by itself. At the constant rate, NLL is "
-        "interpolated linearly in log FLOPs between neighbouring evaluations and never extrapolated; “≤” there "
-        "says that the first evaluation was already below the level. The end of a run counts as one point. "
-        "Evaluations during warm-up, during a decay or at the end of an incomplete run are not used."
+        "Held-out NLL at the best K. Do not compare the two groups with each other, because annealing the learning rate "
+        "lowers the loss by itself. At the constant rate, NLL is interpolated linearly in log FLOPs between neighbouring "
+        "evaluations and never extrapolated; “≤” means that the first evaluation was already below the level. The end "
+        "of a run counts as one point. Evaluations during warm-up or decay, or at the end of an incomplete run, are not "
+        "used."
     )
     unused = [run.name for run in comparison.runs if run not in constant and run not in ended]
     if unused:
@@ -75,7 +76,7 @@ def flops_to_loss(comparison: Comparison) -> str:
 
 
 def throughput(comparison: Comparison) -> str:
-    """Throughput, and what else the runs logged at every step."""
+    """Throughput and other columns that the runs logged at every step."""
     own = dict.fromkeys(name for run in comparison.runs for name in run.own_columns())
     own.pop("loss_sigma_max", None)  # drawn as the training loss
     columns = ["tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "lr", "grad_norm", *list(own)[:MAX_OWN_PANELS]]
@@ -83,9 +84,9 @@ def throughput(comparison: Comparison) -> str:
     if not drawn:
         return note("Left out: no run has metrics.jsonl.")
     sentence = (
-        f"Over optimizer steps; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
-        "step. MFU is the share of the device's peak that model FLOPs took, HFU the share with what was recomputed; "
-        "on a CPU the peak is that of a measured matrix product."
+        f"Against the optimizer step; smoothed ({SMOOTHING}) except learning rate and memory. The marker is the last "
+        "step. MFU is the model FLOPs as a share of the device's peak; HFU also counts recomputed FLOPs. On a CPU the "
+        "peak is that of a measured matrix product."
     )
     left_out = list(own)[MAX_OWN_PANELS:]
     more = note(f"Also logged, not drawn: {text(', '.join(left_out))}.") if left_out else ""
