@@ -61,7 +61,7 @@ def test_the_site_asks_nothing_of_the_network(site: Path) -> None:
 def test_the_reference_has_the_docstrings(site: Path) -> None:
     for page, name in {
         "front-door": "recurrent_db.store.loading.load",
-        "configuration": "recurrent_db.config.OptimConfig",
+        "configuration": "recurrent_db.config.OptimConfig.lr",
         "objectives": "recurrent_db.objectives.base.Objective.passes",
         "recurrence": "recurrent_db.model.recurrence.Recurrence.hidden",
         "generation": "recurrent_db.generation.options.GenerationOptions.top_p",
@@ -71,6 +71,11 @@ def test_the_reference_has_the_docstrings(site: Path) -> None:
         "data": "recurrent_db.data.loader.Loader.batch",
     }.items():
         assert f'id="{name}"' in (site / f"reference/{page}.html").read_text(encoding="utf-8"), page
+
+
+def test_the_reference_has_every_section_of_the_configuration() -> None:
+    sections = re.findall(r"^## \[([\w.]+)\]$", (ROOT / "docs/reference/configuration.md").read_text(), re.MULTILINE)
+    assert {key.rpartition(".")[0] for key in keys(Config)} - {"", *sections} == set()
 
 
 # -- the code blocks ---------------------------------------------------------------------------------------------------
