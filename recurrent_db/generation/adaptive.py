@@ -1,25 +1,25 @@
 """Adaptive depth: sequential decoding in which each token takes as many iterations as it needs.
 
-After each iteration an exit criterion compares the position with what it was one iteration before. Where they differ by
-less than the threshold, the position is read out (Huginn's zero-shot adaptive compute, arXiv 2502.05171, section 6.1):
+After each iteration an exit criterion compares a position with the same position one iteration earlier. If they differ by
+less than the threshold, the position stops (Huginn's zero-shot adaptive compute, arXiv 2502.05171, section 6.1):
 
 - ``kl``: the divergence KL(p_n || p_(n-1)) of the read-outs, in nats.
-- ``entropy``: the difference of the read-outs' entropies, in nats.
-- ``latent``: the norm of the states' difference, as a share of the state's norm. It needs no read-out; the other two run
-  coda and head after each iteration.
+- ``entropy``: the absolute difference of the read-outs' entropies, in nats.
+- ``latent``: the norm of the difference of states, divided by the norm of the new state. It needs no read-out; the other
+  criteria run coda and head after each iteration.
 
-Later positions see all K iterations of a position that left after n: its own up to n, then copies of the n-th. The coda sees
-the states that were read out.
+If a position stops after n iterations, later positions see its iterations 1 to n, then copies of iteration n up to K. The
+coda sees the states at which positions stopped.
 
-With a warm start a position's state starts as the last state of the position before it, and not as zeros or noise.
+With a warm start, a position's initial state is the last state of the position before it, instead of zeros or noise.
 
-Both concern the last position of a prompt and the new positions. Earlier ones are run together, from the usual start, for
-all K iterations.
+Exits and warm starts apply to the last position of a prompt and to new positions. Earlier positions of the prompt run
+together, from the usual initial state, for all K iterations.
 
-Rows leave independently, so a row's iterations are the same in any batch. A step ends when all of its rows have left: a
-batch is as slow as its slowest row.
+Sequences stop independently, so a sequence takes the same iterations in any batch. A step ends when its slowest sequence
+stops.
 
-Shapes: B rows, D width, V vocabulary.
+Shapes: B sequences, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from recurrent_db.model.layers import wide
 
 
 def settled(exit: Exit, old: Tensor, new: Tensor) -> Tensor:
-    """Whether two successive read-outs, logits (B, V), or states (B, D) are near enough: bool (B,)."""
+    """Whether each sequence may stop, bool (B,), from two successive logits (B, V), or states (B, D) for ``latent``."""
     old, new = old.to(wide(old.dtype)), new.to(wide(new.dtype))
     if exit.criterion == "latent":
         return (new - old).norm(dim=-1) < exit.threshold * new.norm(dim=-1)
@@ -48,7 +48,7 @@ def settled(exit: Exit, old: Tensor, new: Tensor) -> Tensor:
 
 
 class AdaptiveDecoder(LoopDecoder):
-    """Up to K iterations for each token. Arguments as of `LoopDecoder`."""
+    """Sequential decoding with an exit, a warm start or both. Arguments as for `LoopDecoder`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -58,7 +58,7 @@ class AdaptiveDecoder(LoopDecoder):
         states_BTD, positions = super().prefill(rows), self.next_positions()
         if len(rows) == len(positions):
             self._state_BD = self.start_BSD[:, 0].clone()
-            """The last state of each row, where the next position starts if warm."""
+            """Last state of each sequence, from which a warm start begins."""
         for row, states_TD in zip(rows, states_BTD, strict=True):
             self._state_BD[row] = states_TD[positions[row] - 1] if positions[row] else self.start_BSD[row, 0]
         return states_BTD
@@ -94,7 +94,7 @@ class AdaptiveDecoder(LoopDecoder):
     def _iterate(
         self, state_B1D: Tensor, e_B1D: Tensor, visible: Visible, active: list[bool]
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Each row's state when it left, the logits that it is read out to, and after how many iterations."""
+        """Iterate until all sequences have stopped. Returns each sequence's state, logits and number of iterations."""
 
         def read_out(state_B1D: Tensor) -> Tensor:
             return self.logits(state_B1D, visible)[:, 0]
@@ -103,20 +103,20 @@ class AdaptiveDecoder(LoopDecoder):
             state_B1D = self.model.iterate(state_B1D, e_B1D, self.k, visible=visible)
             return state_B1D, read_out(state_B1D), [self.k] * len(active)
         compares_states = self.exit.criterion == "latent"
-        left_B = ~torch.tensor(active, device=state_B1D.device)
-        depths_B, logits_BV = torch.zeros_like(left_B, dtype=torch.long), None
+        stopped_B = ~torch.tensor(active, device=state_B1D.device)
+        depths_B, logits_BV = torch.zeros_like(stopped_B, dtype=torch.long), None
         for iteration in range(1, self.k + 1):
             old_B1D, old_BV = state_B1D, logits_BV
             new_B1D = self.model.iterate(state_B1D, e_B1D, visible=visible)
-            state_B1D = torch.where(left_B[:, None, None], state_B1D, new_B1D)
-            depths_B = depths_B.masked_fill(~left_B, iteration)
+            state_B1D = torch.where(stopped_B[:, None, None], state_B1D, new_B1D)
+            depths_B = depths_B.masked_fill(~stopped_B, iteration)
             if not compares_states:
                 logits_BV = read_out(state_B1D)
             if iteration > 1:
                 old, new = (old_B1D[:, 0], state_B1D[:, 0]) if compares_states else (old_BV, logits_BV)
                 assert old is not None and new is not None
-                left_B = left_B | settled(self.exit, old, new)
-            if left_B.all():
+                stopped_B = stopped_B | settled(self.exit, old, new)
+            if stopped_B.all():
                 break
-        # The coda's slots of a position hold its last read-out.
+        # Reading out here also fills the coda's cache slots; with kl and entropy the last read-out has filled them.
         return state_B1D, read_out(state_B1D) if logits_BV is None else logits_BV, depths_B.tolist()

@@ -1,10 +1,10 @@
-"""Generating text from prompts.
+"""Text generation from prompts.
 
-- `generate` and `generate_texts`: from text to text.
-- `complete`: from token ids to texts, in batches.
-- `stream`: from token ids to tokens, as they are drawn.
+- `generate` and `generate_texts` take prompts as text and return text.
+- `complete` takes token ids and returns texts, in batches.
+- `stream` takes token ids and yields tokens as they are sampled.
 
-`samplers` lists the decoders; `options.GenerationOptions` holds what all of these functions take.
+All of them take `options.GenerationOptions`. `samplers` describes the decoding strategies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recurrent_db.generation.samplers import make_decoder
 from recurrent_db.model.looped import LoopedLM
 
 BATCH_SIZE = 16
-"""Texts that `complete` makes together by default."""
+"""Default number of prompts that `complete` runs together."""
 
 
 def stream(
@@ -31,36 +31,39 @@ def stream(
     ends_text: EndsText = never,
     stats: DecodingStats | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (prompt's index, token) as the tokens of several texts are drawn, in turns.
+    """Continue several prompts together, and yield (index of the prompt, token) for each new token.
 
     Args:
-        prompts: token ids, one or more each.
-        requests: keys of the draws, one for each prompt; 0, 1, ... by default.
-        ends_text: called with each index and token; whether the token ends the text. It is not yielded then.
-        stats: filled while tokens are drawn.
+        model: the model.
+        prompts: token ids, at least one per prompt.
+        options: options of the generation.
+        requests: one number per prompt, which with the seed keys its random stream; 0, 1, ... by default.
+        ends_text: called with index and token; returns whether the token ends the text. Such a token is not yielded.
+        stats: counts, filled while tokens are generated.
 
     Raises:
-        UserError: a prompt is empty, or the model cannot be run with these options.
+        UserError: a prompt is empty, or the model does not support these options.
     """
     return make_decoder(model, prompts, options, requests, stats).stream(ends_text)
 
 
 class Completion:
-    """A text that grows by tokens, up to the end of the document or the first of its stop strings.
+    """A text that grows token by token, up to the end of the document or the first stop string.
 
-    Stop strings are searched for in bytes: one may begin and end inside tokens, and a token inside a character.
+    Stop strings are searched for in bytes, because they may begin or end within a token, and a token may begin or end within
+    a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, [replace_surrogates(word).encode() for word in stop if word]
         self._overlap = max(map(len, self._stops), default=1) - 1
         self.ids: list[int] = []
-        """The tokens, with those that hold a stop string and without the end of the document."""
+        """The tokens, including those of the stop string, without the end-of-document token."""
         self.bytes = bytearray()
-        """The text in UTF-8, up to the stop string."""
+        """The text in UTF-8, without the stop string."""
 
     def add(self, token: int) -> bool:
-        """Add a token; whether the text is complete with it."""
+        """Add a token. Returns whether the text is now complete."""
         if token == self._tokenizer.eos_id:
             return True
         self.ids.append(token)
@@ -85,12 +88,19 @@ def complete(
     batch_size: int = BATCH_SIZE,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[Completion]:
-    """Continue prompts of token ids, ``batch_size`` at a time, those of like length together.
+    """Continue prompts in batches of prompts with similar length.
 
-    An empty prompt starts a document. ``progress`` is called after each batch with its number of texts. Other arguments as
-    of `stream`.
+    Args:
+        model, options, requests, stats: as in `stream`.
+        tokenizer: decodes the new tokens.
+        prompts: token ids; an empty prompt starts a new document.
+        batch_size: number of prompts to run together.
+        progress: called after each batch with its number of prompts.
+
+    Returns:
+        One completion per prompt, in the order of the prompts.
     """
-    # What precedes a document in training is the end of another.
+    # In training each document follows the end-of-document token of another.
     started = [list(prompt) or [tokenizer.eos_id] for prompt in prompts]
     keys = list(range(len(started))) if requests is None else list(requests)
     texts = [Completion(tokenizer, options.stop) for _ in started]
@@ -114,14 +124,14 @@ def generate_texts(
     stats: DecodingStats | None = None,
     **changes: Any,
 ) -> list[str]:
-    """`generate` for several prompts together.
+    """Continue several prompts together. Like `generate`, for a list.
 
-    Each prompt has its own random stream, so its text does not depend on the batch: prompt i draws as request i, or as
-    request ``requests[i]``.
+    Each prompt has its own random stream, so its text does not depend on the batch. The stream is keyed by the seed and by
+    ``requests[i]``, which is i by default.
     """
     options = (options or GenerationOptions()).changed(**changes)
     if requests is not None and len(requests) != len(prompts):
-        raise UserError("requests must be as many as prompts")
+        raise UserError(f"requests must have one number per prompt, got {len(requests)} for {len(prompts)} prompts")
     texts = complete(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], options, requests, stats)
     return [str(text) for text in texts]
 
@@ -141,15 +151,18 @@ def generate(
     >>> generate(model, tokenizer, "def main(", k=4, temperature=0.7)      # doctest: +SKIP
 
     Args:
-        options: the defaults of `GenerationOptions` where not given.
-        request: with the seed, the key of the draws. Text i of `generate_texts` is request i.
-        stats: filled with counts, such as the share of drafted tokens that held and the mean number of iterations.
-        changes: options by name, in place of those of ``options``.
+        model: the model, from `recurrent_db.load`.
+        tokenizer: the model's tokenizer.
+        prompt: the text to continue; an empty prompt starts a new document.
+        options: options of the generation; None uses the defaults of `GenerationOptions`.
+        request: keys the random stream together with the seed. Prompt i of `generate_texts` has request i by default.
+        stats: filled with counts, such as the share of accepted draft tokens and the mean number of iterations.
+        changes: options by name, which replace those in ``options``.
 
     Returns:
         The new text, without the prompt.
 
     Raises:
-        UserError: an option is unknown or out of its range, or the model cannot be run with it.
+        UserError: an option is unknown or invalid, or the model does not support it.
     """
     return generate_texts(model, tokenizer, [prompt], options, requests=[request], stats=stats, **changes)[0]

@@ -1,4 +1,4 @@
-"""How texts are generated: one object for every function and command that generates."""
+"""Options of text generation, in one object that every function and command takes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from recurrent_db.accounting.flops import visits_kept
 from recurrent_db.errors import UserError
 
 SAMPLERS = {"sequential": (), "speculative": (2, 8), "diagonal": (0,), "diagonal-unverified": (0,)}
-"""Names of the samplers, and the defaults of the numbers that may follow each name. 0 means: chosen from K."""
+"""Each sampler's name and the defaults of the numbers that may follow it. 0 means a value derived from K."""
 THRESHOLDS = {"kl": 5e-4, "entropy": 1e-3, "latent": 0.03}
-"""Names of the exit criteria and their default thresholds."""
+"""Each exit criterion's name and default threshold."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A decoding strategy by name, with its numbers; `samplers` explains them."""
+    """A decoding strategy: its name and its numbers. `samplers` explains them."""
 
     name: str
     numbers: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, word: str) -> Sampler:
-        """From ``NAME`` or ``NAME:NUMBER:NUMBER``. Raises `UserError`."""
+        """Read ``NAME`` or ``NAME:NUMBER:NUMBER``. Missing numbers get their defaults. Raises `UserError`."""
         name, *numbers = word.split(":")
         defaults = SAMPLERS.get(name)
         if defaults is None or len(numbers) > len(defaults) or not all(re.fullmatch("[1-9][0-9]*", n) for n in numbers):
             raise UserError(
-                "a sampler is sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER],"
-                f" not {word!r}"
+                "the sampler must be sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or"
+                f" diagonal-unverified[:INNER], got {word!r}"
             )
         given = tuple(map(int, numbers))
         return cls(name, given + defaults[len(given) :])
@@ -43,14 +43,14 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Exit:
-    """When a token needs no further iterations; `adaptive` explains the criteria."""
+    """When to stop the iterations of a token early. `adaptive` explains the criteria."""
 
     criterion: str
     threshold: float
 
     @classmethod
     def parse(cls, word: str) -> Exit:
-        """From ``CRITERION`` or ``CRITERION:THRESHOLD``, as in ``kl:1e-3``. Raises `UserError`."""
+        """Read ``CRITERION`` or ``CRITERION:THRESHOLD``, such as ``kl:1e-3``. Raises `UserError`."""
         name, colon, number = word.partition(":")
         try:
             threshold = float(number) if colon else THRESHOLDS[name]
@@ -58,43 +58,48 @@ class Exit:
                 return cls(name, threshold)
         except (KeyError, ValueError):
             pass
-        raise UserError(f"an exit is kl, entropy or latent, with a threshold of 0 or more as in kl:1e-3, not {word!r}")
+        raise UserError(
+            f"exit must be kl, entropy or latent, with a threshold of 0 or more as in kl:1e-3, got {word!r}"
+        )
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a text is generated. Raises `UserError` for a value out of its range."""
+    """Options of text generation. Raises `UserError` if a value has the wrong type or is out of range."""
 
     k: int = 8
-    """Core iterations for each token, 1 or more; of a denoiser, noise levels."""
+    """Number of core iterations per token, 1 or more. For a denoiser, number of noise levels."""
     temperature: float = 1.0
-    """0 is greedy (the first of the most likely tokens), 1 the model's own distribution."""
+    """Divides the logits, 0 or more. 0 is greedy decoding (the first of equally likely tokens); 1 is the model's
+    distribution."""
     top_k: int = 0
-    """Draw among this many most likely tokens; 0 means all."""
+    """Sample from this many most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens whose probability reaches this; 1 means all."""
+    """Sample from the smallest set of most likely tokens whose total probability reaches this; 1 means all."""
     min_p: float = 0.0
-    """Draw among tokens at least this times as likely as the most likely one (arXiv 2407.01082); 0 means all."""
+    """Sample from tokens at least this share as likely as the most likely one (arXiv 2407.01082); 0 means all."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and the text so far less likely: divides positive logits and multiplies negative
-    ones (CTRL, arXiv 1909.05858). 1 is none."""
+    """Values above 1 make tokens of the prompt and of the text so far less likely: positive logits are divided by it,
+    negative ones multiplied (CTRL, arXiv 1909.05858). 1 means no penalty."""
     max_new_tokens: int = 64
-    """The most tokens to add; the end-of-document token ends a text earlier."""
+    """Largest number of tokens to generate. The end-of-document token ends a text earlier."""
     seed: int = 0
-    """Seed of the noise and of the draws. The same seed gives the same text."""
+    """Seed of the noise and of the sampled tokens. The same seed gives the same text."""
     stop: Sequence[str] = ()
-    """Strings that end the text and are not part of it."""
+    """Strings that end the text. They are not part of it."""
     sampler: str = "sequential"
-    """The decoding strategy: sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]
-    (`recurrent_db.generation.samplers`). The last three serve models without noise levels."""
+    """Decoding strategy: sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]; see
+    `recurrent_db.generation.samplers`. All but sequential need a model without noise levels."""
     exit: str | None = None
-    """kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no more, and
-    K is the most (`recurrent_db.generation.adaptive`). For the sequential sampler and models without noise levels."""
+    """Stop a token's iterations early, after at most K, when they no longer change its prediction: kl, entropy or latent,
+    with an optional threshold as in kl:1e-3; see `recurrent_db.generation.adaptive`. Needs the sequential sampler and a
+    model without noise levels."""
     warm_start: bool = False
-    """Start each token's iterations from the last state of the token before it. Needs what `exit` needs."""
+    """Start each token's iterations from the last state of the token before it. Has the same requirements as `exit`."""
     cache_policy: str = "full"
-    """What the key-value cache keeps of earlier tokens' iterations: full; or last or modulo-S, for less memory and another
-    distribution (`recurrent_db.generation.cache`). For the sequential sampler without exit and warm start."""
+    """Which iterations of earlier tokens the key-value cache keeps. full: all. last, modulo-S: fewer, which needs less
+    memory and changes the distribution; see `recurrent_db.generation.cache`. Policies other than full need the sequential
+    sampler without exit and warm start."""
 
     def __post_init__(self) -> None:
         for name in ("k", "top_k", "max_new_tokens", "seed"):
@@ -105,7 +110,7 @@ class GenerationOptions:
                 raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("sampler", "exit", "cache_policy"):
             if not isinstance(getattr(self, name), str) and not (name == "exit" and self.exit is None):
-                raise UserError(f"{name} must be a word, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be a string, got {getattr(self, name)!r}")
         for ok, message in (
             (self.k >= 1, f"k must be 1 or more, got {self.k}"),
             (0 <= self.temperature < math.inf, f"temperature must be 0 or more, got {self.temperature}"),
@@ -124,29 +129,29 @@ class GenerationOptions:
             Exit.parse(self.exit)
         visits_kept(self.cache_policy)
         if name != "sequential" and (self.exit is not None or self.warm_start):
-            raise UserError(f"exits and warm starts are for the sequential sampler, not for {name}")
+            raise UserError(f"exits and warm starts need the sequential sampler, got {name}")
         if self.cache_policy != "full" and not self.plain:
             raise UserError(
-                f"the cache policy {self.cache_policy!r} is for plain sequential decoding: other samplers keep all"
-                " iterations"
+                f"the cache policy {self.cache_policy!r} needs the sequential sampler without exit and warm start;"
+                " otherwise the cache keeps all iterations"
             )
 
     @property
     def plain(self) -> bool:
-        """Whether decoding is sequential with K iterations for each token, which serves every model."""
+        """Whether decoding is sequential with exactly K iterations per token. Every model supports this."""
         return self.sampler == "sequential" and self.exit is None and not self.warm_start
 
     @property
     def argmax(self) -> bool:
-        """Whether the next token is the most likely one, whatever the text so far holds."""
+        """Whether the next token is always the most likely one: greedy decoding without a repetition penalty."""
         return self.temperature == 0 and self.repetition_penalty == 1
 
     def changed(self, **changes: Any) -> GenerationOptions:
-        """A copy with other values. Raises `UserError` for a name that is no option."""
+        """A copy with other values. Raises `UserError` for an unknown name or an invalid value."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                hint = f"did you mean {near[0]}?" if near else f"known options: {', '.join(known)}"
                 raise UserError(f"unknown generation option {name!r}; {hint}")
         return dataclasses.replace(self, **changes)

@@ -1,12 +1,12 @@
-"""Registry of decoding strategies, which the option ``sampler`` names.
+"""Registry of decoding strategies, selected by the option ``sampler``.
 
-- ``sequential``: one token after another. With an exit or a warm start `adaptive.AdaptiveDecoder`, else
-  `sequential.SequentialDecoder`, which alone serves every objective and cache policy.
-- ``speculative[:DRAFT_K[:BLOCK]]``: a block of up to BLOCK (8) tokens in one pass, drafted at DRAFT_K (2) iterations. The
-  same greedy text as sequential, and the same distribution.
-- ``diagonal[:INNER]``: a new token starts every INNER iterations (an eighth of K, at least 2), before earlier ones have had
-  all of theirs. The same text as sequential for the same seed.
-- ``diagonal-unverified[:INNER]``: the same without taking anything back; another text.
+- ``sequential``: one token after another. `sequential.SequentialDecoder` supports every objective and cache policy. With an
+  exit or a warm start, `adaptive.AdaptiveDecoder` is used instead.
+- ``speculative[:DRAFT_K[:BLOCK]]``: drafts up to BLOCK (default 8) tokens at DRAFT_K (default 2) iterations and verifies
+  them in one pass at K. Gives the same greedy text as sequential, and the same distribution.
+- ``diagonal[:INNER]``: starts a new token every INNER iterations (default an eighth of K, at least 2), before earlier tokens
+  have finished. Gives the same text as sequential for the same seed.
+- ``diagonal-unverified[:INNER]``: the same without corrections. Gives another text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from recurrent_db.model.looped import LoopedLM
 
 
 def check_served(model: LoopedLM, options: GenerationOptions) -> None:
-    """Raises `UserError` where no decoder serves the model with these options."""
+    """Raise `UserError` if no decoder supports the model with these options."""
     if not options.plain:
         plain_loop(model)
 
@@ -35,10 +35,10 @@ def make_decoder(
     requests: Sequence[int] | None = None,
     stats: DecodingStats | None = None,
 ) -> Decoder:
-    """The decoder that the options ask for. Arguments as of `Decoder`.
+    """Build the decoder that the options select. Arguments as for `Decoder`.
 
     Raises:
-        UserError: a prompt is empty, or the decoder does not serve the model.
+        UserError: a prompt is empty, or the decoder does not support the model.
     """
     arguments = model, prompts, options, requests, stats
     if options.plain:

@@ -1,4 +1,4 @@
-"""From logits to a token: repetition penalty, temperature, filters, draw.
+"""Sampling a token from logits: repetition penalty, temperature, filters, draw.
 
 Shapes: V vocabulary.
 """
@@ -15,21 +15,24 @@ from recurrent_db.errors import UserError
 from recurrent_db.generation.options import GenerationOptions
 
 _MOST_LIKELY = 1024
-"""Top-p looks among this many tokens first: sorting a whole vocabulary takes longer than the other filters together."""
+"""Top-p first sorts only this many most likely tokens, because sorting a whole vocabulary takes longer than all other
+filters together."""
 
 
 def probabilities(logits_V: Tensor, options: GenerationOptions, seen: Iterable[int] = ()) -> Tensor:
-    """Probabilities to draw the next token from, fp64 (V,), summing to one.
+    """The distribution from which the next token is drawn, fp64 (V,), with sum one.
 
-    Every filter leaves the most likely token; of equally likely ones the first are kept.
+    Filters always keep the most likely token. Of equally likely tokens they keep those with the lowest ids.
 
     Args:
+        logits_V: the model's logits.
+        options: temperature, filters and penalty.
         seen: tokens of the prompt and the text so far, for the repetition penalty.
     """
     logits_V = _penalised(logits_V, options, seen)
     if options.temperature == 0:
         return torch.nn.functional.one_hot(logits_V.argmax(), len(logits_V)).double()
-    # The largest is 0, so that no temperature makes two of them infinite.
+    # Subtracting the maximum first keeps the division by a small temperature from making several logits infinite.
     p_V = ((logits_V - logits_V.max()) / options.temperature).softmax(-1)
     if options.top_k or options.top_p < 1:
         kept = _most_likely(p_V, options)
@@ -40,10 +43,12 @@ def probabilities(logits_V: Tensor, options: GenerationOptions, seen: Iterable[i
 
 
 def draw(logits_V: Tensor, options: GenerationOptions, seen: Iterable[int], u: float) -> int:
-    """The token at ``u`` in [0, 1) of the cumulative distribution. Its probability is above zero.
+    """The next token: greedy at temperature 0, else the token at ``u`` in [0, 1) of the cumulative distribution.
+
+    A drawn token has a probability above zero. ``seen`` as in `probabilities`.
 
     Raises:
-        UserError: the logits are not finite.
+        UserError: the logits are not finite and the temperature is above 0.
     """
     if options.temperature == 0:
         return int(_penalised(logits_V, options, seen).argmax())
@@ -54,17 +59,17 @@ def pick(weights_V: Tensor, u: float) -> int:
     """The index at ``u`` in [0, 1) of the cumulative distribution of nonnegative weights. Its weight is above zero.
 
     Raises:
-        UserError: the weights are not finite, as those of a model that has diverged.
+        UserError: the weights are not finite, for example because the model has diverged.
     """
     cumulated_V = weights_V.cumsum(-1)
     total = float(cumulated_V[-1])
     if not math.isfinite(total):
-        raise UserError("the model's predictions are not finite: nothing can be sampled from them")
+        raise UserError("the model's logits are not finite, so no token can be sampled")
     return int(torch.searchsorted(cumulated_V, u * total, right=True))
 
 
 def _penalised(logits_V: Tensor, options: GenerationOptions, seen: Iterable[int]) -> Tensor:
-    """fp64 logits, with the repetition penalty on ``seen`` tokens."""
+    """fp64 logits with the repetition penalty applied to ``seen`` tokens."""
     logits_V, penalty = logits_V.double(), options.repetition_penalty
     if penalty == 1:
         return logits_V
@@ -75,11 +80,11 @@ def _penalised(logits_V: Tensor, options: GenerationOptions, seen: Iterable[int]
 
 
 def _most_likely(p_V: Tensor, options: GenerationOptions) -> Tensor:
-    """Ids that top-k and top-p leave, the most likely first."""
+    """Ids that top-k and top-p keep, the most likely first."""
     for most in (min(options.top_k or _MOST_LIKELY, len(p_V)), len(p_V)):
         likely = (p_V >= p_V.topk(most).values[-1]).nonzero()[:, 0]
         ordered, order = p_V[likely].sort(descending=True, stable=True)
-        # A mass that reaches top_p but for rounding has reached it.
+        # A cumulative probability within rounding (1e-12) of top_p counts as having reached it.
         before = ordered.cumsum(-1) - ordered
         if options.top_k or before[-1] + ordered[-1] >= options.top_p:
             break

@@ -1,4 +1,4 @@
-"""The network: `looped.LoopedLM` and its parts."""
+"""The network: `looped.LoopedLM`, its parts, and `blocks_lm.BlocksLM` for a model in blocks."""
 
 from recurrent_db.model.build import build_model
 from recurrent_db.model.looped import LoopedLM

@@ -1,8 +1,10 @@
-"""The parts of a transformer block: norm, rotary embedding, attention, gated MLP, zero-initialised modulation.
+"""The parts of a transformer layer: norm, rotary embedding, attention, gated MLP, noise conditioning.
 
-Shapes: B sequences, T positions, D width, H heads, E head size (D = H E), M hidden width of the MLP. Suffixes name
-them, as in ``x_BTD``. Blocks are Huginn's (arXiv 2502.05171, and its released configuration): sandwich RMSNorm, gated
-SiLU MLP, interleaved RoPE in fp32, learned bias on queries and keys added before RoPE, no other bias.
+Layers follow Huginn (arXiv 2502.05171 and its released configuration): sandwich RMSNorm, gated SiLU MLP, interleaved RoPE in
+fp32, a learned bias on queries and keys before RoPE, and no other bias.
+
+Shapes: B sequences, T positions, D width, H heads, E head size (D = H E), M hidden width of the MLP. Suffixes of names give
+the shape, as in ``x_BTD``.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from recurrent_db.model.attention import Visible, attend
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms and rotations compute in: fp32 at least (float64 in a float64 model)."""
+    """The dtype in which norms and rotations compute: at least fp32 (float64 in a float64 model)."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Linear(nn.Linear):
-    """A linear layer without initial values: the model's own initialisation writes them."""
+    """A linear layer without initial values; `LoopedLM.initialize` sets them."""
 
     def reset_parameters(self) -> None:
         pass
@@ -40,24 +42,24 @@ class Embedding(nn.Embedding):
 
 
 def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
-    """Rows of a table, (*ids, D). The table also gets a dense gradient in the same backward, from the tied head.
+    """Rows ``ids`` of a table, (*ids.shape, D).
 
-    On the CPU the rows' gradient is sparse and is added to the dense one, which saves a table of zeros. (On CUDA that sum
-    would make the host wait.)
+    On the CPU the gradient is sparse. It is added to the dense gradient that the tied head gives the table in the same
+    backward, which saves a table of zeros. On CUDA it is dense, because adding a sparse gradient would synchronise.
     """
     sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
     return F.embedding(ids, table_VD, sparse=sparse)
 
 
 class _NoContext:
-    """Stands in for the context of a `torch.autograd.Function` whose backward will not run."""
+    """Replaces the context of a `torch.autograd.Function` when its backward will not run."""
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply a function with its own backward. Without gradients its forward runs alone, which costs a third less for a
+    """Apply a `torch.autograd.Function`. Without gradients call its forward directly, which takes a third less time for a
     single position."""
     if torch.is_grad_enabled():
         return function.apply(*arguments)
@@ -65,10 +67,10 @@ def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 class _ScaledRMS(torch.autograd.Function):
-    """x / rms(x) * weight + shift, with a backward of its own.
+    """x / rms(x) * weight + shift, with a hand-written backward.
 
-    Without a fused kernel PyTorch composes its RMS norm from a dozen passes over memory, half of a small model's step on a
-    CPU. This takes three passes forward and six backward. x: (..., D) fp32 or wider; weight and shift (or None)
+    Without a fused kernel PyTorch's RMS norm takes a dozen passes over memory, which is half of a small model's step on a
+    CPU. This function takes three passes forward and six backward. x: (..., D), fp32 or wider; weight and shift (or None)
     broadcast to x.
     """
 
@@ -110,15 +112,15 @@ def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> T
 
 
 NORM_EPS = 1e-6
-"""Epsilon of every RMSNorm; Huginn's."""
+"""Epsilon of every RMSNorm, as in Huginn."""
 ROPE_BASE = 50_000.0
-"""Base of the rotary position embedding; Huginn's."""
+"""Base of the rotary position embedding, as in Huginn."""
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in fp32 or wider, returned in x's dtype. Shape (..., D).
 
-    With a modulation (scale, shift), broadcastable to x, it is (1 + scale) * norm(x) + shift, at hardly more cost.
+    With ``scale`` and ``shift``, broadcastable to x, the result is (1 + scale) * norm(x) + shift.
     """
 
     def __init__(self, dim: int) -> None:
@@ -138,9 +140,9 @@ class RMSNorm(nn.Module):
 def rope_table(
     length: int, head_size: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), each (T, E/2) of ``dtype``.
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), (T, E/2) each, of ``dtype``.
 
-    Pair e of a head turns by position * `ROPE_BASE`^(-2e/E).
+    Pair e of a head is rotated by the angle position * `ROPE_BASE`^(-2e/E).
     """
     rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
     angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
@@ -148,23 +150,26 @@ def rope_table(
 
 
 def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (0,1), (2,3), ... of each head in fp32 or wider; the result has x's dtype. F = E/2. The
-    tables may differ by sequence, (B, T, F)."""
+    """Rotate neighbouring pairs (0,1), (2,3), ... of each head, in fp32 or wider; the result has x's dtype.
+
+    F = E/2. The tables may also be (B, T, F), if positions differ between sequences.
+    """
     pairs = x_BTHE.to(wide(x_BTHE.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos_TF[..., None, :], sin_TF[..., None, :]
     if torch.compiler.is_compiling():
         even, odd = pairs.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    else:  # the same as one product of complex numbers: one pass over memory instead of six
+    else:  # the same as one complex product: one pass over memory instead of six
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
     return turned.flatten(-2).to(x_BTHE.dtype)
 
 
 class _RotatedQKV(torch.autograd.Function):
-    """Split the fused projection's output into queries, keys (with their bias, rotated) and values, (B, T, H, E) each. The
-    backward writes into one buffer, where PyTorch would stack three.
+    """Split the fused projection's output into queries, keys and values, (B, T, H, E) each; add the bias to queries and keys
+    and rotate them.
 
-    qkv: (B, T, 3 D) fp32 or wider; bias: (2, H, E); turn: complex (T, E/2), or (B, T, E/2).
+    The hand-written backward writes into one buffer; PyTorch would stack three. qkv: (B, T, 3 D), fp32 or wider. bias:
+    (2, H, E). turn: cos + i sin, complex (T, E/2) or (B, T, E/2).
     """
 
     @staticmethod
@@ -184,7 +189,7 @@ class _RotatedQKV(torch.autograd.Function):
         pairs = torch.view_as_complex(d.unflatten(-1, (-1, 2)))
         for index in (0, 1):
             gradient = grads[index]
-            if gradient.stride(-1) != 1:  # not every attention kernel returns it along the head
+            if gradient.stride(-1) != 1:  # some attention kernels return another memory layout
                 gradient = gradient.contiguous()
             torch.mul(torch.view_as_complex(gradient.unflatten(-1, (-1, 2))), back, out=pairs[:, :, index])
         d[:, :, 2] = dv
@@ -198,16 +203,16 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """Keys and values of one layer of a context stream, for a second stream that attends to it.
+    """Keys and values of one layer of a context stream, for a second stream that attends to it (two-stream attention).
 
-    The second stream's position i sees the context's positions <= i and itself. Nothing of
-    size 2T x 2T exists: T queries meet S + T keys, and S is T where nothing came before.
+    Position i of the second stream sees the context's positions <= i and itself. T queries meet S + T keys, so there is no
+    2T x 2T mask. S is T unless a cache holds earlier positions.
     """
 
     k_BHSE: Tensor
     v_BHSE: Tensor
     visible: Visible
-    """Which of [context keys, own keys] each position sees; all layers share it."""
+    """Mask over [context keys, own keys]; all layers share it."""
 
 
 class Attention(nn.Module):
@@ -221,7 +226,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, bias=False)
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, H, T, E) each, rotated."""
+        """Queries, keys and values, (B, H, T, E) each; queries and keys are rotated."""
         qkv_BTD3 = self.qkv(x_BTD)
         if (
             qkv_BTD3.device.type == "cpu"
@@ -244,11 +249,13 @@ class Attention(nn.Module):
         context: Context | None = None,
         keep: list[KeysValues] | None = None,
     ) -> Tensor:
-        """What each position sees of the values, (B, T, D), before the output projection.
+        """Attention before the output projection, (B, T, D).
 
-        Positions see those of their own stream, and what came before it; with a ``context`` its keys up to their own
-        position and their own key, and no other of their stream: see
-        `Context`. Where ``keep`` is given, this layer's keys and values are appended to it.
+        Args:
+            q, k, v: (B, H, T, E) each, from `project`.
+            visible: mask, and the keys and values of earlier positions if there are any.
+            context: another stream to attend to. Position i sees its positions <= i, and itself.
+            keep: list to which this layer's keys and values are appended.
         """
         if context is not None:
             k, v, visible = (
@@ -264,8 +271,10 @@ class Attention(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of the two halves of the last axis. The backward writes into one buffer; PyTorch would make the
-    halves' gradients separately and copy them together."""
+    """silu(gate) * up, where gate and up are the halves of the last axis.
+
+    The hand-written backward writes both gradients into one buffer; PyTorch would compute them apart and copy them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -287,7 +296,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class GatedMLP(nn.Module):
-    """proj(silu(gate) * up), gate and up from one fused projection with the gate half first."""
+    """proj(silu(gate) * up). One fused projection gives gate (first half) and up (second half)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -303,11 +312,12 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Sandwich block: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
+    """One transformer layer with sandwich norms: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
 
-    With a modulation (six tensors broadcastable to (B, T, D): shift, scale, gate for attention, then for the MLP) each
-    branch computes (1 + gate) * branch((1 + scale) * norm(x) + shift), so that zeros change nothing (AdaLN, DiT,
-    arXiv 2212.09748, with the gate centred on one because Huginn's branches are not gated).
+    The modulation conditions the layer on the noise level (AdaLN, DiT, arXiv 2212.09748). It is six tensors broadcastable to
+    (B, T, D): shift, scale and gate for attention, then for the MLP. Each branch computes
+    (1 + gate) * branch((1 + scale) * norm(x) + shift), so zeros change nothing. The gate is centred on one, unlike DiT's,
+    because Huginn's branches have no gate.
     """
 
     def __init__(self, dim: int, n_heads: int, hidden: int) -> None:
@@ -316,15 +326,15 @@ class Block(nn.Module):
         self.attn = Attention(dim, n_heads)
         self.mlp = GatedMLP(dim, hidden)
         self.one_position: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
-        """`before` and `after` compiled for passes over one position each (`LoopedLM.compile_decoding`)."""
+        """`before` and `after`, compiled for a single position (`LoopedLM.compile_decoding`)."""
 
     def before(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> QKV:
-        """Queries, keys and values of x, (B, H, T, E) each."""
+        """The work before attention: norm and projection to queries, keys and values, (B, H, T, E) each."""
         normed = self.norm_1(x_BTD) if modulation is None else self.norm_1(x_BTD, modulation[1], modulation[0])
         return self.attn.project(normed, rope)
 
     def after(self, x_BTD: Tensor, mixed_BTD: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
-        """The block's result from what attention mixed of the values."""
+        """The work after attention: output projection, residual, norms and MLP, (B, T, D)."""
         branch = self.attn.proj(mixed_BTD)
         if modulation is None:
             x_BTD = self.norm_2(branch + x_BTD)
@@ -343,7 +353,7 @@ class Block(nn.Module):
         context: Context | None = None,
         keep: list[KeysValues] | None = None,
     ) -> Tensor:
-        """One block; ``context`` and ``keep`` as in `Attention.mix`."""
+        """Apply the layer, (B, T, D) to (B, T, D). ``context`` and ``keep`` as in `Attention.mix`."""
         before, after = self.before, self.after
         if self.one_position is not None and x_BTD.shape[1] == 1 and not self.training:
             before, after = self.one_position
@@ -357,15 +367,15 @@ class Block(nn.Module):
         visible: Visible,
         modulation: tuple[Tensor, ...] | None = None,
     ) -> KeysValues:
-        """The keys and values that the block's attention would see, without the rest of the block."""
+        """The keys and values of the layer's attention, (B, H, S, E) each, without the rest of the layer."""
         return visible.extend(self.attn, *self.before(x_BTD, rope, modulation)[1:])
 
 
 class NoiseEmbedding(nn.Module):
-    """From c_noise = ln(sigma)/4 to the modulation of every core block: one matrix product for all of them.
+    """Maps c_noise = ln(sigma) / 4 to the modulation of every core layer, with one matrix product for all layers.
 
-    Fourier features of c_noise (fp32, as EDM's), a hidden layer, then a zero-initialised projection to
-    n_blocks * 6 * D numbers, so that a fresh model ignores the noise level exactly.
+    It has Fourier features of c_noise (fp32, as in EDM), a hidden layer, and a projection to n_blocks * parts * D numbers.
+    The projection starts at zero, so a new model ignores the noise level.
     """
 
     def __init__(self, dim: int, n_blocks: int, hidden: int, parts: int = 6) -> None:
@@ -375,8 +385,9 @@ class NoiseEmbedding(nn.Module):
         self.out = Linear(hidden, n_blocks * parts * dim)
 
     def forward(self, c_noise_Bs: Tensor) -> list[tuple[Tensor, ...]]:
-        """c_noise: fp32 (B, 1) for one level per sequence or (B, T) per token. Returns, for each block, six (B, 1|T, D)."""
-        # Frequencies from 1/4 to 64 cycles per unit of c_noise resolve both its whole range (about 3) and a tenth of a nat.
+        """c_noise: fp32 (B, 1) for one level per sequence, or (B, T) for one per token. Returns for each layer a tuple of
+        ``parts`` tensors, (B, 1, D) or (B, T, D)."""
+        # Frequencies from 1/4 to 64 cycles per unit of c_noise resolve both its range (about 3) and 0.1 in ln sigma.
         half = self.n_features // 2
         rates = torch.exp(torch.linspace(math.log(0.25), math.log(64.0), half, device=c_noise_Bs.device))
         angles = c_noise_Bs.float()[..., None] * rates * 2 * math.pi
@@ -384,7 +395,7 @@ class NoiseEmbedding(nn.Module):
         if self.n_features % 2:
             features = F.pad(features, (0, 1))
         device_type = c_noise_Bs.device.type
-        # The noise mathematics stays fp32 under autocast (which the meta device does not know).
+        # Noise conditioning stays fp32 under autocast. The meta device has no autocast.
         with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
             flat = self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
         return [block.chunk(self.parts, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]
@@ -397,8 +408,7 @@ def contexts(
     visible: Visible,
     modulation: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> list[Context]:
-    """Run a context stream through ``blocks`` and keep each layer's keys and values. Of the last block only these are
-    made."""
+    """Run a context stream through ``blocks`` and return each layer's keys and values. The last layer computes no more."""
     kept: list[KeysValues] = []
     for index, block in enumerate(cast(list[Block], blocks)):
         layer = modulation[index] if modulation is not None else None

@@ -5,10 +5,10 @@
     state_K   --final norm, coda, final norm--> hidden   once       `decode`
     hidden    --tied head--> logits_BTV                             `logits`
 
-The architecture is Huginn's (arXiv 2502.05171): blocks and initialisation exactly, one weight-tied core, the prelude's
-output injected before every iteration, one final norm used twice. Added here: conditioning of the core on a noise
-level (zero-initialised, absent unless asked for), and a choice of injection. The model knows nothing of losses, of how
-it is trained, or of noise schedules; an objective calls the four parts.
+The architecture is Huginn's (arXiv 2502.05171): the same layers and initialisation, one weight-tied core, the prelude's
+output injected before every iteration, and one final norm used twice. This class adds optional conditioning of the core on a
+noise level, and a choice of injection. Losses, training and noise schedules are outside the model: an objective calls the
+four parts.
 
 Shapes: B sequences, T positions, D width, V vocabulary. States and hidden vectors have the model's dtype.
 """
@@ -45,11 +45,11 @@ from recurrent_db.model.recurrence import Recurrence
 Modulation = list[tuple[Tensor, ...]]
 
 STATE_STD = math.sqrt(2 / 5)
-"""Huginn's standard deviation of the random initial state."""
+"""Standard deviation of the random initial state (Huginn)."""
 
 
 class LinearInjection(nn.Module):
-    """Huginn's adapter: W [state, e], bias-free, from 2D to D."""
+    """Huginn's adapter: W [state, e] without bias, from 2D to D."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ class LinearInjection(nn.Module):
 
 
 class DiagonalInjection(nn.Module):
-    """Parcae's (arXiv 2604.12946) linear time-invariant injection: a * state + W e, with 0 < a < 1 for each channel.
+    """Linear time-invariant injection: a * state + W e, with 0 < a < 1 for each channel (Parcae, arXiv 2604.12946).
 
-    a = exp(-exp(log_rate)), so that no value of the parameter makes the recurrence expand. It starts at one half.
+    a = exp(-exp(log_rate)), so the state cannot grow whatever the parameter's value. a starts at 0.5.
     """
 
     def __init__(self, dim: int) -> None:
@@ -76,7 +76,7 @@ class DiagonalInjection(nn.Module):
 
 
 class AddInjection(nn.Module):
-    """state + e. Both leave a normalised block, so they have comparable scales."""
+    """state + e. Both come out of a norm, so their scales are comparable."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ INJECTIONS: dict[str, type[nn.Module]] = {
 
 
 class Core(nn.Module):
-    """The weight-tied recurrence as one module, so that a sharded run gathers its parameters once for all K iterations."""
+    """The weight-tied core. It is one module so that a sharded run gathers its parameters once for all iterations."""
 
     checkpointing = False
-    """Keep each iteration's input alone for the backward, and run the iteration again there."""
+    """Store only each iteration's input, and compute the iteration again in the backward."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Core(nn.Module):
         modulation: Modulation | None = None,
         beside: list[Context] | None = None,
     ) -> Tensor:
-        """Injection and all blocks, once."""
+        """One iteration: the injection, then all layers. (B, T, D) to (B, T, D)."""
         state_BTD = self.injection(state_BTD, e_BTD)
         for index, block in enumerate(self.blocks):
             layer = modulation[index] if modulation else None
@@ -132,17 +132,19 @@ class Core(nn.Module):
         for _ in range(iterations):
             arguments = state_BTD, e_BTD, rope, visible, modulation, beside
             if self.checkpointing and torch.is_grad_enabled():
-                # Nothing in an iteration is random, so there is no generator's state to keep.
+                # An iteration draws no random numbers, so the generator's state need not be saved.
                 state_BTD = checkpoint(self.iteration, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 state_BTD = self.iteration(*arguments)
         return state_BTD
 
     def inject(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        """The injection alone: see `LoopedLM.inject`. The blocks' gradients are zeros, since who shares a model out (DDP,
-        FSDP2) waits for all of them."""
-        unread = cast(Tensor, sum(parameter.sum() for parameter in self.blocks.parameters()))
-        return self.injection(state_BTD, e_BTD) + 0 * unread
+        """The injection without the core's layers, (B, T, D).
+
+        The layers get gradients of zero instead of none, because DDP and FSDP2 wait for a gradient of each parameter.
+        """
+        unused = cast(Tensor, sum(parameter.sum() for parameter in self.blocks.parameters()))
+        return self.injection(state_BTD, e_BTD) + 0 * unused
 
     def contexts(
         self,
@@ -152,7 +154,7 @@ class Core(nn.Module):
         visible: Visible,
         modulation: Modulation | None,
     ) -> list[Context]:
-        """One iteration as a context stream: see `LoopedLM.core_contexts`."""
+        """Keys and values of one iteration over a context stream; see `LoopedLM.core_contexts`."""
         return contexts(self.blocks, self.injection(state_BTD, e_BTD), rope, visible, modulation)
 
 
@@ -162,25 +164,25 @@ def _compiled_in_training(owner: nn.Module, part: Callable[..., Any], backend: s
 
 
 class LoopedLM(nn.Module):
-    """A recurrent-depth language model. ``config.vocab_size`` must be set."""
+    """A looped language model. ``config.vocab_size`` must be set; raises `UserError` if it is 0."""
 
     recurrence: Recurrence
-    """How its objective runs K iterations at inference; set by whoever builds the model for more than its parts."""
+    """Runs K iterations at inference as the model's objective requires. Loading a checkpoint or a training run sets it."""
     attention: Backend = SDPA
-    """What computes attention; the same function whichever it is."""
+    """Back end that computes attention. All back ends compute the same function."""
     softmax_loss: SoftmaxLoss = staticmethod(softmax_loss)
-    """What the head's loss is made by; compiled with the other parts."""
+    """Softmax, loss and gradient of the head; `compile_parts` replaces it by a compiled form."""
     fuse: Callable[[Callable[..., Any]], Callable[..., Any]] = staticmethod(lambda function: function)
-    """Compiles a pure function of tensors that an objective runs beside the parts, where the parts are compiled."""
+    """Returns a compiled form of a pure function of tensors after `compile_parts`, and the function itself before."""
     compiled: bool = False
     """Whether `compile_parts` was called."""
     document_mask: bool = True
-    """Whether packed documents do not attend to each other (config.DataConfig.document_mask)."""
+    """Whether attention stays within packed documents (config.DataConfig.document_mask)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
-            raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
+            raise UserError("model.vocab_size is not set: set it, or set data.path to use its tokenizer's")
         self.config = config
         width = config.d_model
         block = lambda: Block(width, config.n_heads, config.d_mlp)  # noqa: E731
@@ -203,21 +205,24 @@ class LoopedLM(nn.Module):
         if place not in self._ropes or len(self._ropes[place][0]) < length:
             head_size = self.config.d_model // self.config.n_heads
             longest = max(length, self.config.max_seq_len)
-            with torch.inference_mode(False):  # training may need what generation made
+            with torch.inference_mode(False):  # training may later use a table that generation made
                 self._ropes[place] = rope_table(longest, head_size, *place)
         cos, sin = self._ropes[place]
         return cos[:length], sin[:length]
 
     def visible(self, length: int, docs_BT: Tensor | None = None) -> Visible:
-        """Who sees whom in sequences of ``length`` tokens, for all of a forward pass: positions <= i, and where
-        ``docs`` says which document each position belongs to (int (B, T), on the CPU), those of i's own document.
+        """The causal attention mask of a forward pass over sequences of ``length`` tokens.
 
-        The parts below make a plain causal one where none is given. Ask under the autocast that the pass runs under.
+        With ``docs_BT`` (document of each position, int (B, T), on the CPU) positions see their own document only. The
+        methods below make a plain causal mask if none is given. Call this under the same autocast as the forward pass.
         """
         return self.served(Rule(length, length, docs_BT if self.document_mask else None))
 
     def served(self, rule: Rule, past: Past | None = None) -> Visible:
-        """A rule with what serves it here, for all of a forward pass. Ask under the autocast that the pass runs under."""
+        """Prepare an attention rule for a forward pass of this model: choose the back end and build its mask.
+
+        ``past`` holds the keys and values of earlier positions. Call this under the same autocast as the forward pass.
+        """
         weight = self.embedding.weight
         kind, dtype = weight.device.type, weight.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -225,12 +230,12 @@ class LoopedLM(nn.Module):
         return Visible.make(rule, weight.device, dtype, self.attention, self.compiled and self.training, past)
 
     def _frame(self, length: int, visible: Visible | None) -> tuple[tuple[Tensor, Tensor], Visible]:
-        """Rotary tables of a pass over ``length`` positions, and who sees whom in it."""
+        """Rotary tables and attention mask of a forward pass over ``length`` positions."""
         visible = visible or self.visible(length)
         return self.rope(length) if visible.past is None else visible.past.rope, visible
 
     def encode(self, tokens_BT: Tensor, visible: Visible | None = None) -> Tensor:
-        """Prelude: int64 tokens (B, T) to the clean context e (B, T, D). Position i sees tokens <= i."""
+        """Embedding and prelude: int64 tokens (B, T) to the context e (B, T, D). Position i sees tokens <= i."""
         return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
 
     def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
@@ -243,7 +248,7 @@ class LoopedLM(nn.Module):
         if c_noise_Bs is None:
             return None
         if self.noise_embedding is None:
-            raise UserError("this model has no noise conditioning (model.noise_conditioning = false)")
+            raise UserError("this model was built without noise conditioning: its objective does not use noise levels")
         return self.noise_embedding(c_noise_Bs)
 
     def iterate(
@@ -255,16 +260,25 @@ class LoopedLM(nn.Module):
         beside: list[Context] | None = None,
         visible: Visible | None = None,
     ) -> Tensor:
-        """``iterations`` passes of the core, (B, T, D) to (B, T, D). Position i sees states and contexts <= i.
+        """Apply the core ``iterations`` times, (B, T, D) to (B, T, D). Position i sees states and contexts <= i.
 
-        ``c_noise`` (fp32, (B, 1) or (B, T)) conditions every pass; it needs a model built with noise conditioning.
-        ``beside`` (from `core_contexts`) makes position i see another stream's positions instead of its neighbours.
+        Args:
+            state_BTD: initial state.
+            e_BTD: context, from `encode`.
+            iterations: number of core passes.
+            c_noise_Bs: noise conditioning of each pass, fp32 (B, 1) or (B, T); see `Precond.c_noise`.
+            beside: a second stream's keys and values, from `core_contexts`. Position i then sees itself and that stream's
+                positions <= i, instead of its own stream's earlier positions.
+            visible: attention mask; plain causal by default.
+
+        Raises:
+            UserError: ``c_noise_Bs`` is given and the model has no noise conditioning.
         """
         rope, visible = self._frame(e_BTD.shape[1], visible)
         return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
 
     def inject(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        """What an iteration begins with, and nothing of the core's blocks, (B, T, D) to (B, T, D): no iteration at all."""
+        """Apply the injection without the core's layers, (B, T, D) to (B, T, D)."""
         return cast(Tensor, self.core.inject(state_BTD, e_BTD))
 
     def core_contexts(
@@ -274,13 +288,13 @@ class LoopedLM(nn.Module):
         c_noise_Bs: Tensor | None = None,
         visible: Visible | None = None,
     ) -> list[Context]:
-        """Keys and values of one core pass of a context stream, for `iterate`'s ``beside``: one entry for each block."""
+        """Run one core pass over a context stream and return each layer's keys and values, for ``beside`` in `iterate`."""
         rope, visible = self._frame(e_BTD.shape[1], visible)
         modulation = self._modulation(c_noise_Bs)
         return self.core.contexts(state_BTD, e_BTD, rope, visible, modulation)
 
     def decode(self, state_BTD: Tensor, visible: Visible | None = None) -> Tensor:
-        """Final norm, coda, final norm: (B, T, D) to the hidden vectors (B, T, D) that the head reads."""
+        """Final norm, coda, final norm: state (B, T, D) to the head's input (B, T, D)."""
         return self._decode(state_BTD, *self._frame(state_BTD.shape[1], visible))
 
     def _decode(self, state_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
@@ -290,44 +304,44 @@ class LoopedLM(nn.Module):
         return self.final_norm(x_BTD)
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding, (*ids, D); they share the head's gradient."""
+        """Embeddings of tokens, (*ids.shape, D). Their gradient goes to the table that head and embedding share."""
         return lookup(ids, self.embedding.weight)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Tied head: (..., D) to (..., V) in the model's dtype."""
+        """Head, tied to the embedding: (..., D) to logits (..., V) in the model's dtype."""
         return nn.functional.linear(hidden_BTD, self.embedding.weight)
 
     def forward(self, tokens_BT: Tensor, iterations: int = 1) -> Tensor:
-        """Unconditioned logits (B, T, V) after ``iterations`` passes from a zero state."""
+        """Logits (B, T, V) after ``iterations`` core passes from a zero state, without noise conditioning."""
         e_BTD = self.encode(tokens_BT)
         return self.logits(self.decode(self.iterate(torch.zeros_like(e_BTD), e_BTD, iterations)))
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile what training runs: prelude, one core iteration, coda, noise conditioning, softmax and loss, and what an
-        objective hands to `fuse`, each for itself.
+        """Compile the parts that training runs: prelude, one core iteration, coda, noise conditioning, softmax and loss, and
+        functions that an objective passes to `fuse`. Each part is compiled by itself.
 
-        The loop over iterations stays outside, so no depth is compiled twice: an iteration has at most three graphs
-        (without gradient, with it from a state that needs none, with it from one that does), or five under autocast, where
-        the first state is fp32 and later ones are not. Shapes are static. In evaluation (``model.eval()``), whose shapes
-        vary, the parts run as they are.
+        The loop over iterations is not compiled, so a new depth needs no compilation. An iteration has at most three graphs:
+        without gradient, with gradient from a state that needs none, and with gradient from a state that needs one. Under
+        autocast it has at most five, because the first state is fp32 and later states are not. Shapes are static. In
+        evaluation mode (``model.eval()``) the parts run without compilation, because shapes vary.
         """
         for owner, name in ((self, "_encode"), (self.core, "iteration"), (self, "_decode")):
             setattr(owner, name, _compiled_in_training(owner, getattr(owner, name), backend))
         if self.noise_embedding is not None:
             embed = _compiled_in_training(self, self.noise_embedding.forward, backend)
             setattr(self.noise_embedding, "forward", embed)  # noqa: B010
-        # One compilation for each function, however often it is asked for.
+        # Each function is compiled once, however often `fuse` is called with it.
         fused = functools.cache(lambda function: torch.compile(function, dynamic=False, backend=backend))
         self.fuse = lambda function: fused(function) if self.training else function
         self.softmax_loss = fused(softmax_loss_to_fuse)
         self.compiled = True
 
     def compile_decoding(self, backend: str = "inductor") -> None:
-        """Compile what generation runs for each token, in evaluation: a block's work before and after attention, for
-        passes over one position. Attention and the cache, whose keys grow by one each time, stay as they are.
+        """Compile what generation runs for each token in evaluation mode: a layer's work before and after attention, for a
+        single position. Attention and the cache are not compiled, because the number of keys grows with each token.
 
-        All blocks share their graphs: two for those without noise conditioning and two for those with it; a second
-        number of rows makes these anew, for any number of them.
+        All layers share their graphs: two for layers without noise conditioning and two for layers with it. A second batch
+        size compiles them once more, for any batch size.
         """
         for block in self.modules():
             if isinstance(block, Block):
@@ -337,17 +351,21 @@ class LoopedLM(nn.Module):
                 )
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Whether the backward runs each core iteration again instead of keeping its activations."""
+        """Turn activation checkpointing of the core on or off: the backward then computes each iteration again instead of
+        storing its activations."""
         self.core.checkpointing = on
 
     # -- initialisation and size ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Huginn's initialisation: normal with std sqrt(2 / (5 D)) cut at three standard deviations; the projections
-        back into the residual stream divided by sqrt(2 * effective depth); norms one, biases zero; with ``silent_state`` the
-        linear adapter's half for the state zero. The noise conditioning starts as the identity. The generator must live on
-        the parameters' device."""
+        """Draw initial weights as Huginn does, in place.
+
+        Matrices are normal with std sqrt(2 / (5 D)), truncated at three standard deviations. Projections into the residual
+        stream are divided by sqrt(2 * effective depth). Norms are one, biases zero. Noise conditioning changes nothing at
+        first. With ``silent_state`` the linear adapter's weights on the state are zero. ``generator`` must be on the
+        parameters' device.
+        """
         config = self.config
         std = math.sqrt(2 / (5 * config.d_model))
         effective_depth = config.n_prelude + config.n_coda + config.n_core * config.expected_depth
@@ -367,7 +385,8 @@ class LoopedLM(nn.Module):
                     parameter[:, : config.d_model] = 0
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; ``total`` is the plain network, without noise conditioning, as presets are quoted."""
+        """Number of parameters of each part. ``total`` leaves out ``noise_conditioning``, so that it is comparable between
+        objectives."""
 
         def count(module: nn.Module | None) -> int:
             return sum(p.numel() for p in module.parameters()) if module is not None else 0

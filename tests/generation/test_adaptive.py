@@ -206,12 +206,12 @@ def test_words() -> None:
     assert Exit.parse("kl") == Exit("kl", THRESHOLDS["kl"])
     assert Exit.parse("latent:1e-2") == Exit("latent", 0.01)
     for word in ("", "kl:", "kl:x", "kl:-1", "kl:nan", "kl:inf", "norm", "entropy:1:2"):
-        with pytest.raises(UserError, match="an exit is kl, entropy or latent"):
+        with pytest.raises(UserError, match="exit must be kl, entropy or latent"):
             Exit.parse(word)
     for options in ({"exit": "kl"}, {"warm_start": True}):
         with pytest.raises(UserError, match="whose inference is a plain loop"):
             stream(built("denoise"), [[1]], GenerationOptions(**options))  # type: ignore[arg-type]
-        with pytest.raises(UserError, match="cache policy 'last' is for plain sequential"):
+        with pytest.raises(UserError, match="cache policy 'last' needs the sequential sampler"):
             GenerationOptions(cache_policy="last", **options)  # type: ignore[arg-type]
 
 

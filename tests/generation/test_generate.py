@@ -295,10 +295,10 @@ def test_generation_stops_at_a_string(tokenizer: Tokenizer) -> None:
         ({"temperature": math.inf}, "temperature"),
         ({"k": 2.5}, "k must be a whole number, got 2.5"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
-        ({"sampler": None}, "sampler must be a word, got None"),
+        ({"sampler": None}, "sampler must be a string, got None"),
         ({"stop": "end"}, "stop must be a list of strings"),
         ({"temprature": 0.5}, "unknown generation option 'temprature'; did you mean temperature"),
-        ({"xyzzy": 1}, "unknown generation option 'xyzzy'; there are k, temperature"),
+        ({"xyzzy": 1}, "unknown generation option 'xyzzy'; known options: k, temperature"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:

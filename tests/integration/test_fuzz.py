@@ -525,7 +525,7 @@ def test_generation_options_of_a_task(run: Path) -> None:
                     {"repetition_penalty": {}}, {"do_sample": True, "temperature": float("nan")}):  # fmt: skip
         refused("generation options|temperature must be", lambda options=options: ask(**options))
     assert len(ask(until=["\udc80", None], top_k="3", temperature="0.5")) == 1
-    refused("an exit is kl", lambda: RecurrentDBLM(str(run), k=1, device="cpu", exit=["kl"]))  # type: ignore[arg-type]
+    refused("exit must be kl", lambda: RecurrentDBLM(str(run), k=1, device="cpu", exit=["kl"]))  # type: ignore[arg-type]
 
 
 def test_regular_expressions_of_the_readers_are_linear() -> None:

@@ -222,13 +222,13 @@ def test_fast_samplers_and_exits(session: Session, capsys: pytest.CaptureFixture
     session.answer("/stats")
     assert f"{diagonal.flops:.3e}" in capsys.readouterr().out
     session.answer("/adaptive kl:10")
-    assert "exits and warm starts are for the sequential sampler" in capsys.readouterr().err
+    assert "exits and warm starts need the sequential sampler" in capsys.readouterr().err
     for line in ("/sampler sequential", "/adaptive kl:10", "def main("):
         session.answer(line)
     assert session.replies[-1].mean_k == 2  # the first two read-outs are near enough for any threshold of ten nats
     assert session.replies[-1].to_json()["mean_k"] == 2
     session.answer("/cache last")  # what cannot go together is refused when it is set, and nothing changes
-    assert "for plain sequential decoding" in capsys.readouterr().err
+    assert "needs the sequential sampler without exit" in capsys.readouterr().err
     assert session.options.cache_policy == "full"
     for line in ("/temp 1", "/adaptive off", "def main(", "/warm on", "def main("):
         session.answer(line)
@@ -368,10 +368,10 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
         ("/min_p 2", "min_p must be between 0 and 1"),
         ("/max 0", "max_new_tokens must be 1 or more, got 0"),
         ("/seed 1.5", "/seed takes a whole number, got '1.5'"),
-        ("/sampler magic", "a sampler is sequential, speculative[:DRAFT_K"),
-        ("/sampler diagonal:x", "a sampler is sequential, speculative"),
+        ("/sampler magic", "the sampler must be sequential, speculative[:DRAFT_K"),
+        ("/sampler diagonal:x", "the sampler must be sequential, speculative"),
         ("/warm maybe", "warm_start must be on or off"),
-        ("/adaptive often", "an exit is kl, entropy or latent"),
+        ("/adaptive often", "exit must be kl, entropy or latent"),
         ("/cache some", "a cache policy is full, last or modulo-S"),
         ("/compare", "/compare takes two or more values of K"),
         ("/compare 1 2", "type a prompt first"),
@@ -515,7 +515,7 @@ def test_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "word"),
     [
         (["--k", "-1"], "k must be 1 or more"),
-        (["--sampler", "fast"], "a sampler is sequential"),
+        (["--sampler", "fast"], "the sampler must be sequential"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max-new-tokens", "0"], "max_new_tokens must be 1 or more"),
         (["--top-q", "1"], "--top-p"),
