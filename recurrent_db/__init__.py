@@ -1,4 +1,4 @@
-"""recurrent_db: recurrent-depth language models, trained unrolled, flat, or one step at a time.
+"""recurrent_db: pretraining, scoring and generation with looped language models.
 
 >>> import recurrent_db
 >>> model, tokenizer = recurrent_db.load("runs/demo/denoise")          # doctest: +SKIP
@@ -6,7 +6,7 @@
 >>> config = recurrent_db.load_config("train/configs/tiny.toml")       # doctest: +SKIP
 >>> recurrent_db.train(config)                                         # doctest: +SKIP
 
-The names below are imported when they are first used, so that importing the package does not wait for torch.
+Each name in ``__all__`` is imported at its first use, so that importing the package does not wait for torch.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _MODULES = {
     "load_config": "config",
     "train": "training.trainer",
 }
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 
-# OpenMP's threads wait for each other after each operation. By default they spin, and on a machine that has other work a
-# spinning thread keeps off the one that it waits for: training takes many times as long (benchmarks/speed/busy.py). The
-# OpenMP runtime reads this once, when torch is loaded, so it must be imported before torch.
+# After each operation OpenMP's threads wait for each other, by default in a busy loop. On a machine with other work, a busy
+# thread takes the core from the thread that it waits for, and training takes many times as long (benchmarks/speed/busy.py).
+# The OpenMP runtime reads this variable once, when torch is loaded, so this package must be imported before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -1,7 +1,8 @@
-"""What every command of the project shares: typed arguments, one-line errors, exit status 2.
+"""Command-line parsing, shared by all commands: typed arguments, one-line errors, exit status 2.
 
-A command is a dataclass of arguments plus a function; ``run_command(Args, main)`` parses, runs and turns a
-user's mistake into one line on standard error. Parsing is tyro's; only its error boxes are folded into a line.
+A command is a dataclass of arguments and a function. ``run_command(Args, main)`` parses the arguments, runs the function,
+and prints a user's mistake as one line on standard error. tyro does the parsing; its multi-line errors are folded into one
+line.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _BOX = re.compile(r"[╭╮╰╯│─]+")
 
 
 def fold_error_box(text: str) -> str:
-    """Fold tyro's boxed message into one line: the message, then its suggestions where it has any."""
+    """Fold tyro's error box into one line: the message, then suggestions if there are any."""
     message: list[str] = []
     hints: list[str] = []
     section = message
     for raw in text.splitlines()[1:]:
         if set(raw.strip()) <= set("│─╰╯ ╭╮"):
-            section = []  # past the message: helptext, which --help shows better
+            section = []  # the message has ended; help text follows, which --help shows better
             continue
         line = " ".join(_BOX.sub(" ", raw).split())
         if line.startswith("Perhaps you meant"):
@@ -53,7 +54,7 @@ def fold_error_box(text: str) -> str:
 
 
 def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The boolean options of a dataclass and of those inside it, as they are typed."""
+    """The boolean options of a dataclass and of the dataclasses inside it, as typed on the command line."""
     for name, hint in typing.get_type_hints(kind).items():
         option = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
@@ -64,7 +65,7 @@ def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
 
 @functools.cache
 def _classes(path: str) -> tuple[list[str], dict[str, int]]:
-    """The lines of a Python file, and the index of the line where each of its classes begins."""
+    """The lines of a Python file, and for each class the index of its first line."""
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     found = (node for node in ast.parse("".join(lines)).body if isinstance(node, ast.ClassDef))
     return lines, {node.name: min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 for node in found}
@@ -72,8 +73,11 @@ def _classes(path: str) -> tuple[list[str], dict[str, int]]:
 
 @contextlib.contextmanager
 def _quick_sources() -> Iterator[None]:
-    """Make `inspect` parse a file once for the sources of all its classes. tyro reads the help there, class by class, and
-    Python before 3.13 parses the whole file for each: more than half of the time of ``--help`` with many sections."""
+    """Make `inspect` parse each file once, instead of once per class.
+
+    tyro reads field docstrings through `inspect`, which before Python 3.13 parses the whole file for each class. With many
+    sections that is more than half of the time of ``--help``.
+    """
     before = inspect.findsource
 
     def find(component: Any) -> tuple[list[str], int]:
@@ -94,12 +98,18 @@ def _quick_sources() -> Iterator[None]:
 def parse(
     kind: type[Args], argv: Sequence[str] | None = None, default: Args | None = None, prog: str | None = None
 ) -> Args:
-    """Parse ``argv`` (``sys.argv[1:]`` by default) into the dataclass ``kind``.
+    """Parse command-line arguments into the dataclass ``kind``.
 
-    Booleans are written ``--flag``, ``--flag true`` or ``--flag false``. ``--help`` prints and exits 0.
+    Booleans are written ``--flag``, ``--flag true`` or ``--flag false``. ``--help`` prints the help and exits with status 0.
+
+    Args:
+        kind: the dataclass.
+        argv: the arguments; ``sys.argv[1:]`` by default.
+        default: values of options that are not given, instead of the dataclass's defaults.
+        prog: the program's name in ``--help``.
 
     Raises:
-        UserError: for an unknown option, a bad value or a missing argument, in one line.
+        UserError: an option is unknown, a value is invalid, or an argument is missing; one line.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     flags = set(_flags(kind))
@@ -120,26 +130,29 @@ def parse(
 
 
 OTHERS_WAIT = 20.0
-"""Seconds after which a process other than torchrun's first reports its own mistake."""
+"""Seconds that processes of torchrun other than the first wait before they report a mistake."""
 
 
 MOST_LINE = 1000
-"""Characters of a mistake's line; what a message quotes of a file may be longer."""
+"""Largest number of characters in an error line. Messages may quote long parts of files."""
 
 
 def one_line(message: str) -> str:
-    """A message as one line that only says something: white space folded, and what is not printable (control characters,
-    which could command a terminal, lone surrogates) as U+FFFD; of a long one the two ends."""
+    """A message as one printable line.
+
+    White space is folded. Unprintable characters, such as control characters that a terminal would obey, become U+FFFD. The
+    middle of a line longer than `MOST_LINE` is left out.
+    """
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(message[: 1 << 20].split()))
     half = MOST_LINE // 2 - 3
     return line if len(line) <= MOST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def fail(message: str) -> NoReturn:
-    """Print ``message`` as one line and leave with status 2.
+    """Print ``message`` as one line and exit with status 2.
 
-    Of several processes (torchrun's RANK) the first speaks: it ends, and torchrun ends the others, who wait for that. One
-    that is still there after `OTHERS_WAIT` is alone with its mistake, and says so.
+    Under torchrun all processes usually make the same mistake. Only the first prints it; it ends, and torchrun ends the
+    others. A process that still runs after `OTHERS_WAIT` seconds is the only one with its mistake and prints it.
     """
     who = "error"
     if (rank := os.environ.get("RANK", "0")) != "0":
@@ -150,7 +163,8 @@ def fail(message: str) -> NoReturn:
 
 
 def run_and_exit(action: Callable[[], int | None]) -> NoReturn:
-    """Run ``action``; a `UserError`, a full disk, an unwritable path or Ctrl-C ends in one line instead of a traceback."""
+    """Run ``action`` and exit with its status. A `UserError`, a full disk, an unwritable path or Ctrl-C prints one line
+    instead of a traceback."""
     try:
         raise SystemExit(action() or 0)
     except UserError as error:
@@ -159,12 +173,13 @@ def run_and_exit(action: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader (head, less) went away: not a mistake. Point stdout at nothing so that the exit flush is quiet.
+        # The reader of the output (head, less) has ended, which is no mistake. With stdout on /dev/null, the flush at exit
+        # does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"no space left on the disk of {error.filename or 'the output folder'}; what was complete is kept")
+            fail(f"no space left on the disk of {error.filename or 'the output folder'}; complete files are kept")
         if error.filename is not None:
             fail(f"{error.filename}: {error.strerror}")
         raise
@@ -176,7 +191,16 @@ def run_command(kind: type[Args], main: Callable[[Args], int | None]) -> NoRetur
 
 
 def parse_ints(text: str, option: str, least: int) -> list[int]:
-    """Integers separated by commas, in rising order without repeats. Raises `UserError` for anything else."""
+    """Parse integers separated by commas. Returns them in rising order without repeats.
+
+    Args:
+        text: the option's value.
+        option: the option's name, for error messages.
+        least: smallest integer allowed.
+
+    Raises:
+        UserError: ``text`` is anything else, or an integer is below ``least``.
+    """
     try:
         values = sorted({int(word) for word in text.split(",")})
     except ValueError:

@@ -1,8 +1,8 @@
-"""The one exception that means "the user can fix this"."""
+"""The exception for mistakes that the user can fix."""
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: shown as one line, exit status 2, never a traceback.
+    """A mistake of the user. Commands print it as one line without a traceback and exit with status 2.
 
-    The message names the thing (file, key, value) and what to do about it.
+    The message names the cause (file, key, value) and says what to do.
     """

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Safe files: atomic writes, digests, locks, and checks of files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def file_digest(path: Path) -> str:
 
 
 MOST_JSON_BYTES = 1 << 28
-"""Largest JSON file that is read."""
+"""Largest JSON file that `read_json` reads, in bytes."""
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file, which may be a stranger's.
+    """Read a JSON file, which may come from an untrusted source.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON in UTF-8, nested too deeply, or larger than `MOST_JSON_BYTES`.
+        OSError: the file cannot be read.
+        ValueError: it is not JSON in UTF-8, is nested too deeply, or is larger than `MOST_JSON_BYTES`.
     """
     raw = bytearray()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):  # a read of so many bytes at most would first set as many aside
+        while piece := file.read(1 << 20):  # read(MOST_JSON_BYTES) would allocate so much memory for any file
             raw += piece
             if len(raw) > MOST_JSON_BYTES:
                 raise ValueError(f"larger than {MOST_JSON_BYTES >> 20} MiB")
@@ -48,13 +48,13 @@ def read_json(path: Path) -> Any:
 
 
 def sealed(value: dict[str, Any]) -> str:
-    """A table as JSON text that ends with the SHA-256 of what comes before it, under the key ``digest``."""
+    """JSON text of a table, with a last key ``digest``: the SHA-256 of the table's JSON text without it."""
     digest = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
     return json.dumps({**value, "digest": digest}, indent=1)
 
 
 def is_altered(path: Path) -> bool:
-    """Whether a file that `sealed` made has changed since."""
+    """Whether a file with the text of `sealed` has been changed."""
     raw = path.read_bytes()
     value = json.loads(raw.decode("utf-8"))
     value.pop("digest", None)
@@ -62,35 +62,41 @@ def is_altered(path: Path) -> bool:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether ``path``, all links followed, lies in ``folder`` (all links followed) or is it. False for what is no path."""
+    """Whether ``path`` is ``folder`` or in it, after following all links in both. False for an invalid path."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, ValueError, RuntimeError):  # too long, not a path, links in a circle
+    except (OSError, ValueError, RuntimeError):  # too long, invalid, or a cycle of links
         return False
 
 
 def check_links(folder: Path) -> None:
-    """See that no symbolic link in ``folder`` leads out of it: a folder that came from a stranger must not make a command
-    read or write elsewhere. Links of Weights & Biases, in its own folder ``wandb``, are not followed by any command.
+    """Check that no symbolic link in ``folder`` leads out of it.
+
+    A folder from an untrusted source could otherwise make a command read or write elsewhere. Links in subfolders ``wandb``
+    are not checked: Weights & Biases makes them, and no command follows them.
 
     Raises:
-        UserError: naming the first such link.
+        UserError: a link leads out of the folder.
     """
     for parent, folders, files in os.walk(folder):
         for name in sorted((*folders, *files)):
             path = Path(parent) / name
             if path.is_symlink() and not is_inside(path, folder):
-                raise UserError(f"{path} is a link that leads out of {folder}; nothing there is read or written")
+                raise UserError(
+                    f"{path} is a link that leads out of {folder}: remove it, or replace it by the file itself"
+                )
         folders[:] = [name for name in folders if name != "wandb"]
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder that one process at a time may write, by a lock on its file ``.lock``. The lock ends with the process,
-    however that ends; the file stays.
+    """Lock a folder, so that only one process at a time writes to it.
+
+    The lock is on the folder's file ``.lock``. The operating system releases it when the process ends, also after a crash.
+    The file remains. On a file system without locks a warning is printed instead.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be written.
+        UserError: another process has locked the folder, or the folder cannot be written.
     """
     path = folder / ".lock"
     try:
@@ -103,10 +109,10 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another process"
-            raise UserError(f"{folder} is in use by {holder}: two at once would destroy each other's work") from None
+            raise UserError(f"{folder} is in use by {holder}: wait until it ends, or use another folder") from None
         except OSError as error:  # a file system without locks
             print(f"warning: {folder} cannot be locked ({error.strerror}); start one trainer only", file=sys.stderr)
-        with contextlib.suppress(OSError):  # on a full disk it is held namelessly
+        with contextlib.suppress(OSError):  # on a full disk the holder's name is not written
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -114,17 +120,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def new_file_mode() -> int:
-    """Permissions that an ordinary new file gets."""
+    """Permissions of an ordinary new file under the process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
 def check_output(path: Path) -> None:
-    """Make the folder of an output file and see that it can be written, before the work and not after it.
+    """Create the folder of an output file and check that the file can be written. Call it before the work starts.
 
     Raises:
-        UserError: naming the path.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +143,10 @@ def check_output(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside ``path`` and rename into place: a reader sees the old file or the new one, and a crash leaves either.
+    """Replace a file atomically: readers see the old content or the new one, also after a crash.
 
-    Text is written as UTF-8. The file gets the ordinary permissions of a new file.
+    The content is written to a temporary file in the same folder, which is then renamed. Text is written as UTF-8. The file
+    gets the permissions of an ordinary new file.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -147,7 +154,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(new_file_mode())  # mkstemp's own mode is private
+        Path(name).chmod(new_file_mode())  # mkstemp makes files that only their owner can read
         Path(name).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
-"""What the configuration is made of: sections with bounds beside their fields, read from nested tables and written to them.
+"""Building blocks of the configuration: sections, bounds of their fields, and conversion from and to nested tables.
 
-A section is a dataclass. A field's annotation carries what its value must be (``Annotated[int, above(0)]``); fields marked
-`Hidden` follow from other choices, so no file, command line or written configuration has them. A key is the dotted name of
-a field, such as ``optim.lr``.
+A section is a dataclass. The annotation of a field gives its bounds, as in ``Annotated[int, above(0)]``. A key is the dotted
+name of a field, such as ``optim.lr``. Fields marked `Hidden` are no keys: they follow from other fields and do not appear in
+files, on the command line or in saved configurations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recurrent_db.errors import UserError
 T = TypeVar("T")
 
 MOST_INTEGER = (1 << 63) - 1
-"""Largest whole number of 64 bits."""
+"""Largest signed integer of 64 bits."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,22 +35,29 @@ MOST_INTEGER = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number must be: a test that NaN fails, and the words of the refusal after "must be"."""
+    """A bound on a number."""
 
     holds: Callable[[float], bool]
+    """Whether a number is within the bound; must be False for NaN."""
     words: str
+    """The bound in words, for the error message "KEY must be ..."."""
 
 
 def above(low: float) -> Bound:
+    """Numbers greater than ``low``."""
     return Bound(lambda value: value > low, f"above {low}")
 
 
 def at_least(low: float) -> Bound:
+    """Numbers greater than or equal to ``low``."""
     return Bound(lambda value: value >= low, f"{low} or more")
 
 
 def at_most(high: float) -> Bound:
-    """Bounds far above any value in use keep a stranger's configuration from asking for the machine's whole memory."""
+    """Numbers less than or equal to ``high``.
+
+    Some bounds are far above any useful value. They keep an untrusted configuration from allocating the whole memory.
+    """
     return Bound(lambda value: value <= high, f"at most {high}")
 
 
@@ -63,15 +70,17 @@ ShareBelowOne = Annotated[float, Bound(lambda value: 0 <= value < 1, "in [0, 1)"
 
 _HIDDEN = object()
 Hidden = Annotated[T, _HIDDEN, tyro.conf.Fixed, tyro.conf.Suppress]
-"""``Hidden[bool]`` is a field that is not a key."""
+"""Marks a field as no key: ``Hidden[bool]``."""
 
 
 class Section:
-    """Base of the configuration's dataclasses."""
+    """Base class of the configuration's dataclasses."""
 
     def check(self, config: Any) -> None:
-        """Refuse fields that contradict each other or another section; each is within its own bounds by then.
-        ``config`` is the whole configuration. Raises `UserError`."""
+        """Check that fields do not contradict each other or another section. Bounds have been checked before.
+
+        ``config`` is the whole configuration. Raises `UserError` for a contradiction.
+        """
 
 
 def need(ok: bool, message: str) -> None:
@@ -87,7 +96,7 @@ def _read_kinds(kind: Any) -> dict[str, Any]:
 
 
 _kinds: Callable[[Any], dict[str, Any]] = functools.cache(_read_kinds)
-"""A section's fields and their types, without the hidden ones."""
+"""Fields of a section and their types, without hidden fields."""
 
 
 def _key(name: str) -> str:
@@ -95,7 +104,7 @@ def _key(name: str) -> str:
 
 
 def keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings of a dataclass and of the sections inside it."""
+    """Dotted names of all keys of a section and of the sections inside it."""
     for name, hint in _kinds(kind).items():
         if dataclasses.is_dataclass(hint):
             yield from keys(typing.cast(type, hint), f"{prefix}{_key(name)}.")
@@ -108,7 +117,7 @@ def keys(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _check_value(value: Any, kind: Any, key: str, bounds: tuple[Bound, ...] = ()) -> None:
-    """See that numbers are within the bounds that the annotation ``kind`` gives, finite, and of at most 64 bits."""
+    """Check that numbers are within the bounds of the annotation ``kind``, finite, and at most 64 bits long."""
     if get_origin(kind) is Annotated:
         inner, *marks = get_args(kind)
         _check_value(value, inner, key, (*bounds, *(mark for mark in marks if isinstance(mark, Bound))))
@@ -122,11 +131,11 @@ def _check_value(value: Any, kind: Any, key: str, bounds: tuple[Bound, ...] = ()
         for bound in bounds:
             need(bound.holds(value), f"{key} must be {bound.words}, got {value}")
         need(not isinstance(value, float) or math.isfinite(value), f"{key} must be finite, got {value}")
-        need(not isinstance(value, int) or abs(value) <= MOST_INTEGER, f"{key} must be a whole number of 64 bits")
+        need(not isinstance(value, int) or abs(value) <= MOST_INTEGER, f"{key} must fit into 64 bits")
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
-    """See that each field of ``section`` and of the sections inside it is within its bounds. Raises `UserError`."""
+    """Check the bounds of all fields of ``section`` and of the sections inside it. Raises `UserError`."""
     for name, kind in _kinds(type(section)).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
@@ -136,7 +145,7 @@ def check_bounds(section: Any, prefix: str = "") -> None:
 
 
 def check(section: Any, config: Any) -> None:
-    """Run `Section.check` of ``section`` and of the sections inside it. Raises `UserError`."""
+    """Call `Section.check` of ``section`` and of the sections inside it. Raises `UserError`."""
     section.check(config)
     for f in dataclasses.fields(section):
         if isinstance(inside := getattr(section, f.name), Section):
@@ -148,7 +157,7 @@ def check(section: Any, config: Any) -> None:
 
 
 def _suggest(key: str, known: list[str], root: type) -> str:
-    """Where a key of that name is, or which of the ``known`` is written most like it."""
+    """A hint for an unknown key: keys of the same name in other sections, else the most similar of ``known``."""
     if places := [place for place in keys(root) if place.rpartition(".")[2] == key]:
         return f"; did you mean {' or '.join(map(repr, places))}?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -156,10 +165,13 @@ def _suggest(key: str, known: list[str], root: type) -> str:
 
 
 def _convert(value: Any, kind: Any, where: str, root: type) -> Any:
-    """Check a TOML or JSON value against a field's type. An int is accepted for a float, and 4e6 for an int."""
+    """Convert a TOML or JSON value to a field's type: an int to a float, and a whole float such as 4e6 to an int.
+
+    Raises `UserError` for a value of another type.
+    """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise UserError(f"config key {where} is a table, not {value!r}")
+            raise UserError(f"config key {where} must be a table, got {value!r}")
         return from_dict(typing.cast(type, kind), value, where + ".", root)
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -168,7 +180,7 @@ def _convert(value: Any, kind: Any, where: str, root: type) -> Any:
         if value not in choices:
             near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"config key {where} = {value!r} is none of {', '.join(map(str, choices))}{hint}")
+            raise UserError(f"config key {where} must be one of {', '.join(map(str, choices))}, got {value!r}{hint}")
         return value
     if origin is types.UnionType:
         return None if value is None else _convert(value, choices[0], where, root)
@@ -177,7 +189,7 @@ def _convert(value: Any, kind: Any, where: str, root: type) -> Any:
     if origin is dict and isinstance(value, dict):
         return {str(name): _convert(item, choices[1], where, root) for name, item in value.items()}
     if isinstance(value, int) and abs(value) > MOST_INTEGER:
-        raise UserError(f"config key {where} is a whole number of more than 64 bits")
+        raise UserError(f"config key {where} must fit into 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -189,11 +201,16 @@ def _convert(value: Any, kind: Any, where: str, root: type) -> Any:
 
 
 def from_dict(kind: type[T], values: dict[str, Any], prefix: str = "", root: type | None = None) -> T:
-    """Build the dataclass ``kind`` from nested tables. Suggestions for an unknown key come from ``root``, by default
-    ``kind``.
+    """Build the section ``kind`` from nested tables.
+
+    Args:
+        kind: the dataclass.
+        values: keys and values.
+        prefix: dotted name of the section with a final dot, for error messages.
+        root: section whose keys are suggested for an unknown key; ``kind`` by default.
 
     Raises:
-        UserError: for an unknown key (with a suggestion) or a value of the wrong type.
+        UserError: a key is unknown, or a value has the wrong type.
     """
     kinds = _kinds(kind)
     names = {_key(name): name for name in kinds}
@@ -205,7 +222,7 @@ def from_dict(kind: type[T], values: dict[str, Any], prefix: str = "", root: typ
 
 
 def to_dict(section: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`: nested tables of plain values, ready for JSON. A section without keys is left out."""
+    """The inverse of `from_dict`: nested tables of plain values, ready for JSON. Sections without keys are left out."""
     values = {}
     for name in _kinds(type(section)):
         value = getattr(section, name)
@@ -217,12 +234,12 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parse a TOML file. Raises `UserError` when it is missing, unreadable or not TOML."""
+    """Parse a TOML file. Raises `UserError` if it is missing, unreadable or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}") from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number with thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None

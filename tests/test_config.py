@@ -73,12 +73,15 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         ("[objective.unrolled]\nmean_depth = 0", "objective.unrolled.mean_depth must be above 0"),
         ("[eval]\nk = [0]", "eval.k must be 1 or more"),
         ("[data]\nsequence_length = 4096", "above model.max_seq_len"),
-        ('[optim]\nname = "moun"', "config key optim.name = 'moun' is none of adamw, muon; did you mean 'muon'?"),
+        (
+            '[optim]\nname = "moun"',
+            "config key optim.name must be one of adamw, muon, got 'moun'; did you mean 'muon'?",
+        ),
         ("[optim]\nlr = -1", "optim.lr must be above 0"),
         ("[budget]\nflops = inf", "budget.flops must be finite"),
         ("[run]\npeak_flops = nan", "run.peak_flops must be above 0"),
         ("[run]\npeak_flops = 0", "run.peak_flops must be above 0"),
-        ("model = 3", "model is a table"),
+        ("model = 3", "model must be a table"),
         ("[model", "not valid TOML"),
     ],
 )

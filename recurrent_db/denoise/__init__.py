@@ -1,1 +1,1 @@
-"""The mathematics of noise-conditioned denoising: densities, preconditioning, steps, the bound, blocks."""
+"""The mathematics of denoising: noise densities, preconditioning, steps, the likelihood bound, the partition into blocks."""

@@ -1,7 +1,7 @@
-"""Noise levels: their densities, the equal-probability partition, and sigma*, below which the answer shows through.
+"""Noise levels: their densities, the equal-probability partition, grids for walks, and sigma*.
 
-sigma is the standard deviation of the noise per component, in the units of the clean target y. All mathematics here is
-float64; callers cast once, at the network's edge.
+sigma is the standard deviation of the noise per component, in the units of the target y. All computations here are float64;
+callers cast once, at the network's input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from recurrent_db.rng import key
 
 
 class Density(Protocol):
-    """A law of sigma on [sigma_min, sigma_max], given by its distribution function and the inverse of that."""
+    """A probability distribution of sigma on [sigma_min, sigma_max]."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -28,11 +28,11 @@ class Density(Protocol):
     def sigma_max(self) -> float: ...
 
     def cdf(self, sigma: Tensor) -> Tensor:
-        """P(draw <= sigma), float64, any shape."""
+        """Cumulative distribution function, float64, any shape."""
         ...
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The inverse: uniforms in [0, 1] to sigma, float64, any shape."""
+        """Inverse of `cdf`: from u in [0, 1] to sigma, float64, any shape."""
         ...
 
 
@@ -54,7 +54,8 @@ class LogNormal:
         return ((phi - low) / (high - low)).clamp(0, 1)
 
     def quantile(self, u: Tensor) -> Tensor:
-        """sigma = exp(P_mean + P_std * Phi^-1(q)), q linear between the ends' values (arXiv 2506.14202, section 3)."""
+        """sigma = exp(p_mean + p_std * Phi^-1(q)), where q goes linearly from Phi at sigma_min to Phi at sigma_max
+        (arXiv 2506.14202, section 3)."""
         low, high = self._phi(self.sigma_min), self._phi(self.sigma_max)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(low + u.double() * (high - low)))
         return sigma.clamp(self.sigma_min, self.sigma_max)
@@ -78,7 +79,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform on [sigma_min, sigma_max]: the law of masked diffusion's time, whose lowest level is 0."""
+    """Uniform on [sigma_min, sigma_max]. Masked diffusion uses it for time, where sigma_min is 0."""
 
     sigma_min: float
     sigma_max: float
@@ -92,7 +93,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Below:
-    """A law of sigma cut off at ``sigma_max``: what lies below it, with probability 1."""
+    """The distribution ``law`` conditioned on sigma <= ``sigma_max``."""
 
     law: Density
     sigma_max: float
@@ -112,9 +113,9 @@ class Below:
 
 
 def draw_sigma(density: Density, atom: float, u: Tensor) -> Tensor:
-    """Uniforms in [0, 1) to noise levels: with probability ``atom`` exactly sigma_max, else a draw from the density.
+    """Noise levels from uniform ``u`` in [0, 1): exactly sigma_max with probability ``atom``, else from the density.
 
-    The atom takes the top of the unit interval, so that sigma still rises with u. float64, u's shape.
+    u >= 1 - atom gives sigma_max, so sigma rises with u. Returns float64 in the shape of ``u``.
     """
     if atom >= 1:
         return torch.full_like(u, density.sigma_max, dtype=torch.float64)
@@ -123,11 +124,17 @@ def draw_sigma(density: Density, atom: float, u: Tensor) -> Tensor:
 
 
 def partition(density: Density, n: int, gamma: float = 0.0, uniform: bool = False) -> list[tuple[float, float]]:
-    """Cut the range into ``n`` intervals of equal probability, lowest noise first; with ``uniform`` into equal steps of
-    ln sigma instead, the control.
+    """Cut the range of noise levels into ``n`` intervals of equal probability (arXiv 2506.14202, section 3).
 
-    ``gamma`` widens each interval in log space by (high/low)^gamma on both sides, clipped to the range
-    (arXiv 2506.14202, section 3; 0.1 for text). Returns (low, high) pairs.
+    Args:
+        density: distribution of the noise levels.
+        n: number of intervals.
+        gamma: overlap. Each interval is widened by the factor (high/low)^gamma on both sides, within the range. The paper
+            uses 0.1 for text.
+        uniform: cut into intervals of equal width in ln sigma instead, as a control.
+
+    Returns:
+        (low, high) of each interval, lowest noise first.
     """
     law = LogUniform(density.sigma_min, density.sigma_max) if uniform else density
     edges = law.quantile(torch.linspace(0, 1, n + 1, dtype=torch.float64)).tolist()
@@ -141,7 +148,10 @@ def partition(density: Density, n: int, gamma: float = 0.0, uniform: bool = Fals
 
 @torch.no_grad()
 def nearest_row_accuracy(rows_VD: Tensor, sigma: float, generator: torch.Generator, draws: int = 256) -> float:
-    """How often the row nearest to y + sigma * eps is y itself, for rows drawn uniformly. fp32 rows (V, D)."""
+    """Probability that the target nearest to y + sigma * eps is y itself, estimated from ``draws`` uniformly drawn targets.
+
+    ``rows_VD``: all targets, fp32 (V, D).
+    """
     picks = torch.randint(len(rows_VD), (draws,), generator=generator)
     noisy = rows_VD[picks] + sigma * torch.randn(draws, rows_VD.shape[1], generator=generator)
     scores = noisy @ rows_VD.T - 0.5 * rows_VD.square().sum(-1)
@@ -149,14 +159,15 @@ def nearest_row_accuracy(rows_VD: Tensor, sigma: float, generator: torch.Generat
 
 
 def sigma_star(rows_VD: Tensor, sigma_min: float, sigma_max: float, seed: int = 0) -> float:
-    """The noise level at which the nearest target row is right half of the time: below it, copying is the answer.
+    """The noise level at which the target nearest to z is the right one half of the time. Below it a model can copy.
 
-    Bisection in ln sigma with the same draws at every level. Returns an end of the range where half is not crossed.
+    Found by bisection in ln sigma, with the same random numbers at every level. If the probability does not cross one half,
+    an end of [sigma_min, sigma_max] is returned. ``rows_VD``: all targets, (V, D).
     """
     rows_VD = rows_VD.detach().float().cpu()
 
     def accuracy(log_sigma: float) -> float:
-        # A hashed seed: under the plain one the noise could be the very stream that the rows were drawn from.
+        # The seed is hashed, because the targets may have been drawn from a generator with the plain seed.
         generator = torch.Generator().manual_seed(key(seed, "sigma_star"))
         return nearest_row_accuracy(rows_VD, math.exp(log_sigma), generator)
 
@@ -172,7 +183,7 @@ def sigma_star(rows_VD: Tensor, sigma_min: float, sigma_max: float, seed: int = 
 
 
 def share_below(density: Density, atom: float, sigma: float) -> float:
-    """Share of the training draws below ``sigma``."""
+    """Share of the training's noise levels that are below ``sigma``."""
     return (1 - atom) * density.cdf(torch.tensor(sigma, dtype=torch.float64)).item()
 
 
@@ -180,7 +191,7 @@ Grid = Callable[[Density, int], list[float]]
 
 
 def equal_probability_grid(density: Density, n: int) -> list[float]:
-    """n noise levels from sigma_max down to sigma_min whose gaps hold equal probability; [sigma_max] for n = 1."""
+    """n noise levels from sigma_max down to sigma_min, with equal probability between neighbours; [sigma_max] for n = 1."""
     if n == 1:
         return [density.sigma_max]
     inner = density.quantile(torch.linspace(1, 0, n, dtype=torch.float64)).tolist()
@@ -188,7 +199,7 @@ def equal_probability_grid(density: Density, n: int) -> list[float]:
 
 
 def karras_grid(density: Density, n: int, rho: float = 7.0) -> list[float]:
-    """EDM's grid (arXiv 2206.00364, eq. 5): linear in sigma^(1/rho)."""
+    """EDM's grid (arXiv 2206.00364, eq. 5): n levels from sigma_max to sigma_min, equally spaced in sigma^(1/rho)."""
     if n == 1:
         return [density.sigma_max]
     top, bottom = density.sigma_max ** (1 / rho), density.sigma_min ** (1 / rho)
@@ -203,7 +214,7 @@ def log_uniform_grid(density: Density, n: int) -> list[float]:
 
 
 def edges_grid(density: Density, n: int) -> list[float]:
-    """The upper ends of n intervals of equal probability, from sigma_max down; sigma_min is not among them."""
+    """The upper ends of n intervals of equal probability, from sigma_max down. sigma_min is not included."""
     below = density.quantile(torch.linspace(1, 0, n + 1, dtype=torch.float64)).tolist()[1:n]
     return [density.sigma_max, *below]
 

@@ -1,21 +1,21 @@
-"""DiffusionBlocks: a stack of residual blocks, cut into parts that train alone (arXiv 2506.14202).
+"""DiffusionBlocks: a stack of residual layers, cut into blocks that train alone (arXiv 2506.14202).
 
 See docs/guides/blocks.md.
 
-    partition = Partition.cut(density, n_blocks, gamma=0.1)        # who has which noise
+    partition = Partition.cut(density, n_blocks, gamma=0.1)        # noise range of each block
     blocks = convert(layers, n_blocks, density, width=64, sd=0.5)  # any layers x -> x + f(x) of one width
-    blocks.loss(2, y, u, eps).backward()                           # trains block 2 and touches no other
+    blocks.loss(2, y, u, eps).backward()                           # trains block 2 only
     blocks.walk(eps)                                               # from noise to data, block 1 to block B
 
-A residual stack makes small steps from its input to its output; so does a reverse diffusion from noise to data. The
-conversion takes the one for the other: L layers become B blocks, block b becomes the denoiser of its own range of noise
-levels, and is told the level (AdaLN). A denoiser's loss needs nothing of the other denoisers, so neither does training.
+A residual stack goes from input to output in small steps, as a reverse diffusion goes from noise to data. The conversion
+identifies the two: L layers become B blocks, and block b becomes the denoiser of its own range of noise levels, conditioned
+on the level by AdaLN. The loss of a denoiser does not depend on the other denoisers, so each block can be trained alone.
 
-`Partition` is the one place that says which block has which noise level: training, scoring and sampling ask it. Blocks
-are counted from 1; block 1 has the highest noise.
+`Partition` alone defines the noise range of each block, for training, scoring and sampling. Blocks are counted from 1; block
+1 has the highest noise.
 
-For language models: `model.blocks_lm.BlocksLM`, whose blocks are `Block`s with a clean context beside them, and
-`objectives.denoise_blocks`, `objectives.masked`.
+Language models have their own classes: `model.blocks_lm.BlocksLM`, trained by `objectives.denoise_blocks` and
+`objectives.masked`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from recurrent_db.model.layers import NoiseEmbedding
 
 
 def split_layers(n_layers: int, n_blocks: int, given: Sequence[int] = ()) -> list[int]:
-    """Layers of each block: those ``given``, else as even as can be, earlier blocks taking one more.
+    """Number of layers in each block: ``given``, or as even as possible with larger blocks first.
 
     Raises:
-        UserError: more blocks than layers, or a given split that is not one.
+        UserError: there are more blocks than layers, or ``given`` does not have ``n_blocks`` positive numbers with sum
+            ``n_layers``.
     """
     if not 1 <= n_blocks <= n_layers:
         raise UserError(f"{n_layers} layers cannot be cut into {n_blocks} blocks")
@@ -50,18 +51,18 @@ def split_layers(n_layers: int, n_blocks: int, given: Sequence[int] = ()) -> lis
 
 @dataclass(frozen=True)
 class Partition:
-    """Which block has which noise level: block b (from 1) has (edges[b], edges[b - 1]], and the last also sigma_min."""
+    """The noise range of each block. Block b, from 1, has (edges[b], edges[b - 1]]; the last block also has sigma_min."""
 
     law: Density
-    """That the ranges were cut by: `levels` follow it."""
+    """Distribution by which the ranges were cut; `levels` uses it too."""
     edges: tuple[float, ...]
-    """From sigma_max down to sigma_min, one more than there are blocks."""
+    """Ends of the ranges, from sigma_max down to sigma_min: one more than there are blocks."""
     gamma: float = 0.0
-    """Overlap of the ranges in training."""
+    """Overlap of the ranges in training; see `range_of`."""
 
     @classmethod
     def cut(cls, density: Density, n_blocks: int, gamma: float = 0.0, uniform: bool = False) -> Partition:
-        """Ranges of equal probability under ``density``; with ``uniform`` of equal width in ln sigma, the control."""
+        """Cut ranges of equal probability under ``density``, or with ``uniform`` of equal width in ln sigma (a control)."""
         law = LogUniform(density.sigma_min, density.sigma_max) if uniform else density
         lows = [low for low, _ in partition(law, n_blocks)]
         return cls(law, (density.sigma_max, *lows[::-1]), gamma)
@@ -71,19 +72,22 @@ class Partition:
         return len(self.edges) - 1
 
     def check(self, block: int) -> None:
-        """Raises ValueError where there is no block of that number."""
+        """Raise ValueError if there is no block with this number."""
         if not 1 <= block <= self.n_blocks:
-            raise ValueError(f"there is no block {block}: they are counted from 1 to {self.n_blocks}")
+            raise ValueError(f"there is no block {block}: blocks are counted from 1 to {self.n_blocks}")
 
     def block_of(self, sigma: float) -> int:
-        """The block of a noise level. Raises ValueError outside of the range."""
+        """The block that has this noise level. Raises ValueError if no block has it."""
         if not self.edges[-1] <= sigma <= self.edges[0]:
             raise ValueError(f"noise level {sigma} is outside [{self.edges[-1]}, {self.edges[0]}]")
         return 1 + sum(sigma <= edge for edge in self.edges[1:-1])
 
     def range_of(self, block: int) -> tuple[float, float]:
-        """(low, high) that a block is trained on: its own range, widened by (high/low)^gamma on both sides and clipped.
-        Raises ValueError where there is no such block."""
+        """The noise range (low, high) that a block is trained on.
+
+        It is the block's own range, widened by the factor (high/low)^gamma on both sides, within [sigma_min, sigma_max].
+        Raises ValueError if there is no such block.
+        """
         self.check(block)
         low, high = self.edges[block], self.edges[block - 1]
         if not self.gamma:
@@ -92,17 +96,21 @@ class Partition:
         return max(low / widening, self.edges[-1]), min(high * widening, self.edges[0])
 
     def levels(self, k: int) -> list[float]:
-        """Noise levels of a walk of ``k`` steps, falling from sigma_max: upper ends of intervals of equal probability. At
-        k = B each block makes one step, from where its range begins; at a multiple of B each makes as many."""
+        """Falling noise levels of a walk of ``k`` steps: the upper ends of k intervals of equal probability.
+
+        At k = B each block makes one step, from the upper end of its range. At k = n B each block makes n steps.
+        """
         n = self.n_blocks
         inner = self.law.quantile(1 - torch.arange(k, dtype=torch.float64) / k).tolist()
-        # Where a block begins, its own number is taken: a rounding above it would be the block before.
+        # Take the block's exact edge where there is one: a value rounded up would belong to the block before.
         return [self.edges[i * n // k] if i * n % k == 0 else inner[i] for i in range(k)]
 
 
 def _modulated(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Tensor:
-    """A residual layer conditioned from outside: x + (1 + gate) f((1 + scale) x + shift), of a layer x -> x + f(x).
-    Zeros change nothing (AdaLN-Zero, DiT, arXiv 2212.09748)."""
+    """Condition a residual layer x -> x + f(x): x + (1 + gate) f((1 + scale) x + shift).
+
+    Zeros change nothing (AdaLN-Zero, DiT, arXiv 2212.09748). Raises ValueError if the layer changes the shape of x.
+    """
     shift, scale, gate = (m.view(m.shape[0], *[1] * (x.ndim - 2), m.shape[-1]) for m in modulation)
     seen = x + scale * x + shift
     out = layer(seen, *args, **kwargs)
@@ -112,7 +120,7 @@ def _modulated(layer: nn.Module, x: Tensor, modulation: tuple[Tensor, ...], *arg
 
 
 class DenoisingBlock(nn.Module):
-    """Some layers of a network, conditioned on the noise level of their range."""
+    """Some layers of a network, conditioned on the noise level by AdaLN."""
 
     def __init__(self, layers: Sequence[nn.Module], width: int, d_condition: int) -> None:
         super().__init__()
@@ -129,7 +137,7 @@ class DenoisingBlock(nn.Module):
 
 
 class DiffusionBlocks(nn.Module):
-    """A converted network: see `convert`. Data y and noisy data z are (B, ..., width)."""
+    """A network converted by `convert`. Data y and noised data z are (B, ..., width)."""
 
     def __init__(
         self, blocks: Sequence[DenoisingBlock], partition: Partition, density: Density, precond: Precond
@@ -139,27 +147,35 @@ class DiffusionBlocks(nn.Module):
         self.partition, self.density, self.precond = partition, density, precond
 
     def block(self, number: int) -> DenoisingBlock:
-        """Block ``number``, from 1. Its parameters are all that training it needs. Raises ValueError where there is none."""
+        """Block ``number``, from 1. Training it needs its own parameters only. Raises ValueError if there is no such
+        block."""
         self.partition.check(number)
         block = self.blocks[number - 1]
         assert isinstance(block, DenoisingBlock)
         return block
 
     def draw(self, number: int, u: Tensor) -> Tensor:
-        """Uniforms in [0, 1) to noise levels of a block's training range, float64."""
+        """Noise levels in a block's training range from uniform ``u`` in [0, 1), float64."""
         ends = self.density.cdf(torch.tensor(self.partition.range_of(number), dtype=torch.float64))
         return self.density.quantile(ends[0] + u.double() * (ends[1] - ends[0]))
 
     def denoise(self, number: int, z: Tensor, sigma_B: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Block ``number``'s estimate of y given z = y + sigma eps; what else the layers take is passed on to them."""
+        """Estimate y from z = y + sigma eps by block ``number``. Further arguments are passed to the layers."""
         sigma_B = sigma_B.to(z.device)
         sigma = sigma_B.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
         out = self.block(number)(self.precond.view(z, sigma), self.precond.c_noise(sigma_B.float()), *args, **kwargs)
         return self.precond.combine(z, out, sigma)
 
     def loss(self, number: int, y: Tensor, u_B: Tensor, eps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Block ``number``'s squared error, each level weighing the same (EDM, arXiv 2206.00364, eq. 8). ``u`` uniform in
-        [0, 1) draws the levels, ``eps`` (y's shape) is standard normal."""
+        """Squared error of block ``number``, weighted so that all noise levels count the same (EDM, arXiv 2206.00364,
+        eq. 8).
+
+        Args:
+            number: the block, from 1.
+            y: data, (B, ..., width).
+            u_B: uniform in [0, 1); it determines the noise levels.
+            eps: standard normal noise in the shape of ``y``.
+        """
         sigma_B = self.draw(number, u_B).to(y.device)
         sigma = sigma_B.to(y.dtype).view(-1, *[1] * (y.ndim - 1))
         estimate = self.denoise(number, y + sigma * eps, sigma_B, *args, **kwargs)
@@ -167,7 +183,8 @@ class DiffusionBlocks(nn.Module):
 
     @torch.no_grad()
     def walk(self, eps: Tensor, steps: int = 0, *args: Any, **kwargs: Any) -> Tensor:
-        """From standard normal ``eps`` to data by Euler steps (of block 1 first), one for each block or ``steps``."""
+        """Generate data from standard normal ``eps`` by Euler steps, starting with block 1. ``steps`` = 0 makes one step per
+        block."""
         levels = self.partition.levels(steps or self.partition.n_blocks)
         z = eps * levels[0]
         for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
@@ -188,20 +205,24 @@ def convert(
     uniform: bool = False,
     d_condition: int = 64,
 ) -> DiffusionBlocks:
-    """Cut a stack of residual layers, each x -> x + f(x) of (B, ..., width), into blocks that train alone.
+    """Cut a stack of residual layers, each x -> x + f(x) on (B, ..., width), into blocks that train alone.
 
-    The layers keep their weights and become part of the result. Each is conditioned from outside on its noise level by a
-    projection that starts at zero, so a fresh conversion computes what the layers compute.
+    The layers keep their weights and become part of the result. A projection that starts at zero conditions each of them on
+    the noise level, so directly after the conversion they compute what they did before.
 
     Args:
-        noise: density of the noise levels; its ranges of equal probability go to the blocks, high noise first.
+        network: the layers, in order.
+        n_blocks: number of blocks.
+        noise: distribution of the noise levels. Blocks get ranges of equal probability, high noise first.
+        width: size of the data's last dimension.
         sd: standard deviation of the data per component.
-        layers: of each block; by default as even as can be.
-        gamma: overlap of the ranges in training (0.1 for text, arXiv 2506.14202, section 3).
-        uniform: ranges of equal width in ln sigma instead.
+        layers: number of layers in each block; by default as even as possible.
+        gamma: overlap of the ranges in training (0.1 for text in arXiv 2506.14202, section 3).
+        uniform: use ranges of equal width in ln sigma instead.
+        d_condition: width of the noise level's embedding.
 
     Raises:
-        UserError: the layers cannot be split so, or ``sd`` is not above 0.
+        UserError: the layers cannot be split this way, or ``sd`` is not above 0.
     """
     if not 0 < sd < math.inf:
         raise UserError(f"sd, the data's standard deviation, must be above 0, got {sd}")

@@ -2,8 +2,8 @@
 
     D(z, sigma, e) = c_skip z + c_out F(c_in z, e, c_noise)
 
-sigma and the scalings are fp32 and cast once, where they meet the network; z and D are fp32, or float64 around a float64
-network. F is one pass of the core.
+F is one pass of the core. sigma and the scalings are fp32 and are cast once, at the network's input. z and D are fp32, or
+float64 for a float64 network.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from recurrent_db.model.looped import LoopedLM
 
 @dataclass(frozen=True)
 class Precond:
-    """The scalings for a clean target whose components have standard deviation ``sd``. sigma: fp32, any shape."""
+    """EDM's scalings as functions of sigma, which is fp32 of any shape."""
 
     sd: float
+    """Standard deviation of the target per component."""
     mute: bool = False
-    """Scale what the network sees of z by 1 / (1 + sigma^2), so that z falls silent where it says nothing: at sigma = 1 the
-    noise along any one direction is as large as the whole target. False leaves z at unit variance, as published."""
+    """Whether to scale the network's input by a further 1 / (1 + sigma^2), which removes z where it carries no information:
+    at sigma = 1 the noise along any direction is as large as the whole target. False keeps unit variance, as published."""
 
     def loudness(self, sigma: Tensor) -> Tensor:
-        """Factor on the network's view of z, in (0, 1]."""
+        """Factor on the network's input, in (0, 1]; 1 unless ``mute``."""
         return 1 / (1 + sigma**2) if self.mute else torch.ones_like(sigma)
 
     def c_skip(self, sigma: Tensor) -> Tensor:
@@ -44,12 +45,14 @@ class Precond:
         return sigma.log() / 4
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """w(sigma) = (sigma^2 + sd^2) / (sigma sd)^2: makes the L2 loss of every level weigh the same. Not for
-        cross-entropy, which it multiplies by up to 10^5 at low noise."""
+        """Weight (sigma^2 + sd^2) / (sigma sd)^2 that gives the squared error equal importance at every level.
+
+        Do not use it for cross-entropy, which it would multiply by up to 10^5 at low noise.
+        """
         return (sigma**2 + self.sd**2) / (sigma * self.sd) ** 2
 
     def view(self, z_BTD: Tensor, sigma: Tensor) -> Tensor:
-        """What the network sees of z: c_in z, muted."""
+        """The network's input from z: c_in z, times `loudness`."""
         return self.c_in(sigma) * self.loudness(sigma) * z_BTD
 
     def denoise(
@@ -61,14 +64,15 @@ class Precond:
         beside: list[Context] | None = None,
         visible: Visible | None = None,
     ) -> Tensor:
-        """One conditioned pass of the core: the estimate D of y, fp32 or wider (B, T, D).
+        """Estimate y from z by one core pass conditioned on the noise level. Returns D, fp32 or wider (B, T, D).
 
         Args:
-            z_BTD: fp32 noisy target.
-            sigma_Bs: fp32 noise levels, (B, 1) or (B, T).
-            e_BTD: clean context from the prelude.
-            beside: a context stream that positions see instead of their neighbours.
-            visible: who sees whom otherwise; plain causal where not given.
+            model: the looped model, or a block of a model in blocks.
+            z_BTD: noised target, fp32.
+            sigma_Bs: noise levels, fp32 (B, 1) or (B, T).
+            e_BTD: context, from the prelude.
+            beside: clean stream for two-stream attention, from `LoopedLM.core_contexts`.
+            visible: attention mask; plain causal by default.
         """
         sigma = sigma_Bs[..., None]
         view_BTD = model.fuse(self.view)(z_BTD, sigma).to(e_BTD.dtype)
@@ -76,5 +80,5 @@ class Precond:
         return model.fuse(self.combine)(z_BTD, state, sigma)
 
     def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:
-        """D from z and the network's output, fp32 or wider."""
+        """D = c_skip z + c_out F, fp32 or wider. ``state_BTD`` is the network's output F."""
         return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.to(wide(state_BTD.dtype))

@@ -1,1 +1,1 @@
-"""Text from a checkpoint: decoders, caches, samplers."""
+"""Text generation: decoders, key-value caches, samplers."""

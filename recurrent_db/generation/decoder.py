@@ -1,10 +1,10 @@
-"""What continues prompts: the base class of all decoders, and what they count.
+"""The base class of all decoders, and the statistics that they collect.
 
-`sequential.SequentialDecoder` serves every model. The others (`loop_decoder.LoopDecoder` and its subclasses) serve models
-whose inference is a plain loop, and take other numbers of iterations or other orders.
+`sequential.SequentialDecoder` supports every model. Other decoders (`loop_decoder.LoopDecoder` and its subclasses) compute
+iterations in another number or order. They need a model whose inference is a plain loop.
 
-The draws of noise and of tokens are a function of (seed, request, position). What a prompt is batched with thus changes its
-text by no more than rounding can.
+Noise and sampled tokens are a function of (seed, request, position). The other prompts of a batch therefore change a text
+only through rounding.
 """
 
 from __future__ import annotations
@@ -24,54 +24,56 @@ from recurrent_db.rng import EVALUATION_STEP, Rng
 
 @dataclass
 class DecodingStats:
-    """Counts of a decoder, filled while it runs. All but ``tokens`` include tokens that were drawn after a text's end."""
+    """Counts of a decoder, filled while it runs. All but ``tokens`` include tokens drawn after the end of a text."""
 
     tokens: int = 0
-    """New tokens, with those that ended a text."""
+    """Number of new tokens, including tokens that ended a text."""
     steps: int = 0
-    """Calls of `Decoder.step`."""
+    """Number of calls of `Decoder.step`."""
     drafted: int = 0
-    """Drafted tokens that a verification has decided on. Along an unverified diagonal, also each change of a token that
-    later positions were built on."""
+    """Number of drafted tokens that were accepted or rejected. The unverified diagonal sampler also counts each change of a
+    token after later positions have used it."""
     accepted: int = 0
-    """Drafted tokens that held."""
+    """Number of drafted tokens that were accepted."""
     positions: int = 0
-    """Positions whose next token was drawn."""
+    """Number of positions whose next token was drawn."""
     iterations: int = 0
     """Core iterations of these positions, summed."""
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that held; nan without any."""
+        """Share of drafted tokens that were accepted; NaN if none was drafted."""
         return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
     def mean_k(self) -> float:
-        """Mean number of iterations behind a token; nan without any."""
+        """Mean number of core iterations per token; NaN without tokens."""
         return self.iterations / self.positions if self.positions else float("nan")
 
     @property
     def tokens_per_step(self) -> float:
-        """New tokens of all sequences for each step; nan without any."""
+        """New tokens of all sequences per step; NaN without steps."""
         return self.tokens / self.steps if self.steps else float("nan")
 
 
 EndsText = Callable[[int, int], bool]
-"""Called with a sequence and its new token: whether the token ends the text, and is no part of it."""
+"""Called with the index of a sequence and its new token; returns whether the token ends the text (and is not part of it)."""
 
 
 def never(sequence: int, token: int) -> bool:
-    """The `EndsText` of texts that end by their length alone."""
+    """The `EndsText` of texts that only their length ends."""
     return False
 
 
 class Decoder(ABC):
-    """Continues prompts together.
+    """Continues several prompts together.
 
     Args:
-        prompts: token ids, one or more each.
-        requests: keys of the draws, one for each prompt; 0, 1, ... by default.
-        stats: filled while the decoder runs.
+        model: the model.
+        prompts: token ids, at least one per prompt.
+        options: options of the generation.
+        requests: one number per prompt, which with the seed keys its random stream; 0, 1, ... by default.
+        stats: counts, filled while the decoder runs.
 
     Raises:
         UserError: a prompt is empty.
@@ -93,21 +95,23 @@ class Decoder(ABC):
 
     @abstractmethod
     def step(self) -> list[tuple[int, list[int]]]:
-        """The next tokens of active sequences, as (sequence, tokens). Sequences without new tokens are left out. The caller
-        appends the tokens to the batch before the next step."""
+        """Compute the next tokens of active sequences, as pairs (sequence, tokens).
+
+        Sequences without new tokens are left out. The caller must append the tokens to ``batch`` before the next step.
+        """
 
     @property
     @abstractmethod
     def flops(self) -> float:
-        """Forward FLOPs so far, with lost drafts and rows of ended sequences."""
+        """Forward FLOPs so far, including rejected drafts and sequences that have ended but remain in the batch."""
 
     @property
     @abstractmethod
     def cache_bytes(self) -> int:
-        """Bytes of the key-value cache, filled or not."""
+        """Allocated memory of the key-value cache, in bytes."""
 
     def stream(self, ends_text: EndsText = never) -> Iterator[tuple[int, int]]:
-        """Yield (sequence, token) as tokens are drawn, until all sequences have ended."""
+        """Yield (sequence, token) for each new token until all sequences have ended."""
         batch = self.batch
         while batch.active:
             for sequence, tokens in self.step():
@@ -122,9 +126,9 @@ class Decoder(ABC):
                         break
 
     def uniform(self, sequence: int, purpose: str, position: int) -> float:
-        """A uniform draw in [0, 1) for the token at a position of a sequence."""
+        """A uniform random number in [0, 1), keyed by sequence, purpose and position."""
         return self.rng.uniform([self.requests[sequence]], (1,), f"{purpose}/{position}").item()
 
     def draw(self, sequence: int, logits_V: Tensor, ids: Sequence[int]) -> int:
-        """The token that follows ``ids`` in a sequence."""
+        """Draw the token that follows ``ids`` in a sequence."""
         return draw(logits_V, self.options, ids, self.uniform(sequence, "token", len(ids)))

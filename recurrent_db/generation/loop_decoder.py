@@ -1,6 +1,7 @@
-"""The base of decoders for models whose inference is a plain loop. A subclass adds `step`.
+"""Base class of the decoders for models whose inference is a plain loop. A subclass adds `step`.
 
-Each row of the cache has its own length. A row's context and draws are the same whichever subclass decodes it.
+A row is the place of one sequence in the cache. Each row has its own length. All subclasses use the same contexts and random
+numbers for a sequence.
 
 Shapes: B rows, T positions, S slots of a row, D width, V vocabulary.
 """
@@ -24,21 +25,21 @@ from recurrent_db.recurrence.loop import PlainLoop
 
 
 def plain_loop(model: LoopedLM) -> PlainLoop:
-    """The recurrence of a model that these decoders serve. Raises `UserError` for other models."""
+    """The model's recurrence, which must be a plain loop. Raises `UserError` if it is not."""
     loop: PlainLoop | None = model.recurrence.loop
     if loop is None:
         raise UserError(
-            "the speculative and the diagonal sampler, exits and warm starts are for models whose inference is a plain loop"
-            ": the noise levels of a denoiser's walk depend on how many there are"
+            "the speculative and diagonal samplers, exits and warm starts need a model whose inference is a plain loop; the"
+            " noise levels of a denoiser depend on K"
         )
     return loop
 
 
 class LoopDecoder(Decoder):
-    """Rows of a `SlotCache`. Arguments as of `Decoder`.
+    """Decoder with a `SlotCache`. Arguments as for `Decoder`.
 
     Raises:
-        UserError: the model's inference is no plain loop, or a prompt is empty.
+        UserError: the model's inference is not a plain loop, or a prompt is empty.
     """
 
     def __init__(
@@ -53,13 +54,16 @@ class LoopDecoder(Decoder):
         self._recurrence = plain_loop(model)
         self.cache: SlotCache | None = None
         self._inner = self.k
-        """As of `SlotCache`."""
+        """Argument ``inner`` of `SlotCache`."""
         self._readouts = 0
-        """Positions whose logits were made."""
+        """Number of positions whose logits were computed."""
 
     def prepare_cache(self) -> SlotCache:
-        """The cache for the next step: contexts that have outgrown the window are read again, and where half of the rows
-        have ended the others go on without them."""
+        """Prepare the cache for the next step.
+
+        Contexts that have outgrown the window are shortened and run again. When half of the rows have ended, they are
+        removed.
+        """
         batch, outgrown = self.batch, self.batch.slide()
         if self.cache is None:
             batch.drop_ended()
@@ -67,7 +71,7 @@ class LoopDecoder(Decoder):
             self.cache = SlotCache(self.model, len(batch.rows), longest, self.k, self._inner)
             weight = self.model.embedding.weight
             self.start_BSD = weight.new_zeros(len(batch.rows), longest + 1, weight.shape[1])
-            """Initial states of all slots."""
+            """Initial state of each position."""
             self.prefill(list(range(len(batch.rows))))
         elif batch.half_ended:
             self.keep(batch.drop_ended())
@@ -76,10 +80,11 @@ class LoopDecoder(Decoder):
         return self.cache
 
     def prefill(self, rows: list[int]) -> Tensor:
-        """Run the contexts of these rows, all but their last tokens.
+        """Run the contexts of these rows, without their last tokens.
 
         Returns:
-            States after K iterations, (B, T, D). Those of a shorter context are its first ones.
+            States after K iterations, (B, T, D), aligned at the first position. Shorter contexts have meaningless states at
+            the end.
         """
         cache = self.cache
         assert cache is not None
@@ -101,17 +106,17 @@ class LoopDecoder(Decoder):
         return state_BTD
 
     def keep(self, rows: list[int]) -> None:
-        """Keep these rows of the cache alone. The batch has dropped the others."""
+        """Remove all other rows from the cache, as the batch has done before."""
         assert self.cache is not None
         self.cache.keep(rows)
         self.start_BSD = self.start_BSD[rows]
 
     def next_positions(self) -> list[int]:
-        """The position in its context of each row's last token, which has not been run."""
+        """Position of each row's last token in its context. This token has not been run yet."""
         return [len(self.batch.context(sequence)) - 1 for sequence in self.batch.rows]
 
     def logits(self, state_BTD: Tensor, visible: Visible) -> Tensor:
-        """Logits that states are read out to, (B, T, V)."""
+        """Read out states (B, T, D) to logits (B, T, V)."""
         self._readouts += state_BTD.shape[0] * state_BTD.shape[1]
         return self.model.logits(self.model.decode(state_BTD, visible=visible))
 

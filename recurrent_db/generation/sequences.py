@@ -1,11 +1,11 @@
-"""The token sequences that a decoder continues together, and the part of each that the model sees.
+"""The token sequences that a decoder continues together, and the context of each that the model sees.
 
-A sequence is a prompt and the tokens added to it; it is known by its place among the prompts. A row is a place in the
-decoder's cache, which holds one sequence.
+A sequence is a prompt and the tokens added to it, numbered like the prompts. A row is the place of one sequence in the
+decoder's cache.
 
-A context holds at most a window of tokens (the model's ``max_seq_len``). A longer prompt is cut to its last tokens. When a
-context outgrows the window, its older half is forgotten and the rest is read again, so a context is what it would be if
-the text had started there: from half a window and one token to a whole window.
+A context has at most ``window`` tokens (the model's ``max_seq_len``). A longer prompt is cut to its last tokens. When a
+context outgrows the window, its older half is dropped and the rest is run again, as if the text started there. The context
+of a long text thus varies between half a window plus one token and a whole window.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from recurrent_db.errors import UserError
 
 
 def context_start(prompt: int, length: int, window: int) -> int:
-    """Where the context of a sequence of ``length`` tokens starts whose first ``prompt`` tokens are the prompt."""
+    """Start of the context in a sequence of ``length`` tokens, whose first ``prompt`` tokens are the prompt."""
     start, half = max(0, prompt - window), max(1, window // 2)
     return start + half * max(0, -((window + start - length) // half))
 
@@ -25,9 +25,9 @@ class SequenceBatch:
     """Sequences that grow until they end.
 
     Args:
-        prompts: token ids, one or more each.
-        window: the most tokens of a context.
-        max_new_tokens: the most tokens to add to a sequence.
+        prompts: token ids, at least one per prompt.
+        window: largest number of tokens in a context.
+        max_new_tokens: largest number of tokens to add to a sequence.
 
     Raises:
         UserError: a prompt is empty.
@@ -42,12 +42,12 @@ class SequenceBatch:
         """Sequences that have not ended, in order."""
         self._prompts = [len(prompt) for prompt in prompts]
         self.starts = [context_start(length, length, window) for length in self._prompts]
-        """Where each sequence's context starts."""
+        """Start of each sequence's context."""
         self.rows: list[int] = []
-        """The sequence of each row of the cache."""
+        """The sequence in each row of the cache."""
 
     def append(self, sequence: int, token: int) -> None:
-        """Add a token, and end the sequence where it was the last of ``max_new_tokens``."""
+        """Add a token. Ends the sequence after ``max_new_tokens``."""
         self.ids[sequence].append(token)
         if len(self.ids[sequence]) == self._prompts[sequence] + self.max_new_tokens:
             self.end(sequence)
@@ -60,11 +60,11 @@ class SequenceBatch:
         return self.ids[sequence][self.starts[sequence] :]
 
     def context_limit(self, sequence: int) -> int:
-        """The most positions of a context that are ever run; the last token of a text is not."""
+        """Largest number of positions that are run for the current context. The last token of a text is never run."""
         return min(self.window, self._prompts[sequence] + self.max_new_tokens - 1 - self.starts[sequence])
 
     def slide(self) -> list[int]:
-        """Forget the older half of contexts that have outgrown the window. Returns their sequences."""
+        """Drop the older half of contexts that have outgrown the window. Returns the sequences concerned."""
         outgrown = [sequence for sequence in self.active if len(self.context(sequence)) > self.window]
         for sequence in outgrown:
             self.starts[sequence] = context_start(self._prompts[sequence], len(self.ids[sequence]), self.window)
@@ -76,7 +76,7 @@ class SequenceBatch:
         return 2 * len(self.active) <= len(self.rows)
 
     def drop_ended(self) -> list[int]:
-        """Give rows to active sequences alone. Returns the old numbers of the rows that stay."""
+        """Remove ended sequences from the rows. Returns the former numbers of the rows that remain."""
         kept = [row for row, sequence in enumerate(self.rows) if sequence in self.active]
         self.rows = list(self.active)
         return kept

@@ -1,7 +1,7 @@
-"""One token after another, K iterations each, for every model and cache policy.
+"""Sequential decoding: one token after another, K iterations each, for every model and cache policy.
 
-Inference goes through the same `Recurrence.hidden` as scoring, so the distribution that is sampled is the one that is
-scored (with one noise draw).
+Inference uses the same `Recurrence.hidden` as scoring, so tokens are sampled from the distribution that is scored with one
+noise draw.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -22,25 +22,24 @@ from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
 
 _LOGITS_AT_ONCE = 1 << 26
-"""Positions times vocabulary of one pass over a prompt: 256 MiB in fp32. A walk's bridges read out at every position."""
+"""Largest number of logits in one pass over a prompt: 256 MiB in fp32. A walk reads out at every position."""
 
 
 class _CachedPass(NamedTuple):
-    """The shape of a pass over a cache, for the FLOP count."""
+    """The shape of a pass over positions ``first`` to ``stop`` - 1 of a cache, for the FLOP count."""
 
     rows: int
     first: int
     stop: int
-    """The positions of the pass, ``stop`` excluded."""
     read_out: bool
-    """Whether the last position's logits were made."""
+    """Whether the logits of the last position were computed."""
 
 
 class SequentialDecoder(Decoder):
-    """Rows of a `Cache`, padded on the left to one length. Arguments as of `Decoder`.
+    """Sequential decoder with a `Cache`. Sequences are padded on the left to one length. Arguments as for `Decoder`.
 
-    Under a cache policy other than ``full`` a text depends on its batch, where that changes how its context is cut into
-    passes.
+    With a cache policy other than ``full``, a text may depend on its batch, because the batch changes how its context is
+    divided into passes.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class SequentialDecoder(Decoder):
         if self.cache is None or outgrown:
             self.cache, tokens = self._new_cache()
         else:
-            # A full cache has a row without padding. Its sequence has ended, or it has outgrown the window.
+            # A full cache has a row without padding, whose sequence has ended (or outgrown the window: handled above).
             full = self.cache.length == self.cache.capacity and len(batch.active) < len(batch.rows)
             if full or batch.half_ended:
                 self.cache, self._noise = self.cache.take(batch.drop_ended()), {}
@@ -86,7 +85,7 @@ class SequentialDecoder(Decoder):
         return logits_BV[[batch.rows.index(sequence) for sequence in batch.active]]
 
     def _new_cache(self) -> tuple[Cache, list[list[int]]]:
-        """An empty cache for the contexts of active sequences, and these contexts, padded."""
+        """An empty cache for the active sequences, and their contexts, padded."""
         self.batch.drop_ended()
         self._noise = {}
         contexts = [self.batch.context(sequence) for sequence in self.batch.rows]
@@ -97,7 +96,7 @@ class SequentialDecoder(Decoder):
         return cache, [[0] * pad + context for pad, context in zip(padding, contexts, strict=True)]
 
     def _run(self, cache: Cache, tokens_BT: Tensor) -> Tensor:
-        """Logits after the last of the tokens that follow the cache's, (B, V)."""
+        """Run the tokens that follow those in the cache. Returns the logits after the last token, (B, V)."""
         requests = torch.tensor([self.requests[sequence] for sequence in self.batch.rows])
         most = max(1, _LOGITS_AT_ONCE // (len(tokens_BT) * self.model.config.vocab_size))
         for part_BT in tokens_BT.split(most, dim=1):
@@ -110,7 +109,7 @@ class SequentialDecoder(Decoder):
         return self.model.logits(hidden_BTD[:, -1])
 
     def _offsets(self, cache: Cache) -> int | tuple[int, ...]:
-        """Position of the next token in each row's whole text."""
+        """Position of the next token in the whole text: one number if it is the same for all rows."""
         in_context = cache.offset
         each = [in_context] * len(self.batch.rows) if isinstance(in_context, int) else in_context
         starts = [self.batch.starts[sequence] for sequence in self.batch.rows]

@@ -1,16 +1,17 @@
-"""Key-value cache of a plain loop: rows grow at different speeds, and positions may be at different iterations.
+"""Key-value cache of a plain loop, in which sequences may have different lengths and positions different iterations.
 
-Same semantics as ``Cache(policy="full")``: each iteration of each position has its own slot, and position i in iteration n
-sees what positions up to i made in iteration n. Here all rows start at slot 0, each has its own length, and a pass may
-hold any positions. Rows need no padding, and rejected tokens are overwritten.
+Same semantics as ``Cache(policy="full")``: each iteration of each position has its own slot, and position i at iteration n
+sees the keys and values of positions up to i at iteration n. In this cache all sequences start at slot 0, each has its own
+length, and a pass may run any positions. No padding is needed, and rejected tokens are overwritten.
 
-The slots of one layer are (P, B, H, S, E) with P planes: one for each iteration of a core layer, a single one for a layer
-of prelude or coda. Iteration v, counted from 0, is in plane (v mod inner) * stages + v // inner. Iterations v, v + inner,
-v + 2 inner, ... are thus neighbours, and one pass may cover them together (`speculation.DiagonalDecoder`).
+A row is the place of one sequence. The slots of one layer are (P, B, H, S, E) with P planes: one plane per iteration for a
+core layer, a single plane for a layer of prelude or coda. Iteration v, counted from 0, is in plane
+(v mod inner) * stages + v // inner. Iterations v, v + inner, v + 2 inner, ... are thus neighbours, so one pass can run them
+together (`speculation.DiagonalDecoder`).
 
-For inference alone, for one K and one draw.
+The cache is for inference with a single K and a single draw.
 
-Shapes: B rows, T positions of a pass, S slots of a row, H heads, E head size, D width, N rows of a pass: B for each plane.
+Shapes: B rows, T positions of a pass, S slots of a row, H heads, E head size, D width, N rows of a pass (B per plane).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from recurrent_db.model.looped import LoopedLM
 
 
 class SlotCache:
-    """Slots for ``rows`` sequences of up to ``capacity`` positions, ``k`` iterations each.
+    """Keys and values of ``rows`` sequences with up to ``capacity`` positions of ``k`` iterations each.
 
-    ``inner``: iterations that a pass over several planes makes; K where passes have one plane.
+    ``inner`` is the number of iterations in a pass over several planes; use ``k`` if every pass has one plane.
     """
 
     def __init__(self, model: LoopedLM, rows: int, capacity: int, k: int, inner: int) -> None:
@@ -39,7 +40,7 @@ class SlotCache:
         self.inner, self.stages = inner, -(-k // inner)
         self.slots: dict[nn.Module, KeysValues] = {}
         self.visits: Counter[tuple[bool, int]] = Counter()
-        """How many positions blocks have run, by (whether the block is of the core, keys that each position met)."""
+        """Number of positions that layers have run, by (whether the layer is in the core, number of keys), for FLOPs."""
         self.core = set(model.core.modules())
         self.device = model.embedding.weight.device
         cos_SF, sin_SF = model.rope(capacity)
@@ -48,23 +49,29 @@ class SlotCache:
 
     @property
     def dummy(self) -> int:
-        """The position of the last slot, which no position of a text has. Passes write there what nothing may see."""
+        """An extra position after the capacity. Passes write there for rows that have nothing to run; it is never read."""
         return self.capacity
 
     @property
     def bytes(self) -> int:
-        """Bytes of all slots, filled or not."""
+        """Memory of all allocated slots, in bytes."""
         return tensor_bytes([tensor for slot in self.slots.values() for tensor in slot])
 
     def prefill(self, length: int, rows: Sequence[int]) -> Visible:
-        """A pass over positions 0 to ``length`` - 1 of these rows."""
+        """The attention mask of a pass over positions 0 to ``length`` - 1 of these rows."""
         return self._visible(_Pass(self, None, length, rows=rows), length, None)
 
     def pass_over(self, positions_NT: Tensor, start: int = 0, planes: int = 1) -> Visible:
-        """A pass over any positions, int64 (N, T) on the CPU.
+        """The attention mask of a pass over any positions.
 
-        Row b of plane n is row n B + b of the pass. The core layers' visits are iterations start + n inner, then the next,
-        and so on. A position sees what a layer made for earlier positions, in former passes or in this very visit.
+        A position sees a layer's keys and values of earlier positions at the same iteration, from earlier passes and from
+        this one.
+
+        Args:
+            positions_NT: int64 (N, T), on the CPU. Row n B + b of the pass is row b of plane n.
+            start: iteration, from 0, of the first visit to a core layer. Plane n starts at iteration start + n inner; each
+                further visit is the next iteration.
+            planes: number of planes that core layers run together.
         """
         inside_NT = positions_NT.masked_fill(positions_NT == self.dummy, -1)
         stop = int(inside_NT.max()) + 1
@@ -82,20 +89,20 @@ class SlotCache:
         return Visible(Rule(queries, past.stop), weight.device, dtype, SDPA, SDPA, mask, past=past)
 
     def fill_later_iterations(self, row: int, position: int, depth: int) -> None:
-        """Copy what a position made in its last iteration, number ``depth``, into the slots of all later ones. For one
-        stage."""
+        """Copy the keys and values of a position's last iteration, number ``depth`` from 1, into the slots of all later
+        iterations. Valid only for a single stage (``inner`` = K)."""
         for layer in self.core & self.slots.keys():
             for kept in self.slots[layer]:
                 kept[depth:, row, :, position] = kept[depth - 1, row, :, position]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep these rows alone, in this order."""
+        """Remove all other rows. ``rows`` gives the new order."""
         index = torch.tensor(rows, device=self.device)
         self.rows = len(rows)
         self.slots = {layer: (k[:, index], v[:, index]) for layer, (k, v) in self.slots.items()}
 
     def planes(self, layer: nn.Module, like_NHTE: Tensor) -> KeysValues:
-        """A layer's slots. New ones are zeros, since even what a mask hides must be finite."""
+        """A layer's slots. New slots are zeros, because masked values must be finite too."""
         if layer not in self.slots:
             count = self.inner * self.stages if layer in self.core else 1
             shape = (count, self.rows, like_NHTE.shape[1], self.capacity + 1, like_NHTE.shape[3])
@@ -105,7 +112,8 @@ class SlotCache:
 
 @dataclass(eq=False)
 class _Pass:
-    """`model.attention.Past` of a pass. Without ``positions`` it has the first ``stop`` positions of ``rows``."""
+    """One pass over the cache. Implements `model.attention.Past`. Without ``positions_NT`` it runs positions 0 to
+    ``stop`` - 1 of ``rows``."""
 
     cache: SlotCache
     positions_NT: Tensor | None

@@ -1,20 +1,20 @@
-"""Decoders that draft tokens at few iterations and give what K iterations give.
+"""Decoders that draft tokens at few iterations and then verify them at K iterations.
 
-Both rest on one fact: iteration n of a position depends on iterations up to n of it and of earlier positions, and on nothing
-later. A draft's iterations are therefore kept: they are the first iterations of its verification.
+Both use the same fact: iteration n of a position depends only on iterations up to n of this and earlier positions. So the
+iterations of a draft are not lost: they are the first iterations of its verification.
 
-- `SpeculativeDecoder` drafts a block token by token at ``draft_k`` iterations. It then runs the other K - draft_k iterations
-  of the whole block in one pass: products of matrices, where decoding has a product with a vector for each token. It keeps
-  tokens up to the first that K iterations do not confirm, and there takes theirs. Greedy text is that of sequential
-  decoding; sampling is by rejection (arXiv 2211.17192, 2302.01318), which has the same distribution.
-- `DiagonalDecoder` (after arXiv 2510.14961) starts a new position each step, before earlier ones have finished. A step makes
-  ``inner`` iterations of all positions in flight, each its own next ones, reads all of them out, and starts the token that
-  the newest read-out gives. Where a later read-out of a position gives another token than an earlier one did, what was
-  built on that token starts again. A token is final when its position has had K iterations, all of them over final
-  tokens, so every draw is that of sequential decoding under the same seed, at any temperature. Unverified, as published,
-  nothing starts again: states are kept when their tokens change. That takes one step for each token and gives other text.
+- `SpeculativeDecoder` drafts a block of tokens, one by one, at ``draft_k`` iterations. It then runs the other K - draft_k
+  iterations of the whole block in one pass, which multiplies matrices instead of one vector per token. It accepts tokens up
+  to the first that K iterations do not confirm, and replaces that one. Greedy text equals that of sequential decoding.
+  Sampling uses rejection (arXiv 2211.17192, 2302.01318) and has the same distribution.
+- `DiagonalDecoder` (after arXiv 2510.14961) starts a new position each step, before earlier positions have finished. A step
+  runs the next ``inner`` iterations of each position in flight, reads all of them out, and starts a position for the token
+  of the newest read-out. If a later read-out of a position gives another token than before, all later positions start again.
+  A token is final when its position has had K iterations over final tokens. So every token equals that of sequential
+  decoding with the same seed, at any temperature. Unverified, as in the paper, positions do not start again when tokens
+  change. That takes one step per token and gives another text.
 
-Shapes: B rows, T positions of a block, W stages along the diagonal, D width, V vocabulary.
+Shapes: B rows (sequences in the cache), T positions of a block, W stages along the diagonal, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from recurrent_db.generation.sampling import pick, probabilities
 
 
 def most_likely(logits_NV: Tensor, options: GenerationOptions) -> list[Any]:
-    """The most likely tokens, in nested lists as logits (..., V) are; an empty list where the options ask for others."""
+    """The most likely tokens of logits (..., V), as nested lists. An empty list if decoding is not plain greedy."""
     return logits_NV.argmax(-1).tolist() if options.argmax else []
 
 
 class SpeculativeDecoder(LoopDecoder):
-    """Drafts ``block`` - 1 tokens at ``draft_k`` iterations and verifies them at K. Other arguments as of `LoopDecoder`.
+    """Drafts ``block`` - 1 tokens at ``draft_k`` iterations and verifies them at K. Other arguments as for `LoopDecoder`.
 
-    A step gives each row from one token to ``block`` tokens.
+    A step returns one to ``block`` tokens for each row.
     """
 
     def __init__(self, *args: Any, draft_k: int, block: int) -> None:
@@ -48,7 +48,7 @@ class SpeculativeDecoder(LoopDecoder):
     def step(self) -> list[tuple[int, list[int]]]:
         cache, batch = self.prepare_cache(), self.batch
         firsts = self.next_positions()
-        # A row's block ends with its window and with its text, whatever the other rows have left.
+        # Each row's block ends where its own window or text ends, independently of other rows.
         sizes = [
             min(self.block, batch.context_limit(sequence) - first) * (sequence in batch.active)
             for sequence, first in zip(batch.rows, firsts, strict=True)
@@ -74,11 +74,11 @@ class SpeculativeDecoder(LoopDecoder):
         return drawn
 
     def _draft(self, positions_BT: Tensor) -> tuple[list[list[int]], list[list[Tensor]], Tensor, Tensor]:
-        """Draft a block.
+        """Draft a block at the given positions, int64 (B, T).
 
         Returns:
-            Each row's drafted tokens; the probabilities that they were drawn from (none where greedy); the block's states
-            after the draft's iterations and its contexts, (B, T, D).
+            The drafted tokens of each row; the distributions they were drawn from (empty if greedy); the block's states
+            after ``draft_k`` iterations, (B, T, D); its context e, (B, T, D).
         """
         cache, model, batch = self.cache, self.model, self.batch
         assert cache is not None
@@ -108,10 +108,11 @@ class SpeculativeDecoder(LoopDecoder):
     def _verified(
         self, sequence: int, draft: list[int], draft_probabilities: list[Tensor], logits_TV: Tensor
     ) -> list[int]:
-        """The drafted tokens up to the first that is rejected, and one more: in its place, or after all of them.
+        """The accepted draft tokens, followed by one new token: the replacement of the first rejected token, or the token
+        after the draft.
 
-        A token x drafted from q is kept with probability min(1, p(x) / q(x)). Otherwise another is drawn from the positive
-        part of p - q.
+        A token x drafted from q is accepted with probability min(1, p(x) / q(x)). Otherwise its replacement is drawn from
+        the positive part of p - q (arXiv 2211.17192).
         """
         accepted: list[int] = []
         best = most_likely(logits_TV, self.options)
@@ -125,7 +126,7 @@ class SpeculativeDecoder(LoopDecoder):
             p_V, q_V = probabilities(logits_TV[index], self.options, ids), draft_probabilities[index]
             holds = self.uniform(sequence, "accept", len(ids)) * q_V[token] < p_V[token]
             rest_V = (p_V - q_V).clamp(min=0)
-            if holds or not rest_V.any():  # without a rest they are one distribution but for rounding
+            if holds or not rest_V.any():  # without a rest p equals q up to rounding
                 accepted.append(token)
                 continue
             return [*accepted, pick(rest_V, self.uniform(sequence, "rest", len(ids)))]
@@ -135,21 +136,21 @@ class SpeculativeDecoder(LoopDecoder):
 
 
 class DiagonalDecoder(LoopDecoder):
-    """Starts a position each step and runs ``inner`` more iterations of all in flight: W = ceil(K / inner) stages of them.
+    """Starts one position per step and runs ``inner`` iterations of all W = ceil(K / inner) positions in flight.
 
-    ``verified``: the text equals sequential decoding. Other arguments as of `LoopDecoder`. A step gives each row one token
-    or none.
+    If ``verified``, the text equals that of sequential decoding. Other arguments as for `LoopDecoder`. A step returns at
+    most one token for each row.
     """
 
     def __init__(self, *args: Any, inner: int, verified: bool = True) -> None:
         super().__init__(*args)
         self._inner, self.verified, self.stages = inner, verified, -(-self.k // inner)
         self._tokens: list[list[int]] = [[] for _ in self.batch.ids]
-        """Each row's context and the guesses that follow it. The last guess has not started."""
+        """Each row's context, followed by guessed tokens. The last guess has not started."""
         self._started = [0] * len(self.batch.ids)
-        """How many of these tokens have started."""
+        """Number of these tokens that have started."""
         self._positions: list[list[int]] = [[] for _ in self.batch.ids]
-        """Each row's positions in flight, by stage; the dummy position where a stage has none."""
+        """Each row's position in flight at each stage; the dummy position if a stage is empty."""
 
     def prefill(self, rows: list[int]) -> Tensor:
         assert self.cache is not None
@@ -184,7 +185,7 @@ class DiagonalDecoder(LoopDecoder):
         return drawn
 
     def _start(self) -> None:
-        """Move all positions on by one stage, and let each row's newest guess take the first."""
+        """Move all positions to their next stage, and start each row's newest guess at the first stage."""
         assert self.cache is not None
         dummy, new = self.cache.dummy, []
         for row, sequence in enumerate(self.batch.rows):
@@ -199,7 +200,7 @@ class DiagonalDecoder(LoopDecoder):
         self._state_WBD = torch.cat((start_1BD, self._state_WBD[:-1]))
 
     def _refine(self) -> Tensor:
-        """Run the next iterations of all positions in flight. Returns their logits, (B, W, V)."""
+        """Run the next ``inner`` iterations of all positions in flight. Returns their logits, (B, W, V)."""
         cache, model, width, rows = self.cache, self.model, self.stages, len(self.batch.rows)
         assert cache is not None
         ids = [
@@ -222,8 +223,8 @@ class DiagonalDecoder(LoopDecoder):
         return self.logits(self._state_WBD.transpose(0, 1), once).cpu()
 
     def _revise(self, row: int, logits_WV: Tensor, best: list[int] | None) -> int | None:
-        """Replace the guesses of a row that its read-outs contradict, from the oldest position on. Returns the token that is
-        final now, if any."""
+        """Replace a row's guesses that differ from its read-outs, starting with the oldest position. Returns the token that
+        became final, or None."""
         assert self.cache is not None
         sequence, tokens, positions, final = self.batch.rows[row], self._tokens[row], self._positions[row], None
         forgotten = self.batch.ids[sequence][: self.batch.starts[sequence]]

@@ -1,1 +1,1 @@
-"""Optimizers, the learning-rate schedule, the weight average."""
+"""Optimizers, the learning-rate schedule, the exponential moving average of the weights."""

@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""The exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """An exponential moving average of a model's parameters, fp32, corrected for its start.
+    """An exponential moving average of a model's parameters, fp32.
 
-    shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights
-    are forgotten quickly. Skipped steps count as updates that change nothing.
+    shadow <- d shadow + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) after n updates. The smaller d at the start
+    forgets the initial weights quickly. Skipped steps count as updates without effect.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -19,7 +19,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: Tensor) -> None:
-        """Take the weights in, unless ``skip`` (0-dimensional bool, on their device) says that the step was skipped."""
+        """Update the average from the model's weights, except where ``skip`` is true. ``skip``: 0-dimensional bool on the
+        weights' device, so that the host does not wait for it."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         weights = dict(model.named_parameters())
@@ -30,14 +31,14 @@ class EMA:
 
     @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
-        """Begin anew at the weights as they are."""
+        """Set the average to the model's current weights, and the number of updates to 0."""
         self.updates = 0
         for name, parameter in model.named_parameters():
             self.shadow[name].copy_(parameter)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; call it again to undo."""
+        """Exchange the model's weights and the average. A second call undoes it."""
         for name, parameter in model.named_parameters():
             kept = parameter.detach().clone()
             parameter.copy_(self.shadow[name])

@@ -1,4 +1,4 @@
-"""AdamW with weight decay where it belongs, Muon beside it, and what they cost."""
+"""The optimizers AdamW and Muon, which parameters decay, and the FLOPs of an update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from recurrent_db.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: the matrices of linear layers decay; embeddings, norms, biases and per-channel rates do not."""
+    """Two parameter groups: matrices of linear layers with weight decay; embeddings, norms, biases and per-channel rates
+    without."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     parameters = list(model.parameters())
     return [
@@ -21,40 +22,41 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 CLIP_NORM = 1.0
-"""Global gradient norm above which gradients are scaled down."""
+"""Global gradient norm above which gradients are scaled down to it."""
 BETAS = (0.9, 0.95)
-"""AdamW's decays of the first and second moment."""
+"""AdamW's decay rates of the first and second moments."""
 EPSILON = 1e-8
 
 
 def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """One kernel for all parameters on CUDA, one pass each on the CPU."""
+    """AdamW with PyTorch's fused kernel."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPSILON, fused=True)
 
 
 NEWTON_SCHULZ_STEPS = 5
-"""Iterations of Muon's orthogonalisation; PyTorch's default."""
+"""Iterations of Muon's orthogonalisation, as in PyTorch's default."""
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """What Muon updates: the weights of the linear layers of blocks and adapter, fused ones (QKV, gate and up) whole.
+    """The matrices that Muon updates: linear layers of the transformer layers and the adapter, each fused matrix (QKV, gate
+    and up) as a whole.
 
-    The noise embedding's linear layers are left to AdamW. A gradient of theirs has no more directions than the batch
-    has noise levels, and to orthogonalise it would blow the rounding errors in all others up to the same size.
+    AdamW updates the noise embedding. The rank of its gradient is at most the number of noise levels in the batch, and
+    orthogonalisation would scale rounding errors in all other directions up to the same size.
     """
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
     return [layer.weight for name, layer in layers if "noise_embedding." not in name]
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon for `hidden_matrices` and fused AdamW for everything else, as one optimizer.
+    """Muon for `hidden_matrices` and fused AdamW for all other parameters, as one optimizer.
 
-    Muon's updates have the RMS of AdamW's (arXiv 2502.16982), so that one learning rate and one weight decay serve both.
-    As with fused AdamW, a step with ``found_inf`` = 1 (a 0-dimensional tensor on the parameters' device) changes nothing,
-    and the host does not wait to learn whether it did.
+    Muon's updates are scaled to the RMS of AdamW's (arXiv 2502.16982), so both use one learning rate and one weight decay.
     """
 
     found_inf: Tensor | None = None
+    """0-dimensional tensor on the parameters' device; where it is 1, a step changes nothing. The host does not wait for its
+    value. Same meaning as in fused AdamW."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         hidden = hidden_matrices(model)
@@ -63,12 +65,12 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in rest:
             group["params"] = [p for p in group["params"] if id(p) not in own]
         options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", "ns_steps": NEWTON_SCHULZ_STEPS}
-        # One for each matrix, so that a step that may be taken back needs a copy of one matrix at a time.
+        # One optimizer per matrix, so that undoing a skipped step needs a copy of only one matrix at a time.
         self.muons = [torch.optim.Muon([p], config.lr, config.weight_decay, **options) for p in hidden]
         self.adamw = fused_adamw(rest, config)
         parts = [*self.muons, self.adamw]
         super().__init__([group for part in parts for group in part.param_groups], {})
-        for part in parts:  # the groups are the parts' own, and so is the state
+        for part in parts:  # this optimizer and its parts share groups and state
             part.state = self.state
 
     @torch.no_grad()
@@ -88,27 +90,30 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | MuonAdamW:
-    """The optimizer that ``config.name`` names. Its steps honour the attribute ``found_inf``, see `MuonAdamW`."""
+    """Build the optimizer ``config.name``. Its steps obey the attribute ``found_inf``; see `MuonAdamW`."""
     if config.name == "muon":
         return MuonAdamW(model, config)
     return fused_adamw(parameter_groups(model, config.weight_decay), config)
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer step that changes nothing where ``skip`` (0-dimensional bool) is true: the fused kernel reads the
-    flag on the device, as it does for torch.amp.GradScaler."""
+    """Make an optimizer step, without effect where ``skip`` (0-dimensional bool on the device) is true.
+
+    The fused kernel reads the flag on the device, as it does for torch.amp.GradScaler, so the host does not wait.
+    """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def update_flops(model: nn.Module, config: OptimConfig) -> dict[str, float]:
-    """FLOPs of one optimizer step, counted from the formulas; independent of the batch.
+    """FLOPs of one optimizer step by part, counted from the formulas. They do not depend on the batch.
 
-    Element-wise, per parameter: the gradient's norm and scaling 3; AdamW 14 (decay 1, first moment 3, second 4,
-    denominator 3, step 3) or Muon 12 (momentum 3, Nesterov's 3, norm and scaling 3, decay 1, step 2); the weight average
-    3. They are few beside a step's matrix products, but each reads or writes memory. Muon's own matrix products
-    (``newton_schulz``): for a matrix X of a rows and b >= a columns, or its transpose, X X', its square, and their
-    combination times X.
+    Element-wise operations per parameter: ``clipping`` 3 (norm and scaling of the gradient); ``adamw`` 14 (decay 1, first
+    moment 3, second 4, denominator 3, step 3); ``muon`` 12 (momentum 3, Nesterov 3, norm and scaling 3, decay 1, step 2);
+    ``average`` 3 (EMA). These are few compared to the matrix products of a training step, but each moves memory.
+
+    ``newton_schulz`` counts Muon's matrix products. For a matrix X (or its transpose) of a rows and b >= a columns these are
+    X X', its square, and their combination times X.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shapes = [sorted(p.shape) for p in hidden_matrices(model)] if config.name == "muon" else []

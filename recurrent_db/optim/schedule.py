@@ -1,4 +1,4 @@
-"""The learning rate as a function of the share of the budget that is spent."""
+"""The learning rate as a function of the share of the budget spent."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from recurrent_db.config import BudgetConfig, ScheduleConfig
 
 DECAY = 0.3
-"""Share of the budget for wsd's final decay."""
+"""Length of the final decay of ``wsd``, as a share of the budget."""
 
 
 def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
-    """Factor on the peak rate at ``progress`` in [0, 1]: linear warm-up, then wsd, cosine or constant."""
+    """The learning rate divided by its peak, at the share ``progress`` of the budget in [0, 1]."""
     if progress < schedule.warmup:
         return progress / schedule.warmup
     if schedule.name == "constant":
@@ -26,6 +26,6 @@ def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
 
 
 def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:
-    """Share of the budget that is spent: that of the limit nearest to its end; 0 without one. 1 and above means stop."""
+    """Share of the budget spent: the largest over all limits that are set; 0 without limits. Training stops at 1."""
     spent = {"flops": flops, "tokens": tokens, "steps": steps, "seconds": seconds}
     return max((spent[name] / limit for name in spent if (limit := getattr(budget, name)) is not None), default=0.0)

@@ -1,1 +1,1 @@
-"""What K iterations do at inference: the loop, and the walk over noise levels."""
+"""Inference with K iterations: the plain loop, and the walk over noise levels."""

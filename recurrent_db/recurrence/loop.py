@@ -1,4 +1,4 @@
-"""Huginn's loop: K iterations of the core from one initial state, read out at the end (arXiv 2502.05171, section 3)."""
+"""The plain loop: K iterations of the core from one initial state, then a read-out (Huginn, arXiv 2502.05171, section 3)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from recurrent_db.model.recurrence import NoiseSource, Probe
 
 
 def truncated_normal(u: Tensor, std: float) -> Tensor:
-    """Uniforms to a normal of standard deviation ``std`` before it is cut at three of them (Huginn's state)."""
+    """Map uniform numbers in [0, 1] to a normal distribution truncated at three standard deviations, as Huginn's initial
+    state. ``std`` is the standard deviation before truncation."""
     tail = 0.0013498980316301  # Phi(-3)
     return std * torch.special.ndtri(tail + u * (1 - 2 * tail))
 
 
 @dataclass(frozen=True)
 class PlainLoop:
-    """The loop from a zero state, or from a truncated normal with std sqrt(2/5). See `model.recurrence.Recurrence`."""
+    """The plain loop. Implements `model.recurrence.Recurrence`."""
 
     initial: Literal["zeros", "random"]
+    """Initial state: zeros, or a truncated normal with std sqrt(2/5)."""
     walk: None = None
 
     @property

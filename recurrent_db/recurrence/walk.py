@@ -1,8 +1,8 @@
-"""The denoiser's walk: a reverse diffusion over K noise levels, each one conditioned pass of the core.
+"""The walk: inference of a denoiser by reverse diffusion over K noise levels, one core pass per level.
 
-Position i walks its own z from sigma_max down. The positions before it hold their own z of the same level in one stream,
-and the clean context alone with two streams. The walk starts from noise, never from the answer, so position i of every
-result depends on tokens <= i alone.
+Each position has its own z, which starts as noise at sigma_max and is denoised level by level. With one stream, a position
+sees the z of earlier positions at the same level; with two streams it sees only the clean context. The walk never sees the
+answer, so position i of every result depends on tokens <= i only.
 
 Shapes: B sequences, T positions, D width, V vocabulary.
 """
@@ -30,17 +30,17 @@ from recurrent_db.objective_config import DenoiseConfig
 
 
 def normalised(rows: Tensor) -> Tensor:
-    """Clean targets: rows (..., D) brought to unit length, fp32 or wider."""
+    """Targets y: embeddings (..., D) scaled to length 1, fp32 or wider."""
     return torch.nn.functional.normalize(rows.to(wide(rows.dtype)), dim=-1)
 
 
 @dataclass(frozen=True)
 class DenoiseWalk:
-    """K noise levels, one core pass each. See `model.recurrence.Recurrence`.
+    """A walk over K noise levels, one core pass each. Implements `model.recurrence.Recurrence`.
 
-    K = 1 is the read-out at sigma_max. For K > 1 a bridge turns each level's result into the estimate of y that the
-    step moves towards: the expected target row (``soft``), the most likely one (``hard``), a sampled one (``sample``), all
-    of the read-out; or the core's output itself (``state``), which needs no read-out before the last level.
+    K = 1 is the read-out at sigma_max. For K > 1 a bridge turns each level's result into an estimate of y, towards which the
+    step moves: the expected target under the read-out (``soft``), the most likely target (``hard``), a sampled target
+    (``sample``), or the core's output itself (``state``), which needs no read-out before the last level.
     """
 
     density: Density
@@ -48,7 +48,7 @@ class DenoiseWalk:
     config: DenoiseConfig
     stochastic: bool = True
     targets_VD: Tensor | None = None
-    """Clean targets of a model that this is `ready` for."""
+    """All targets, precomputed by `ready`; None computes them from the model."""
     loop: None = None
 
     @property
@@ -56,7 +56,7 @@ class DenoiseWalk:
         return self
 
     def targets(self, model: LoopedLM) -> Tensor:
-        """Clean targets of all tokens, fp32 or wider (V, D)."""
+        """The targets of all tokens, fp32 or wider (V, D)."""
         return normalised(model.embedding.weight) if self.targets_VD is None else self.targets_VD
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ class DenoiseWalk:
         return replace(self, targets_VD=self.targets(model) if self.config.bridge == "soft" else None)
 
     def at(self, model: LoopedLM, sigma: float) -> LoopedLM:
-        """The network that denoises at a noise level: here always the model."""
+        """The network that denoises at a noise level: the model. A subclass for a model in blocks returns a block."""
         return model
 
     def levels(self, k: int) -> list[float]:
@@ -74,8 +74,10 @@ class DenoiseWalk:
         return noise.normal(like_BTD.shape[1], like_BTD.shape[2], "noise", like_BTD.device) * self.density.sigma_max
 
     def clean_contexts(self, model: LoopedLM, e_BTD: Tensor, visible: Visible | None = None) -> list[Context] | None:
-        """The clean stream of two-stream conditioning: one unconditioned pass over e from a silent state, whose keys
-        every noise level reads. None for one stream."""
+        """Keys and values of the clean stream in two-stream attention, which all noise levels read; None for one stream.
+
+        The clean stream is one core pass over e from a zero state, without noise conditioning.
+        """
         if self.config.conditioning != "two-stream":
             return None
         return model.core_contexts(torch.zeros_like(e_BTD), e_BTD, visible=visible)
@@ -89,17 +91,17 @@ class DenoiseWalk:
         beside: list[Context] | None = None,
         visible: Visible | None = None,
     ) -> Tensor:
-        """D at one noise level, fp32 or wider (B, T, D)."""
+        """The denoiser's estimate D of y at one noise level, fp32 or wider (B, T, D)."""
         sigma_B1 = torch.full((z_BTD.shape[0], 1), sigma, dtype=torch.float32, device=z_BTD.device)
         return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside, visible)
 
     def read(self, model: LoopedLM, estimate_BTD: Tensor, dtype: torch.dtype, visible: Visible | None = None) -> Tensor:
-        """Hidden vectors (B, T, D) that an estimate reads out to."""
+        """Run the coda on an estimate of y. Returns the head's input, (B, T, D)."""
         return model.decode((estimate_BTD / self.precond.sd).to(dtype), visible)
 
     def _bridge(self, model: LoopedLM, logits_BTV: Tensor, targets_VD: Tensor | None, u_BT1: Tensor | None) -> Tensor:
-        """The estimate of y that a read-out stands for, (B, T, D): soft where there are ``targets``, sampled where there is
-        ``u``, hard where there is neither."""
+        """Turn a read-out into an estimate of y, (B, T, D): soft with ``targets_VD``, sampled with uniforms ``u_BT1``, hard
+        with neither."""
         if targets_VD is None and u_BT1 is None:
             picks_BT = logits_BTV.argmax(-1)
         else:
@@ -111,7 +113,7 @@ class DenoiseWalk:
         return normalised(model.embedding.weight[picks_BT])
 
     def reader(self, model: LoopedLM, e_BTD: Tensor, visible: Visible) -> Callable[[Tensor, float], Tensor]:
-        """(z, sigma) -> log-probabilities of the next token, fp32 or wider (B, T, V), as a walk reads them."""
+        """A function from (z, sigma) to the log-probabilities of the walk's read-out there, fp32 or wider (B, T, V)."""
         clean = functools.cache(lambda part: self.clean_contexts(part, e_BTD, visible))
 
         def read(z_BTD: Tensor, sigma: float) -> Tensor:
@@ -131,19 +133,22 @@ class DenoiseWalk:
         noise: NoiseSource,
         visible: Visible | None = None,
     ) -> Tensor:
-        """log w of one draw for the targets, fp32 or wider (B, T): a bound on the log-likelihood of the ancestral walk of K
-        steps with a sampled bridge, whatever the walk's own are (`denoise.bound`). In one stream a position's neighbours
-        hold the tokens that follow them, noised along the same walk: for position i these are tokens up to i."""
+        """The log weight of one draw for the target tokens, fp32 or wider (B, T).
+
+        Its mean is a lower bound on the log-likelihood of a walk of K ancestral steps with a sampled bridge, whatever
+        sampler and bridge this walk has (`denoise.bound`). With one stream, earlier positions hold their own noised targets,
+        so position i depends on tokens up to i.
+        """
         length, width = e_BTD.shape[1:]
         read = self.reader(model, e_BTD, visible or model.visible(length))
-        rows_VD = self.targets(model)
+        table_VD = self.targets(model)
 
         def normals(stream: str) -> Tensor:
-            return noise.normal(length, width, stream, e_BTD.device).to(rows_VD.dtype)
+            return noise.normal(length, width, stream, e_BTD.device).to(table_VD.dtype)
 
-        start_BTD = self.start(e_BTD, noise).to(rows_VD.dtype)
+        start_BTD = self.start(e_BTD, noise).to(table_VD.dtype)
         return walk_log_weight(
-            read, rows_VD, targets_BT, start_BTD, self.levels(k), lambda index: normals(f"step/{index}")
+            read, table_VD, targets_BT, start_BTD, self.levels(k), lambda index: normals(f"step/{index}")
         )
 
     def hidden(
@@ -173,7 +178,7 @@ class DenoiseWalk:
             yield k, self.read(part, estimate, e_BTD.dtype, visible)
 
     def bound_passes(self, k: int) -> Passes:
-        """What `log_weight` computes: its sum over the rows is a product as large as a soft bridge's."""
+        """The passes of `log_weight`, for the FLOP count. Its sum over tokens costs as much as a soft bridge."""
         walk = replace(self, config=replace(self.config, sampler="ancestral", bridge="soft"))
         return walk.passes(k)
 
@@ -194,7 +199,7 @@ class DenoiseWalk:
 
 
 class _Steps:
-    """The evaluations of one walk: estimates of y at (z, sigma), for `denoise.sampler`'s steps."""
+    """Evaluates the denoiser along one walk, for the steps of `denoise.sampler`."""
 
     def __init__(
         self, walk: DenoiseWalk, model: LoopedLM, e_BTD: Tensor, noise: NoiseSource, visible: Visible,
@@ -207,7 +212,7 @@ class _Steps:
         self.reads = 0
 
     def estimate(self, z_BTD: Tensor, sigma: float) -> tuple[LoopedLM, Tensor]:
-        """The network that has this level, and its estimate D, (B, T, D)."""
+        """The network for this noise level, and its estimate D of y, (B, T, D)."""
         part = self.walk.at(self.model, sigma)
         estimate_BTD = self.walk.estimate(part, z_BTD, sigma, self.e_BTD, self.clean(part), self.visible)
         if self.probe is not None:
@@ -216,7 +221,7 @@ class _Steps:
         return part, estimate_BTD
 
     def target(self, z_BTD: Tensor, sigma: float) -> Tensor:
-        """The bridged estimate of y that a step moves towards, (B, T, D)."""
+        """The estimate of y after the bridge, (B, T, D), towards which a step moves."""
         self.reads += 1
         part, estimate_BTD = self.estimate(z_BTD, sigma)
         if self.walk.config.bridge == "state":

@@ -145,7 +145,7 @@ def test_mistakes_in_a_conversion_are_errors() -> None:
             blocks.partition.range_of,
             blocks.block,
         ):
-            with pytest.raises(ValueError, match=f"no block {number}: they are counted from 1 to 4"):
+            with pytest.raises(ValueError, match=f"no block {number}: blocks are counted from 1 to 4"):
                 use(number)
     for sd in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="sd, the data's standard deviation"):

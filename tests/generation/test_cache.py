@@ -292,14 +292,14 @@ def test_slots_are_named_by_layer_and_visit() -> None:
 def test_misuse() -> None:
     model = built(["unrolled"])
     cache = Cache(model, 1, 4)
-    with pytest.raises(ValueError, match="serves inference alone"):
+    with pytest.raises(ValueError, match="is for inference only"):
         model.encode(text(1, 2), cache.grow(2))
-    with pytest.raises(ValueError, match="more than the cache's 4"):
+    with pytest.raises(ValueError, match="exceed the cache's capacity of 4"):
         cache.grow(3)
     assert cache.length == 2
-    with pytest.raises(ValueError, match="cannot cut"):
+    with pytest.raises(ValueError, match="cannot truncate"):
         cache.truncate(3)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="exceed the new cache's capacity"):
         cache.take([0], capacity=1)
-    with pytest.raises(ValueError, match="padding for 1"):
+    with pytest.raises(ValueError, match="got 1"):
         Cache(model, 2, 4, padding=[1])

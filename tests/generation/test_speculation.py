@@ -277,7 +277,11 @@ def test_what_is_not_supported() -> None:
     for objective, options, message in (
         ("denoise", {"sampler": "speculative"}, "whose inference is a plain loop"),
         ("denoise", {"sampler": "diagonal"}, "whose inference is a plain loop"),
-        ("unrolled", {"sampler": "diagonal", "cache_policy": "last"}, "cache policy 'last' needs the sequential sampler"),
+        (
+            "unrolled",
+            {"sampler": "diagonal", "cache_policy": "last"},
+            "cache policy 'last' needs the sequential sampler",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             stream(built([objective]), [[1]], GenerationOptions(**options))  # type: ignore[arg-type]

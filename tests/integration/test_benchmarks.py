@@ -388,7 +388,11 @@ def test_decode_by_other_samplers(
         assert row["ratio_of_rows"] == pytest.approx(
             row["tokens_per_s_of_rows"] / rows["sequential"]["tokens_per_s_of_rows"]
         )
-    for wrong, message in (("parallel", "exit must be"), ("kl+cold", "only be warm"), ("diagonal:0", "sampler must be")):
+    for wrong, message in (
+        ("parallel", "exit must be"),
+        ("kl+cold", "only be warm"),
+        ("diagonal:0", "sampler must be"),
+    ):
         result = script_here("benchmarks/speed/decode.py", *words, "--methods", wrong)
         assert result.returncode == 2
         assert message in result.stderr

@@ -266,7 +266,7 @@ def test_file_names_of_a_manifest(name: str, data: Path) -> None:
 
 
 def test_a_whole_number_of_many_digits_on_the_command_line() -> None:
-    refused("run.log_every must be a whole number of 64 bits", load_config, None, ["--run.log-every", "9" * 400])
+    refused("run.log_every must fit into 64 bits", load_config, None, ["--run.log-every", "9" * 400])
     refused(
         "one_step.prior_iterations must be at most",
         load_config,

@@ -132,7 +132,7 @@ def test_trained_conditioning_tells_noise_levels_apart() -> None:
 def test_conditioning_without_the_parts_for_it_is_refused() -> None:
     model = build_model(SMALL, 0)
     e_BTD = model.encode(torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(UserError, match="no noise conditioning"):
+    with pytest.raises(UserError, match="without noise conditioning"):
         model.iterate(e_BTD, e_BTD, 1, torch.zeros(1, 1))
 
 
