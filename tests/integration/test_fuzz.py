@@ -443,7 +443,7 @@ def test_optimizer_state_of_another_model(run: Path) -> None:
 def test_folders_to_import(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "x" * 5000 + ".safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(r"no plain \*\.safetensors name", Weights, tmp_path)
+    refused(r"not a plain \*\.safetensors file name", Weights, tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     header = json.dumps({"a": {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
