@@ -1,4 +1,4 @@
-"""``python -m recurrent_db`` is the ``recurrent-db`` command."""
+"""Runs the ``recurrent-db`` command as ``python -m recurrent_db``."""
 
 from recurrent_db.cli import main
 

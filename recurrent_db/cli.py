@@ -1,4 +1,4 @@
-"""The ``recurrent-db`` command: a table of commands, each imported when it is called."""
+"""The ``recurrent-db`` command: a table of subcommands. A subcommand's module is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from recurrent_db.arguments import run_and_exit
 from recurrent_db.errors import UserError
 
 COMMANDS = {
-    "flops": ("flops", "FLOPs per token by part, for every way of training and by K"),
-    "train": ("train", "pretrain a model; `torchrun -m recurrent_db train` does it on several processes"),
-    "plan": ("plan", "memory, communication and time of a training run before it starts"),
-    "blocks": ("blocks", "one model of blocks that were trained apart"),
-    "repl": ("repl", "talk to a checkpoint"),
+    "flops": ("flops", "count FLOPs per token, by objective, part of the model and K"),
+    "train": ("train", "pretrain a model; `torchrun -m recurrent_db train` runs on several processes"),
+    "plan": ("plan", "estimate memory, communication and time of a training run before it starts"),
+    "blocks": ("blocks", "join blocks that were trained separately into one model"),
+    "repl": ("repl", "generate text interactively"),
     "report": ("report", "compare runs on one HTML page"),
-    "export": ("export", "a run as a folder for Hugging Face transformers"),
-    "import": ("import_", "a folder of Hugging Face transformers as a run"),
+    "export": ("export", "write a run as a folder for Hugging Face transformers"),
+    "import": ("import_", "create a run from a Hugging Face transformers folder"),
 }
-"""Name -> module in `recurrent_db.commands`, and what it does in a line."""
+"""Subcommand -> (module in `recurrent_db.commands`, one-line summary)."""
 
 
 def usage() -> str:
     lines = [f"  recurrent-db {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: recurrent-db COMMAND ...  (COMMAND --help says more)", *lines])
+    return "\n".join(["usage: recurrent-db COMMAND ...  (COMMAND --help lists its options)", *lines])
 
 
 def run(argv: list[str]) -> int:
-    """Run one command. Raises `UserError` for a mistake in the words."""
+    """Run one subcommand and return its exit status. Raises `UserError` for a mistake of the user."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2

@@ -1,4 +1,4 @@
-"""`recurrent-db blocks join`: one model of blocks that were trained apart."""
+"""`recurrent-db blocks join`: join blocks that were trained separately into one model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from recurrent_db.errors import UserError
 
 @dataclass
 class Args:
-    """Make one model of blocks that were trained apart: `recurrent-db blocks join RUN... OUT`.
+    """Join blocks that were trained separately into one model: `recurrent-db blocks join RUN... OUT`.
 
-    A run of a whole model among them (an earlier join) gives the blocks that no other run has.
+    One of the runs may be an earlier joined model. It supplies the blocks that no other run has.
     """
 
     action: Annotated[Literal["join"], tyro.conf.Positional]
-    """What to do with the blocks."""
+    """The action; join is the only one."""
     paths: Annotated[list[Path], tyro.conf.Positional]
-    """Run directories (or checkpoints) of the blocks, in any order, and last the run directory to make."""
+    """Run directories or checkpoints of the blocks, in any order, then the run directory to create."""
     overwrite: bool = False
-    """Replace an older joined run of that name, once the new one is complete. One that has these blocks already stays as it
-    is; one that was evaluated or trained further is moved aside."""
+    """Replace an existing joined run once the new one is complete. An existing run with the same blocks is left unchanged.
+    One that was evaluated or trained further is renamed and kept."""
     json: bool = False
-    """Print what each block cost as JSON."""
+    """Print the layers, tokens and FLOPs of each block as JSON."""
 
 
 def arguments(words: list[str], prog: str) -> Args:
@@ -40,7 +40,7 @@ def run(args: Args) -> int:
     from recurrent_db.store.join_blocks import join
 
     if len(args.paths) < 2:
-        raise UserError("blocks join needs one run or more, and last the run directory to make")
+        raise UserError("blocks join needs at least one run, followed by the run directory to create")
     *runs, out = args.paths
     account = join(runs, out, args.overwrite)
     if args.json:
@@ -50,13 +50,13 @@ def run(args: Args) -> int:
         if block["budget_spent"] < 1:
             print(f"note: {block['run']} was stopped at {block['budget_spent']:.0%} of its budget", file=sys.stderr)
         print(
-            f"block {number}: {block['layers']} layers, {_told(block['tokens'], ',')} tokens,"
-            f" {_told(block['flops'], '.4g')} FLOPs,"
+            f"block {number}: {block['layers']} layers, {_format(block['tokens'], ',')} tokens,"
+            f" {_format(block['flops'], '.4g')} FLOPs,"
             f" from {block['run']} ({block['checkpoint']})"
         )
-    print(f"the joined model: {out}", file=sys.stderr)
+    print(f"joined model: {out}", file=sys.stderr)
     return 0
 
 
-def _told(value: float | None, form: str) -> str:
-    return "unknown" if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str:
+    return "unknown" if value is None else format(value, spec)

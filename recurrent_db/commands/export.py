@@ -1,4 +1,4 @@
-"""`recurrent-db export`: a run as a folder that Hugging Face transformers loads."""
+"""`recurrent-db export`: write a run as a folder that Hugging Face transformers loads."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from recurrent_db.arguments import parse
 
 @dataclass
 class Args:
-    """Write a run as a folder for Hugging Face transformers: weights, configuration, tokenizer and modelling code.
+    """Export a run to a Hugging Face transformers folder: weights, configuration, tokenizer and modelling code.
 
-    `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads it, and so does `AutoTokenizer` with the same
-    option. Where the run kept an average of its weights, that is what is written, as everywhere else.
+    Load it with `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`, and the tokenizer with `AutoTokenizer`
+    and the same option. If the run has averaged weights (EMA), these are exported.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint."""
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; it must not exist or be empty."""
+    """Folder to create. It must be empty or not exist."""
     to: Literal["hf"] = "hf"
-    """Format; there is one."""
+    """Format of the folder; hf is the only one."""
     k: int = 0
-    """Core iterations where a caller does not say (`num_recurrence`); 0 takes the objective's own."""
+    """Default number of core iterations of the exported model (`num_recurrence`). 0 takes the objective's own default."""
     seed: int = 0
-    """Seed of random initial states."""
+    """Seed of the random initial states."""
 
 
 def arguments(words: list[str], prog: str) -> Args:

@@ -1,4 +1,4 @@
-"""`recurrent-db flops`: what training and generation cost, by part."""
+"""`recurrent-db flops`: FLOPs of training and generation, by part of the model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from recurrent_db.errors import UserError
 
 @dataclass
 class Args:
-    """FLOPs per training token by part, for every way of training, and per generated token by K, at a config's shape."""
+    """Count the FLOPs of a config's model: per training token for every objective, and per generated token by K.
+
+    Training FLOPs are split by part of the model.
+    """
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
     epochs_ratio: float = 3.0
-    """Tokens that `denoise` is trained on for each token of `unrolled`; the paper's 15 epochs against 5 are 3."""
+    """Tokens that `denoise` trains on per token of `unrolled`. The default is the paper's 15 epochs against 5."""
     vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
+    """Vocabulary size in tokens, used if the config leaves it to the tokenizer."""
     cache_bytes: int = 2
-    """Bytes of a number in the key-value cache (2: bfloat16)."""
+    """Bytes per number in the key-value cache. The default is bfloat16."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -57,7 +60,7 @@ def run(args: Args) -> int:
 
 
 def table(config: Config, epochs_ratio: float, cache_bytes: int) -> dict[str, Any]:
-    """What each way of training and each recurrence costs. The layers of a model in blocks count as a core."""
+    """FLOPs of each objective and of inference by K. The layers of a model in blocks are counted as its core."""
     from recurrent_db.objectives.cost_table import flops_table
     from recurrent_db.objectives.costs import inference_passes, skip_core_phase, training_passes
 
@@ -68,7 +71,7 @@ def table(config: Config, epochs_ratio: float, cache_bytes: int) -> dict[str, An
 
 
 def blocks(config: Config) -> dict[str, Any]:
-    """What each block of a model in blocks costs."""
+    """FLOPs of each block of a model in blocks."""
     from recurrent_db.objectives.cost_table import blocks_table
     from recurrent_db.objectives.costs import block_passes, whole_passes
 

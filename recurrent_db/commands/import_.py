@@ -1,4 +1,4 @@
-"""`recurrent-db import`: a folder of Hugging Face transformers as a run."""
+"""`recurrent-db import`: turn a Hugging Face transformers folder into a run directory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from recurrent_db.arguments import parse
 
 @dataclass
 class Args:
-    """Make a run of a folder of Hugging Face transformers: one that export wrote, or a Huginn checkpoint.
+    """Create a run from a Hugging Face transformers folder: one written by export, or a Huginn checkpoint.
 
-    Weights are read from safetensors alone and nothing in the folder is executed. The run can be scored, sampled, and
-    trained on (`train/pretrain.py CONFIG.toml --init.from RUN`, on data prepared with its tokenizer).
+    Weights are read from safetensors files only, and nothing in the folder is executed. The run can be scored and sampled.
+    To train it further, prepare data with its tokenizer and run `train/pretrain.py CONFIG.toml --init.from RUN`.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder with config.json, *.safetensors and the tokenizer."""
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory to make; it must not exist or be empty."""
+    """Run directory to create. It must be empty or not exist."""
 
 
 def arguments(words: list[str], prog: str) -> Args:
@@ -34,5 +34,5 @@ def run(args: Args) -> int:
     from recurrent_db.huggingface.import_folder import import_folder
 
     model = import_folder(args.folder, args.run)
-    print(f"made {args.run}: {model.parameter_counts()['total']:,} parameters", file=sys.stderr)
+    print(f"wrote {args.run}: {model.parameter_counts()['total']:,} parameters", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""`recurrent-db plan`: what a training run takes, before it starts."""
+"""`recurrent-db plan`: memory, communication and time of a training run, before it starts."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class Args:
-    """Memory per GPU by part, communication and time of a training run, before it is started.
+    """Estimate a training run before it starts: memory per GPU by part, communication and time.
 
-    Dotted options override the file, as they do for the trainer: --data.micro-batch-size 2, --budget.tokens 1e11.
+    Dotted options override the file, as in training: --data.micro-batch-size 2, --budget.tokens 1e11.
     """
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
     gpus: int
-    """GPUs, over all nodes."""
+    """Number of GPUs over all nodes."""
     gpu: str
-    """Their name: H100, H200, B200, A100, ..."""
+    """Name of the GPU: H100, H200, B200, A100, ..."""
     mfu: float = 0.4
-    """Share of the bf16 peak that a step's model FLOPs reach while nothing waits for the network."""
+    """Share of the GPU's bf16 peak that a step reaches while it does not wait for the network (0 to 1)."""
     gpus_per_node: int = 8
-    """GPUs that the faster links join."""
+    """GPUs in one node, joined by the faster links."""
     intra_node: float | None = None
-    """GB/s of a GPU's links within a node, one way; none takes the table's."""
+    """Bandwidth of a GPU's links within its node, in GB/s one way. The default is the GPU's published value."""
     inter_node: float | None = None
-    """GB/s of a GPU's share of its node's network, one way; none takes the table's."""
+    """Bandwidth of a GPU's share of its node's network, in GB/s one way. The default is a common value for the GPU."""
     link_utilisation: float = 0.8
-    """Share of a link's line rate that collectives reach."""
+    """Share of a link's line rate that collectives reach (0 to 1)."""
     vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
+    """Vocabulary size in tokens, used if the config leaves it to the tokenizer."""
     json: bool = False
     """Print JSON instead of tables."""
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
-    """Dotted options; filled from the command line."""
+    """Dotted options, filled in by `arguments`."""
 
 
 def arguments(words: list[str], prog: str) -> Args:
@@ -57,7 +57,10 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def split_dotted(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The command's own options, and those of the configuration: with a dot in the name, or ``--seed``, values included."""
+    """Split the words into the command's own options and the configuration's, each with its values.
+
+    The configuration's options are ``--seed`` and every option with a dot in its name.
+    """
     own: list[str] = []
     dotted: list[str] = []
     into = own
@@ -69,7 +72,7 @@ def split_dotted(words: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def make_planner(args: Args) -> Planner:
-    """Check the command line and read the configuration. Raises `UserError`."""
+    """The planner for a command line. Raises `UserError` for a bad option or configuration."""
     from recurrent_db.accounting.plan import DRAWS, Cluster, Network, Planner, find_gpu
     from recurrent_db.objectives import build_objective, drawn_passes
 
@@ -90,7 +93,7 @@ def make_planner(args: Args) -> Planner:
 
 
 def check(args: Args) -> None:
-    """Refuse numbers that cannot be. Raises `UserError`."""
+    """Raise `UserError` for an option out of range."""
     if args.gpus < 1:
         raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
     for option, value in (
@@ -100,22 +103,22 @@ def check(args: Args) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{option} must be above 0, got {value}")
     if max(args.mfu, args.link_utilisation) > 1:
-        raise UserError("--mfu and --link-utilisation are shares: at most 1")
+        raise UserError("--mfu and --link-utilisation are shares and must be at most 1")
 
 
 def check_parallel(config: Config, gpus: int) -> None:
-    """Refuse what the trainer would refuse on so many GPUs. Raises `UserError`."""
+    """Raise `UserError` for a configuration that the trainer would refuse on this number of GPUs."""
     parallel = config.parallel
     if parallel.mode == "none" and gpus > 1:
-        raise UserError(f"parallel.mode = none is one process, and there are {gpus} GPUs: take ddp or fsdp")
+        raise UserError(f"parallel.mode = none runs one process, but --gpus is {gpus}: use ddp or fsdp")
     if parallel.shard_size and parallel.mode != "fsdp":
-        raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {parallel.mode}")
+        raise UserError(f"parallel.shard_size needs parallel.mode = fsdp, not {parallel.mode}")
     if parallel.shard_size and gpus % parallel.shard_size:
         raise UserError(f"parallel.shard_size = {parallel.shard_size} does not divide {gpus} GPUs")
     if parallel.mode == "fsdp" and config.optim.name == "muon":
-        raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
+        raise UserError("optim.name = muon does not run on sharded matrices: use parallel.mode = ddp or adamw")
     if config.data.batch_size % gpus:
-        raise UserError(f"data.batch_size = {config.data.batch_size} does not divide among {gpus} GPUs")
+        raise UserError(f"data.batch_size = {config.data.batch_size} is not a multiple of {gpus} GPUs")
 
 
 def run(args: Args) -> int:

@@ -1,4 +1,4 @@
-"""`recurrent-db repl`: talk to a checkpoint."""
+"""`recurrent-db repl`: generate text interactively."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from recurrent_db.errors import UserError
 
 @dataclass
 class Args:
-    """Talk to a checkpoint: prompts in, text out as it comes. /help lists the commands.
+    """Generate text from a checkpoint interactively. Each line is a prompt; /help lists the commands.
 
-    The values below are where the session starts; commands change them.
+    The options set the session's initial values. Commands such as /k and /temperature change them.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     k: int = 0
-    """Core iterations for each token; of a denoiser, noise levels of the walk. 0: 1 for a next_token run, 8 for others."""
+    """Core iterations per token; for a denoiser, noise levels of the walk. 0 means 1 for a next_token run and 8 for others."""
     temperature: float = 1.0
-    """0 is greedy, 1 the model's own distribution."""
+    """Sampling temperature. 0 always takes the most likely token; 1 samples the model's own distribution."""
     top_k: int = 0
-    """Draw among this many most likely tokens; 0 means all."""
+    """Sample among this many most likely tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens whose probability reaches this; 1 means all."""
+    """Sample among the fewest most likely tokens whose total probability reaches this; 1 means all."""
     min_p: float = 0.0
-    """Draw among tokens at least this times as likely as the most likely one; 0 means all."""
+    """Sample among tokens with at least this fraction of the most likely token's probability; 0 means all."""
     seed: int = 0
-    """The same prompt with the same seed gives the same text."""
+    """Seed of sampling. The same prompt with the same seed gives the same text."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that are there already less likely; 1 is none."""
+    """Above 1, tokens that the text already contains become less likely; 1 has no effect."""
     max_new_tokens: int = 64
-    """The most tokens to add to a prompt."""
+    """Most tokens to add to a prompt."""
     sampler: str = "sequential"
-    """sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]; /sampler explains them."""
+    """Decoding strategy: sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or diagonal-unverified[:INNER]. The
+    command /sampler explains them."""
     cache_policy: str = "full"
-    """full, last or modulo-S (recurrent_db/generation/cache.py)."""
+    """Which iterations' keys and values the cache keeps: full, last or modulo-S (recurrent_db/generation/cache.py)."""
     exit: str | None = None
-    """kl, entropy or latent, each with a threshold as in kl:1e-3: a token's iterations end when they change it no more."""
+    """Early exit: kl, entropy or latent, each with a threshold, such as kl:1e-3. A token's iterations stop once they change
+    it less than that. The default runs all K iterations."""
     warm_start: bool = False
-    """Start each token's iterations from the last state of the token before it."""
+    """Start each token's iterations from the last state of the previous token."""
     device: str = "auto"
-    """cpu, cuda, cuda:N or auto (CUDA where there is one)."""
+    """Device: cpu, cuda, cuda:N, or auto (CUDA if available)."""
     compile: bool = False
-    """Compile what each token runs (torch.compile): the first text waits for it."""
+    """Compile decoding with torch.compile. The first text waits for the compilation."""
 
 
 def arguments(words: list[str], prog: str) -> Args:
@@ -64,7 +66,7 @@ def run(args: Args) -> int:
     from recurrent_db.store.loading import load_with_config
 
     given = {f.name: getattr(args, f.name) for f in fields(GenerationOptions) if hasattr(args, f.name)}
-    options = GenerationOptions(**{**given, "k": args.k or 8})  # mistakes come before the loading
+    options = GenerationOptions(**{**given, "k": args.k or 8})  # report mistakes before the slow load
     check(options)
     model, tokenizer, config, path = load_with_config(args.run, args.device)
     if args.compile:
@@ -72,10 +74,10 @@ def run(args: Args) -> int:
     if not args.k and build_objective(config).flat:
         options = replace(options, k=1)
     check(options, model)
-    if config.blocks.only and (config.blocks.only, options.k) != (1, 1):  # the first is a model of K = 1
+    if config.blocks.only and (config.blocks.only, options.k) != (1, 1):  # block 1 by itself is a model of K = 1
         raise UserError(
-            f"{args.run} holds block {config.blocks.only} of {config.model.n_blocks} alone: make one model of all blocks'"
-            " runs with recurrent-db blocks join"
+            f"{args.run} holds only block {config.blocks.only} of {config.model.n_blocks}: join the runs of all blocks"
+            " with recurrent-db blocks join"
         )
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]

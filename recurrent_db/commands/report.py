@@ -16,15 +16,15 @@ from recurrent_db.arguments import parse
 class Args:
     """Compare runs on one self-contained HTML page: loss against FLOPs, NLL by K, FLOPs, memory, throughput, samples.
 
-    What a run directory does not hold is left out of the page, with a note.
+    A section whose data a run directory lacks is left out, and a note on the page says so.
     """
 
     runs: Annotated[list[Path], tyro.conf.Positional]
-    """Run directories. A baselines.json beside them ({"unigram": nats, ...}) adds reference lines."""
+    """Run directories. A baselines.json in their parent folder ({"unigram": nats, ...}) adds reference lines."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """HTML file to write."""
     png: Path | None = None
-    """Folder for the same plots as PNG files."""
+    """Folder for the plots as PNG files. By default none are written."""
 
 
 def arguments(words: list[str], prog: str) -> Args:

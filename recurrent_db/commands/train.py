@@ -1,4 +1,4 @@
-"""`recurrent-db train`: pretraining. ``torchrun -m recurrent_db train`` does it on several processes."""
+"""`recurrent-db train`: pretrain a model. ``torchrun -m recurrent_db train`` runs it on several processes."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
 
 Args = tuple[Config, str, bool]
-"""The configuration, ``resume`` ("", "newest" or "last-good") and ``overwrite``, as `training.trainer.train` takes them."""
+"""The arguments of `training.trainer.train`: config, ``resume`` ("", "newest" or "last-good") and ``overwrite``."""
 
 
 def arguments(words: list[str], prog: str = "recurrent-db train") -> Args:
-    """``CONFIG.toml [--dotted.key value] [--resume [last-good]] [--overwrite]``. The help is the configuration's.
+    """Parse ``CONFIG.toml [--dotted.key value] [--resume [last-good]] [--overwrite]``. ``--help`` lists all settings.
 
     Raises:
-        UserError: options that exclude each other, or a mistake in the configuration.
+        UserError: ``--resume`` together with ``--overwrite``, a word after ``--resume`` other than last-good, or a mistake
+            in the configuration.
     """
     words, resume, overwrite = list(words), "", False
     if "--resume" in words:
         at = words.index("--resume")
         following = "".join(words[at + 1 : at + 2])
         if at and following and not following.startswith("-") and following != "last-good":
-            raise UserError(f"--resume stands alone or before last-good, not before {following!r}")
+            raise UserError(f"--resume takes no value or last-good, not {following!r}")
         resume = "last-good" if following == "last-good" else "newest"
         del words[at : at + (2 if resume == "last-good" else 1)]
     if "--overwrite" in words:
         words.remove("--overwrite")
         overwrite = True
     if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
+        raise UserError("--resume and --overwrite cannot be combined")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     return load_config(path, words, prog=f"{prog} CONFIG.toml"), resume, overwrite
 

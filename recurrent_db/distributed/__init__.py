@@ -1,1 +1,1 @@
-"""Several processes: the team that trains one model, its watchdog, and shared lists of work."""
+"""Several processes: training one model together, a watchdog for hangs, and work that is divided among processes."""

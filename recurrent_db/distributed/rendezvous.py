@@ -1,4 +1,4 @@
-"""What torchrun tells a process: where to find the others, and whether it is started again."""
+"""What torchrun tells a process through its environment: where to find the others, and whether it was restarted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ import torch.distributed as dist
 
 
 def rendezvous_store(first: bool, timeout: timedelta) -> Any:
-    """The key-value store in which the processes find each other: torchrun's own, or the first process's.
+    """The key-value store in which the processes find each other: torchrun's own, or one that the first process opens.
 
-    torchrun may keep one store over its restarts. There a restarted process would read the addresses of dead ones, so each
-    start uses its own part of the store. The first process's store is new each time and needs no parts. They would even do
-    harm: each node counts its own restarts, and one that returns after it was lost counts from 0 again.
+    torchrun keeps its own store over restarts. A restarted process would find the addresses of dead processes there, so
+    each start uses its own prefix. A store of the first process is new at each start and needs no prefix. A prefix would
+    even separate the processes: each node counts its own restarts, and a lost node that returns counts from 0 again.
+
+    Args:
+        first: this process opens the store if torchrun keeps none.
+        timeout: of every operation on the store.
     """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -29,8 +33,10 @@ def rendezvous_store(first: bool, timeout: timedelta) -> Any:
 
 
 def job_identity() -> dict[str, str] | None:
-    """What stays the same when torchrun restarts its processes: its --rdzv-id if it was given one, else the launcher's
-    process. None without torchrun."""
+    """Identifies this job across torchrun's restarts: its ``--rdzv-id`` if it has one, else the launcher's process.
+
+    None without torchrun.
+    """
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     if run is None:
         return None
@@ -44,5 +50,5 @@ def job_identity() -> dict[str, str] | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure (``--max-restarts``)."""
+    """Whether torchrun has restarted this process after a failure (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,20 +1,22 @@
-"""Several processes that train one model, on PyTorch's own engine: torch.distributed, DDP, FSDP2.
+"""Several processes that train one model, through torch.distributed, DDP and FSDP2.
 
-The trainer knows several processes only as a `Team`; a team of one does nothing. Several processes give the same run as
-one, because
+The trainer calls the methods of a `Team`. In a team of one process they do nothing. Several processes compute the same run
+as one process, because
 
-- each reads its own part of every batch, and noise depends on a sample's place in the run, not on who draws it;
-- a micro-batch's loss has the weight of its sequences in the whole batch, and gradients, losses, metrics and what an
-  objective learns are summed over processes;
+- each reads its own part of every batch, and noise depends only on a sample's position in the run;
+- the loss of a micro-batch is weighted by its share of the batch's sequences, and gradients, losses and metrics are summed
+  over processes;
 - gradients are clipped by their norm over all processes, so all agree on whether a step is skipped;
-- the first process decides when to stop and what is on the disk, and tells the others.
+- the first process reads the clock and manages the files, and the others follow its decisions.
 
-`ddp`: every process holds the model, and gradients are averaged during the backward. `fsdp`: parameters, gradients and
-optimizer state are sharded (FSDP2, DTensor). Its units are each block of prelude and coda; the whole core with its adapter,
-which is gathered once for all K iterations and kept until their backward; and the rest: embedding, final norm, noise
-embedding.
+`ddp`: every process holds the whole model, and gradients are averaged during the backward pass. `fsdp`: parameters,
+gradients and optimizer state are sharded (FSDP2, DTensor). The sharding units are:
 
-A process that stops answering ends the run with an error that names it: see `watchdog`.
+- each block of prelude and coda;
+- the whole core with its adapter, gathered once for all K iterations and kept until their backward pass is done;
+- the rest: embedding, final norm, noise embedding.
+
+A process that stops responding ends the run with an error that names it: see `watchdog`.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ T = TypeVar("T")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor as it is."""
+    """This process's part of a sharded tensor. Any other tensor is returned unchanged."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, laid out as ``like``: if that is sharded, each process keeps its part."""
+    """Shard ``whole`` as ``like`` is sharded; return it unchanged if ``like`` is not sharded.
+
+    ``whole`` must be the same on every process. Each process keeps its own part.
+    """
     if not hasattr(like, "placements"):
         return whole
     from torch.distributed.tensor import distribute_tensor
@@ -58,8 +63,10 @@ def sharded_like(whole: Tensor, like: Tensor) -> Tensor:
 
 
 class _Unit(nn.Module):
-    """The model with a forward that runs any function of it. DDP and FSDP hook in here; they do not see the function's
-    arguments, so they neither move nor cast them."""
+    """A module that holds the model and whose forward calls a given function.
+
+    DDP and FSDP hook into this forward. They do not see the function's arguments, so they neither move nor cast them.
+    """
 
     def __init__(self, model: LoopedLM) -> None:
         super().__init__()
@@ -70,19 +77,26 @@ class _Unit(nn.Module):
 
 
 class Team:
-    """This process among those that train one model. ``rank`` counts from 0, ``device`` is its own."""
+    """The processes that train one model, seen from one of them.
+
+    Args:
+        mode: "none", "ddp" or "fsdp".
+        device: device of this process.
+        rank: number of this process, from 0.
+        world: number of processes.
+    """
 
     def __init__(self, mode: str, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.mode, self.device, self.rank, self.world = mode, device, rank, world
         self.control: Any = None
-        """A gloo group for small CPU tensors that the host reads: no wait for the device."""
+        """gloo group for small CPU tensors that the host reads without waiting for the device."""
         self.saving: Any = None
-        """Another gloo group, which checkpoints use from their own thread."""
+        """gloo group for checkpoints, which are written in a thread of their own."""
         self.watchdog: Watchdog | None = None
         self.shard_size = world
         self._unit: Any = None
-        self._doing = "starting"
-        self._asked: tuple[Any, Tensor] | None = None
+        self._activity = "starting"
+        self._pending_maximum: tuple[Any, Tensor] | None = None
 
     # -- joining and leaving -------------------------------------------------------------------------------------------
 
@@ -91,7 +105,8 @@ class Team:
         """Connect to the processes that torchrun started.
 
         Raises:
-            UserError: the others cannot be reached, or the settings contradict their number.
+            UserError: the other processes cannot be reached, the settings do not fit the number of processes, or this
+                process has no GPU.
         """
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         mode = config.mode
@@ -99,30 +114,32 @@ class Team:
             mode = "ddp" if world > 1 else "none"
         if mode == "none":
             if world > 1:
-                raise UserError(f"parallel.mode = none is one process, and there are {world}: take ddp or fsdp")
+                raise UserError(f"parallel.mode = none runs one process, but there are {world}: use ddp or fsdp")
             return cls("none", device)
         shard_size = config.shard_size or world
         if mode != "fsdp" and config.shard_size:
-            raise UserError(f"parallel.shard_size belongs to parallel.mode = fsdp, not {mode}")
+            raise UserError(f"parallel.shard_size needs parallel.mode = fsdp, not {mode}")
         if world % shard_size:
             raise UserError(f"parallel.shard_size = {shard_size} does not divide {world} processes")
         if device.type == "cuda":
             place = int(os.environ.get("LOCAL_RANK", "0"))
             if place >= torch.cuda.device_count():
-                raise UserError(f"process {rank} would need GPU {place}; this machine has {torch.cuda.device_count()}")
+                raise UserError(
+                    f"process {rank} needs GPU {place}, but this machine has {torch.cuda.device_count()} GPUs"
+                )
             device = torch.device("cuda", place if device.index is None or world > 1 else device.index)
             torch.cuda.set_device(device)
-        # The watchdog speaks first: it knows who is missing.
+        # The watchdog must report first, because it knows which process is missing.
         timeout = timedelta(seconds=config.timeout + 60)
         options: dict[str, Any] = {"rank": rank, "world_size": world, "timeout": timeout}
         if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise UserError("several processes are started by torchrun, which tells them where to meet")
+            raise UserError("several processes must be started by torchrun, which sets MASTER_ADDR and MASTER_PORT")
         try:
             options["store"] = rendezvous_store(rank == 0, timeout) if world > 1 else dist.HashStore()
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **options)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"cannot reach the other processes: {error}") from None
-        # Left open until the interpreter is gone, gloo's threads now and then end the process with an abort.
+        # If the group is still open when the interpreter exits, gloo's threads sometimes abort the process.
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
         team = cls(mode, device, rank, world)
         team.shard_size = shard_size
@@ -133,15 +150,15 @@ class Team:
 
     def __str__(self) -> str:
         shards = f" in shards of {self.shard_size}" if self.shard_size < self.world else ""
-        many = f"{self.world} processes, {self.mode}{shards}, each on " if self.world > 1 else ""
-        return many + (self.device.type if self.world > 1 else str(self.device))
+        processes = f"{self.world} processes, {self.mode}{shards}, each on " if self.world > 1 else ""
+        return processes + (self.device.type if self.world > 1 else str(self.device))
 
     def leave(self) -> None:
-        """End a run that went well: wait for the others."""
+        """Wait for the others and disconnect, at the end of a successful run."""
         if self.mode == "none":
             return
-        if self._asked is not None:
-            self._asked[0].wait()
+        if self._pending_maximum is not None:
+            self._pending_maximum[0].wait()
         self.beat("leaving")
         dist.barrier(group=self.control)
         if self.watchdog is not None:
@@ -150,24 +167,24 @@ class Team:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that prints and writes."""
+        """Whether this is the first process, which prints and writes files."""
         return self.rank == 0
 
     @property
     def processes(self) -> Processes:
-        """The same processes, as those that divide a list of work."""
+        """These processes as `Processes`, which divide a list of work."""
         return Processes(self.rank, self.world, self.control)
 
     def sequences_per_process(self, batch_size: int) -> int:
-        """How many of a batch's sequences each process gets. Raises `UserError` if they do not divide."""
+        """Sequences of a batch per process. Raises `UserError` unless ``batch_size`` is a multiple of the processes."""
         if batch_size % self.world:
-            raise UserError(f"data.batch_size = {batch_size} does not divide among {self.world} processes")
+            raise UserError(f"data.batch_size = {batch_size} is not a multiple of {self.world} processes")
         return batch_size // self.world
 
-    # -- agreeing ------------------------------------------------------------------------------------------------------
+    # -- agreement between processes -----------------------------------------------------------------------------------
 
     def decide(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on the first process, and return its result (or raise its `UserError`) on all."""
+        """Run ``action`` on the first process. Returns its result, or raises its `UserError`, on all processes."""
         if self.world == 1:
             return action()
         answer: list[Any] = [None, ""]
@@ -190,27 +207,29 @@ class Team:
         return bool(flags)
 
     def largest(self, number: int) -> int:
-        """The largest ``number`` that any process gave at the previous call; 0 at the first. Called at every step, so that
-        no process waits for the answer."""
+        """The largest ``number`` that any process passed at the previous call; 0 at the first call.
+
+        It returns the previous call's result so that no process waits. Call it at every step on all processes.
+        """
         if self.world == 1:
             return number
         answer = 0
-        if self._asked is not None:
-            self._asked[0].wait()
-            answer = int(self._asked[1])
-        asked = torch.tensor([number])
-        self._asked = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.control, async_op=True), asked
+        if self._pending_maximum is not None:
+            self._pending_maximum[0].wait()
+            answer = int(self._pending_maximum[1])
+        value = torch.tensor([number])
+        self._pending_maximum = dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control, async_op=True), value
         return answer
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over processes. The host does not wait if the tensor is on the device."""
+        """The sum of a tensor over processes. The host does not wait for a tensor on the device."""
         if self.world > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
         return tensor
 
     def sum_all(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`sum` of small tensors in one message, as fp32 on the device."""
+        """`sum` of several small tensors in one message. The sums are fp32, on the device."""
         if self.world == 1:
             return tensors
         flat = torch.cat(
@@ -220,51 +239,57 @@ class Team:
         return {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
 
     def beat(self, what: str) -> None:
-        """Tell the watchdog that this process makes progress, and what it does next."""
-        self._doing = what
+        """Report progress to the watchdog. ``what`` is what this process does next."""
+        self._activity = what
         if self.watchdog is not None:
             self.watchdog.beat(what)
 
     def _beat_within(self, part: str) -> None:
         if self.watchdog is not None:
-            self.watchdog.beat(f"{self._doing}, {part}")
+            self.watchdog.beat(f"{self._activity}, {part}")
 
     def beating(self, work: Iterable[T]) -> Iterator[T]:
-        """The items of long work; the watchdog is told after each."""
+        """Iterate over ``work``, and report progress to the watchdog after each item."""
         for number, item in enumerate(work, 1):
             yield item
-            self.beat(f"past item {number} of what it is evaluating")
+            self.beat(f"evaluating, after item {number}")
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
     def wrap(self, model: LoopedLM, config: Config, bfloat16: bool) -> None:
-        """Wrap ``model``, which is the same on every process, in DDP or FSDP. FSDP shards its parameters in place."""
+        """Wrap ``model``, which must be the same on every process, in DDP or FSDP. FSDP shards its parameters in place.
+
+        Args:
+            bfloat16: FSDP gathers the blocks in bfloat16.
+
+        Raises:
+            UserError: the model is in blocks, or Muon is used with FSDP.
+        """
         if self.mode == "none":
             return
         if config.model.n_blocks:
             raise UserError(
-                f"parallel.mode = {self.mode}: a model in blocks trains each block in a process of its own,"
-                " which share nothing (train/launch/blocks.sh)"
+                f"parallel.mode = {self.mode} does not train a model in blocks: train each block in its own process"
+                " with train/launch/blocks.sh"
             )
         unit = _Unit(model)
         if self.mode == "ddp":
-            # The graph is the same at every step: how often the core is run does not change who gets a gradient.
+            # The same parameters get a gradient at every step, however often the core runs: the graph is static.
             self._unit = nn.parallel.DistributedDataParallel(unit, static_graph=True, gradient_as_bucket_view=True)
             return
         if config.optim.name == "muon":
-            raise UserError("optim.name = muon needs whole matrices: take parallel.mode = ddp, or adamw")
+            raise UserError("optim.name = muon does not run on sharded matrices: use parallel.mode = ddp or adamw")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        warnings.filterwarnings(
-            "ignore", message="FSDP2-wrapped module"
-        )  # of keys and values as views; nothing is in place
+        # FSDP warns that keys and values are returned as views. They are not changed in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         hybrid = self.shard_size < self.world
         shape = (self.world // self.shard_size, self.shard_size) if hybrid else (self.world,)
         names = ("replicate", "shard") if hybrid else ("shard",)
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        # Blocks are gathered in the dtype of their products and gradients summed in fp32. The rest stays fp32: noise levels,
-        # norms and the head's table are rounded where they always are.
+        # Blocks are gathered in the dtype of their matrix products, and gradients are summed in fp32. The rest stays fp32, so
+        # that noise levels, norms and the head's table are rounded at the same places as in one process.
         half = torch.bfloat16 if bfloat16 else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in (*model.prelude, *model.coda):
@@ -274,19 +299,19 @@ class Team:
         for name in ("contexts", "inject"):
             register_fsdp_forward_method(model.core, name)
         self._unit = fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        # Two streams run the core twice, and the second backward needs what the first would have let go of.
+        # Two streams run the core twice, so the parameters must stay gathered for the second backward pass.
         cast(Any, model.core).set_reshard_after_backward(False)
 
     def forward(self, function: Callable[[], T]) -> T:
-        """Run ``function``, which calls the model's parts, as one forward pass."""
+        """Run ``function``, which calls parts of the model, as one forward pass of DDP or FSDP."""
         self._beat_within("in the forward pass")
         return cast(T, function() if self._unit is None else self._unit(function))
 
     def rehearse(self, model: LoopedLM, forward: Callable[[], tuple[Tensor, Any]]) -> None:
-        """Run one pass, always the same one, and discard its gradients.
+        """Run one forward and backward pass, always the same one, and discard its gradients.
 
-        In its first pass DDP learns in which order gradients come and how to pack them. If that were a training step, a
-        resumed run would add up its first step in another order than an uninterrupted run.
+        In its first pass DDP learns the order of the gradients and how to pack them. If that pass were a training step, a
+        resumed run would sum the gradients of its first step in another order than an uninterrupted run.
         """
         self.beat("rehearsing a pass")
         self.forward(forward)[0].backward()
@@ -294,7 +319,7 @@ class Team:
 
     @contextlib.contextmanager
     def micro_batch(self, model: LoopedLM, last: bool) -> Iterator[None]:
-        """Context of a micro-batch's forward and backward: gradients are exchanged only in the step's ``last`` one."""
+        """Context of a micro-batch's forward and backward pass. Gradients are exchanged only in the ``last`` of a step."""
         if self.mode == "ddp" and not last:
             with self._unit.no_sync():
                 yield
@@ -302,7 +327,7 @@ class Team:
         if self.mode == "fsdp":
             self._unit.set_requires_gradient_sync(last)
             self._unit.set_is_last_backward(last)
-            # What the next micro-batch needs again is kept.
+            # Parameters stay gathered for the next micro-batch.
             self._unit.set_reshard_after_backward(last)
             core = cast(Any, model.core)
             core.set_reshard_after_backward(False)
@@ -313,19 +338,21 @@ class Team:
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of this process's part of a loss that is a sum over processes. It is scaled by their number, because DDP
-        and FSDP average gradients."""
+        """Backward pass of this process's part of a loss that is summed over processes.
+
+        The loss is multiplied by the number of processes, because DDP and FSDP average gradients.
+        """
         self._beat_within("in the backward pass")
         (loss * self.world if self.world > 1 else loss).backward()
 
     def clip(self, model: LoopedLM, max_norm: float) -> Tensor:
-        """Clip gradients to a global norm of ``max_norm``. Returns the norm before, 0-dimensional, the same on all."""
+        """Clip the gradients to a global norm of ``max_norm``. Returns the norm before clipping, 0-dimensional."""
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
     @contextlib.contextmanager
     def whole(self, model: LoopedLM) -> Iterator[LoopedLM]:
-        """The model with all parameters on every process. Each may call it as often as it likes; nothing is exchanged."""
+        """Context in which every process holds all parameters, so that it can call the model without communication."""
         if self.mode != "fsdp":
             yield model
             return

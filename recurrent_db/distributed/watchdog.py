@@ -1,4 +1,4 @@
-"""Processes that hang or disappear: each becomes one line that names the process, and the end of the job."""
+"""Ends a job in which a process hangs or disappears, with one line that names the process."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ T = TypeVar("T")
 
 
 class Watchdog:
-    """A thread that turns a hang into an error that names the process the others wait for.
+    """A thread that turns a hang into an error. The error names the process that the others wait for.
 
-    Every process reports at each turn what it does (`beat`), and its watchdog copies that into a store that all share. When
-    a process has made no turn for ``timeout`` seconds, its watchdog reads what the others left there. A process that
-    leaves nothing any more is stopped or cut off; else the others wait for the one with the fewest turns. Then the
-    watchdog ends its process, and torchrun ends or restarts the job.
+    Each process calls `beat` as it makes progress, and its watchdog copies the number of beats and the current activity
+    into a shared store. If its process has not called `beat` for ``timeout`` seconds, the watchdog reads the reports of
+    all processes. A process whose report does not change is stopped or disconnected. If all still report, the process with
+    the fewest beats is the one that the others wait for. The watchdog then ends its own process, and torchrun ends or
+    restarts the job.
     """
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
-        self.turns, self.what, self.at = 0, "starting", time.monotonic()
+        self.beats, self.what, self.at = 0, "starting", time.monotonic()
         self.period = min(5.0, timeout / 4)
         self._ticks = 0
         self._done = threading.Event()
@@ -41,25 +42,26 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, what: str) -> None:
-        """This process makes progress, and does ``what`` next."""
-        self.turns, self.what, self.at = self.turns + 1, what, time.monotonic()
+        """Report progress. ``what`` is what this process does next."""
+        self.beats, self.what, self.at = self.beats + 1, what, time.monotonic()
 
     def stop(self) -> None:
+        """End the thread. The process may then take as long as it likes."""
         self._done.set()
         self._thread.join()
 
     def _report(self) -> None:
         self._ticks += 1
-        line = f"{self._ticks}\t{self.turns}\t{socket.gethostname()}\t{self.what}"
+        line = f"{self._ticks}\t{self.beats}\t{socket.gethostname()}\t{self.what}"
         self.store.set(str(self.rank), line)
 
     def _reports(self) -> dict[int, list[str]]:
-        """By rank: ticks, turns, host, and what it does."""
-        there = [rank for rank in range(self.world) if self.store.check([str(rank)])]
-        return {rank: self.store.get(str(rank)).decode().split("\t", 3) for rank in there}
+        """Reports by rank: number of reports, number of beats, host, activity."""
+        present = [rank for rank in range(self.world) if self.store.check([str(rank)])]
+        return {rank: self.store.get(str(rank)).decode().split("\t", 3) for rank in present}
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone, and so is the job
+        with contextlib.suppress(RuntimeError):  # the store disappears when the job ends
             self._report()
             while not self._done.wait(self.period):
                 self._report()
@@ -68,18 +70,16 @@ class Watchdog:
 
     def _give_up(self) -> None:
         before = self._reports()
-        for _ in range(4):  # time for all to report
+        for _ in range(4):  # give all processes time to report
             time.sleep(self.period / 2)
             self._report()
         now = self._reports()
         silent = [rank for rank in range(self.world) if rank not in now or now[rank][0] == before.get(rank, [""])[0]]
-        fewest = min(int(turns) for _, turns, _, _ in now.values())
-        behind = silent or [rank for rank, (_, turns, _, _) in now.items() if int(turns) == fewest]
+        fewest = min(int(beats) for _, beats, _, _ in now.values())
+        behind = silent or [rank for rank, (_, beats, _, _) in now.items() if int(beats) == fewest]
         if self.rank == min((rank for rank in now if rank not in silent), default=self.rank):
             who = "; ".join(
-                f"process {rank} on {now[rank][2]}, last heard of while {now[rank][3]}"
-                if rank in now
-                else f"process {rank}"
+                f"process {rank} on {now[rank][2]}, last report: {now[rank][3]}" if rank in now else f"process {rank}"
                 for rank in behind[:8]
             )
             why = (
@@ -92,7 +92,7 @@ class Watchdog:
             print(f"error: no progress for {self.timeout:g} seconds (parallel.timeout); {why} {who}", file=sys.stderr)
             sys.stderr.flush()
         else:
-            time.sleep(self.period)  # the line first, then the end of the job
+            time.sleep(self.period)  # another process prints the line before this one ends the job
         os._exit(1)
 
 
@@ -100,9 +100,10 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "t
 
 
 def report_lost(action: Callable[[], T]) -> T:
-    """Run ``action``. If it fails because another process is gone, say so in one line and end with status 1.
+    """Run ``action`` and return its result. If another process is lost, print one line and exit with status 1.
 
-    A process of several ends at once when it fails, so that the others need not wait for it.
+    Among several processes any other failure, except a `UserError`, also ends this process at once with its traceback.
+    The others would otherwise wait for it.
     """
     try:
         return action()

@@ -1,7 +1,7 @@
-"""Several processes, as torchrun starts them, that divide one list of work.
+"""Divides one list of work among the processes that torchrun started.
 
-Every process holds the whole list, works on its part of it, and gets all results. How an item is computed does not depend
-on the number of processes, so the results do not either.
+Every process holds the whole list, works on its part, and receives all results. The result of an item does not depend on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that divide a list of work; by default this one alone."""
+    """The processes that divide a list of work. The default is this process alone."""
 
     rank: int = 0
     world: int = 1
     group: Any = None
+    """gloo process group that results are exchanged through."""
 
     @classmethod
     def join(cls) -> Processes:
-        """The processes of the process group, or else of torchrun's environment. They communicate through gloo, on the CPU.
+        """Join the existing process group, or else the processes of torchrun's environment. Uses gloo, on the CPU.
 
         Raises:
-            UserError: the others cannot be reached.
+            UserError: the other processes cannot be reached.
         """
         if not dist.is_available():
             return cls()
@@ -43,23 +44,24 @@ class Processes:
             if int(os.environ.get("WORLD_SIZE", "1")) < 2:
                 return cls()
             try:
-                # The slowest process may take long over its part.
+                # The slowest process may need long for its part.
                 dist.init_process_group("gloo", timeout=timedelta(weeks=1))
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"cannot reach the other processes: {error}") from None
-            # Left open until the interpreter is gone, gloo's threads now and then end the process with an abort.
+            # If the group is still open when the interpreter exits, gloo's threads sometimes abort the process.
             atexit.register(dist.destroy_process_group)
         group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def my_part(self, work: Sequence[T]) -> Sequence[T]:
-        """This process's part: every ``world``-th item, so that a sorted list is divided evenly."""
+        """This process's part of the list: every ``world``-th item, so that a sorted list is divided evenly."""
         return work[self.rank :: self.world]
 
     def merge(self, results: Sequence[Any]) -> list[Any]:
-        """The results (JSON values) of the whole list, in its order, from each process's results of its part.
+        """Gather the results of all processes, in the order of the whole list. All processes must call it.
 
-        All processes must call it. Floats are exact.
+        Args:
+            results: JSON values, one for each item of `my_part`. Floats are transferred exactly.
         """
         if self.world == 1:
             return list(results)

@@ -1,1 +1,1 @@
-"""The trainer, what it trains on, and what guards it."""
+"""The training loop, the data that it trains on, and the guard against bad steps."""

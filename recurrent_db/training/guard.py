@@ -1,13 +1,13 @@
-"""Numbers that blow up: steps are skipped, the run returns to a checkpoint, or it stops with a diagnosis.
+"""Guards a run against divergence: skips bad steps, returns to a good checkpoint, or stops with a diagnosis.
 
-1. A step whose loss or gradient is not finite, or whose loss is far above its running mean (``guard.spike``), changes only
-   the counters. This is decided on the device; the host does not wait.
-2. After `MOST_SKIPPED` such steps in a row, or if weights or the optimizer's state are not finite when a checkpoint
-   is due, the run returns to its last good checkpoint and continues with another order of the data and other noise.
-3. After `ROLLBACKS` returns it stops with a diagnosis.
+1. A step is skipped if its loss or gradient is not finite, or if its loss is far above the running mean (``guard.spike``).
+   A skipped step changes only the counters. The decision is made on the device, and the host does not wait for it.
+2. The run returns to its last good checkpoint after `MOST_SKIPPED` skipped steps in a row, or if a weight or optimizer
+   tensor is not finite when a checkpoint is due. It continues with another data order and other noise.
+3. If it diverges again after `ROLLBACKS` returns, the run stops with a diagnosis.
 
-At log points the run warns of what no single step shows: a loss that has risen and stays high, a loss that is not below the
-entropy of the tokens' frequencies, a state that grows over the iterations.
+At log points the run also warns of slower trouble: a loss that has risen and stays high, a loss not below the entropy of
+the token frequencies, and a state that grows over the iterations.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from recurrent_db.store.tensors import optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
 MOST_SKIPPED = 20
-"""Consecutive steps with a non-finite loss or gradient after which the run goes back to its last good checkpoint."""
+"""Skipped steps in a row after which the run returns to its last good checkpoint."""
 ROLLBACKS = 2
-"""Returns to a checkpoint after which the run stops instead."""
+"""Most returns to a checkpoint. The run stops at the next failure."""
 STATE_GROWTH = 10.0
-"""Growth of the state's RMS, from the first to the last iteration, that the run warns of."""
+"""The run warns if the RMS of the state after the last iteration exceeds this multiple of the RMS after the first."""
 WARM_UP = 50
-"""Steps before any loss counts as a spike, and the length of the running mean, in steps."""
+"""Length of the running mean of the loss, in steps. No loss counts as a spike before this many steps."""
 RISE = 0.5
-"""The run warns if the running mean of the loss is so many nats above its lowest value."""
+"""The run warns if the running mean of the loss is more than this many nats above its lowest value."""
 MOST_ITERATIONS = 32
-"""Iterations after which the state's size is measured, at most."""
+"""Most iterations over which the state's growth is measured."""
 UNIGRAM_TOKENS = 1 << 22
-"""Training tokens that the unigram's entropy is estimated from, at most."""
+"""Most training tokens that the unigram entropy is estimated from."""
 
 
 def data_seed(config: Config, rollbacks: int) -> int:
-    """The seed of data order and noise: the run's own, and another one after each return to a checkpoint."""
+    """The seed of data order and noise: ``config.seed``, or a new seed after each return to a checkpoint."""
     return config.seed if not rollbacks else key(config.seed, "rollback", rollbacks)
 
 
 def unigram_entropy(data: TokenData) -> float:
-    """Entropy of the tokens' frequencies, in nats: the loss of a model that has learned nothing else."""
+    """Entropy of the token frequencies in nats per token: the loss of a model that knows only these frequencies."""
     counts = np.zeros(data.vocab_size)
     for source in data.sources.values():
         most = max(1, UNIGRAM_TOKENS * source.tokens // max(1, data.tokens))
@@ -64,26 +64,34 @@ def unigram_entropy(data: TokenData) -> float:
 
 
 class LossGuard:
-    """Judges every step on the device, and the run at its log points.
+    """Decides on the device which steps to skip, and warns at log points.
 
     Args:
         config: the run's configuration.
-        state: counters so far.
-        device: where the losses are.
-        floor: entropy of the unigram, in nats.
+        state: the run's counters so far.
+        device: device of the losses.
+        floor: unigram entropy, in nats per token.
     """
 
     def __init__(self, config: Config, state: TrainState, device: torch.device, floor: float) -> None:
         self.config, self.floor = config, floor
         self.counts = torch.tensor([state.skipped, state.skipped_in_a_row, state.spikes], device=device)
-        law = [state.loss_mean, state.loss_variance, float(state.loss_count)]
-        self.law = torch.tensor(law, dtype=torch.float32, device=device)
-        self._said: set[str] = set()
+        moments = [state.loss_mean, state.loss_variance, float(state.loss_count)]
+        self.moments = torch.tensor(moments, dtype=torch.float32, device=device)
+        self._warned: set[str] = set()
 
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether to skip a step (0-dimensional bool on the device): its loss (nats) or gradient is not finite, or its loss
-        is a spike. The losses of other steps enter the running mean and variance (exponential, `WARM_UP` steps long)."""
-        mean, variance, count = self.law
+        """Whether to skip a step: its loss (nats) or gradient norm is not finite, or its loss is a spike.
+
+        The losses of all other steps enter the exponential running mean and variance, which are `WARM_UP` steps long.
+
+        Args:
+            loss, grad_norm: 0-dimensional, on the device.
+
+        Returns:
+            A 0-dimensional bool on the device.
+        """
+        mean, variance, count = self.moments
         broken = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         skip = broken
         if self.config.guard.spike:
@@ -92,67 +100,67 @@ class LossGuard:
         keep = torch.clamp(count / (count + 1), max=1 - 1 / WARM_UP)
         change = torch.where(skip, torch.zeros_like(mean), loss.float() - mean)
         spread = torch.where(skip, variance, keep * (variance + (1 - keep) * change.square()))
-        self.law = torch.stack((mean + (1 - keep) * change, spread, count + ~skip))
+        self.moments = torch.stack((mean + (1 - keep) * change, spread, count + ~skip))
         skipped, in_a_row, spikes = self.counts
         self.counts = torch.stack((skipped + skip, (in_a_row + 1) * skip, spikes + (skip & ~broken)))
         return skip
 
     def row(self) -> dict[str, Tensor]:
-        """Columns of metrics.jsonl: skipped steps so far, and those of them whose loss was finite."""
+        """Columns of metrics.jsonl: all skipped steps so far, and the skipped steps with a finite loss (spikes)."""
         return {"skipped": self.counts[0], "spikes": self.counts[2]}
 
     def forget(self, state: TrainState) -> None:
-        """Restart the running mean of the loss: the objective has changed the model."""
-        self.law, state.loss_lowest = torch.zeros_like(self.law), 0.0
+        """Restart the running mean of the loss, because the objective has changed the model."""
+        self.moments, state.loss_lowest = torch.zeros_like(self.moments), 0.0
 
     def settle(self, state: TrainState) -> None:
-        """Copy the counters from the device into ``state``; the host waits for the device."""
+        """Copy the counters from the device into ``state``. The host waits for the device."""
         state.skipped, state.skipped_in_a_row, state.spikes = self.counts.tolist()
-        state.loss_mean, state.loss_variance, count = self.law.tolist()
+        state.loss_mean, state.loss_variance, count = self.moments.tolist()
         state.loss_count = int(count)
 
     def trouble(self, state: TrainState, unsound: list[str]) -> str:
-        """Why the run cannot continue from here; empty if it can. ``unsound`` names tensors that are not finite."""
+        """Why the run cannot continue; empty if it can. ``unsound`` lists the names of tensors that are not finite."""
         if state.skipped_in_a_row >= MOST_SKIPPED:
             spike = " or far above its mean" if self.config.guard.spike else ""
             return f"loss or gradient not finite{spike} {state.skipped_in_a_row} steps in a row"
         return f"{unsound[0]} is not finite" if unsound else ""
 
     def warnings(self, state: TrainState, progress: float, growth: float | None) -> Iterator[str]:
-        """Lines about what looks wrong at a log point, each kind once.
+        """Warnings at a log point. Each kind is given once.
 
         Args:
-            state: the counters, up to date.
-            progress: share of the budget that is spent.
-            growth: the state's RMS after the last iteration over that after the first; None if it was not measured.
+            state: counters that `settle` has brought up to date.
+            progress: share of the budget that is spent (0 to 1).
+            growth: RMS of the state after the last iteration divided by the RMS after the first; None if not measured.
         """
         if state.loss_count < 2 * WARM_UP:
             return
-        error = 3 * math.sqrt(state.loss_variance / (2 * WARM_UP - 1))  # of the running mean
+        error = 3 * math.sqrt(state.loss_variance / (2 * WARM_UP - 1))  # three standard errors of the running mean
         lowest = state.loss_lowest or state.loss_mean
         state.loss_lowest = min(lowest, state.loss_mean)
         if state.loss_mean > lowest + RISE + error:
             yield from self._once(
                 "rise",
-                f"the loss has risen from {lowest:.2f} to {state.loss_mean:.2f} nats and stays there: training may have"
-                f" collapsed, try a lower optim.lr (now {self.config.optim.lr:g})",
+                f"the loss has risen from {lowest:.2f} to {state.loss_mean:.2f} nats and stays there. Training may have"
+                f" collapsed: try an optim.lr below {self.config.optim.lr:g}",
             )
         if progress >= 0.25 and state.loss_count >= 4 * WARM_UP and state.loss_mean > self.floor - 0.05:
             yield from self._once(
                 "unigram",
-                f"after {state.step} steps the loss, {state.loss_mean:.2f} nats, is not below the entropy of the tokens'"
-                f" frequencies, {self.floor:.2f}: nothing else has been learned; try a longer schedule.warmup"
-                f" (now {self.config.schedule.warmup:g} of the budget), or a lower optim.lr (now {self.config.optim.lr:g})",
+                f"after {state.step} steps the loss ({state.loss_mean:.2f} nats) is not below the entropy of the token"
+                f" frequencies ({self.floor:.2f} nats): the model has learned only these. Try a schedule.warmup above"
+                f" {self.config.schedule.warmup:g} of the budget, or an optim.lr below {self.config.optim.lr:g}",
             )
         if growth is not None and not growth <= STATE_GROWTH:
             yield from self._once(
                 "growth",
-                f"the state grows {growth:.3g} times over the iterations: the loop is not stable",
+                f"the state grows by a factor of {growth:.3g} over the iterations: the loop is not stable",
             )
 
     def _once(self, kind: str, line: str) -> Iterator[str]:
-        if kind not in self._said:
-            self._said.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             yield f"warning: {line}"
 
 
@@ -162,8 +170,11 @@ class LossGuard:
 
 @torch.no_grad()
 def state_rms(model: LoopedLM, tokens_BT: Tensor, config: Config) -> list[float]:
-    """RMS of the state (for a denoiser: of its estimate) after each iteration, for one sequence, at the largest K that is
-    evaluated. Empty for a model in blocks, which has no loop."""
+    """RMS of the state after each iteration; for a denoiser, of its estimate.
+
+    Runs the first sequence of ``tokens_BT`` at the largest K of ``eval.k``, or `MOST_ITERATIONS` if that is less. Empty
+    for a model in blocks, which has no loop.
+    """
     if config.model.n_blocks:
         return []
     k, was_training = min(max(config.eval.k), MOST_ITERATIONS), model.training
@@ -179,7 +190,7 @@ def state_rms(model: LoopedLM, tokens_BT: Tensor, config: Config) -> list[float]
 
 
 def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of this process's weights and optimizer tensors with NaN or infinity; the host waits for the device."""
+    """Names of this process's weights and optimizer tensors that hold NaN or infinity. The host waits for the device."""
     tensors: dict[str, Tensor] = {f"weight {name}": p for name, p in model.named_parameters()}
     tensors |= {f"optimizer state {name}": t for name, t in optimizer_tensors(model, optimizer).items()}
     finite = {name: torch.isfinite(local(t.detach())).all() for name, t in tensors.items()}
@@ -187,7 +198,10 @@ def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def gradients_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> list[str]:
-    """Names of the parameters whose gradient of ``loss_of()`` has NaN or infinity; ``loss`` first if it has itself."""
+    """Names of the parameters whose gradient of ``loss_of()`` holds NaN or infinity.
+
+    "loss" comes first if the loss itself is not finite. All gradients are cleared before and after.
+    """
     model.zero_grad(set_to_none=True)
     loss = loss_of()
     loss.backward()
@@ -200,7 +214,7 @@ def gradients_not_finite(model: nn.Module, loss_of: Callable[[], Tensor]) -> lis
 
 
 def numbers(values: list[float]) -> list[float | None]:
-    """The same for JSON: None in place of numbers that are not finite."""
+    """``values`` for JSON, with None in place of numbers that are not finite."""
     return [v if math.isfinite(v) else None for v in values]
 
 
@@ -214,12 +228,14 @@ def diagnose(
     lr: float,
     target: Checkpoint | None,
 ) -> str:
-    """A line on what went wrong, and where there is a ``run_dir`` one of ``RUN/diagnosis.jsonl``.
+    """Describe in one line what went wrong, and append the details to ``RUN/diagnosis.jsonl``.
 
     Args:
+        run_dir: the run directory; None writes no file.
+        trouble: result of `LossGuard.trouble`.
         unsound: names of tensors that are not finite.
-        norms: the state's RMS after each iteration.
-        target: the checkpoint that the run goes back to.
+        norms: RMS of the state after each iteration.
+        target: the checkpoint that the run returns to; None if it stops.
     """
     found = {"step": state.step, "trouble": trouble, "not_finite": unsound, "state_rms": numbers(norms),
              "grad_norm": numbers([grad_norm])[0], "lr": lr,
@@ -237,21 +253,29 @@ def diagnose(
 
 
 def last_good(run_dir: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint that was not saved right after a skipped step; else the oldest undamaged one."""
+    """The newest undamaged checkpoint that was not saved right after a skipped step.
+
+    Falls back to the oldest undamaged one, and to None if all are damaged.
+    """
     good = [Checkpoint(path) for path in list_checkpoints(run_dir) if fault(path) is None]
     before = [checkpoint for checkpoint in good if not checkpoint.training()[0].skipped_in_a_row]
     return before[-1] if before else good[0] if good else None
 
 
 def forget_later(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after ``step``, whose steps are trained again."""
+    """Remove the checkpoints after ``step``: the run trains these steps again."""
     for path in list_checkpoints(run_dir):
         if int(path.name.removeprefix("step-")) > step:
             remove_checkpoint(path)
 
 
 def continued(before: TrainState, lost: TrainState) -> TrainState:
-    """The counters after a return: the checkpoint's, with the abandoned FLOPs and all skipped steps added."""
+    """The counters after a return to a checkpoint: ``before`` with the abandoned FLOPs and skipped steps of ``lost``.
+
+    Args:
+        before: counters of the checkpoint; changed in place.
+        lost: counters at the failure.
+    """
     before.rollbacks, before.skipped_in_a_row = lost.rollbacks + 1, 0
     before.flops_abandoned = lost.flops_abandoned + lost.flops.total - before.flops.total
     before.skipped, before.spikes = lost.skipped, lost.spikes

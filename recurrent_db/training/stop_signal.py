@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run after the step in flight, with a checkpoint."""
+"""SIGINT and SIGTERM end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import threading
 
 
 class StopSignal:
-    """The last signal that came: ``number``, 0 for none.
+    """Records the last SIGINT or SIGTERM in ``number``; 0 means that none came.
 
-    Handlers are installed in the main thread alone, where Python allows it, and given back when ``held`` closes.
+    The handlers are installed only in the main thread, because Python allows no other. When ``held`` closes, the previous
+    handlers return.
     """
 
     def __init__(self, held: contextlib.ExitStack) -> None:

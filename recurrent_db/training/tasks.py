@@ -1,4 +1,4 @@
-"""What a run trains on: batches to train, and held-out scores. The trainer knows no kind of data but through a task."""
+"""A task is a kind of training data: it supplies batches and held-out scores. The trainer uses data only through it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from recurrent_db.objectives import Objective
 from recurrent_db.training.guard import unigram_entropy
 
 SCORED_AT_ONCE = 16
-"""Held-out sequences in one forward pass."""
+"""Held-out sequences per forward pass."""
 
 
 class Task(Protocol):
-    """A kind of data. See `TextTask`."""
+    """A kind of data, such as `TextTask`."""
 
     tokenizer: Tokenizer
-    """What checkpoints keep, so that their model's outputs can be read."""
+    """Saved in every checkpoint, so that the model's outputs can be decoded."""
     floor: float
-    """Entropy of the targets' frequencies, in nats: what a model reaches that has learned nothing else."""
+    """Entropy of the target frequencies in nats per token: the loss of a model that knows only these frequencies."""
     tokens_per_step: int
-    """Positions that an optimizer step trains, over all processes."""
+    """Positions that one optimizer step trains, over all processes."""
 
     def describe(self) -> str:
-        """A line about the data."""
+        """One log line about the data."""
         ...
 
     def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
-        """From ``step`` on, the micro-batches of each step that fall to this process, on its device. ``seed`` keys the order
-        of the data."""
+        """For each optimizer step from ``step`` on, this process's micro-batches, on its device.
+
+        ``seed`` determines the order of the data.
+        """
         ...
 
     def sample(self) -> Batch:
-        """One micro-batch of this process."""
+        """One micro-batch of this process, always the same."""
         ...
 
     def evaluate(self, model: LoopedLM, objective: Objective) -> dict[str, float]:
@@ -48,25 +50,26 @@ class Task(Protocol):
 
 
 def build_task(config: Config, team: Team) -> Task:
-    """The task that a configuration describes. Arguments and errors as of the tasks."""
+    """The task of a configuration. Arguments and errors are those of `TextTask`."""
     return TextTask(config, team)
 
 
 class TextTask:
-    """Text: token shards in, next tokens out.
+    """Next-token prediction on token shards.
 
     Args:
-        config: of the run; ``model.vocab_size`` is filled in from the tokenizer.
+        config: the run's configuration. A ``model.vocab_size`` of 0 is replaced by the tokenizer's.
         team: the processes that share the batches.
 
     Raises:
-        UserError: no data there, damaged data, data of two tokenizers, or a vocabulary that is too small.
+        UserError: the data is missing or damaged, training and validation data have different tokenizers, or
+            ``model.vocab_size`` is below the tokenizer's.
     """
 
     def __init__(self, config: Config, team: Team) -> None:
         data = config.data
         if not data.path:
-            raise UserError("data.path is not set: give a folder made by train/prepare_data.py with --data.path DIR")
+            raise UserError("data.path is not set: name a folder made by train/prepare_data.py with --data.path DIR")
         self.config, self.team = config, team
         share = team.sequences_per_process(data.batch_size)
         self.micro_batch_size = min(data.micro_batch_size or share, share)
@@ -84,11 +87,11 @@ class TextTask:
             raise UserError(
                 f"model.vocab_size = {config.model.vocab_size} is below the tokenizer's {self.tokenizer.vocab_size} tokens"
             )
-        if config.eval.points:  # found out now, and not at the first evaluation
+        if config.eval.points:  # fail before training if the validation data is too short
             next(validation_batches(self.validation, data.sequence_length, 1, data.sequence_length))
 
     def describe(self) -> str:
-        return f"{self.shards.tokens:,} training tokens, {self.tokens_per_step:,} a step"
+        return f"{self.shards.tokens:,} training tokens, {self.tokens_per_step:,} per step"
 
     def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
         self.loader.seed = seed
@@ -100,7 +103,7 @@ class TextTask:
         return next(iter(first)).to(self.team.device)
 
     def evaluate(self, model: LoopedLM, objective: Objective) -> dict[str, float]:
-        """The objective's own scores, or the likelihood by K."""
+        """The objective's own held-out scores if it has any, else the NLL by K."""
         team, settings, length = self.team, self.config.eval, self.config.data.sequence_length
         batches = list(
             validation_batches(self.validation, length, SCORED_AT_ONCE, settings.tokens, team.rank, team.world)

@@ -1,8 +1,8 @@
 """Pretraining. `Trainer.run` is the loop: read it from top to bottom.
 
-What varies between ways of training is the objective (a file in `objectives`), and what is trained on is the task (`tasks`);
-the trainer knows none of them by name. Everything random is a function of (seed, step, sample), so a resumed run equals an
-uninterrupted one bit for bit. With torchrun several processes train one model (`distributed`).
+The objective (a file in `objectives`) defines what a step computes. The task (`tasks`) supplies the data. The trainer names
+neither. Every random number is a function of (seed, step, sample), so a resumed run equals an uninterrupted one bit for
+bit. Under torchrun several processes train one model (`distributed`).
 """
 
 from __future__ import annotations
@@ -54,35 +54,36 @@ from recurrent_db.training.tasks import build_task
 
 
 def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
-    """Train as ``config`` says, in this process or as one of torchrun's.
+    """Train a model, in this process or as one of torchrun's processes.
+
+    The run directory is locked while the run lasts.
 
     Args:
-        config: of the run; ``run.dir`` and one limit of ``budget`` must be set.
-        resume: "newest" continues the run directory from its newest checkpoint, "last-good" from its newest undamaged one.
-        overwrite: replace a run directory that is there.
+        config: the run's configuration. ``run.dir`` and at least one limit of ``budget`` must be set.
+        resume: "newest" continues the run from its newest checkpoint, "last-good" from its newest undamaged one. ""
+            starts a new run.
+        overwrite: replace an existing run directory.
 
     Returns:
-        The exit status: 0, or 130 after SIGINT. The run directory is locked until then.
+        The exit status: 0, or 130 after SIGINT.
 
     Raises:
-        UserError: one line that says what cannot work.
+        UserError: a setting is wrong, a file cannot be used, or the run has diverged.
     """
     with contextlib.ExitStack() as held:
         return Trainer(config, resume, overwrite, held).run()
 
 
 class Trainer:
-    """One run: its model, what trains it, and its counters.
+    """One run: model, optimizer, data, logs and counters. Arguments and errors are those of `train`.
 
     Args:
-        held: keeps what is given back when the run ends: the run directory's lock, the signals' handlers.
+        held: releases the run directory's lock and restores the signal handlers when it closes.
     """
 
     def __init__(self, config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> None:
         if all(limit is None for limit in vars(config.budget).values()):
-            raise UserError(
-                "no budget is set: give --budget.flops, --budget.tokens, --budget.steps or --budget.seconds"
-            )
+            raise UserError("no budget is set: use --budget.flops, --budget.tokens, --budget.steps or --budget.seconds")
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.config = config
@@ -112,14 +113,14 @@ class Trainer:
             begun = (
                 f"resuming at step {self.state.step}"
                 if checkpoint
-                else f"no checkpoint in {self.run_dir}: starting afresh"
+                else f"no checkpoint in {self.run_dir}: starting from step 0"
             )
             self.notes.append(begun)
 
     # -- set-up --------------------------------------------------------------------------------------------------------
 
     def _build_model(self) -> tuple[LoopedLM, str]:
-        """The network with what serves it here, and a line about its attention."""
+        """The model with its recurrence and attention back end, and a log line about the attention."""
         config = self.config
         need = Need(
             device=self.device,
@@ -139,7 +140,7 @@ class Trainer:
         return model, line
 
     def _load(self, checkpoint: Any) -> TrainState:
-        """Fill model, optimizer, average and objective from a checkpoint; returns its counters."""
+        """Fill model, optimizer, EMA and objective from a checkpoint, and return its counters."""
         load_checkpoint(checkpoint, self.model, self.optimizer, self.ema)
         state, objective_state, ema_updates = checkpoint.training()
         load_objective_state(self.objective, objective_state, checkpoint.path)
@@ -148,7 +149,7 @@ class Trainer:
         return state
 
     def _set_up_meters(self, held: contextlib.ExitStack) -> None:
-        """Clocks, logs, the saver, and what ends the run."""
+        """Set up clocks, logs, the checkpoint saver, the guard and the signal handlers."""
         config, team, device = self.config, self.team, self.device
         peak = peak_flops(device, config.run.peak_flops)
         self.peak_note = peak_note(device, peak, given=config.run.peak_flops is not None)
@@ -167,7 +168,7 @@ class Trainer:
         self.stop_signal = StopSignal(held)
 
     def _description(self, attention_line: str) -> Iterator[str]:
-        """Lines about model, data, machine and objective."""
+        """Log lines about the model, data, machine and objective."""
         counts = self.model.parameter_counts()
         yield (
             f"{self.config.objective.name} on {self.team}: {counts['total']:,} parameters"
@@ -182,7 +183,7 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Train until the budget is spent or a signal comes; returns the exit status."""
+        """Train until the budget is spent or a signal comes, and return the exit status."""
         config, team, task, objective, model = self.config, self.team, self.task, self.objective, self.model
         for note in self.notes:
             self.say(note)
@@ -202,7 +203,7 @@ class Trainer:
             rng = Rng(self.data_seed, self.state.step)
             passes = objective.passes(rng, self.progress)
             cost, tokens = self.cost_of(passes), task.tokens_per_step
-            # The rate of a step is that of its middle, so that neither the first nor the last step has rate zero.
+            # Take the learning rate at the middle of the step, so that neither the first nor the last step has rate 0.
             middle = self._progress_after(cost.total * tokens / 2, tokens / 2, 0.5)
             lr = config.optim.lr * learning_rate_scale(config.schedule, middle)
             for group in self.optimizer.param_groups:
@@ -213,7 +214,7 @@ class Trainer:
             self.update_clock.mark()
             grad_norm = team.clip(model, CLIP_NORM)
 
-            # A step whose loss or gradient is not finite changes only the counters, and no host waits to learn of it.
+            # A skipped step changes only the counters. The host does not wait for the decision.
             skip = self.loss_guard.judge(loss, grad_norm)
             step_unless(skip, self.optimizer)
             if self.ema is not None:
@@ -227,7 +228,7 @@ class Trainer:
             self.log.add(row)
             self.clock.add(row, tokens, cost)
 
-            # Now and then the host waits, looks at the clock, and writes what it has.
+            # The host waits for the device only if it must read the clock, evaluate, log or save.
             if config.budget.seconds:
                 self._settle()
             before, self.progress = self.progress, self._progress_after()
@@ -251,8 +252,11 @@ class Trainer:
         return self._finish(stopping)
 
     def _forward_backward(self, micro_batches: Iterable[Batch], rng: Rng, passes: Passes) -> Metrics:
-        """Losses and gradients of a step, micro-batch by micro-batch: each weighs as many of the batch's sequences as it
-        has. Returns the sums over all processes."""
+        """Accumulate the gradients of a step over its micro-batches, each weighted by its share of the batch's sequences.
+
+        Returns:
+            The loss and the objective's metrics, summed over all processes.
+        """
         batch_size, left = self.config.data.batch_size, self.team.sequences_per_process(self.config.data.batch_size)
         metrics: Metrics = {"loss": torch.zeros((), device=self.device)}
         for micro in micro_batches:
@@ -269,10 +273,10 @@ class Trainer:
                 metrics[name] = metrics[name] + value if name in metrics else value
         return self.team.sum_all(metrics)
 
-    # -- what a run computes beside training ---------------------------------------------------------------------------
+    # -- evaluation, checkpoints, recovery -----------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out scores, with the averaged weights where there are any."""
+        """Held-out scores as columns of metrics.jsonl, with the EMA weights if the run keeps them."""
         self.team.beat("evaluating")
         if self.ema is not None:
             self.ema.swap(self.model)
@@ -285,13 +289,13 @@ class Trainer:
         return row
 
     def save(self) -> None:
-        """Write a checkpoint of now."""
+        """Write a checkpoint of the current step."""
         self.team.beat("writing a checkpoint")
         self.log.flush()
         self.saver.save(self.model, self.optimizer, self.ema, self.state, self.objective.state_dict())
 
     def _rehearse(self) -> None:
-        """DDP learns the graph from one step that changes nothing."""
+        """Run one pass that changes nothing, from which DDP learns the autograd graph (see `Team.rehearse`)."""
         if self.team.mode != "ddp":
             return
         forward = functools.partial(self.objective, self.model, self.task.sample(), Rng(self.config.seed, 0), 1.0)
@@ -299,7 +303,7 @@ class Trainer:
             self.team.rehearse(self.model, forward)
 
     def _grow(self) -> None:
-        """Let the objective set weights; what is known of those before, and of the loss, is then of another model."""
+        """Let the objective initialise weights. Their optimizer state, the loss statistics and the EMA then restart."""
         if parameters := self.objective.grow(self.model, self.progress):
             for parameter in parameters:
                 self.optimizer.state.pop(parameter, None)
@@ -308,11 +312,15 @@ class Trainer:
                 self.ema.restart(self.model)
 
     def _go_back(self, trouble: str, unsound: list[str], grad_norm: Tensor, lr: float) -> None:
-        """Continue from the last good checkpoint with another order of the data, or end the run; both with a diagnosis."""
+        """Write a diagnosis and return to the last good checkpoint with another data order.
+
+        Raises:
+            UserError: there is no good checkpoint, or `guard.ROLLBACKS` returns are used up.
+        """
         config, team, run_dir = self.config, self.team, self.run_dir
         self.log.flush()
         self.saver.finish()
-        if team.world == 1:  # the gradients of the last micro-batch, once more
+        if team.world == 1:  # repeat the last micro-batch to find the gradients that are not finite
             with self.autocast():
                 unsound = unsound + guard.gradients_not_finite(self.model, lambda: self.last_forward()[0])
         norms, may_go_back = self._norms_by_iteration(), self.state.rollbacks < guard.ROLLBACKS
@@ -323,11 +331,11 @@ class Trainer:
         if target is None:
             self.log.close()
             raise UserError(
-                f"stopped {line}; after {self.state.rollbacks} returns to a checkpoint; the newest one is from before, try a"
-                f" lower optim.lr (now {config.optim.lr:g}); see {run_dir}/diagnosis.jsonl"
+                f"training diverged and was stopped {line}; it had returned to a checkpoint {self.state.rollbacks} times."
+                f" Try an optim.lr below {config.optim.lr:g}. Details: {run_dir}/diagnosis.jsonl"
             )
         self.state = guard.continued(self._load(target), lost=self.state)
-        self.say(f"warning: {line}; going back to step {self.state.step}, with another order of the data")
+        self.say(f"warning: {line}; returning to step {self.state.step} with another data order")
         team.decide(lambda: guard.forget_later(run_dir, self.state.step))
         self.log.rewind(self.state.step)
         self.loss_guard = guard.LossGuard(config, self.state, self.device, self.task.floor)
@@ -335,10 +343,10 @@ class Trainer:
         self._grow()
 
     def _finish(self, stopping: int) -> int:
-        """Save the end and say what became of the run; returns the exit status."""
+        """Save the last checkpoint, print a summary, and return the exit status."""
         self._settle()
         if unsound := self._unsound_tensors():
-            self.say(f"warning: {unsound[0]} is not finite at step {self.state.step}: no checkpoint is written")
+            self.say(f"warning: {unsound[0]} is not finite at step {self.state.step}: no checkpoint was written")
         else:
             self.save()
         self.saver.finish()
@@ -354,15 +362,15 @@ class Trainer:
         )
         return 0
 
-    # -- small things --------------------------------------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------------------------------------------
 
     def say(self, line: str) -> None:
-        """A line on standard error, of the first process alone."""
+        """Print a line on standard error. Only the first process prints."""
         if self.team.first:
             print(line, file=sys.stderr)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The arithmetic of the forward pass."""
+        """Context of a forward pass: bfloat16 autocast if the run uses it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
 
     @property
@@ -371,21 +379,21 @@ class Trainer:
         return guard.data_seed(self.config, self.state.rollbacks)
 
     def _progress_after(self, flops: float = 0.0, tokens: float = 0.0, steps: float = 0.0) -> float:
-        """Share of the budget that is spent when this much comes on top."""
+        """Share of the budget that is spent after this many additional FLOPs, tokens and steps."""
         state = self.state
         return budget_progress(
             self.config.budget, state.flops.total + flops, state.tokens + tokens, state.step + steps, state.seconds
         )
 
     def _due(self, before: float) -> tuple[bool, bool, bool]:
-        """Whether to evaluate, log and save after this step; ``before`` is the progress before it."""
+        """Whether to evaluate, log and save after this step. ``before`` is the progress at its start."""
         run, points, spent = self.config.run, self.config.eval.points, self.progress >= 1
         evaluating = points > 0 and (spent or int(self.progress * points) > int(before * points))
         logging = spent or self.state.step % run.log_every == 0
         return evaluating, logging, self.state.step % run.checkpoint_every == 0
 
     def _row(self, loss: Tensor, lr: float, grad_norm: Tensor, passes: Passes, metrics: Metrics) -> dict[str, Any]:
-        """A step's line of metrics.jsonl; tensors in it are read when it is written."""
+        """A step's row of metrics.jsonl. Its tensors are read from the device when it is written."""
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
@@ -401,7 +409,7 @@ class Trainer:
         }
 
     def _log(self, row: dict[str, Any], bar: tqdm[Any], norms: bool) -> None:
-        """Write the rows so far, warn of what looks wrong, and move the bar. ``norms``: whether to look at the state."""
+        """Write the rows so far, print warnings, and update the progress bar. ``norms``: measure the state's growth."""
         row["optimizer_share"] = self.update_clock.share()
         if norms:
             growth = None
@@ -419,20 +427,20 @@ class Trainer:
         bar.update(round(100 * min(self.progress, 1)) - bar.n)
 
     def _settle(self) -> None:
-        """Wait for the device, and bring the counters that it holds up to date."""
+        """Wait for the device, and copy the counters that it holds into ``self.state``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.clock.settle(self.state)
-        if self.config.budget.seconds:  # it decides when to stop, so all go by one clock
+        if self.config.budget.seconds:  # all processes must stop at the same step, so they use one clock
             self.state.seconds = self.team.decide(lambda: self.state.seconds)
         self.loss_guard.settle(self.state)
 
     def _unsound_tensors(self) -> list[str]:
-        """Weights and optimizer tensors that are not finite, on any process."""
+        """Names of weights and optimizer tensors that are not finite, on any process."""
         names = guard.not_finite(self.model, self.optimizer)
         return names if self.team.all(not names) else names or ["a tensor of another process"]
 
     def _norms_by_iteration(self) -> list[float]:
-        """The state's RMS after each iteration, for a sequence of the last batch."""
+        """RMS of the state after each iteration, for one sequence of the last micro-batch."""
         with self.autocast(), self.team.whole(self.model):
             return guard.state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)

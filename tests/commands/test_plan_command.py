@@ -30,18 +30,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--gpus", "8", "--gpu", "H2000"], "did you mean H200"),
         (["--gpus", "0", "--gpu", "H200"], "--gpus must be 1 or more"),
-        (["--gpus", "3", "--gpu", "H200"], "does not divide among 3"),
+        (["--gpus", "3", "--gpu", "H200"], "is not a multiple of 3 GPUs"),
         (["--gpus", "8", "--gpu", "H200", "--mfu", "1.5"], "at most 1"),
         (["--gpus", "8", "--gpu", "H200", "--mfu", "0"], "--mfu must be above 0"),
         (["--gpus", "8"], "required"),
         (["--gpus", "8", "--gpu", "H200", "--data.batch-sise", "3"], "batch"),
-        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "none"], "is one process"),
-        (["--gpus", "8", "--gpu", "H200", "--parallel.shard-size", "4"], "belongs to parallel.mode = fsdp"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "none"], "runs one process"),
+        (["--gpus", "8", "--gpu", "H200", "--parallel.shard-size", "4"], "needs parallel.mode = fsdp"),
         (
             ["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--parallel.shard-size", "3"],
             "does not divide 8",
         ),
-        (["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--optim.name", "muon"], "needs whole matrices"),
+        (
+            ["--gpus", "8", "--gpu", "H200", "--parallel.mode", "fsdp", "--optim.name", "muon"],
+            "muon does not run on sharded matrices",
+        ),
     ],
 )
 def test_mistakes(words: list[str], message: str) -> None:

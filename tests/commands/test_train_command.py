@@ -22,9 +22,9 @@ def test_what_stands_after_resume() -> None:
         config, resume, overwrite = arguments([TINY, *given, "--seed", "3"])
         assert (config.seed, resume, overwrite) == (3, expected, False)
     assert arguments([TINY, "--overwrite"])[1:] == ("", True)
-    with pytest.raises(UserError, match="--resume stands alone or before last-good, not before 'last-god'"):
+    with pytest.raises(UserError, match="--resume takes no value or last-good, not 'last-god'"):
         arguments([TINY, "--resume", "last-god"])
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="cannot be combined"):
         arguments([TINY, "--resume", "--overwrite"])
 
 

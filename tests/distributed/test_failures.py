@@ -248,7 +248,7 @@ def test_a_process_that_hangs_is_named(data: Path, tmp_path: Path) -> None:
     assert len(message) == 1
     assert f"no progress for {PATIENCE} seconds" in message[0]
     assert "no answer from process 1 on " in message[0]
-    assert "last heard of while at step" in message[0]
+    assert "last report: at step" in message[0]
     job.wait(timeout=0)
 
 

@@ -329,8 +329,8 @@ def test_a_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "world", "message"),
     [
-        ({"mode": "none"}, 2, "parallel.mode = none is one process, and there are 2"),
-        ({"mode": "ddp", "shard_size": 2}, 2, "parallel.shard_size belongs to parallel.mode = fsdp, not ddp"),
+        ({"mode": "none"}, 2, "parallel.mode = none runs one process, but there are 2"),
+        ({"mode": "ddp", "shard_size": 2}, 2, "parallel.shard_size needs parallel.mode = fsdp, not ddp"),
         ({"mode": "fsdp", "shard_size": 3}, 4, "parallel.shard_size = 3 does not divide 4 processes"),
         ({"mode": "fsdp"}, 2, "started by torchrun"),
     ],
@@ -346,7 +346,7 @@ def test_settings_that_cannot_work(
 
 
 def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(UserError, match=r"data.batch_size = 16 does not divide among 3 processes"):
+    with pytest.raises(UserError, match=r"data.batch_size = 16 is not a multiple of 3 processes"):
         Team("ddp", torch.device("cpu"), rank=0, world=3).sequences_per_process(16)
 
 
@@ -356,7 +356,10 @@ def test_mistakes_are_one_line_of_one_process(data: Path, tmp_path: Path) -> Non
     train(data, run, "--budget.steps", 1)
     for more, message in (
         ([], "continue it with --resume or replace it with --overwrite"),
-        (["--parallel.mode", "fsdp", "--optim.name", "muon", "--overwrite"], "optim.name = muon needs whole matrices"),
+        (
+            ["--parallel.mode", "fsdp", "--optim.name", "muon", "--overwrite"],
+            "optim.name = muon does not run on sharded matrices",
+        ),
     ):
         job = many.Job(tmp_path / "logs", 2, many.train, words(data, run, "--budget.steps", 2, *more))
         job.processes[0].join(30)

@@ -205,7 +205,7 @@ def test_a_run_goes_back_with_another_order_and_resumes_bit_for_bit(
                 blow_up(patch, 0)
             assert trainer.train(config, "newest" if at else "") == 0
     if stop < 8:
-        assert "going back to step 4" in capsys.readouterr().err
+        assert "returning to step 4" in capsys.readouterr().err
     assert_equal(tmp_path / "whole", tmp_path / "cut")
     written = rows(tmp_path / "whole")
     assert [row["step"] for row in written] == list(range(1, 17))
@@ -277,9 +277,9 @@ def test_a_collapse_without_a_single_bad_number_is_warned_of() -> None:
     assert "optim.lr" in line
     assert all("frequencies" in other for other in more)
     (line,) = warned((6.4 + np.exp(-np.arange(600) / 30) + noise).tolist(), 6.4)
-    assert "not below the entropy of the tokens' frequencies, 6.40" in line
+    assert "not below the entropy of the token frequencies (6.40 nats)" in line
     (line,) = warned(fall.tolist(), 6.4, growth=12.0)
-    assert "the state grows 12 times" in line
+    assert "the state grows by a factor of 12" in line
     assert len(warned(fall.tolist(), 6.4, growth=math.nan)) == 1
 
 

@@ -468,7 +468,7 @@ def complain(script_here: Run, *arguments: object) -> str:
         (["--model.vocab_size", "7"], "below the tokenizer's"),
         (["--data.sequence_length", "32", "--data.mixture", "poems", "1"], "poems"),
         (["--init.from", "nowhere"], "no run directory"),
-        (["--resume", "--overwrite"], "exclude each other"),
+        (["--resume", "--overwrite"], "cannot be combined"),
         (["nofile.toml"], "no config file"),
     ],
 )
