@@ -21,30 +21,30 @@ from recurrent_db.errors import UserError
 
 @dataclass
 class Args:
-    """Train a lossless sentencepiece tokenizer: any UTF-8 text survives encoding and decoding."""
+    """Train a lossless sentencepiece tokenizer: encoding and decoding return any UTF-8 text unchanged."""
 
     input: list[str]
     """Text to train on: stdlib (the Python standard library's own sources), files, folders, or
-    hf:NAME[:CONFIG[:SPLIT]], as for train/prepare_data.py."""
+    hf:NAME[:CONFIG[:SPLIT]], as in train/prepare_data.py."""
     vocab_size: int
-    """Tokens in the vocabulary, among them 4 special tokens and 256 bytes (at least 272)."""
+    """Tokens in the vocabulary, including 4 special tokens and 256 bytes; at least 272."""
     out: Path
     """Model file to write."""
     model_type: Literal["bpe", "unigram", "char"] = "bpe"
-    """Kind of sentencepiece model; unigram takes some 20 times longer to train; char has a token for each character (of the
-    text's characters, and at most vocab_size in all), for models that are measured in bits per character."""
+    """Type of sentencepiece model. unigram takes about 20 times longer to train. char has one token per character of the
+    text, at most --vocab-size tokens in all, for models that are measured in bits per character."""
     max_mib: float = 8.0
-    """MiB of text to train on: a uniform sample of everything that is read."""
+    """MiB of text to train on, sampled uniformly from the inputs."""
     max_documents: int | None = None
-    """Documents to read of each input, at most (default: all)."""
+    """Most documents to read from each input; by default all."""
     seed: int = 0
-    """Of the sample."""
+    """Seed of the sample."""
     text_key: str = "text"
-    """Key or column that holds the text in JSON lines, JSON, parquet and hub data sets."""
+    """Key or column of the text in JSON lines, JSON, parquet and hub data sets."""
     document_separator: str | None = None
-    """String at which text files are cut into documents (default: one document per file)."""
+    """String at which text files are cut into documents. By default a file is one document."""
     overwrite: bool = False
-    """Replace an older model file."""
+    """Replace an existing model file."""
 
 
 def main(args: Args) -> None:

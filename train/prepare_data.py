@@ -1,4 +1,4 @@
-"""Tokenise text into the shards that training reads.
+"""Tokenise text into a data directory for training.
 
 python train/prepare_data.py --source stdlib --tokenizer T.model --out DIR
 python train/prepare_data.py --source code=stdlib web=crawl/ --val-source held-out.txt --tokenizer T.model --out DIR
@@ -20,47 +20,47 @@ from recurrent_db.errors import UserError
 
 @dataclass
 class Args:
-    """Tokenise text into the shards that training reads."""
+    """Tokenise text into a data directory for training."""
 
     source: list[str]
-    """Where the text is: stdlib (the Python standard library's own sources), files, folders, or
-    hf:NAME[:CONFIG[:SPLIT]]. NAME=SOURCE names a source for data.mixture; those without a name form "default"."""
+    """Training text: stdlib (the Python standard library's own sources), files, folders, or hf:NAME[:CONFIG[:SPLIT]].
+    NAME=SOURCE names a source for data.mixture. Sources without a name together form "default"."""
     tokenizer: Path
-    """Tokenizer model (tokenizers/train_tokenizer.py makes one)."""
+    """Tokenizer model, made by tokenizers/train_tokenizer.py."""
     out: Path
-    """Data directory to make."""
+    """Data directory to create."""
     val_source: tuple[str, ...] = ()
-    """Validation text, written as in --source; without it a share of the sources is held out."""
+    """Validation text, written as in --source. By default the share --holdout of the sources is held out."""
     holdout: float = 0.05
-    """Share held out for validation (0 to 1) when there is no --val-source: files of stdlib by their path, documents
-    by a hash of their text, and the end of each document of a source of fewer than 64."""
+    """Share of the sources held out for validation (0 to 1), without --val-source. Documents are chosen by a hash of their
+    text, files of stdlib by a hash of their path. In a source of fewer than 64 documents the end of each is held out."""
     workers: int | None = None
-    """Tokenising threads (default: one per core). The output does not depend on it."""
+    """Tokenising threads; by default one per core. The output does not depend on it."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    """Tokens per shard file."""
+    """Most tokens per shard file."""
     max_documents: int | None = None
-    """Documents to read of each named source, at most (default: all)."""
+    """Most documents to read from each named source; by default all."""
     max_mib: float | None = None
-    """MiB of text to read of each named source, at most (default: all)."""
+    """Most MiB of text to read from each named source; by default all."""
     part: str = "1/1"
-    """I/N reads the I-th of N parts of the sources, parted by a hash of each document's text: what one part holds no
-    other has. A judge of generated text (eval/train_judge.py) is trained on another part than the models it judges."""
+    """I/N reads the I-th of N parts of the sources. A hash of a document's text chooses its part, so the parts share no
+    document. Use different parts for a model and for the judge of its text (eval/train_judge.py)."""
     text_key: str = "text"
-    """Key or column that holds the text in JSON lines, JSON, parquet and hub data sets."""
+    """Key or column of the text in JSON lines, JSON, parquet and hub data sets."""
     document_separator: str | None = None
-    """String at which text files are cut into documents, e.g. '<|endoftext|>' (default: one document per file)."""
+    """String at which text files are cut into documents, such as '<|endoftext|>'. By default a file is one document."""
     overwrite: bool = False
-    """Replace an older data directory, once the new one is complete."""
+    """Replace an existing data directory once the new one is complete."""
 
 
 def main(args: Args) -> None:
     if args.max_mib is not None and not 0 < args.max_mib < 2**40:
         raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
-        raise UserError("--source is given twice: write all sources after one --source")
+        raise UserError("--source is given twice: list all sources after one --source")
     part = re.fullmatch(r"(\d+)/(\d+)", args.part)
     if part is None:
-        raise UserError(f"--part is written I/N, such as 1/2, not {args.part!r}")
+        raise UserError(f"--part must be written I/N, such as 1/2, not {args.part!r}")
     done = prepare(
         args.source,
         args.tokenizer,

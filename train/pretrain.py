@@ -1,6 +1,6 @@
 """Pretrain a looped language model: python train/pretrain.py CONFIG.toml [--dotted.key value ...]
 
-With torchrun in place of python it runs on several processes (docs/guides/several-gpus.md). The loop is
+Start it with torchrun instead of python to use several processes (docs/guides/several-gpus.md). The training loop is in
 `recurrent_db.training.trainer`.
 """
 

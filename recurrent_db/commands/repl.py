@@ -23,7 +23,7 @@ class Args:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     k: int = 0
-    """Core iterations per token; for a denoiser, noise levels of the walk. 0 means 1 for a next_token run and 8 for others."""
+    """Core iterations per token; for a denoiser, noise levels of the walk. 0 means 1 for a next_token run, 8 for others."""
     temperature: float = 1.0
     """Sampling temperature. 0 always takes the most likely token; 1 samples the model's own distribution."""
     top_k: int = 0

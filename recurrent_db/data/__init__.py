@@ -1,16 +1,16 @@
-"""Turns text into batches. The pipeline, in the order of its files:
+"""Turns text into batches. The pipeline, file by file:
 
-1. ``corpus``: the embedded corpus, the Python standard library's sources, as `Document` (id, text).
-2. ``sources``: any source (``stdlib``, files, folders, ``hf:NAME``) as a stream of documents in bounded memory,
-   undecodable bytes replaced and counted, split into "train" and "validation".
-3. ``prepare``: tokenise the documents on every core, each followed by the end-of-sequence token.
-4. ``shard_writer`` and ``shards``: write the tokens as uint16 or uint32 files with document boundaries, checksums and
-   the tokenizer in one directory, which appears complete or not at all; open it again, checked.
-5. ``loader``: cut each source into packed sequences of T tokens, order them by a keyed permutation, mix the sources in
-   exact shares, and give rank r of any number of processes its part of step s as a `Batch`.
-6. ``prefetch``: the batches of the next steps on the device, prepared by a thread where that pays.
+1. ``corpus`` reads the embedded corpus, the Python standard library's sources, as `Document` (id, text).
+2. ``sources`` streams documents from any source (``stdlib``, files, folders, ``hf:NAME``) in bounded memory. It replaces
+   and counts undecodable bytes, and splits documents into "train" and "validation".
+3. ``prepare`` tokenises the documents on all cores and ends each with the end-of-sequence token.
+4. ``shard_writer`` writes a data directory: uint16 or uint32 token files, document boundaries, checksums and the
+   tokenizer. ``shards`` checks and reads it.
+5. ``loader`` cuts each source into packed sequences of T tokens, shuffles them by a keyed permutation, mixes the sources
+   in exact shares, and gives each process its part of a step as a `Batch`.
+6. ``prefetch`` prepares the batches of the next steps in a thread if the device is not the CPU.
 
-A sample is a function of (seed, global position): nothing about the order has to be saved or restored.
+A sample is a function of (seed, position in the run), so the data order needs no saved state.
 """
 
 from recurrent_db.data.corpus import Document, stdlib_documents

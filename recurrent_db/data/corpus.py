@@ -1,9 +1,9 @@
-"""The embedded corpus: the Python standard library's own sources, which every machine that runs this has.
+"""The embedded corpus: the Python standard library's own sources, which are on every machine that runs this project.
 
-It is about 10 MB of code and English in some 600 files. Tests, installed packages, byte code and modules that are tables
-rather than text are left out (character encodings, the help topics of pydoc, build settings, the case-folding and
-string-preparation tables, the grammar's token lists). The text depends on the interpreter's version; a data directory's
-manifest records its hash.
+It is about 10 MB of code and English in some 600 files. It leaves out tests, installed packages, byte code, and modules
+that are tables rather than text: character encodings, pydoc's help topics, build settings, case-folding and
+string-preparation tables, the grammar's token lists. The text depends on the Python version. A data directory's manifest
+records its hash.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _LEFT_OUT_PREFIXES = ("_sysconfigdata", "_sysconfig_vars", "config-")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and a name for it that does not depend on where the corpus lies."""
+    """One text, and an id that does not depend on the corpus's folder."""
 
     id: str
     text: str
 
 
 def hash_share(key: str) -> float:
-    """Map ``key`` to a number in [0, 1) by its SHA-256; the same everywhere."""
+    """Map ``key`` to a number in [0, 1) by its SHA-256. The result is the same on every machine."""
     digest = hashlib.sha256(key.encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def stdlib_root() -> Path:
-    """Folder of the running interpreter's standard library."""
+    """Folder of the standard library of the running interpreter."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def stdlib_files() -> list[str]:
-    """Sorted relative paths (with "/") of the corpus.
+    """Sorted paths of the corpus's files, relative to `stdlib_root`, with "/" as separator.
 
     Raises:
-        UserError: this interpreter comes without its sources.
+        UserError: this Python was installed without its sources.
     """
     root = stdlib_root()
     found: list[str] = []
@@ -70,14 +70,19 @@ def stdlib_files() -> list[str]:
 
 
 def stdlib_split(relative_path: str, holdout: float = 0.05) -> str:
-    """The split of a file, "train" or "validation": a hash of its path holds out about ``holdout`` of all files."""
+    """The split of a file, "train" or "validation", by a hash of its path. About ``holdout`` (0 to 1) are validation."""
     return "validation" if hash_share(f"holdout:{relative_path}") < holdout else "train"
 
 
 def stdlib_documents(part: str | None = None, holdout: float = 0.05) -> Iterator[Document]:
-    """The corpus in order of path: one document per file, of split ``part`` ("train", "validation") or of both.
+    """The documents of the corpus, one per file, in the order of their paths. Bytes that are not UTF-8 become U+FFFD.
 
-    Bytes that are not UTF-8 become U+FFFD. Raises UserError as `stdlib_files` does.
+    Args:
+        part: "train" or "validation"; None is both.
+        holdout: share of the files in "validation" (0 to 1).
+
+    Raises:
+        UserError: as `stdlib_files`.
     """
     root = stdlib_root()
     for relative in stdlib_files():

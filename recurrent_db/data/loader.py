@@ -1,16 +1,16 @@
-"""Batches from token shards: defines which tokens form sample p of a run, for every number of processes.
+"""Batches from token shards. This file defines which tokens form sample p of a run.
 
 Shapes: B sequences, T positions.
 
-A source is cut into sequences: sequence j is tokens j*T to j*T + T inclusive, T inputs and, shifted by one, T targets.
-Sample p of a run (p counts sequences from its start) is a pure function of (seed, p):
+Sequence j of a source is tokens j*T to j*T + T inclusive: T inputs and, shifted by one, T targets. Sample p is the p-th
+sequence of a run, counted from 0. It is a pure function of (seed, p):
 
-    p -> source      exact shares, by floors of p times a fraction
-      -> n           this is the n-th sample drawn from that source
-      -> epoch       n // N, where N is its number of sequences
+    p -> source      exact shares, from floors of p times a fraction
+      -> n           sample p is the n-th drawn from that source
+      -> epoch       n // N, where N is the source's number of sequences
       -> sequence    a keyed permutation of range(N) at n % N, with a new key every epoch
 
-Nothing is stored: a resumed run, and a run on another number of processes, see the same samples.
+The loader has no state to save. A resumed run and a run on another number of processes see the same samples.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ _MASK = (1 << 64) - 1
 
 @dataclass
 class Batch:
-    """B packed sequences of T tokens, and their place in the run."""
+    """B packed sequences of T tokens."""
 
     tokens_BT: torch.Tensor
     """int64: input tokens."""
     targets_BT: torch.Tensor
-    """int64: the token after each input token."""
+    """int64: the token that follows each input token."""
     doc_ids_BT: torch.Tensor
-    """int32: number of the document within the sequence, from 0; the separator belongs to the document it ends. Stays on
-    the CPU, where attention's mask is made from it."""
+    """int32: number of each token's document within the sequence, from 0. A separator belongs to the document that it
+    ends. Stays on the CPU, where the attention mask is built from it."""
     sample_index_B: torch.Tensor
-    """int64: each sequence's global position p in the run. It keys the sequence's random numbers."""
+    """int64: each sequence's position p in the run, which keys its random numbers. Stays on the CPU."""
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``. ``doc_ids_BT`` and ``sample_index_B`` stay on the CPU: attention and noise are
-        prepared from them there, without waiting for the device."""
+        """The batch with tokens and targets on ``device``.
+
+        ``doc_ids_BT`` and ``sample_index_B`` stay on the CPU: masks and noise are prepared from them there, without
+        waiting for the device.
+        """
         return Batch(
             self.tokens_BT.to(device, non_blocking=True),
             self.targets_BT.to(device, non_blocking=True),
@@ -60,16 +63,16 @@ class Batch:
         )
 
     def pin(self) -> Batch:
-        """The same batch, with what `to` copies in pinned memory, from which a copy to a GPU does not wait."""
+        """The batch with tokens and targets in pinned memory, from which `to` copies to a GPU without waiting."""
         return Batch(self.tokens_BT.pin_memory(), self.targets_BT.pin_memory(), self.doc_ids_BT, self.sample_index_B)
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Sequences ``start`` to ``stop`` of the batch, as views."""
+        """Sequences ``start`` to ``stop`` (exclusive) of the batch, as views."""
         return Batch(*(getattr(self, part.name)[start:stop] for part in fields(self)))
 
 
 def _mix(value: int) -> int:
-    """One step of splitmix64 (Steele, Lea and Flood, 2014): 64 well mixed bits from 64 bits."""
+    """One step of splitmix64 (Steele, Lea and Flood, 2014): hashes 64 bits to 64 bits."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -81,17 +84,17 @@ def permute(index: int, n: int, key: int) -> int: ...
 @overload
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray: ...
 def permute(index: int | np.ndarray, n: int, key: int) -> int | np.ndarray:
-    """A permutation of range(n), chosen by ``key``, at any index: O(1) memory, no table.
+    """A pseudorandom permutation of range(n), chosen by ``key``, evaluated at ``index`` in O(1) memory.
 
-    A balanced Feistel network permutes the smallest range of 4^h numbers that holds n; a result outside range(n) is
-    put in again until it falls inside (cycle walking: fewer than 4 passes on average).
+    A balanced Feistel network permutes the smallest range of 4^h numbers that contains range(n). A result outside
+    range(n) is permuted again until it falls inside (cycle walking: fewer than 4 passes on average).
 
     Args:
         index: in range(n); an int, or an array of integers of any shape.
-        key: any int; the low 64 bits count.
+        key: any int. Only its low 64 bits are used.
 
     Returns:
-        an int, or an int64 array of the same shape.
+        An int, or an int64 array of the shape of ``index``.
 
     Raises:
         ValueError: an index outside range(n).
@@ -125,7 +128,7 @@ def _epoch_key(seed: int, source: str, epoch: int) -> int:
 
 
 def _fraction(part: float, whole: float) -> tuple[int, int]:
-    """part / whole as integers (a, b) with b <= 2^31, exact when both are whole numbers in that range."""
+    """part / whole as integers (a, b) with b <= 2^31. Exact if both are ints and the reduced denominator is in range."""
     if isinstance(part, int) and isinstance(whole, int):
         common = math.gcd(part, whole)
         if whole // common <= 1 << 31:
@@ -139,13 +142,16 @@ def _floor_share(positions: np.ndarray, a: int, b: int) -> np.ndarray:
     return cycles * a + rest * a // b
 
 
-def _cut(rows: np.ndarray, data: TokenData, positions: np.ndarray) -> Batch:
-    """(B, T + 1) ids -> Batch. Raises `UserError` for an id outside the vocabulary: shards may be damaged after they were
-    checked."""
-    if rows.max() >= data.vocab_size:
-        raise UserError(f"{data.where}: damaged: token id {rows.max()} outside the vocabulary of {data.vocab_size}")
-    tokens_BT1 = torch.from_numpy(rows)
-    ended = rows[:, :-1] == data.eos_id
+def _make_batch(ids: np.ndarray, data: TokenData, positions: np.ndarray) -> Batch:
+    """Build a batch from token ids (B, T + 1), int64, and the sequences' positions (B,).
+
+    Raises:
+        UserError: an id is outside the vocabulary. Shards may be damaged after they were checked.
+    """
+    if ids.max() >= data.vocab_size:
+        raise UserError(f"{data.where}: damaged: token id {ids.max()} outside the vocabulary of {data.vocab_size}")
+    tokens_BT1 = torch.from_numpy(ids)
+    ended = ids[:, :-1] == data.eos_id
     doc_ids = np.zeros(ended.shape, dtype=np.int32)
     np.cumsum(ended[:, :-1], axis=1, out=doc_ids[:, 1:])
     return Batch(
@@ -157,18 +163,19 @@ def _cut(rows: np.ndarray, data: TokenData, positions: np.ndarray) -> Batch:
 
 
 class Loader:
-    """Batches of a run, addressed by optimizer step; it has no state to save.
+    """Batches of a run, addressed by optimizer step. It has no state to save.
 
     Args:
         data: the training split.
         sequence_length: T, in tokens.
-        batch_size: sequences per optimizer step, all processes together.
-        seed: of the order.
-        mixture: weights by source name, of any sum; sources that it does not name are not used. Without it each source
-            is drawn in proportion to its size, so that all of them finish an epoch together.
+        batch_size: sequences per optimizer step, over all processes.
+        seed: seed of the data order.
+        mixture: weight of each source by name; they need not sum to 1. Unnamed sources are not used. Without a mixture
+            each source is drawn in proportion to its size, so that all sources finish an epoch together.
 
     Raises:
-        UserError: an unknown source, weights that are no proportions, or a source shorter than one sequence.
+        UserError: the mixture names an unknown source, a weight is negative or not finite, all weights are 0, or a source
+            is shorter than one sequence.
     """
 
     def __init__(
@@ -201,14 +208,18 @@ class Loader:
         self.sequences = [sizes[name] for name in self.names]
         chosen = [weights[name] for name in self.names]
         self._shares = [_fraction(weight, sum(chosen[i:])) for i, weight in enumerate(chosen)]
-        self._shares[-1] = (1, 1)  # whatever the rounding above, the last source takes what is left
+        self._shares[-1] = (1, 1)  # despite rounding, the last source takes all that is left
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Global positions p (n,) -> number of the source in `names`, epoch, sequence within the source; all int64."""
+        """For positions p (n,) in the run: index of the source in `names`, epoch, sequence within the source.
+
+        Returns:
+            Three int64 arrays of shape (n,).
+        """
         source, epoch, sequence = (np.empty(len(positions), dtype=np.int64) for _ in range(3))
         left, rank = np.arange(len(positions)), np.asarray(positions, dtype=np.int64)
         for number, (a, b) in enumerate(self._shares):
-            # Of the positions that come by, this source takes those at which floor(q * a / b) goes up by one.
+            # Of the positions left, this source takes every position q at which floor(q * a / b) increases by one.
             drawn = _floor_share(rank, a, b)
             taken = _floor_share(rank + 1, a, b) > drawn
             mine, n = left[taken], drawn[taken]
@@ -225,23 +236,28 @@ class Loader:
     def _gather(self, positions: np.ndarray) -> Batch:
         T = self.sequence_length
         source, _, sequence = self.locate(positions)
-        rows = np.empty((len(positions), T + 1), dtype=np.int64)
-        for row, number, j in zip(rows, source.tolist(), sequence.tolist(), strict=True):
-            row[:] = self.data.sources[self.names[number]].read(j * T, T + 1)
-        return _cut(rows, self.data, positions)
+        ids = np.empty((len(positions), T + 1), dtype=np.int64)
+        for target, number, j in zip(ids, source.tolist(), sequence.tolist(), strict=True):
+            target[:] = self.data.sources[self.names[number]].read(j * T, T + 1)
+        return _make_batch(ids, self.data, positions)
 
     def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
         if self.batch_size % world or not 0 <= rank < world:
-            raise UserError(f"a batch of {self.batch_size} sequences does not divide among {world} processes")
+            raise UserError(f"a batch of {self.batch_size} sequences does not divide evenly among {world} processes")
         share = self.batch_size // world
         start = step * self.batch_size + rank * share
         return start, start + share
 
     def batch(self, step: int, rank: int = 0, world: int = 1, micro: tuple[int, int] | None = None) -> Batch:
-        """Rank's part of sequences [step * batch_size, (step + 1) * batch_size); ``micro`` = (start, stop) within it.
+        """The part of process ``rank`` in the batch of optimizer step ``step``.
+
+        The whole batch is the samples step * batch_size to (step + 1) * batch_size (exclusive).
+
+        Args:
+            micro: (start, stop) of a micro-batch within the part; None is all of it.
 
         Raises:
-            UserError: ``batch_size`` does not divide among ``world`` processes.
+            UserError: ``batch_size`` is not a multiple of ``world``, or ``rank`` is out of range.
         """
         start, stop = self._range(step, rank, world)
         if micro is not None:
@@ -249,7 +265,7 @@ class Loader:
         return self._gather(np.arange(start, stop, dtype=np.int64))
 
     def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """`batch` in parts of ``micro_batch_size`` sequences; the last is smaller where it does not divide."""
+        """`batch` in micro-batches of ``micro_batch_size`` sequences. The last one may be smaller."""
         if micro_batch_size < 1:
             raise UserError("the micro-batch size must be at least 1")
         start, stop = self._range(step, rank, world)
@@ -257,17 +273,17 @@ class Loader:
             yield self.batch(step, rank, world, (begin, begin + micro_batch_size))
 
     def epochs(self, step: int) -> float:
-        """Passes over the data after ``step`` optimizer steps: sequences drawn / sequences in the sources used."""
+        """Epochs after ``step`` optimizer steps: sequences drawn divided by the sequences in all sources used."""
         return step * self.batch_size / sum(self.sequences)
 
     def epochs_by_source(self, step: int) -> dict[str, float]:
-        """`epochs` of each source used: a mixture repeats small sources sooner."""
-        rank, passes = np.array([step * self.batch_size]), {}
+        """`epochs` of each source used. They differ if a mixture is set."""
+        left, epochs = np.array([step * self.batch_size]), {}
         for name, sequences, (a, b) in zip(self.names, self.sequences, self._shares, strict=True):
-            drawn = _floor_share(rank, a, b)
-            passes[name] = int(drawn[0]) / sequences
-            rank = rank - drawn
-        return passes
+            drawn = _floor_share(left, a, b)
+            epochs[name] = int(drawn[0]) / sequences
+            left = left - drawn
+        return epochs
 
 
 def _too_short(data: TokenData, sequence_length: int, name: str | None = None) -> str:
@@ -275,7 +291,7 @@ def _too_short(data: TokenData, sequence_length: int, name: str | None = None) -
     what = f"source {name!r} of {data.where}" if name else f"{data.where}"
     return (
         f"{what} has {tokens} tokens, too few for one sequence of {sequence_length} + 1: "
-        f"give more text, or a shorter sequence"
+        f"use more text or a shorter data.sequence_length"
     )
 
 
@@ -287,15 +303,19 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """Batches over a split in order, the same every time.
+    """Batches of held-out sequences, in a fixed order.
 
-    Sequences are cut as in `Loader`, source after source. With ``max_tokens`` below the split's size they are taken
-    at even distances, so that every part of the split is represented. ``sample_index_B`` is a sequence's place in the
-    whole split, whatever ``max_tokens`` and ``world`` are. Rank r of ``world`` gets every ``world``-th sequence from
-    the r-th on; ranks may differ by one sequence. The last batch may be smaller.
+    Sequences are cut as in `Loader`, source after source. ``sample_index_B`` is a sequence's position in the whole split,
+    whatever ``max_tokens`` and ``world`` are. The last batch may be smaller.
+
+    Args:
+        max_tokens: tokens to use at most, rounded down to whole sequences. The sequences are spread evenly over the split.
+            None uses the whole split.
+        rank, world: process ``rank`` gets every ``world``-th sequence, from sequence ``rank`` on. Processes may differ by
+            one sequence.
 
     Raises:
-        UserError: at the first batch, a split shorter than one sequence.
+        UserError: at the first batch, if the split is shorter than one sequence.
     """
     T = sequence_length
     names = list(data.sources)
@@ -307,8 +327,8 @@ def validation_batches(
     chosen = (np.arange(count, dtype=np.int64) * total // count)[rank::world]
     for begin in range(0, len(chosen), batch_size):
         positions = chosen[begin : begin + batch_size]
-        rows = np.empty((len(positions), T + 1), dtype=np.int64)
-        for row, position in zip(rows, positions.tolist(), strict=True):
+        ids = np.empty((len(positions), T + 1), dtype=np.int64)
+        for target, position in zip(ids, positions.tolist(), strict=True):
             number = int(np.searchsorted(starts, position, side="right")) - 1
-            row[:] = data.sources[names[number]].read((position - int(starts[number])) * T, T + 1)
-        yield _cut(rows, data, positions)
+            target[:] = data.sources[names[number]].read((position - int(starts[number])) * T, T + 1)
+        yield _make_batch(ids, data, positions)

@@ -1,4 +1,4 @@
-"""Unigram and bigram models over tokens: a trained network must have a lower loss than they."""
+"""Unigram and bigram baselines. A trained network must reach a lower loss than both."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from numpy.typing import NDArray
 
 
 def unigram_log_p(counts_V: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Log-probabilities (V,) of tokens from their counts (add-one)."""
+    """Log-probabilities (V,) of the tokens from their counts (V,), with add-one smoothing. Nats, float64."""
     smoothed = counts_V + 1.0
     return np.log(smoothed / smoothed.sum())
 
 
 def unigram_nll(train: NDArray[np.integer], held_out: NDArray[np.integer], vocab_size: int) -> float:
-    """Nats per token of ``held_out[1:]`` under the token frequencies of ``train`` (add-one)."""
+    """NLL of ``held_out[1:]`` under the token frequencies of ``train``, with add-one smoothing. Nats per token."""
     return float(-unigram_log_p(np.bincount(train, minlength=vocab_size))[held_out[1:]].mean())
 
 
 def bigram_nll(
     train: NDArray[np.integer], held_out: NDArray[np.integer], vocab_size: int, discount: float = 0.75
 ) -> float:
-    """Nats per token of ``held_out[1:]`` given the token before, by absolute discounting with Kneser-Ney backoff.
+    """NLL of ``held_out[1:]`` under a bigram model of ``train``. Nats per token.
 
-    p(b|a) = max(c(ab) - d, 0) / c(a) + d * types(a) / c(a) * p_kn(b), with p_kn(b) proportional to the number of
-    distinct tokens before b, add-one. A stronger bigram model than plain counts: Kneser and Ney (1995).
+    The model uses absolute discounting with Kneser-Ney backoff (Kneser and Ney, 1995), which is stronger than plain counts:
+
+        p(b|a) = max(c(ab) - d, 0) / c(a) + d * types(a) / c(a) * p_kn(b)
+
+    c counts occurrences in ``train``, types(a) is the number of distinct tokens after a, and p_kn(b) is proportional to
+    the number of distinct tokens before b plus one.
+
+    Args:
+        train, held_out: token ids, 1-dimensional.
+        discount: d.
     """
     pairs, counts = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
     before, after = pairs // vocab_size, pairs % vocab_size

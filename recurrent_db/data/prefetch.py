@@ -1,4 +1,4 @@
-"""Prepares batches ahead of the step that reads them: a thread gathers and pins them while the device works."""
+"""Prepares the batches of the next steps in a thread while the device computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from recurrent_db.data.loader import Batch, Loader
 
 STEPS_AHEAD = 2
-"""Optimizer steps whose batches are prepared while one is computed."""
+"""Number of steps whose batches are prepared in advance."""
 
 
 def prefetch(
@@ -24,13 +24,15 @@ def prefetch(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Iterable[Batch]]:
-    """Yield the micro-batches of every optimizer step from ``first_step`` on, on ``device``: `Loader.micro_batches` of
-    process ``rank`` of ``world``.
+    """For each optimizer step from ``first_step`` on, yield its micro-batches on ``device``.
 
-    With ``thread``, a thread prepares the next `STEPS_AHEAD` steps, for a CUDA device in pinned memory, from which the
-    copy does not wait. The default uses a thread if batches go to another device: on the CPU gathering costs a hundredth
-    of a step, and a thread would compete for the cores. An error of the loader is raised by the step whose batch it was.
-    The thread ends with the iterator or the program.
+    They are those of `Loader.micro_batches`. An error of the loader is raised at the step whose batch failed.
+
+    Args:
+        thread: prepare the next `STEPS_AHEAD` steps in a thread, for CUDA in pinned memory, from which copies do not wait.
+            The thread ends with the iterator. None uses a thread unless ``device`` is the CPU: there, gathering costs a
+            hundredth of a step, and a thread would compete for the cores.
+        rank, world: number of this process, and number of processes.
     """
     if thread is None:
         thread = device.type != "cpu"

@@ -1,4 +1,4 @@
-"""Documents to token shards: tokenise text sources into a data directory."""
+"""Tokenises text sources into a data directory of token shards."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, rea
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates
 from recurrent_db.errors import UserError
 
-# Text handed to the tokenizer's threads at once: enough to keep them busy, little enough to stay in memory.
+# Text given to the tokenizer's threads at once: enough to keep them busy, little enough to fit in memory.
 _BYTES_PER_WORKER = 1 << 20
 _MAX_CHUNK_BYTES = 64 << 20
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
 class Prepared:
-    """What `prepare` made, as its summary says it."""
+    """Result of `prepare`."""
 
     out: str
     documents: int
@@ -40,11 +40,11 @@ class Prepared:
     """UTF-8 bytes of text."""
     seconds: float
     note: str | None
-    """What had to be replaced or left out, in one line; None when nothing was."""
+    """One line about bytes that were replaced and files that were skipped; None if there are none."""
     manifest: dict[str, Any]
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line with the counts and the speed."""
         return (
             f"{self.out}: {self.documents:,} documents, {self.tokens:,} tokens ({self.validation_tokens:,} held out), "
             f"{self.text_bytes / self.tokens:.2f} bytes per token, {self.seconds:.1f} s, "
@@ -58,13 +58,13 @@ _Item = tuple[str, str, Document, bytes]
 
 @dataclass
 class _Limit:
-    """What may still be taken from one named source; None is no limit."""
+    """Documents and bytes that may still be read from one named source. None is no limit."""
 
     documents: int | None
     bytes: int | None
 
     def take(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Pass documents on until a limit is reached; the last one is cut to fit, at a line end where it has one."""
+        """Yield documents until a limit is reached. The last one is cut to fit, at a line end if it has one."""
         if self.spent():
             return
         for document in documents:
@@ -87,7 +87,7 @@ class _Limit:
 
 
 def _by_name(sources: Sequence[str]) -> dict[str, list[str]]:
-    """Locations by the name of their source."""
+    """Group the locations of ``NAME=LOCATION`` strings by name. Raises `UserError` for a bad name."""
     groups: dict[str, list[str]] = {}
     for source in sources:
         name, location = parse_source(source)
@@ -112,22 +112,24 @@ def prepare(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Prepared:
-    """Tokenise ``sources`` into the data directory ``out``; the result does not depend on ``workers``.
+    """Tokenise ``sources`` into the data directory ``out``. The result does not depend on ``workers``.
 
     Args:
-        sources: ``stdlib``, files, folders, ``hf:NAME[:CONFIG[:SPLIT]]``, each as ``NAME=SOURCE`` to give it a name
-            of its own; sources without one together form the source "default".
+        sources: ``stdlib``, files, folders, or ``hf:NAME[:CONFIG[:SPLIT]]``. ``NAME=SOURCE`` gives a source a name.
+            Sources without a name together form the source "default".
         tokenizer: a tokenizer, or the path of its model.
-        val_sources: validation text; without any, the share ``holdout`` (0 to 1) of ``sources`` is held out.
-        workers: tokenising threads; None takes every core.
-        shard_tokens: tokens per shard.
-        max_documents, max_bytes: limits for each named source (UTF-8 bytes of text), None for all of it.
+        val_sources: validation text. Without it, the share ``holdout`` (0 to 1) of ``sources`` is held out.
+        workers: tokenising threads; None uses all cores.
+        shard_tokens: most tokens per shard.
+        max_documents, max_bytes: most documents and UTF-8 bytes of text to read from each named source; None is no limit.
         part: (i, n) reads the i-th of n parts of ``sources``, counted from 1. A hash of a document's text chooses its part,
-            so equal documents are in one part and no document is in two. ``val_sources`` are read whole.
+            so the parts have no document in common. ``val_sources`` are read whole.
+        overwrite: replace an existing data directory once the new one is complete.
         progress: show a progress bar on a terminal.
 
     Raises:
-        UserError: nothing to read, an input or ``out`` that does not work; nothing is left behind then.
+        UserError: an argument is wrong, an input cannot be read, there is no text, or ``out`` cannot be written. ``out`` is
+            then unchanged.
     """
     _check_arguments(sources, holdout, part, workers=workers, max_documents=max_documents, max_bytes=max_bytes)
     started = time.perf_counter()
@@ -165,14 +167,14 @@ def prepare(
 
 def _check_arguments(sources: Sequence[str], holdout: float, part: tuple[int, int], **limits: int | None) -> None:
     if not sources:
-        raise UserError("no source given")
+        raise UserError("no source is given")
     if not 0 <= holdout < 1:
         raise UserError(f"holdout must be at least 0 and below 1, not {holdout}")
     for name, limit in limits.items():
         if limit is not None and limit < 1:
             raise UserError(f"{name} must be at least 1, not {limit}")
     if not 1 <= part[0] <= part[1]:
-        raise UserError(f"part {part[0]}/{part[1]}: parts are numbered from 1 to their number")
+        raise UserError(f"part {part[0]}/{part[1]}: parts are numbered from 1 to {part[1]}")
 
 
 def _items(
@@ -184,7 +186,7 @@ def _items(
     options: ReadOptions,
     report: ReadReport,
 ) -> Iterator[_Item]:
-    """The documents of all sources with their split. ``limit`` holds for each named source."""
+    """The documents of all sources with their splits. ``limit`` applies to each named source."""
     jobs = [("train", name, where) for name, where in train.items()]
     jobs += [("validation", name, where) for name, where in validation.items()]
     for split, name, locations in jobs:
@@ -204,7 +206,7 @@ def _of_part(documents: Iterable[Document], part: int, parts: int) -> Iterator[D
 
 
 def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Group documents into runs of about ``size`` bytes of text."""
+    """Group documents into chunks of about ``size`` bytes of text."""
     chunk: list[_Item] = []
     held = 0
     for item in items:
@@ -229,5 +231,5 @@ def _check_not_empty(
         missing = "left to train on" if not tokens["train"] else "held out for validation"
         raise UserError(
             f"nothing of {', '.join(sources)} was {missing} at --holdout {holdout}: "
-            f"change the share, give --val-source, or use more text"
+            f"change the share, set --val-source, or use more text"
         )

@@ -1,8 +1,8 @@
-"""sentencepiece models behind `tokenizer.Tokenizer`, made lossless.
+"""sentencepiece models, made lossless, as a back end of `tokenizer.Tokenizer`.
 
 - The model's own normalisation (Unicode folding, dummy prefix, whitespace collapse) is switched off.
-- sentencepiece writes a space as U+2581, so a literal U+2581 would come back as a space: the text is cut around it,
-  and its three byte pieces are put there directly.
+- sentencepiece writes a space as U+2581, so a literal U+2581 would be decoded as a space. Texts are therefore cut at each
+  U+2581, and the ids of its three byte pieces are inserted there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from recurrent_db.data.tokenizer_backend import Backend
 from recurrent_db.errors import UserError
 
 SPACE_MARK = "\u2581"
-"""What sentencepiece writes for a space."""
+"""The character that sentencepiece writes for a space."""
 
-# Long texts are cut at a line end before encoding: one call's memory and time stay bounded and one document
-# can use many threads. The cut depends on the text alone, so the tokens never depend on the number of threads.
+# Long texts are cut at a line end before encoding. This bounds the memory and time of a call, and lets one document use
+# several threads. The cut depends only on the text, so the tokens do not depend on the number of threads.
 _SEGMENT_CHARACTERS = 1 << 17
 
 # ModelProto.normalizer_spec (field 3) = {precompiled_charsmap: "", add_dummy_prefix: false, remove_extra_whitespaces:
@@ -30,7 +30,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _segments(text: str) -> Iterator[str | None]:
-    """Cut ``text`` into pieces that are encoded by themselves; None stands for one literal U+2581."""
+    """Cut ``text`` into segments that are encoded separately. None stands for one literal U+2581."""
     for n, part in enumerate(text.split(SPACE_MARK)):
         if n:
             yield None
@@ -44,10 +44,11 @@ def _segments(text: str) -> Iterator[str | None]:
 
 
 def load(model_bytes: bytes, name: str) -> Backend:
-    """Build from the bytes of a sentencepiece model file; ``name`` is what error messages call it.
+    """Build a back end from the bytes of a sentencepiece model file. ``name`` is its name in error messages.
 
     Raises:
-        UserError: this is no sentencepiece model, or one that cannot represent every text.
+        UserError: this is not a sentencepiece model, it is damaged, has no end-of-sequence token, or cannot represent
+            every text.
     """
     sentencepiece.set_min_log_level(3)
     try:
@@ -56,22 +57,22 @@ def load(model_bytes: bytes, name: str) -> Backend:
     except (RuntimeError, ValueError):
         size = 0
     if not size:
-        raise UserError(f"{name}: not a sentencepiece model, or a damaged one")
+        raise UserError(f"{name}: not a sentencepiece model, or damaged")
     eos_id = model.eos_id()
     if eos_id < 0:
-        raise UserError(f"{name}: it has no end-of-sequence token, which separates documents")
+        raise UserError(f"{name}: no end-of-sequence token, which must separate documents")
 
     token_bytes: list[bytes] = []
     byte_ids: dict[int, int] = {}
     try:
         spelled = [model.id_to_piece(i) for i in range(size)]
     except UnicodeDecodeError:
-        raise UserError(f"{name}: not a sentencepiece model, or a damaged one (a piece is not UTF-8)") from None
+        raise UserError(f"{name}: not a sentencepiece model, or damaged (a piece is not UTF-8)") from None
     for i in range(size):
         if model.is_byte(i):
             match = _BYTE_PIECE.fullmatch(spelled[i])
             if match is None:
-                raise UserError(f"{name}: not a sentencepiece model, or a damaged one (byte piece {i})")
+                raise UserError(f"{name}: not a sentencepiece model, or damaged (byte piece {i})")
             byte_ids[int(match[1], 16)] = i
             token_bytes.append(bytes.fromhex(match[1]))
         elif model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
@@ -79,9 +80,9 @@ def load(model_bytes: bytes, name: str) -> Backend:
         else:
             token_bytes.append(spelled[i].replace(SPACE_MARK, " ").encode())
     if len(byte_ids) != 256:
-        raise UserError(f"{name}: it was trained without byte fallback and cannot represent every text")
+        raise UserError(f"{name}: trained without byte fallback, so it cannot represent every text")
     if model.piece_to_id(SPACE_MARK) == model.unk_id():
-        raise UserError(f"{name}: it has no piece for a space and cannot represent every text")
+        raise UserError(f"{name}: no piece for a space, so it cannot represent every text")
     mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
 
     def encode(texts: Sequence[str], threads: int) -> list[list[int]]:
@@ -99,6 +100,6 @@ def load(model_bytes: bytes, name: str) -> Backend:
             result.append(ids)
         return result
 
-    # A model without one of these uses its separator there: nothing in the project feeds or predicts them.
+    # A missing bos or pad id is set to eos_id: the project never uses these two tokens.
     bos_id, pad_id = (i if i >= 0 else eos_id for i in (model.bos_id(), model.pad_id()))
     return Backend(encode, token_bytes, eos_id, bos_id, pad_id)

@@ -1,4 +1,4 @@
-"""Writes a data directory of token shards. `shards` describes the format and reads it."""
+"""Writes a data directory of token shards. The format is described in `shards`."""
 
 from __future__ import annotations
 
@@ -89,17 +89,18 @@ class _SourceWriter:
 
 
 class DataWriter:
-    """Builds a data directory. A context manager: unless `commit` was reached, it leaves nothing behind.
+    """Builds a data directory as a context manager. Without a call of `commit` it leaves ``out`` unchanged.
 
-    (A process that is killed leaves its unfinished ``.NAME.partial-PID`` beside the target. It may be deleted.)
+    A process that is killed leaves its unfinished ``.NAME.partial-PID`` beside ``out``, which may be deleted.
 
     Args:
-        out: the directory to make; its parents are made as needed.
-        shard_tokens: tokens per shard at most, unless one document alone is longer.
-        overwrite: replace an older data directory (nothing else is ever replaced) once the new one is complete.
+        out: the directory to create. Missing parents are created too.
+        tokenizer: the tokenizer of the documents' tokens; it is saved with them.
+        shard_tokens: most tokens per shard. A longer document has a shard of its own.
+        overwrite: replace an existing data directory once the new one is complete. Any other folder is refused.
 
     Raises:
-        UserError: ``out`` exists, or cannot be made.
+        UserError: ``out`` exists or cannot be created, or ``shard_tokens`` is below 1.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class DataWriter:
         overwrite: bool = False,
     ) -> None:
         if shard_tokens < 1:
-            raise UserError("a shard needs at least 1 token")
+            raise UserError("the number of tokens per shard must be at least 1")
         self.out = Path(os.path.realpath(out))
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
@@ -134,12 +135,26 @@ class DataWriter:
     ) -> None:
         for writer in self._writers.values():
             if writer.file is not None:
-                with contextlib.suppress(OSError):  # on a full disk the last flush fails once more
+                with contextlib.suppress(OSError):  # on a full disk the flush fails again
                     writer.file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def add(self, split: str, source: str, identity: str, text: bytes, ids: Sequence[int]) -> int:
-        """Append one document (``text`` is its UTF-8) and return its number of tokens, the separator included."""
+        """Append one document.
+
+        Args:
+            split: "train" or "validation".
+            source: name of the source.
+            identity: id of the document, which enters the source's text hash.
+            text: the document's text in UTF-8.
+            ids: its token ids, without a separator.
+
+        Returns:
+            The number of tokens written, separator included.
+
+        Raises:
+            UserError: ``source`` cannot be part of a file name.
+        """
         writer = self._writers.get((split, source))
         if writer is None:
             check_source_name(source)
@@ -153,10 +168,13 @@ class DataWriter:
         return len(tokens)
 
     def commit(self, reading: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Finish the shards, write the manifest, move the directory into place and return the manifest.
+        """Finish the shards, write the manifest, rename the directory to ``out``, and return the manifest.
 
         Args:
-            reading: what was replaced or skipped, and the options of reading: kept in the manifest for people.
+            reading: options and counts of reading, recorded in the manifest. No program reads them.
+
+        Raises:
+            UserError: ``out`` was created in the meantime.
         """
         splits: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
         for (split, source), writer in self._writers.items():
@@ -176,7 +194,7 @@ class DataWriter:
             file.write(sealed(manifest))
             file.flush()
             os.fsync(file.fileno())
-        check_target(self.out, self.overwrite)  # again: it may have appeared in the meantime
+        check_target(self.out, self.overwrite)  # check again: another process may have created it
         old = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
         if self.out.exists():
             self.out.rename(old)
@@ -191,7 +209,10 @@ class DataWriter:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise UserError unless ``out`` may be written: it does not exist, or is a data directory to be replaced."""
+    """Raise UserError unless ``out`` may be written.
+
+    It must not exist, or, with ``overwrite``, it must be a data directory or an empty folder.
+    """
     try:
         present = out.exists()
         replaceable = present and out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
@@ -200,4 +221,4 @@ def check_target(out: Path, overwrite: bool) -> None:
     if present and not overwrite:
         raise UserError(f"{out} exists already: choose another --out, or replace it with --overwrite True")
     if present and not replaceable:
-        raise UserError(f"{out} exists and is no data directory (no {MANIFEST} in it): not replaced")
+        raise UserError(f"{out} exists and is not a data directory (no {MANIFEST} in it): not replaced")

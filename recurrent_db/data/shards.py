@@ -1,16 +1,16 @@
-"""Token shards on disk: the format of a data directory, and reading it. `shard_writer` writes it.
+"""The format of a data directory of token shards, and how it is read. `shard_writer` writes it.
 
 A data directory holds
 
-- ``manifest.json``: format version, dtype, vocabulary, tokenizer, and for each split and source its shards with their
+- ``manifest.json``: format version, dtype, vocabulary size, tokenizer, and the shards of each split and source with their
   sizes and SHA-256 checksums;
 - ``tokenizer.model``: a copy of the tokenizer that made the tokens;
-- ``SPLIT-SOURCE-NNNNN.bin``: raw little-endian uint16 (vocabulary up to 65,536) or uint32 token ids. The tokens of each
-  document are followed by the tokenizer's end-of-sequence token. A document never spans two shards;
-- ``SPLIT-SOURCE-NNNNN.offsets.npy``: int64 of shape (documents + 1,): where in the shard each document begins, and
-  last the shard's length.
+- ``SPLIT-SOURCE-NNNNN.bin``: token ids as raw little-endian uint16 (vocabulary up to 65,536) or uint32. The tokenizer's
+  end-of-sequence token follows each document. A document never spans two shards;
+- ``SPLIT-SOURCE-NNNNN.offsets.npy``: int64, shape (documents + 1,). The position in the shard at which each document
+  begins, then the length of the shard.
 
-A directory appears complete or not at all: it is built beside its target and renamed at the end.
+A directory is built under another name and renamed when it is complete, so an interrupted build never looks like one.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "validation")
 PIECE = 1 << 22
-"""Ids read at once where a whole shard is read."""
+"""Token ids that are read at once while a whole shard is checked."""
 
 _SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Smallest of little-endian uint16 and uint32 that holds every id below ``vocab_size``."""
+    """Little-endian uint16 if it holds every id below ``vocab_size``, else uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
@@ -53,15 +53,16 @@ def check_source_name(name: str) -> None:
 
 
 class FileArray:
-    """A one-dimensional array in a file. A slice (of step 1) is read into a new NumPy array.
+    """A one-dimensional array in a file, which need not fit in memory. Slicing reads the slice into a new NumPy array.
 
-    The array need not fit in memory. If the file is cut short while it is open, reading raises an error, where a memory map
-    would kill the process (SIGBUS). A file that was removed can still be read.
+    If the file is truncated while it is open, reading raises an error; a memory map would kill the process (SIGBUS). A
+    file that was removed can still be read.
 
     Args:
-        path: the file, which stays open as long as the array lives.
-        count: elements.
-        start: byte of the file at which they begin.
+        path: the file. It stays open as long as the array exists.
+        dtype: dtype of the elements.
+        count: number of elements.
+        start: offset of the first element in the file, in bytes.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], count: int, start: int = 0) -> None:
@@ -73,10 +74,15 @@ class FileArray:
         return self._count
 
     def __getitem__(self, piece: slice) -> np.ndarray:
-        """Raises UserError: the file has become shorter than it was, or cannot be read."""
+        """Read a slice of step 1.
+
+        Raises:
+            UserError: the file was truncated, or cannot be read.
+            ValueError: another step.
+        """
         begin, end, step = piece.indices(self._count)
         if step != 1:
-            raise ValueError(f"step {step}: only whole pieces of a file are read")
+            raise ValueError(f"a slice of a FileArray must have step 1, not {step}")
         values = np.empty(max(0, end - begin), self.dtype)
         left, place = values.view(np.uint8).data, self.start + begin * self.dtype.itemsize
         try:
@@ -94,13 +100,13 @@ class FileArray:
 
 @dataclass
 class TokenSource:
-    """The concatenated shards of one source: an array of ``tokens`` ids that need not fit in memory."""
+    """The concatenated shards of one source: ``tokens`` token ids, which need not fit in memory."""
 
     name: str
     arrays: Sequence[np.ndarray | FileArray]
-    """Token ids by shard, uint16 or uint32, 1-dimensional; to be sliced."""
+    """Token ids of each shard, uint16 or uint32, 1-dimensional."""
     offsets: Sequence[np.ndarray | FileArray]
-    """Document boundaries by shard, int64 (documents + 1,)."""
+    """Document boundaries of each shard, int64, shape (documents + 1,)."""
     bytes: int
     """UTF-8 bytes of the text."""
 
@@ -110,14 +116,16 @@ class TokenSource:
         self.documents = sum(len(offsets) - 1 for offsets in self.offsets)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Ids ``start`` to ``start + count``, in the shards' dtype.
+        """Token ids ``start`` to ``start + count`` (exclusive), shape (count,), in the shards' dtype.
 
         Raises:
-            IndexError: outside the source.
-            UserError: a shard has become shorter than it was when it was opened, or cannot be read.
+            IndexError: the range is outside the source.
+            UserError: a shard was truncated after it was opened, or cannot be read.
         """
         if start < 0 or count < 0 or start + count > self.tokens:
-            raise IndexError(f"tokens {start} to {start + count} of source {self.name!r}, which has {self.tokens}")
+            raise IndexError(
+                f"tokens {start} to {start + count} are outside source {self.name!r}, which has {self.tokens} tokens"
+            )
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         parts = []
         while count > 0:
@@ -132,7 +140,7 @@ class TokenSource:
 
 @dataclass
 class TokenData:
-    """One split of a data directory: its sources, and what is needed to read them as text."""
+    """One split of a data directory."""
 
     sources: dict[str, TokenSource]
     vocab_size: int
@@ -143,27 +151,31 @@ class TokenData:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sources, document separators included."""
+        """Number of tokens of all sources, document separators included."""
         return sum(source.tokens for source in self.sources.values())
 
     @property
     def documents(self) -> int:
-        """Documents of all sources."""
+        """Number of documents of all sources."""
         return sum(source.documents for source in self.sources.values())
 
     @property
     def bytes(self) -> int:
-        """UTF-8 bytes of text of all sources."""
+        """UTF-8 bytes of the text of all sources."""
         return sum(source.bytes for source in self.sources.values())
 
     @property
     def where(self) -> str:
-        """The name of these data in error messages."""
+        """The name of this data in error messages."""
         return f"{self.directory or 'data'} ({self.split})"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], vocab_size: int, eos_id: int) -> TokenData:
-        """Data held in memory: one array of ids per source. For tests and experiments."""
+        """Data in memory, for tests and experiments.
+
+        Args:
+            arrays: token ids of each source by name, 1-dimensional.
+        """
         sources = {}
         for name, array in arrays.items():
             ends = np.flatnonzero(array == eos_id) + 1
@@ -174,10 +186,10 @@ class TokenData:
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of a data directory, its shape checked.
+    """Read and check the manifest of a data directory.
 
     Raises:
-        UserError: missing, unreadable, or not a manifest of this format and version.
+        UserError: the manifest is missing, unreadable, or not of this format and version.
     """
     path = Path(directory) / MANIFEST
     try:
@@ -191,7 +203,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of token shards")
     if manifest.get("version") != FORMAT_VERSION:
-        raise UserError(f"{path}: version {manifest.get('version')!r}, this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: version {manifest.get('version')!r}, but this program reads {FORMAT_VERSION}")
     problem = _problem(manifest)
     if problem:
         raise UserError(f"{path}: damaged: {problem}")
@@ -203,7 +215,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _problem(manifest: dict[str, Any]) -> str | None:
-    """What is wrong with the manifest's shape, or None."""
+    """What is wrong with the keys and types of a manifest; None if they are right."""
     if not _is_count(manifest.get("vocab_size")) or not _is_count(manifest.get("eos_id")):
         return "vocab_size and eos_id must be numbers"
     if manifest.get("dtype") not in ("uint16", "uint32"):
@@ -217,7 +229,7 @@ def _problem(manifest: dict[str, Any]) -> str | None:
     for split, sources in splits.items():
         for name, entry in sources.items():
             if not _SOURCE_NAME.fullmatch(name):
-                return f"{name[:200]!r} is no name of a source"
+                return f"{name[:200]!r} is not a source name"
             shards = entry.get("shards") if isinstance(entry, dict) else None
             if not isinstance(shards, list):
                 return f"{split}.{name} has no shards"
@@ -231,7 +243,7 @@ def _problem(manifest: dict[str, Any]) -> str | None:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """``directory / name``, refused when it lies elsewhere: a manifest may come from a stranger."""
+    """``directory / name``. Raises `UserError` if it is outside ``directory``: a manifest may be malicious."""
     outside = Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(directory / name, directory)
     if outside or not name.isprintable():
         raise UserError(f"{directory / MANIFEST}: file name {name[:200]!r} points outside the data directory")
@@ -249,8 +261,11 @@ _NPY_HEADER = re.compile(
 
 
 def _open_offsets(path: Path) -> FileArray | None:
-    """A file of offsets as `shard_writer` makes it, int64 and not empty; None for any other. NumPy's own reader takes much
-    more: archives, headers that are parsed as Python, sizes that no file has."""
+    """Open a file of offsets written by `shard_writer`, int64 and not empty. None for any other file.
+
+    NumPy's own reader is too permissive for untrusted files: it accepts archives, parses headers as Python, and believes
+    any size.
+    """
     with path.open("rb") as file:
         match = _NPY_HEADER.match(file.read(256))
     if match is None or int.from_bytes(match[1], "little") != len(match[2]):
@@ -297,14 +312,15 @@ def open_data(
     expect_tokenizer_hash: str | None = None,
     verify: bool = False,
 ) -> TokenData:
-    """Open one split ("train" or "validation") of a data directory; its tokens are read when they are asked for.
+    """Open one split of a data directory. Tokens are read from disk as they are needed.
 
     Args:
-        expect_tokenizer_hash: refuse data made with a tokenizer of another `Tokenizer.hash`.
-        verify: compare every file's SHA-256 with the manifest's. Sizes are always compared.
+        split: "train" or "validation".
+        expect_tokenizer_hash: `Tokenizer.hash` that the data must have; None accepts any.
+        verify: check every file's SHA-256 and every token id. Sizes are always checked.
 
     Raises:
-        UserError: the manifest or a file is missing, damaged or of another tokenizer, a file name points outside the
+        UserError: the manifest or a file is missing or damaged, the tokenizer is another, a file name points outside the
             directory, or the split is empty.
     """
     directory = Path(directory)
@@ -312,7 +328,7 @@ def open_data(
     found = manifest["tokenizer"]["hash"]
     if expect_tokenizer_hash is not None and found != expect_tokenizer_hash:
         raise UserError(
-            f"{directory}: made with tokenizer {found}, but tokenizer {expect_tokenizer_hash} is in use: "
+            f"{directory}: made with tokenizer {found}, but this run uses tokenizer {expect_tokenizer_hash}: "
             f"prepare the data with that tokenizer"
         )
     dtype = np.dtype("<u2" if manifest["dtype"] == "uint16" else "<u4")
@@ -322,7 +338,7 @@ def open_data(
         arrays, offsets = [tokens for tokens, _ in opened], [offsets for _, offsets in opened]
         sources[name] = TokenSource(name, arrays, offsets, sum(shard["bytes"] for shard in entry["shards"]))
     if verify and is_altered(directory / MANIFEST):
-        raise UserError(f"{directory / MANIFEST}: damaged: it is not as it was written; prepare the data again")
+        raise UserError(f"{directory / MANIFEST}: damaged: its checksum is wrong; prepare the data again")
     if not any(source.tokens for source in sources.values()):
         there = [name for name, entries in manifest["splits"].items() if entries]
         raise UserError(f"{directory}: no {split!r} split (it has: {', '.join(there) or 'none'})")
@@ -330,7 +346,7 @@ def open_data(
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer kept in a data directory. Raises UserError when it is missing or not the one of the manifest."""
+    """The tokenizer of a data directory. Raises UserError if it is missing or differs from the manifest's."""
     manifest = read_manifest(directory)
     path = _inside(Path(directory), manifest["tokenizer"]["file"])
     tokenizer = Tokenizer(path)
@@ -340,7 +356,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def document(source: TokenSource, number: int) -> np.ndarray:
-    """Token ids of document ``number`` (from 0) of ``source``, its separator included. Raises IndexError."""
+    """Token ids of document ``number`` (from 0) of ``source``, separator included. Raises IndexError if there is none."""
     counts = itertools.accumulate(len(offsets) - 1 for offsets in source.offsets)
     before = 0
     for shard, until in enumerate(counts):
@@ -348,4 +364,4 @@ def document(source: TokenSource, number: int) -> np.ndarray:
             begin, end = source.offsets[shard][number - before : number - before + 2].tolist()
             return source.arrays[shard][begin:end]
         before = until
-    raise IndexError(f"document {number} of source {source.name!r}, which has {source.documents}")
+    raise IndexError(f"no document {number} in source {source.name!r}, which has {source.documents}")

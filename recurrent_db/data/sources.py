@@ -1,17 +1,18 @@
-"""Reads documents from the embedded corpus, files, folders and the Hugging Face hub, as a stream in bounded memory.
+"""Streams documents from the embedded corpus, files, folders and the Hugging Face hub in bounded memory.
 
-A source is written ``stdlib``, a FILE, a DIR or ``hf:NAME[:CONFIG[:SPLIT]]``. A name in front of it, as in
-``code=stdlib`` or ``web=crawl/``, lets a mixture weight it.
+A source is ``stdlib``, a file, a folder or ``hf:NAME[:CONFIG[:SPLIT]]``. A name in front of it, as in ``code=stdlib`` or
+``web=crawl/``, lets a mixture weight it. How files are read:
 
-- Text (.txt .md .rst .py, and any other file named explicitly): one document per file, or cut at a separator.
-- .jsonl .ndjson: one document per line, the text under a key. .json: such lines, or one list of such objects, of at most
-  256 Mi characters. .parquet: through `datasets`.
-- Each of these also as .gz or .zst, except parquet. A folder is read recursively in order of path; hidden files, and
-  files of other kinds, are left out.
+- Text (.txt .md .rst .py, and any other file that is named explicitly): one document per file, or cut at a separator.
+- .jsonl .ndjson: one document per line, with its text under a key.
+- .json: such lines, or one list of such objects with at most 256 Mi characters.
+- .parquet: through the library `datasets`.
+- All but parquet may be compressed as .gz or .zst.
+- A folder is read recursively, in the order of its paths, without hidden files and files of other kinds.
 
-Bytes that are not UTF-8 become U+FFFD, and are counted. A file with a NUL byte in its first 8 KiB counts as binary: its
-NULs are replaced as well. A file is skipped if more than 30 percent of its first MiB would be replaced. A byte order mark
-at the start is dropped. Nothing else is changed.
+Bytes that are not UTF-8 become U+FFFD and are counted. A file with a NUL byte in its first 8 KiB counts as binary, and its
+NULs are replaced too. A file is skipped if more than 30 percent of its first MiB would be replaced. A byte order mark at
+the start is dropped. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ TABLE_SUFFIXES = (".json", ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 MAX_DOCUMENT_CHARACTERS = 4 << 20
-"""A longer text is cut at a line end into several documents, so that a file of any size streams."""
+"""A longer text is cut at a line end into several documents, so that memory stays bounded."""
 
 MAX_LINE_CHARACTERS = 64 << 20
-"""A longer line of JSON is refused, and a longer text without a separator is cut, so that no file fills the memory, nor what
-a small compressed file unpacks to."""
+"""A longer JSON line is refused, and a longer text between two separators is cut. This bounds memory, even for a small
+compressed file that unpacks to a huge one."""
 
 MAX_TABLE_CHARACTERS = 1 << 28
-"""A larger list in one .json file is refused. JSON lines and parquet stream."""
+"""A longer list in one .json file is refused, because it must be held in memory."""
 
 FEW_DOCUMENTS = 64
-"""A source with fewer documents is not split by document: the end of each document is held out instead."""
+"""A source with fewer documents is not split by document. The end of each document is held out instead."""
 
 _BLOCK_BYTES = 1 << 20
 _SNIFF_BYTES = 8 << 10
@@ -60,24 +61,27 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 
 @dataclass
 class ReadReport:
-    """What reading had to change or leave out; filled in while documents are read."""
+    """Counts of what reading replaced, cut or left out. Filled in while documents are read."""
 
     replaced_bytes: int = 0
-    """Bytes that were not UTF-8, or NULs of a binary file, now U+FFFD."""
+    """Bytes that were replaced by U+FFFD: not UTF-8, or NULs of a binary file."""
     replaced_files: int = 0
+    """Files in which bytes were replaced."""
     binary_files: int = 0
-    """Files with a NUL byte in their first 8 KiB that were read all the same."""
+    """Files with a NUL byte in their first 8 KiB that were nevertheless read."""
     skipped_files: int = 0
-    """Files left out because more than 30 percent of them was unreadable."""
+    """Files left out because more than 30 percent of their first MiB would be replaced."""
     empty_documents: int = 0
-    """Documents without text, or with nothing but white space."""
+    """Documents that were left out because they hold only white space or nothing."""
     cut_documents: int = 0
-    """Documents that were longer than `MAX_DOCUMENT_CHARACTERS`."""
+    """Documents that were cut because they were longer than `MAX_DOCUMENT_CHARACTERS`."""
     first_replaced: str = ""
+    """Path of the first file in which bytes were replaced."""
     first_skipped: str = ""
+    """Path of the first file that was left out."""
 
     def note(self) -> str | None:
-        """One line for people, or None when there is nothing to say."""
+        """One line about replaced bytes, skipped files and cut documents; None if there are none."""
         parts = []
         if self.replaced_bytes:
             binary = f", {self.binary_files} of them binary" if self.binary_files else ""
@@ -94,22 +98,25 @@ class ReadReport:
         return "; ".join(parts) or None
 
     def counts(self) -> dict[str, int]:
-        """The numbers alone, for the manifest."""
+        """The counts without the paths, for the manifest."""
         return {key: value for key, value in vars(self).items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How text is found in files."""
+    """How documents are found in files."""
 
     text_key: str = "text"
-    """Column or key that holds a document's text in JSON lines, JSON, parquet and hub data sets."""
+    """Key or column of the text in JSON lines, JSON, parquet and hub data sets."""
     document_separator: str | None = None
-    """Cut text files at this string into documents; None takes each file as one document."""
+    """String at which text files are cut into documents. None makes each file one document."""
 
 
 def parse_source(source: str) -> tuple[str, str]:
-    """("NAME=SOURCE" or "SOURCE") -> (name, location). Sources without a name together form "default"."""
+    """Split "NAME=LOCATION" into (name, location). The name of a source without one is "default".
+
+    The path of an existing file is taken as a location even if it contains "=".
+    """
     match = _NAMED.fullmatch(source)
     if match and not Path(source).exists():
         return match[1], match[2]
@@ -145,7 +152,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _text_blocks(path: Path, report: ReadReport) -> Iterator[str]:
-    """The file's text in blocks of about 1 MiB; nothing for a file that is skipped."""
+    """The text of a file in blocks of about 1 MiB. Yields nothing for a file that is skipped."""
     decoder = codecs.getincrementaldecoder("utf-8")("recurrent_db.count")
     replaced, binary, first = 0, False, True
     try:
@@ -183,8 +190,11 @@ def _text_blocks(path: Path, report: ReadReport) -> Iterator[str]:
 
 
 def _pieces(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
-    """Join ``blocks`` and cut them at ``separator``. Without a separator, or in a long text between two, cut parts that fit
-    in memory."""
+    """Join ``blocks`` and cut them at ``separator``.
+
+    Long texts are also cut at a line end: above `MAX_DOCUMENT_CHARACTERS` without a separator, above
+    `MAX_LINE_CHARACTERS` between two separators.
+    """
     most = MAX_LINE_CHARACTERS if separator else MAX_DOCUMENT_CHARACTERS
     buffer = ""
     for block in blocks:
@@ -201,7 +211,7 @@ def _pieces(blocks: Iterable[str], separator: str | None) -> Iterator[str]:
 
 
 def _lines(path: Path, report: ReadReport) -> Iterator[str]:
-    """The lines of a file. Raises `UserError` for one that is longer than `MAX_LINE_CHARACTERS`."""
+    """The lines of a file. Raises `UserError` for a line longer than `MAX_LINE_CHARACTERS`."""
     held: list[str] = []
     size = number = 0
     for block in _text_blocks(path, report):
@@ -209,7 +219,7 @@ def _lines(path: Path, report: ReadReport) -> Iterator[str]:
         held.append(first)
         size += len(first)
         if size > MAX_LINE_CHARACTERS:
-            raise UserError(f"{path}:{number + 1}: a line of more than {MAX_LINE_CHARACTERS >> 20} Mi characters")
+            raise UserError(f"{path}:{number + 1}: line longer than {MAX_LINE_CHARACTERS >> 20} Mi characters")
         if others:
             yield "".join(held)
             yield from others[:-1]
@@ -224,7 +234,7 @@ def _lines(path: Path, report: ReadReport) -> Iterator[str]:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says how to read ``path``, compression set aside."""
+    """The suffix of ``path`` without its compression suffix, in lower case."""
     return Path(path.stem).suffix.lower() if path.suffix in COMPRESSED_SUFFIXES else path.suffix.lower()
 
 
@@ -251,21 +261,22 @@ def _text_of(row: Any, where: str, options: ReadOptions) -> str:
 def _read_lines(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_lines(path, report), start=1):
         if line.strip():
-            row = _parsed(line, f"{path}:{number}: not a line of JSON")
+            row = _parse_json(line, f"{path}:{number}: not a line of JSON")
             yield f"{name}#{number}", _text_of(row, f"{path}:{number}", options)
 
 
-def _parsed(text: str, complaint: str) -> Any:
+def _parse_json(text: str, message: str) -> Any:
+    """Parse JSON. Raises `UserError` with ``message`` and a reason."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise UserError(f"{complaint} (nested too deeply)") from None
+        raise UserError(f"{message} (nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{complaint} ({getattr(error, 'msg', error)})") from None
+        raise UserError(f"{message} ({getattr(error, 'msg', error)})") from None
 
 
 def _read_json(path: Path, name: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
-    """A list of objects, or lines of JSON."""
+    """Read a .json file: one list of objects, or JSON lines."""
     blocks = _text_blocks(path, report)
     start = next((block for block in blocks if block.strip()), "")
     if not start.lstrip().startswith("["):
@@ -277,9 +288,9 @@ def _read_json(path: Path, name: str, options: ReadOptions, report: ReadReport) 
         size += len(block)
         if size > MAX_TABLE_CHARACTERS:
             raise UserError(
-                f"{path}: a list of more than {MAX_TABLE_CHARACTERS >> 20} Mi characters: write JSON lines instead"
+                f"{path}: list longer than {MAX_TABLE_CHARACTERS >> 20} Mi characters: write JSON lines instead"
             )
-    for number, row in enumerate(_parsed("".join(held), f"cannot read {path}: not JSON")):
+    for number, row in enumerate(_parse_json("".join(held), f"cannot read {path}: not JSON")):
         yield f"{name}#{number}", _text_of(row, str(path), options)
 
 
@@ -287,7 +298,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("parquet and hf: sources need the datasets library: pip install recurrent-db[data]") from None
+        raise UserError("parquet and hf: sources need the library datasets: pip install 'recurrent-db[data]'") from None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
@@ -305,7 +316,7 @@ def _rows(where: str, arguments: dict[str, Any], name: str, options: ReadOptions
             yield f"{name}#{number}", _text_of(row, where, options)
     except UserError:
         raise
-    except Exception as error:  # whatever the library or its readers raise, it is the input that they cannot read
+    except Exception as error:  # the library and its readers raise many types; all mean that the input is unreadable
         raise UserError(f"cannot read {where}: {_first_line(error)}") from None
 
 
@@ -338,7 +349,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _check_hub(name: str) -> None:
-    """Fail at once without a network: the hub's client would retry for half a minute first."""
+    """Raise `UserError` at once without a network. The hub's client would first retry for half a minute."""
     if Path(name).exists() or urllib.request.getproxies() or os.environ.get("HF_HUB_OFFLINE"):
         return
     host = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
@@ -376,26 +387,27 @@ def _read(location: str, options: ReadOptions, report: ReadReport) -> Iterator[t
         files = _files_of(path)
         if not files:
             kinds = " ".join((*TEXT_SUFFIXES, *LINE_SUFFIXES, *TABLE_SUFFIXES))
-            raise UserError(f"{location}: no files of a known kind in this folder ({kinds})")
+            raise UserError(f"{location}: this folder has no file of a known kind ({kinds})")
         for file in files:
             yield from _read_file(file, file.relative_to(path).as_posix(), options, report)
     elif path.exists():
         yield from _read_file(path, path.name, options, report)
     else:
-        raise UserError(f"{location}: no such file or folder (nor 'stdlib' nor 'hf:NAME')")
+        raise UserError(f"{location}: no such file or folder; other sources are stdlib and hf:NAME")
 
 
 def read_documents(
     location: str, options: ReadOptions | None = None, report: ReadReport | None = None
 ) -> Iterator[Document]:
-    """Stream the documents of one source, in a fixed order; documents without text are left out.
+    """Stream the documents of one source in a fixed order. Documents without text are left out.
 
     Args:
         location: ``stdlib``, a file, a folder or ``hf:NAME[:CONFIG[:SPLIT]]``.
-        report: counts what was replaced, cut or left out; complete once the stream has ended.
+        options: how documents are found in files; None uses the defaults.
+        report: receives counts of what was replaced, cut or left out. It is complete when the stream ends.
 
     Raises:
-        UserError: while reading: a missing file or column, a line that is no JSON, an unreachable hub.
+        UserError: while reading, if a file or column is missing, a line is not JSON, or the hub cannot be reached.
     """
     report = report if report is not None else ReadReport()
     for identity, text in _read(location, options or ReadOptions(), report):
@@ -409,7 +421,7 @@ def read_documents(
 
 
 def _hold_out_end(document: Document, holdout: float) -> Iterator[tuple[str, Document]]:
-    """Cut one document in two: its last ``holdout`` share, from a line end on, is validation."""
+    """Cut one document in two, at a line end if possible: about the last ``holdout`` (0 to 1) of it is validation."""
     text = document.text
     end = round(len(text) * (1 - holdout))
     end = text.rfind("\n", end // 2, end) + 1 or end
@@ -420,11 +432,14 @@ def _hold_out_end(document: Document, holdout: float) -> Iterator[tuple[str, Doc
 
 
 def split_documents(location: str, documents: Iterable[Document], holdout: float) -> Iterator[tuple[str, Document]]:
-    """Turn the documents of one source into (split, document), about ``holdout`` of them going to "validation".
+    """Assign the documents of one source to "train" and "validation": yields (split, document).
 
-    The embedded corpus is split by the path of the file; other sources by a hash of the document's text, so that two
-    copies of it fall on the same side. A source of fewer than `FEW_DOCUMENTS` documents has no such choice (think of
-    one book in one file): the end of each document is held out.
+    The embedded corpus is split by a hash of each file's path, other sources by a hash of each document's text, so that
+    copies of a document are in the same split. In a source of fewer than `FEW_DOCUMENTS` documents, such as one book in
+    one file, the end of each document is held out instead.
+
+    Args:
+        holdout: share that goes to "validation" (0 to 1).
     """
     documents = iter(documents)
     if holdout <= 0:

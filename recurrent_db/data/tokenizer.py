@@ -1,12 +1,12 @@
-"""The tokenizer that everything else uses, whichever library encodes, and the training of a new one.
+"""The tokenizer class of the project, and the training of new tokenizers.
 
 `Tokenizer` opens two kinds of model: a sentencepiece model with byte fallback (`sentencepiece_tokenizer`), and a
-byte-level BPE of Hugging Face's (`byte_level_tokenizer`).
+Hugging Face byte-level BPE (`byte_level_tokenizer`).
 
-Any UTF-8 text survives ``decode(encode(text))`` exactly, and the byte lengths of its tokens add up to the length of
-the text in UTF-8, which is what bits per byte divide by. Texts are joined from bytes here (`Tokenizer.decode_bytes`),
-not by the libraries. One exception: a lone surrogate, which a Python ``str`` may hold, has no UTF-8 form and is encoded
-as U+FFFD.
+``decode(encode(text))`` returns any UTF-8 text unchanged, and the byte lengths of its tokens add up to its length in UTF-8.
+Bits per byte divide by this length. To guarantee both, texts are joined from the tokens' bytes (`Tokenizer.decode_bytes`)
+and not by the libraries. One exception: a lone surrogate, which a Python ``str`` may hold, has no UTF-8 form and is
+encoded as U+FFFD.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 
 MIN_VOCAB = 272
-"""Smallest vocabulary that can be trained: 4 special tokens, 256 bytes and a few characters."""
+"""Smallest vocabulary that can be trained, in tokens: 4 special tokens, 256 bytes and a few characters."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -56,23 +56,23 @@ HOSTILE_TEXTS = (
     "\U0010ffff\ue000",
     "x" * 10_000,
 )
-"""Texts that a tokenizer has to give back unchanged; training refuses to write a model that does not."""
+"""Texts that a tokenizer must decode unchanged. Training raises an error for a model that does not."""
 
 
 def replace_surrogates(text: str) -> str:
-    """``text`` with each lone surrogate, which has no UTF-8 form, replaced by U+FFFD."""
+    """``text`` with each lone surrogate replaced by U+FFFD."""
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 class Tokenizer:
-    """A tokenizer whose tokens stand for bytes: text <-> token ids, without loss.
+    """Lossless tokenizer: each token stands for a fixed sequence of bytes.
 
     Args:
         path: a sentencepiece ``.model`` file with byte fallback, or a Hugging Face tokenizer as an imported checkpoint
-            keeps it (`byte_level_tokenizer.wrap`). The latter's own normalisation, if it has any, may lose something.
+            stores it (`byte_level_tokenizer.wrap`). The latter may be lossy if it normalises text.
 
     Raises:
-        UserError: the file is missing or unreadable, is no sentencepiece model, has no byte fallback or no
+        UserError: the file is missing, unreadable or not a tokenizer, cannot represent every text, or has no
             end-of-sequence token.
     """
 
@@ -85,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes, name: str = "tokenizer model") -> Tokenizer:
-        """Build from the bytes of a model file; ``name`` is what error messages call it. Raises as the class does."""
+        """Build from the bytes of a model file. ``name`` is its name in error messages. Raises as the class does."""
         self = cls.__new__(cls)
         self._load(bytes(model_bytes), name)
         return self
@@ -97,29 +97,32 @@ class Tokenizer:
         backend = load(model_bytes, name)
         self._encode, self._token_bytes = backend.encode, backend.token_bytes
         self.model_bytes = model_bytes
-        """The model file, byte for byte as given."""
+        """The unchanged bytes of the model file."""
         self.hash = hashlib.sha256(model_bytes).hexdigest()[:16]
         """The first 16 hexadecimal digits of the SHA-256 of `model_bytes`."""
         self.vocab_size: int = len(backend.token_bytes)
         self.eos_id: int = backend.eos_id
-        """The document separator."""
+        """Id of the document separator."""
         self.bos_id: int = backend.bos_id
         self.pad_id: int = backend.pad_id
         self._byte_lengths = np.array([len(piece) for piece in self._token_bytes], dtype=np.int32)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; no special token is added, and text that looks like one ("</s>") stays text."""
+        """Token ids of ``text``.
+
+        No special token is added. Text that looks like a special token ("</s>") is encoded as ordinary text.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """`encode` for many texts on ``threads`` threads; the result does not depend on their number."""
+        """Token ids of several texts, on ``threads`` threads. The result does not depend on the number of threads."""
         return self._encode([replace_surrogates(text) for text in texts], max(1, threads))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that ``ids`` stand for; special tokens stand for none.
+        """The bytes that ``ids`` stand for. Special tokens have none.
 
         Raises:
-            IndexError: an id outside the vocabulary.
+            IndexError: an id is outside the vocabulary.
         """
         pieces = self._token_bytes
         chosen = [int(i) for i in ids]
@@ -128,15 +131,19 @@ class Tokenizer:
         return b"".join([pieces[i] for i in chosen])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``: special tokens dropped, bytes that are not UTF-8 shown as U+FFFD. Raises IndexError."""
+        """The text of ``ids``, without special tokens. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            IndexError: an id is outside the vocabulary.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int32 of shape (vocab_size,); 0 for special tokens."""
+        """Number of bytes that each token stands for, int32, shape (vocab_size,). 0 for special tokens."""
         return self._byte_lengths.copy()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model file atomically, replacing an older one."""
+        """Write the model file atomically. An existing file is replaced."""
         write_atomic(Path(path), self.model_bytes)
 
 
@@ -145,10 +152,10 @@ class Tokenizer:
 
 
 def _lines_to_chunks(text: str, size: int = 2048) -> Iterator[str]:
-    """Cut ``text`` into runs of whole lines of about ``size`` characters.
+    """Cut ``text`` into chunks of whole lines with about ``size`` characters each.
 
-    sentencepiece drops "sentences" that are too long. Several lines together let pieces with line breaks form;
-    a line longer than 2 x ``size`` is cut.
+    sentencepiece drops "sentences" that are too long. With several lines in a chunk, pieces that contain line breaks can
+    form. A line longer than 2 * ``size`` is cut.
     """
     start = 0
     while start < len(text):
@@ -160,8 +167,8 @@ def _lines_to_chunks(text: str, size: int = 2048) -> Iterator[str]:
 
 
 def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
-    """A uniform sample of at most ``max_bytes`` UTF-8 bytes of chunks in one pass, the same for the same texts."""
-    heap: list[tuple[int, int, int, str]] = []  # (-hash, -order, bytes, chunk): the largest hash leaves first
+    """A uniform sample of chunks with at most ``max_bytes`` UTF-8 bytes, drawn in one pass. Deterministic."""
+    heap: list[tuple[int, int, int, str]] = []  # (-hash, -order, bytes, chunk): the largest hash is removed first
     total = order = 0
     for text in texts:
         for chunk in _lines_to_chunks(replace_surrogates(text).replace(SPACE_MARK, " ").replace("\x00", " ")):
@@ -178,9 +185,10 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
 
 
 def _restrict_characters(chunks: list[str], vocab_size: int) -> list[str]:
-    """Replace rare characters by a space: they stay byte pieces, and at least half of the other pieces are longer.
+    """Replace rare characters by spaces, so that they get no piece of their own and are encoded as bytes.
 
-    sentencepiece's own coverage option does not go below 98 percent, which a small vocabulary needs.
+    At least half of the remaining pieces are then longer than a character. sentencepiece's own coverage option cannot do
+    this for a small vocabulary, because it does not go below 98 percent.
     """
     counts: Counter[str] = Counter()
     for chunk in chunks:
@@ -203,29 +211,32 @@ def train(
     max_bytes: int = 8 << 20,
     seed: int = 0,
 ) -> bytes:
-    """Train a lossless sentencepiece model; the same texts and arguments give the same bytes.
+    """Train a lossless sentencepiece model. The same texts and arguments give the same bytes.
 
     Args:
-        texts: documents; read once, in order.
-        vocab_size: tokens in the vocabulary, special tokens (4) and byte pieces (256) included.
-        model_type: "bpe", "unigram" (slower to train, no better for source code) or "char" (a token for each character;
-            the vocabulary is then as large as the text's characters need, at most ``vocab_size``).
-        max_bytes: UTF-8 bytes of text to sample for training.
-        seed: of the sample.
+        texts: documents, read once in order.
+        vocab_size: tokens in the vocabulary, including 4 special tokens and 256 byte pieces.
+        model_type: "bpe", "unigram" (slower to train, no better for source code) or "char" (one token per character;
+            ``vocab_size`` is then an upper limit, and the vocabulary may be smaller).
+        max_bytes: UTF-8 bytes of text to train on, sampled uniformly from ``texts``.
+        seed: seed of the sample.
+
+    Returns:
+        The bytes of the model file.
 
     Raises:
-        UserError: no text, a vocabulary below `MIN_VOCAB`, or one that the text cannot fill (the message says how
-            many pieces it could make).
+        UserError: there is no text, ``vocab_size`` is below `MIN_VOCAB`, or the text cannot fill the vocabulary. The
+            message then says how many tokens it can fill.
     """
     if model_type not in ("bpe", "unigram", "char"):
         raise UserError(f"unknown tokenizer model type {model_type!r}: choose bpe, unigram or char")
     if vocab_size < MIN_VOCAB:
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and 4 special tokens need {MIN_VOCAB}")
     if max_bytes < 1:
-        raise UserError("the tokenizer needs more than 0 bytes of text to train on")
+        raise UserError("the tokenizer must be trained on at least 1 byte of text")
     chunks = _sample(texts, max_bytes, seed)
     if not any(chunk.strip() for chunk in chunks):
-        raise UserError("no text to train a tokenizer on")
+        raise UserError("there is no text to train a tokenizer on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -247,7 +258,7 @@ def train(
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            num_threads=4,  # fixed: unigram's sums depend on it
+            num_threads=4,  # fixed, because unigram's floating-point sums depend on it
             minloglevel=3,
         )
     except RuntimeError as error:
@@ -255,7 +266,7 @@ def train(
         if limit:
             raise UserError(
                 f"this text can fill a vocabulary of at most {limit[1]} tokens, not {vocab_size}: "
-                f"give more text, or a smaller vocabulary"
+                f"use more text or a smaller vocabulary"
             ) from None
         raise UserError(f"sentencepiece could not train: {str(error).rsplit(']', 1)[-1].strip() or error}") from None
     trained = model.getvalue()
@@ -267,7 +278,7 @@ def train(
 
 
 def check_lossless(tokenizer: Tokenizer, texts: Sequence[str] = HOSTILE_TEXTS) -> None:
-    """Raise RuntimeError unless every text comes back exactly and its tokens' byte lengths add up to its own."""
+    """Raise RuntimeError unless each text is decoded unchanged and its tokens' byte lengths add up to its own length."""
     lengths = tokenizer.byte_lengths()
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         size = int(lengths[np.array(ids, dtype=np.int64)].sum())

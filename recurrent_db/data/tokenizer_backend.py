@@ -1,4 +1,4 @@
-"""What a library's tokenizer is to `tokenizer.Tokenizer`: a function that encodes, and the bytes of each token."""
+"""The interface between `tokenizer.Tokenizer` and the tokenizer libraries."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Backend:
-    """A loaded tokenizer, whichever library encodes."""
+    """A loaded tokenizer of one library."""
 
     encode: Callable[[Sequence[str], int], list[list[int]]]
-    """(texts, threads) -> token ids of each text. The texts hold no lone surrogates."""
+    """(texts, threads) -> token ids of each text. The texts contain no lone surrogates."""
     token_bytes: list[bytes]
-    """The bytes that each token stands for; b"" for special tokens."""
+    """The bytes that each token id stands for; b"" for special tokens."""
     eos_id: int
     bos_id: int
     pad_id: int

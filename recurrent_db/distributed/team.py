@@ -288,8 +288,8 @@ class Team:
         shape = (self.world // self.shard_size, self.shard_size) if hybrid else (self.world,)
         names = ("replicate", "shard") if hybrid else ("shard",)
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        # Blocks are gathered in the dtype of their matrix products, and gradients are summed in fp32. The rest stays fp32, so
-        # that noise levels, norms and the head's table are rounded at the same places as in one process.
+        # Blocks are gathered in the dtype of their matrix products, and gradients are summed in fp32. The rest stays fp32:
+        # noise levels, norms and the head's table are then rounded at the same places as in one process.
         half = torch.bfloat16 if bfloat16 else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in (*model.prelude, *model.coda):

@@ -148,7 +148,9 @@ def test_a_mistake_in_a_process_of_its_own(script: Script, tokenizer_path: Path,
     arguments = ("--source", tmp_path / "none.txt", "--tokenizer", tokenizer_path, "--out", tmp_path / "data")
     done = script("train/prepare_data.py", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'none.txt'}: no such file or folder (nor 'stdlib' nor 'hf:NAME')\n"
+    assert (
+        done.stderr == f"error: {tmp_path / 'none.txt'}: no such file or folder; other sources are stdlib and hf:NAME\n"
+    )
 
 
 def test_a_source_option_given_twice_is_not_lost(script_here: Script, text: Path, tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_help_names_units_and_defaults(script_here: Script) -> None:
         ({"--source": "no/such/file.txt"}, ["no/such/file.txt", "no such file"]),
         ({"--source": "{tmp}/empty.txt"}, ["empty.txt", "no text"]),
         ({"--source": "{tmp}/noise.txt"}, ["noise.txt", "no text", "skipped 1 file"]),
-        ({"--source": "{tmp}/bare"}, ["bare", "no files of a known kind"]),
+        ({"--source": "{tmp}/bare"}, ["bare", "no file of a known kind"]),
         ({"--source": "{tmp}/a.jsonl"}, ["a.jsonl:1", "--text-key"]),
         ({"--out": "{tmp}/empty.txt/data"}, ["empty.txt/data", "cannot create"]),
         ({"--out": "{tmp}/bare"}, ["bare", "--overwrite"]),
@@ -211,7 +213,11 @@ def test_a_part_from_the_command_line(text: Path, tokenizer_path: Path, tmp_path
         assert manifest["reading"].get("part") == (None if part == "1/1" else [int(part[0]), 2])
         documents.append(manifest["splits"]["train"]["default"]["documents"])
     assert documents[0] + documents[1] == documents[2] and min(documents) > 0
-    for part, message in (("3/2", "parts are numbered from 1"), ("0/2", "parts are numbered"), ("half", "written I/N")):
+    for part, message in (
+        ("3/2", "parts are numbered from 1"),
+        ("0/2", "parts are numbered"),
+        ("half", "must be written I/N"),
+    ):
         told = script_here(*base, "--out", tmp_path / "no", "--part", part)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
         assert message in told.stderr

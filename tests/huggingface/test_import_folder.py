@@ -463,13 +463,13 @@ def test_tokenizers_that_do_not_fit(copy: Path, texts: list[str], tmp_path: Path
 
     write({"decoder": None}, "only byte-level")
     write({"pre_tokenizer": {"type": "Whitespace"}}, "only byte-level")
-    write({"model": {"type": "BPE", "vocab": 3}}, "not a tokenizer of this project, or a damaged one")
+    write({"model": {"type": "BPE", "vocab": 3}}, "not a tokenizer of this project, or damaged")
     few = {token: index for token, index in spec["model"]["vocab"].items() if token != "a"}
     merges = [pair for pair in spec["model"]["merges"] if all(p in few for p in (*pair, "".join(pair)))]
-    write({"model": {**spec["model"], "vocab": few, "merges": merges}}, "lacks tokens of single bytes")
+    write({"model": {**spec["model"], "vocab": few, "merges": merges}}, "some bytes have no token")
     (copy / "tokenizer_config.json").write_text('{"eos_token": "nothing"}')
     (copy / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": VOCAB}))
-    write({}, "special tokens .* are not among its 320 tokens")
+    write({}, "special token ids .* are outside its vocabulary of 320")
     (copy / "config.json").write_text(json.dumps({key: CONFIG[key] for key in CONFIG if key != "eos_token_id"}))
     write({}, "names the end-of-text token")
     (copy / "tokenizer.json").unlink()

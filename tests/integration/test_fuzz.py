@@ -280,7 +280,7 @@ def test_names_of_sources_in_a_manifest(data: Path) -> None:
         manifest["splits"]["train"]["a\ud800"] = manifest["splits"]["train"].pop("default")
 
     rewrite(data / "manifest.json", change)
-    refused("is no name of a source", open_data, data, "train")
+    refused("is not a source name", open_data, data, "train")
 
 
 @pytest.mark.parametrize("settings", [
@@ -479,7 +479,7 @@ def test_no_line_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sources, "MAX_TABLE_CHARACTERS", 1 << 21)
     monkeypatch.setattr(sources, "MAX_DOCUMENT_CHARACTERS", 1 << 20)
     text = "x" * (5 << 20)
-    for name, words in (("a.jsonl.gz", "a line of more than 2 Mi"), ("b.json.gz", "a list of more than 2 Mi")):
+    for name, words in (("a.jsonl.gz", "line longer than 2 Mi"), ("b.json.gz", "list longer than 2 Mi")):
         content = json.dumps({"text": text}) if name.startswith("a") else json.dumps([{"text": text}])
         (tmp_path / name).write_bytes(gzip.compress(content.encode()))
         refused(words, lambda path=tmp_path / name: list(read_documents(str(path))))
