@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, metrics, its directory."""
+"""The files of a run: run directory, checkpoints, metrics."""

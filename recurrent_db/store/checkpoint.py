@@ -1,13 +1,13 @@
-"""Checkpoints: safetensors and JSON. How their folders are written and checked is in `folder`.
+"""Checkpoints as safetensors and JSON files. `folder` writes and checks their folders.
 
-A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds everything that rebuilds the model (weights, averaged weights,
-configuration, tokenizer) and everything that continues training (optimizer state, counters, the objective's state):
+A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds all that rebuilds the model (weights, averaged weights, configuration,
+tokenizer) and all that continues training (optimizer state, counters, the objective's state):
 
     config.json  tokenizer.model  state.json  manifest.json
     model.safetensors  ema.safetensors  optimizer.safetensors     written by one process
-    shard-*.safetensors                                           written by several: see `sharded`
+    shard-*.safetensors                                           written by several processes, see `sharded`
 
-Whatever wrote a checkpoint, `Checkpoint` and `load_checkpoint` read it. Randomness has no state to save: see `rng`.
+`Checkpoint` and `load_checkpoint` read both kinds. Random numbers have no state to save: see `rng`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from recurrent_db.store.train_state import TrainState, read_state
 if TYPE_CHECKING:
     from recurrent_db.store.sharded import ShardedSaver
 
-# `sharded` is imported where shards are met: torch.distributed.checkpoint takes a second to load.
+# `sharded` is imported only where shards are used, because torch.distributed.checkpoint takes a second to import.
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -58,10 +58,13 @@ def save_checkpoint(
     state: TrainState,
     objective_state: dict[str, Any],
 ) -> Path:
-    """Write a checkpoint of ``state.step`` and remove all but the newest ``config.run.keep``.
+    """Write the checkpoint of step ``state.step``, and remove all but the newest ``config.run.keep`` checkpoints.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; older checkpoints stay as they are.
+        UserError: the disk is full or the folder cannot be written. Older checkpoints stay intact.
     """
     temporary = begin_checkpoint(run_dir, state.step)
     if temporary is None:
@@ -82,7 +85,7 @@ def save_checkpoint(
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run of one process."""
+    """Writes the checkpoints of a run that trains in one process."""
 
     run_dir: Path
     config: Config
@@ -96,15 +99,15 @@ class Saver:
         state: TrainState,
         objective_state: dict[str, Any],
     ) -> None:
-        """`save_checkpoint`."""
+        """Write a checkpoint. See `save_checkpoint`."""
         save_checkpoint(self.run_dir, self.config, self.tokenizer, model, optimizer, ema, state, objective_state)
 
     def finish(self) -> None:
-        """Nothing is pending: `save` returns when the checkpoint is there."""
+        """Does nothing: `save` returns only when the checkpoint is complete."""
 
 
 def build_saver(team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer) -> Saver | ShardedSaver:
-    """What writes a run's checkpoints: whole files for one process, shards for several."""
+    """The saver of a run: whole files in mode "none", shards in modes "ddp" and "fsdp"."""
     if team.mode == "none":
         return Saver(run_dir, config, tokenizer)
     from recurrent_db.store.sharded import ShardedSaver
@@ -118,32 +121,34 @@ def build_saver(team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer)
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was found good; tensors are read when asked for."""
+    """A checkpoint that `folder.fault` found undamaged. Files are read when a method needs them."""
 
     path: Path
 
     def config(self) -> Config:
+        """The run's configuration. Raises `UserError` if it is invalid."""
         text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
         return config_from_json(text, str(self.path / "config.json"))
 
     def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
         return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
 
     def training(self) -> tuple[TrainState, dict[str, Any], int]:
-        """`read_state` of its ``state.json``."""
+        """The run's counters, the objective's state, and the number of EMA updates. See `read_state`."""
         return read_state(self.path / "state.json")
 
     @property
     def sharded(self) -> bool:
-        """Whether it is in shards, which several processes wrote."""
+        """Whether several processes wrote the checkpoint as shards."""
         return not (self.path / "model.safetensors").exists()
 
     def weights(self, averaged: bool = False, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
         """Whole parameters by name, on the CPU.
 
         Args:
-            averaged: take their moving average where one was kept.
-            keep: which names are wanted; None is all. Of a whole file no other tensors are read.
+            averaged: return the EMA of the weights if the run kept one.
+            keep: selects parameters by name; None selects all. Other tensors of a whole file are not read.
         """
         if self.sharded:
             from recurrent_db.store.sharded import read_shards
@@ -154,7 +159,7 @@ class Checkpoint:
         return _tensors(average if averaged and average.exists() else self.path / "model.safetensors", keep)
 
     def optimizer(self) -> dict[str, Tensor]:
-        """`optimizer_tensors`'s result, whole, on the CPU."""
+        """The optimizer's state as whole tensors on the CPU, named as in `optimizer_tensors`."""
         if self.sharded:
             from recurrent_db.store.sharded import read_shards
 
@@ -163,7 +168,7 @@ class Checkpoint:
 
 
 def _tensors(path: Path, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that ``keep`` asks for, on the CPU. Raises `UserError`."""
+    """Read a safetensors file to the CPU: the tensors that ``keep`` selects. Raises `UserError` for a bad file."""
     try:
         if keep is None:
             return load_file(path)
@@ -176,9 +181,12 @@ def _tensors(path: Path, keep: Callable[[str], bool] | None = None) -> dict[str,
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None
 ) -> None:
-    """Fill a model, its optimizer and its average from a checkpoint, to continue training.
+    """Fill a model, its optimizer and its EMA from a checkpoint, to continue training.
 
-    Optimizer state that the checkpoint lacks is dropped: its parameters were not trained yet.
+    Optimizer state that the checkpoint lacks is cleared, because those parameters had not been trained.
+
+    Raises:
+        UserError: the tensors do not fit the model, or cannot be read.
     """
     optimizer.state.clear()
     if checkpoint.sharded:

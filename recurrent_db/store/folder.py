@@ -1,8 +1,8 @@
-"""Folders of checkpoints: written whole or not at all, checked before they are believed.
+"""Checkpoint folders: atomic writing, checking, finding and removing.
 
 A checkpoint is written into a hidden folder, flushed to disk and then renamed to ``RUN/checkpoints/step-NNNNNNNN``, so an
-interrupted save never looks like a checkpoint. Its ``manifest.json`` lists the size and SHA-256 of each file. What the
-files hold is the business of `checkpoint` (one process) and `sharded` (several).
+interrupted save never looks like a checkpoint. Its ``manifest.json`` lists the size and SHA-256 of each file, which are
+checked before a checkpoint is used. `checkpoint` (one process) and `sharded` (several) write the files inside.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from recurrent_db.store.train_state import TrainState, write_state
 MANIFEST = "manifest.json"
 FORMAT = 1
 WRITING, DELETING = ".writing-", ".deleting-"
-"""Prefixes of a checkpoint's folder while it is written and while it is deleted."""
+"""Name prefixes of a checkpoint's folder while it is being written, and while it is being deleted."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def begin_checkpoint(run_dir: Path, step: int) -> Path | None:
-    """Make an empty hidden folder to write a checkpoint into; None if there is a good checkpoint of this step already.
+    """Create an empty hidden folder to write a checkpoint into. None if this step already has an undamaged checkpoint.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
     target = step_folder(run_dir, step)
     if target.exists() and fault(target) is None:
@@ -55,12 +55,12 @@ def begin_checkpoint(run_dir: Path, step: int) -> Path | None:
 
 
 def discard(temporary: Path) -> None:
-    """Remove a checkpoint that was begun and not sealed."""
+    """Remove the hidden folder of an unfinished checkpoint."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cannot_write(target: Path, error: BaseException, who: str = "") -> str:
-    """The error message of a checkpoint that could not be written; ``who`` names the process among several."""
+    """The error message for a checkpoint that could not be written. ``who`` names the process among several."""
     reason = getattr(error, "strerror", None) or str(error)
     return f"cannot write checkpoint {target}{who}: {reason}; earlier checkpoints are intact"
 
@@ -73,7 +73,7 @@ def write_small_files(
     objective_state: dict[str, Any],
     ema_updates: int,
 ) -> None:
-    """Write everything but the tensors: tokenizer, configuration and counters."""
+    """Write all files without tensors: tokenizer, configuration, and ``state.json`` (see `write_state`)."""
     (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
     (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
     write_state(temporary / "state.json", state, objective_state, ema_updates)
@@ -88,13 +88,13 @@ def _fsync(path: Path) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Give a written file ordinary permissions (safetensors makes private files) and flush it to disk."""
+    """Flush a file to disk, and give it ordinary permissions, because safetensors creates files that are private."""
     path.chmod(new_file_mode())
     _fsync(path)
 
 
 def manifest_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a file: its size in bytes and its SHA-256."""
+    """A file's entry in the manifest: its size in bytes and its SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
@@ -106,9 +106,14 @@ def seal_checkpoint(
     keep: int,
     flushed: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
-    """Turn a finished hidden folder into a checkpoint, and remove all but the newest ``keep``.
+    """Write the manifest, rename a finished hidden folder to its checkpoint, and remove all but the newest ``keep``.
 
-    ``flushed`` has the manifest's entries of files that are on disk already.
+    Args:
+        temporary: the hidden folder of `begin_checkpoint`.
+        flushed: manifest entries of files that are already hashed and flushed to disk, by file name.
+
+    Returns:
+        The checkpoint's folder.
     """
     target, flushed = step_folder(run_dir, step), flushed or {}
     files = sorted(p for p in temporary.iterdir() if p.name not in flushed)
@@ -119,7 +124,7 @@ def seal_checkpoint(
         flush_file(path)
     _fsync(temporary)
     damaged = target.with_name(DELETING + target.name)
-    if target.exists():  # a damaged one: see `begin_checkpoint`
+    if target.exists():  # it is damaged, else `begin_checkpoint` would have returned None
         target.rename(damaged)
     temporary.rename(target)
     _fsync(target.parent)
@@ -133,20 +138,20 @@ def seal_checkpoint(
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a half-deleted folder does not look like a checkpoint."""
+    """Delete a checkpoint. It is renamed first, so that an interrupted deletion does not leave a damaged checkpoint."""
     doomed = checkpoint.with_name(DELETING + checkpoint.name)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ``keep``."""
+    """Remove all but the newest ``keep`` checkpoints."""
     for old in list_checkpoints(run_dir)[:-keep]:
         remove_checkpoint(old)
 
 
 def clean_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
+    """Remove the half-written and half-deleted folders of killed processes."""
     for prefix in (WRITING, DELETING):
         for path in (run_dir / "checkpoints").glob(prefix + "*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -157,12 +162,12 @@ def clean_leftovers(run_dir: Path) -> None:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, good or damaged."""
+    """Checkpoint folders of a run, oldest first, including damaged ones."""
     return sorted((run_dir / "checkpoints").glob("step-" + "[0-9]" * 8))
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    """What is wrong with a checkpoint, in a few words. None if every file matches the manifest."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
         files = manifest["files"]
@@ -194,8 +199,11 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def content_hash(checkpoint: Path) -> str:
-    """SHA-256 (hexadecimal) of what decides a good checkpoint's answers: weights, configuration, tokenizer and the
-    objective's state. Copies of a checkpoint have the same hash."""
+    """SHA-256 (hexadecimal) of all that determines a model's outputs, from an undamaged checkpoint's manifest.
+
+    It covers weights, configuration, tokenizer and ``state.json``, and leaves out the optimizer. Copies of a checkpoint
+    have the same hash.
+    """
     files = read_json(checkpoint / MANIFEST)["files"]
     optimizer = ("optimizer.safetensors", "-00003-of-00003.safetensors")
     listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(optimizer))
@@ -203,18 +211,21 @@ def content_hash(checkpoint: Path) -> str:
 
 
 def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
-    """The newest good checkpoint of a run directory; a checkpoint's own folder stands for itself.
+    """Find the newest undamaged checkpoint.
 
-    With ``fall_back`` a damaged newest checkpoint is skipped with a line on standard error.
+    Args:
+        path: a run directory, or the folder of one checkpoint.
+        fall_back: if a checkpoint is damaged, print a warning and try the previous one.
 
     Raises:
-        UserError: there is none, the newest is damaged and ``fall_back`` is off, or a link leads out of ``path``.
+        UserError: there is no checkpoint, all are damaged, the newest is damaged and ``fall_back`` is off, or a link
+            points out of ``path``.
     """
     try:
-        there = path.exists()
-    except OSError as error:  # a name that no file can have
+        exists = path.exists()
+    except OSError as error:  # the name is too long or invalid
         raise UserError(f"no run directory or checkpoint {str(path)[:200]}: {error.strerror}") from None
-    if not there:
+    if not exists:
         raise UserError(f"no run directory or checkpoint {path}")
     candidates = [path] if (path / MANIFEST).exists() else list_checkpoints(path)[::-1]
     check_links(path)
@@ -225,8 +236,10 @@ def find_checkpoint(path: Path, fall_back: bool = True) -> Path:
         if problem is None:
             return candidate
         if not fall_back and len(candidates) > 1:
-            raise UserError(f"checkpoint {candidate} is damaged: {problem}; --resume last-good takes the one before")
+            raise UserError(
+                f"checkpoint {candidate} is damaged: {problem}; --resume last-good uses the newest undamaged one"
+            )
         if len(candidates) == 1:
             raise UserError(f"checkpoint {candidate} is damaged: {problem}; there is no other")
-        print(f"warning: checkpoint {candidate} is damaged: {problem}; trying the one before", file=sys.stderr)
+        print(f"warning: checkpoint {candidate} is damaged: {problem}; trying the previous one", file=sys.stderr)
     raise UserError(f"{path} holds no undamaged checkpoint ({candidates[0].name}: {fault(candidates[0])})")

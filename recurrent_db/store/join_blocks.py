@@ -1,8 +1,8 @@
-"""`recurrent-db blocks join RUN... OUT`: one model of blocks that were trained apart.
+"""Joins blocks that were trained separately into one model: `recurrent-db blocks join RUN... OUT`.
 
-A run of one block (`train/pretrain.py --blocks.only`) gives that block. A run of a whole model, such as an earlier join,
-gives the blocks that no other run has; so one block can be replaced. The embedding and head that blocks share must have the
-same bits in all runs. Nothing is trained and nothing averaged: the result holds the runs' own tensors.
+A run of one block (`train/pretrain.py --blocks.only`) supplies that block. A run of a whole model, such as an earlier join,
+supplies the blocks that no other run has, so that one block can be replaced. The embedding and head, which the blocks
+share, must be bitwise equal in all runs. Nothing is trained or averaged: the result holds the runs' own tensors.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from recurrent_db.store.tensors import load_weights
 from recurrent_db.store.train_state import TrainState
 
 ACCOUNT = "blocks.json"
-"""File of a joined run: under ``blocks`` where each block is from and what it cost, under ``joined`` the hash of the joined
-weights and the joined run's counters."""
+"""Name of the account, a file of a joined run. Its key ``blocks`` holds the source and cost of each block. Its key
+``joined`` holds the hash of the joined weights and the counters of the joined run."""
 COUNTERS = tuple(TrainState().row())
 """Counters in the account, named as the columns of metrics.jsonl."""
 
 
 @dataclass
 class BlockSource:
-    """A run that gives blocks."""
+    """A run that supplies blocks."""
 
     path: Path
     checkpoint: Checkpoint
@@ -53,6 +53,7 @@ class BlockSource:
 
     @classmethod
     def read(cls, path: Path) -> BlockSource:
+        """Read a run. Raises `UserError` if it is not a run of a model in blocks."""
         checkpoint = Checkpoint(find_checkpoint(path))
         config = checkpoint.config()
         if not config.model.n_blocks:
@@ -61,16 +62,19 @@ class BlockSource:
 
     @property
     def held(self) -> list[int]:
+        """Numbers of the blocks that the run holds, from 1."""
         return [self.config.blocks.only] if self.config.blocks.only else list(range(1, self.config.model.n_blocks + 1))
 
     def shared(self) -> dict[str, Tensor]:
+        """The parameters that the blocks share, by name."""
         return {name: value for name, value in self.weights.items() if not name.startswith("blocks.")}
 
     def block(self, number: int) -> dict[str, Tensor]:
+        """The parameters of one block, by name."""
         return {name: value for name, value in self.weights.items() if name.startswith(f"blocks.{number}.")}
 
     def account(self, number: int) -> dict[str, Any]:
-        """What a block cost, from its run's own counters and metrics, up to the checkpoint that is taken."""
+        """The source and cost of one block, from its run's counters and metrics up to the checkpoint used."""
         state, weights = self.checkpoint.training()[0], content_hash(self.checkpoint.path)
         before = {} if self.config.blocks.only else read_account(self.run_dir)
         if before and before["joined"]["weights"] == weights:
@@ -83,9 +87,9 @@ class BlockSource:
             if name.startswith("memory/")
         }
         counted: dict[str, Any] = dict(state.row())
-        if not self.config.blocks.only:  # the run's counters and memory are of all its blocks
+        if not self.config.blocks.only:  # the run's own counters and memory cover all its blocks
             counted, split = counted_where(rows, f"loss_block_{number}", COUNTERS, before.get("joined")), {}
-        if before:  # a joined run that was trained further: add what its blocks took before
+        if before:  # a joined run that was trained further: add what its blocks cost before the join
             own = before["blocks"][str(number)] | {"step": before["blocks"][str(number)]["steps"]}
             counted = {name: None if None in (own[name], more) else own[name] + more for name, more in counted.items()}
         measured: dict[str, Any] = next((row for row in reversed(rows) if column in row), {})
@@ -109,7 +113,7 @@ class BlockSource:
 
 
 def read_account(run_dir: Path) -> dict[str, Any]:
-    """The account of a joined run; empty for any other run.
+    """The account (`ACCOUNT`) of a joined run. Empty for any other run.
 
     Raises:
         UserError: the file is damaged.
@@ -119,18 +123,18 @@ def read_account(run_dir: Path) -> dict[str, Any]:
         return {}
     try:
         account: dict[str, Any] = read_json(path)
-        of_block = {"weights", "steps", *COUNTERS} - {"step"}
+        block_keys = {"weights", "steps", *COUNTERS} - {"step"}
         if account["joined"].keys() == {"weights", *COUNTERS} and all(
-            block.keys() >= of_block for block in account["blocks"].values()
+            block.keys() >= block_keys for block in account["blocks"].values()
         ):
             return account
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{path} is damaged: join the blocks anew, under another name")
+    raise UserError(f"{path} is damaged: join the blocks again under another name")
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys of a section of a configuration, dotted."""
+    """The (dotted key, value) pairs of a section of a configuration."""
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -139,7 +143,7 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
-    """What keeps two runs' blocks from being of one model."""
+    """Why the blocks of two runs do not fit into one model; None if they do."""
     for section in ("model", "objective"):
         ours, theirs = to_dict(getattr(first.config, section)), to_dict(getattr(other.config, section))
         for key, value in _flat(ours):
@@ -154,14 +158,18 @@ def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
     ours, theirs = first.shared(), other.shared()
     if any(not torch.equal(ours[name], theirs[name]) for name in ours):
         return (
-            f"the shared embedding differs between {first.path} and {other.path}: a block that does not train it must take"
-            " its owner's with --init.from, and be trained again where the owner was"
+            f"the shared embedding differs between {first.path} and {other.path}: a block that does not own it must start"
+            " with --init.from OWNER, and must be trained again after its owner"
         )
     return None
 
 
 def choose_sources(sources: list[BlockSource]) -> dict[int, BlockSource]:
-    """Which run gives which block. Raises `UserError` where a block is missing or given twice, or runs do not fit."""
+    """Choose the run that supplies each block, by block number.
+
+    Raises:
+        UserError: a block is missing or given twice, or the runs do not fit together.
+    """
     for other in sources[1:]:
         if (problem := _contradiction(sources[0], other)) is not None:
             raise UserError(f"cannot join: {problem}")
@@ -180,13 +188,16 @@ def choose_sources(sources: list[BlockSource]) -> dict[int, BlockSource]:
 
 
 def _has_more(out: Path) -> bool:
-    """Whether a joined run holds what `join` did not write: it was evaluated, or trained further."""
+    """Whether a joined run holds files that `join` did not write, because it was evaluated or trained further."""
     names = {path.name for path in out.iterdir()} - {".lock"}
     return names != {"checkpoints", "config.json", ACCOUNT} or len(list((out / "checkpoints").iterdir())) > 1
 
 
 def _replace(out: Path, temporary: Path) -> Path | None:
-    """Put a finished folder in the place of an older joined run. Returns where that went if it held more than a join."""
+    """Replace an existing joined run by a finished folder.
+
+    An existing run that was evaluated or trained further is renamed. Returns its new path, or None if it was deleted.
+    """
     aside = None
     with locked(out):
         if _has_more(out):
@@ -201,26 +212,33 @@ def _replace(out: Path, temporary: Path) -> Path | None:
 
 
 def _sum_of_blocks(chosen: dict[int, BlockSource], blocks: dict[str, dict[str, Any]]) -> TrainState:
-    """The joined run's counters: the sums over its blocks, and the last step. A block whose own counter is unknown counts
-    as its whole run, which took at least as much."""
+    """The counters of the joined run: the sums over its blocks, and the largest step.
+
+    If a counter of a block is unknown, the counter of its whole run is used, which is at least as large.
+    """
     last, sums = 0, dict.fromkeys(COUNTERS, 0.0)
     for source in {id(p): p for p in chosen.values()}.values():
         state = source.checkpoint.training()[0]
         last, whole = max(last, state.step), state.row()
         for name in set(COUNTERS) - {"step"}:
-            given = [blocks[str(number)][name] for number, giver in chosen.items() if giver is source]
+            given = [blocks[str(number)][name] for number, other in chosen.items() if other is source]
             sums[name] += whole[name] if None in given else sum(given)
     return TrainState(last, int(sums["tokens"]), FlopCount.from_row(sums), sums["seconds"])
 
 
 def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Write the run directory ``out`` with the whole model; returns the account of its blocks.
+    """Join the blocks of ``paths`` into a new run directory ``out``. Nothing is trained.
 
-    With ``overwrite`` an older joined run is replaced, once the new one is complete. One that has the same blocks stays as
-    it is. One that holds more than a join, such as evaluations or further training, is moved aside and not deleted.
+    Args:
+        paths: run directories or checkpoints, in any order.
+        overwrite: replace an existing joined run once the new one is complete. One with the same blocks is left unchanged.
+            One that was evaluated or trained further is renamed instead of deleted.
+
+    Returns:
+        The account (`ACCOUNT`) of the joined run.
 
     Raises:
-        UserError: runs do not fit together, a block is missing, or ``out`` exists, is in use or cannot be written.
+        UserError: the runs do not fit together, a block is missing, or ``out`` exists, is in use or cannot be written.
     """
     if out.exists() and not (overwrite and (out / ACCOUNT).exists()):
         why = "and is not a joined run" if overwrite else "; replace it with --overwrite"
@@ -232,7 +250,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         older, wanted = read_account(out), {number: block["weights"] for number, block in account["blocks"].items()}
         same = wanted == {number: block["weights"] for number, block in older["blocks"].items()}
         if same and content_hash(find_checkpoint(out)) == older["joined"]["weights"]:
-            print(f"{out} has these blocks already: left as it is", file=sys.stderr)
+            print(f"{out} already holds these blocks: left unchanged", file=sys.stderr)
             return older
     owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), sources[0])
     config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
@@ -261,7 +279,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         if not out.exists():
             temporary.rename(out)
         elif (aside := _replace(out, temporary)) is not None:
-            print(f"the older {out} held more than a join: moved to {aside}", file=sys.stderr)
+            print(f"the existing {out} was evaluated or trained further: moved to {aside}", file=sys.stderr)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write {out}: {error.strerror or error}") from None

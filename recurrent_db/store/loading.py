@@ -1,4 +1,4 @@
-"""From a path to a model that can be used: ``model, tokenizer = recurrent_db.load(RUN)``."""
+"""Loads models from run directories: ``model, tokenizer = recurrent_db.load(RUN)``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from recurrent_db.store.tensors import check_weights, load_weights
 
 
 def trained_objective(checkpoint: Checkpoint, config: Config) -> Objective:
-    """A checkpoint's objective, with what it had learned. Prints a line on standard error if the core never ran."""
+    """A checkpoint's objective with its saved state. Prints a warning if the core was never trained."""
     objective = build_objective(config)
     load_objective_state(objective, checkpoint.training()[1], str(checkpoint.path))
     if not objective.core_trained:
         print(
-            f"warning: {checkpoint.path} was stopped before its core's blocks began to run: they are untrained",
+            f"warning: {checkpoint.path} was saved in the skip-core phase: its core is untrained",
             file=sys.stderr,
         )
     return objective
@@ -39,24 +39,25 @@ def load_with_config(
     averaged: bool = True,
     walk: Mapping[str, str | None] | None = None,
 ) -> tuple[LoopedLM, Tokenizer, Config, Path]:
-    """`load`, which also returns the run's configuration and the checkpoint's folder.
+    """Like `load`, but also returns the run's configuration and the checkpoint's folder.
 
-    ``walk`` overrides how a denoiser runs its iterations (``bridge``, ``sampler``, ``grid`` of
-    objective_config.DenoiseConfig); None values leave the run's own.
+    Args:
+        walk: settings of a denoiser's walk that replace the run's own: ``bridge``, ``sampler``, ``grid`` of
+            objective_config.DenoiseConfig. None values keep the run's own.
     """
     checkpoint = Checkpoint(find_checkpoint(Path(path)))
     config = checkpoint.config()
     chosen = {name: value for name, value in (walk or {}).items() if value is not None}
     if chosen:
         if not all(hasattr(config.objective.own, name) for name in chosen):
-            raise UserError(f"{path} is a {config.objective.name} run: it has no {', '.join(chosen)} to choose")
+            raise UserError(f"{path} is a {config.objective.name} run, which has no setting {', '.join(chosen)}")
         for name, value in chosen.items():
             setattr(config.objective.own, name, value)
         validate(config)
     weights, shape, source = checkpoint.weights(averaged), config.model, str(checkpoint.path)
-    # Before anything is allocated: a configuration may claim any size.
+    # Check before allocating anything: a malicious configuration may claim any size.
     if shape.n_prelude + shape.n_core + shape.n_coda > len(weights):
-        raise UserError(f"{source}: its configuration has more blocks than its weights have tensors")
+        raise UserError(f"{source}: the configuration has more blocks than the weights have tensors")
     check_weights(build_model(shape, None, "meta", config.blocks.only), weights, source)
     model = build_model(shape, seed=None, only_block=config.blocks.only)
     load_weights(model, weights, source)
@@ -69,20 +70,20 @@ def load_with_config(
 def load(
     path: str | Path, device: str | torch.device = "auto", averaged: bool = True, compiled: bool = False
 ) -> tuple[LoopedLM, Tokenizer]:
-    """Load a run's newest good checkpoint (or the one whose folder is given), ready for inference.
+    """Load a model for inference. Nothing in a checkpoint is executed.
 
     Args:
-        path: run directory or checkpoint folder.
-        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        averaged: take the moving average of the weights where the run kept one.
-        compiled: compile what generation runs for each token (`LoopedLM.compile_decoding`); the first text takes longer.
+        path: run directory, whose newest undamaged checkpoint is loaded, or checkpoint folder.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` (CUDA if available).
+        averaged: load the EMA of the weights if the run kept one.
+        compiled: compile decoding with torch.compile (`LoopedLM.compile_decoding`). The first text then takes longer.
 
     Returns:
-        The model in fp32, in evaluation mode, and its tokenizer. Nothing in a checkpoint is executed: weights are
-        safetensors, the rest is JSON and a sentencepiece model.
+        The model in fp32 and evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: there is no run, no undamaged checkpoint, or no such device.
+        UserError: the run, an undamaged checkpoint or the device does not exist, or the checkpoint's files do not fit
+            together.
     """
     model, tokenizer, _, _ = load_with_config(path, device, averaged)
     if compiled:
@@ -90,27 +91,27 @@ def load(
     return model, tokenizer
 
 
-def _tables(name: str) -> bool:
-    """Whether a parameter of a model in blocks belongs to the tables that blocks share."""
+def _is_shared(name: str) -> bool:
+    """Whether a parameter of a model in blocks is shared by the blocks."""
     return not name.startswith("blocks.")
 
 
 def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
-    """Fill a new run's model from the run that ``init.from`` names. Returns a line that says what it took.
+    """Fill a new run's model from the run ``init.from``. Returns a log line that says what was loaded.
 
-    A model that is newly conditioned on noise keeps its zero-initialised conditioning. A model in blocks takes the shared
-    tables and the blocks that both runs hold; nothing else is read.
+    If only the new model is conditioned on noise, it keeps its zero-initialised conditioning. A model in blocks loads the
+    shared parameters and the blocks that both runs hold. Nothing else is read.
 
     Raises:
-        UserError: there is no run, its tokenizer or shape differs, or its core was never trained.
+        UserError: the run does not exist, its tokenizer or shape differs, or its core was never trained.
     """
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
     if source.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"init.from {config.init.from_} was trained with another tokenizer than {config.data.path}")
+        raise UserError(f"init.from {config.init.from_} and data.path {config.data.path} have different tokenizers")
     if not trained_objective(source, source.config()).core_trained:
         raise UserError(
-            f"init.from {config.init.from_} was stopped before its core's blocks began to run:"
-            " continue it with --resume first"
+            f"init.from {config.init.from_} was saved in the skip-core phase, so its core is untrained:"
+            " continue that run with --resume first"
         )
     if not isinstance(model, BlocksLM):
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
@@ -118,10 +119,10 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     theirs = source.config().model
     if not theirs.n_blocks and theirs.n_core != config.model.n_core:
         raise UserError(
-            f"init.from {config.init.from_} has {theirs.n_core} layers, and {config.model.n_core} are cut into blocks here"
+            f"init.from {config.init.from_} has {theirs.n_core} layers, but this model has {config.model.n_core} in blocks"
         )
     held = tuple(f"blocks.{number}." for number in model.held())
-    keep = (lambda name: _tables(name) or name.startswith(held)) if theirs.n_blocks else None
+    keep = (lambda name: _is_shared(name) or name.startswith(held)) if theirs.n_blocks else None
     weights = plain_weights(source.weights(averaged=True, keep=keep), config.model)
     load_weights(model, weights, str(source.path), allow_new=("noise_embedding.", "blocks."))
     taken = [number for number in model.held() if any(name.startswith(f"blocks.{number}.") for name in weights)]
@@ -131,16 +132,16 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     return (
         f"starting from {source.path}: its embedding"
         + "".join(f", block {number}" for number in taken)
-        + "".join(f"; block {number} as drawn" for number in drawn)
-        + (f"; its owner was stopped at {spent:.0%} and must not train on" if moves and spent < 1 else "")
+        + "".join(f"; block {number} is newly initialised" for number in drawn)
+        + (f"; that run used {spent:.0%} of its budget and must not be trained further" if moves and spent < 1 else "")
     )
 
 
 def check_owner(model: LoopedLM, config: Config) -> None:
-    """Check that a resumed block still has its owner's tables, if the owner's run is there.
+    """Check that a resumed block has the same shared parameters as the block that owns them, if the owner's run exists.
 
     Raises:
-        UserError: the owner was trained further or again.
+        UserError: they differ, because the owner was trained again or further.
     """
     only = config.blocks.only
     if (
@@ -150,10 +151,10 @@ def check_owner(model: LoopedLM, config: Config) -> None:
         or not Path(config.init.from_).exists()
     ):
         return
-    theirs = Checkpoint(find_checkpoint(Path(config.init.from_))).weights(averaged=True, keep=_tables)
+    theirs = Checkpoint(find_checkpoint(Path(config.init.from_))).weights(averaged=True, keep=_is_shared)
     ours = dict(model.named_parameters())
     if any(name in ours and not torch.equal(value, ours[name].detach().cpu()) for name, value in theirs.items()):
         raise UserError(
-            f"cannot resume {config.run.dir}: the embedding of {config.init.from_} is no longer the one that block {only}"
-            f" was trained on; train block {only} anew, in another run directory or with --overwrite"
+            f"cannot resume {config.run.dir}: {config.init.from_} was trained after block {only} had taken its embedding;"
+            f" train block {only} again, with --overwrite or in another run directory"
         )

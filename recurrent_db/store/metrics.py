@@ -1,4 +1,4 @@
-"""Logging of a run: ``metrics.jsonl`` always, Weights & Biases on request."""
+"""Logs a run's metrics to ``metrics.jsonl`` and, if requested, to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ from recurrent_db.schema import to_dict
 from recurrent_db.store.train_state import TrainState
 
 FINISH_TIMEOUT = 300.0
-"""Seconds that a run waits at its end for wandb's uploads. What is not uploaded by then is on disk, for `wandb sync`."""
+"""Seconds that a finished run waits for wandb's uploads. The rest stays on disk for `wandb sync`."""
 
 
 def plain(value: Any) -> Any:
-    """A JSON value: a tensor becomes a number, a pair (sum, weight) its quotient, a number that is not finite null."""
+    """Convert a metric to a JSON value.
+
+    A 0-dimensional tensor becomes a number, a tensor (sum, weight) its quotient, and a number that is not finite None.
+    """
     if isinstance(value, Tensor):
         numbers = value.tolist()
         value = numbers if isinstance(numbers, float | int) else (numbers[0] / numbers[1] if numbers[1] else None)
@@ -37,7 +40,7 @@ def plain(value: Any) -> Any:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop the rows after ``last_step`` and an incomplete last line."""
+    """Remove the rows after ``last_step``, and an incomplete last line, from a ``metrics.jsonl``."""
     if not path.exists():
         return
     rows = []
@@ -51,7 +54,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, without an incomplete last line."""
+    """The rows of a ``metrics.jsonl``. An incomplete last line is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -64,15 +67,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def counted_where(
     rows: Sequence[dict[str, Any]], column: str, names: Iterable[str], start: dict[str, Any] | None = None
 ) -> dict[str, float | None]:
-    """What the steps whose rows have ``column`` cost.
+    """Sum the increments of counters over the steps whose rows have ``column``.
 
     Args:
-        rows: all rows of a run, whose counters are cumulative.
-        names: the counters to sum up.
-        start: the counters before the first row; None is 0.
+        rows: all rows of a run. Their counters are cumulative.
+        names: the counters to sum.
+        start: the counters before the first row; None means 0.
 
     Returns:
-        By counter the sum of its increments. None if there are no rows, or one has no number for that counter.
+        The sums by counter. None for a counter that a row lacks, and for all if there are no rows.
     """
     sums: dict[str, float | None] = {}
     for name in names:
@@ -85,12 +88,12 @@ def counted_where(
 
 
 class WandbLog:
-    """Sends the same rows under the same names to Weights & Biases, without null values.
+    """Sends the rows of ``metrics.jsonl`` to Weights & Biases, under the same names and without null values.
 
-    A failure there prints one warning and ends the logging to wandb; it never ends the run. A resumed run keeps its id.
-    Each start first sends the ``rows`` so far that wandb lacks. Online these are the rows after the server's last step,
-    which keeps its values. Offline they are all rows, because a killed run's file lacks its end: so the newest folder
-    (RUN/wandb/latest-run) is complete, and is the one to sync.
+    If wandb fails, one warning is printed and logging to wandb ends, but the run continues. A resumed run keeps its id. At
+    each start, earlier ``rows`` that wandb lacks are sent first. Online these are the rows after the server's last step.
+    Offline all rows are sent, because the file of a killed run lacks its end. The newest folder (RUN/wandb/latest-run) is
+    then complete, so sync that one.
     """
 
     def __init__(self, run_dir: Path, config: Config, rows: Iterable[dict[str, Any]]) -> None:
@@ -98,7 +101,7 @@ class WandbLog:
         with self._failures_are_warnings():
             import wandb
 
-            # Without a key the answer is no; wandb.init would ask for one and wait.
+            # wandb.login returns False without a key. wandb.init would ask for one and wait.
             if config.run.wandb == "online" and not wandb.login(prompt=False):
                 raise UserError("no API key; set WANDB_API_KEY or run `wandb login`")
             self.run = wandb.init(
@@ -119,18 +122,18 @@ class WandbLog:
     def _failures_are_warnings(self) -> Iterator[None]:
         try:
             yield
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too: signals never raise in the trainer
+        except BaseException as error:  # wandb also raises SystemExit and KeyboardInterrupt; signals never raise here
             reason = " ".join(hide_secrets(f"{type(error).__name__}: {error}").split())[:200]
-            print(f"warning: no more wandb ({reason}); metrics.jsonl has everything", file=sys.stderr)
+            print(f"warning: logging to wandb ended ({reason}); metrics.jsonl has everything", file=sys.stderr)
             self.run = None
-            with suppress(BaseException):  # or it would try again, and complain again, when the process ends
+            with suppress(BaseException):  # without a teardown wandb tries and fails again when the process exits
                 import wandb
 
                 wandb.teardown(1)
 
     @staticmethod
     def _id(run_dir: Path) -> str:
-        """The run's id at wandb: made once and kept with the run."""
+        """The run's id at wandb: drawn once and kept in the run directory."""
         path = run_dir / "wandb_id"
         if not path.exists():
             write_atomic(path, secrets.token_hex(8))
@@ -148,11 +151,14 @@ class WandbLog:
 
 
 class StepClock:
-    """Training time and energy by step, for a device that runs behind the host.
+    """Measures training time and energy per step on a device that runs asynchronously.
 
-    The clock is right only after the host has waited for the device (`settle`). The time and energy since the last wait are
-    divided among the steps in proportion to their FLOPs. What lies between a wait and the next step (evaluation,
-    checkpoints) is not counted.
+    The host knows the time only after it has waited for the device (`settle`). The time and energy since the previous wait
+    are divided among the steps in proportion to their FLOPs. Evaluation and checkpoints are not counted.
+
+    Args:
+        peak: FLOPs per second of all devices at 100 percent utilisation; None leaves MFU and HFU out.
+        meter: energy meter of the device.
     """
 
     def __init__(self, peak: float | None, meter: EnergyMeter) -> None:
@@ -160,17 +166,23 @@ class StepClock:
         self.open: list[tuple[dict[str, Any], int, Cost]] = []
 
     def start(self) -> None:
-        """A step begins."""
+        """Call this at the start of a step."""
         if not self.open:
             self.meter.joules()
             self.started = time.perf_counter()
 
     def add(self, row: dict[str, Any], tokens: int, cost: Cost) -> None:
-        """A step has been launched; ``cost`` is per token."""
+        """Call this after a step was launched.
+
+        Args:
+            row: the step's row, which `settle` completes.
+            tokens: tokens of the step.
+            cost: FLOPs per token.
+        """
         self.open.append((row, tokens, cost))
 
     def settle(self, state: TrainState) -> None:
-        """The device has caught up: write time and energy into the rows since the last call, and into ``state``."""
+        """Call this after the host has waited for the device. Adds time and energy to the open rows and to ``state``."""
         if not self.open:
             return
         seconds, joules = time.perf_counter() - self.started, self.meter.joules()
@@ -189,9 +201,9 @@ class StepClock:
 
 
 class MetricLog:
-    """Writes one row for each optimizer step. Rows may hold device tensors, which are read only when flushed.
+    """Writes one row per optimizer step to ``metrics.jsonl``. Tensors in a row are read from the device at the flush.
 
-    Only the first process has one; the others have a `NoLog`.
+    Only the first process has a `MetricLog`. The others have a `NoLog`.
     """
 
     def __init__(self, run_dir: Path, config: Config, start_step: int) -> None:
@@ -205,7 +217,7 @@ class MetricLog:
         self.rows.append(row)
 
     def flush(self) -> dict[str, Any] | None:
-        """Write the rows since the last call to disk. Returns the last one."""
+        """Write the rows since the last call to disk, and return the last of them; None if there are none."""
         written = [{name: plain(value) for name, value in row.items()} for row in self.rows]
         self.rows.clear()
         self.file.writelines(json.dumps(row) + "\n" for row in written)
@@ -217,7 +229,7 @@ class MetricLog:
         return written[-1] if written else None
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``: those steps are repeated."""
+        """Remove the rows after ``step``, because the run repeats these steps."""
         self.rows.clear()
         self.file.close()
         truncate_metrics(self.path, step)
@@ -231,7 +243,7 @@ class MetricLog:
 
 
 class NoLog:
-    """The `MetricLog` of a process that writes nothing."""
+    """A `MetricLog` that writes nothing."""
 
     def add(self, row: dict[str, Any]) -> None:
         pass

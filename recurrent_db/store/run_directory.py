@@ -1,4 +1,4 @@
-"""The run directory: who may use it, how it is made, and whether a run in it can be continued."""
+"""The run directory: locking and creating it, and checking whether its run can be continued."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from recurrent_db.store.folder import clean_leftovers, find_checkpoint, list_che
 
 
 def after_restart(config: Config, resume: str, overwrite: bool) -> tuple[str, bool]:
-    """How to begin: as asked for, but what this very job had begun before torchrun restarted it is continued."""
+    """The values of ``resume`` and ``overwrite`` to use.
+
+    They are returned unchanged, except after a restart by torchrun: then the run that this job began is continued from its
+    newest undamaged checkpoint.
+    """
     with contextlib.suppress(OSError, ValueError):
         if restarted() and json.loads((Path(config.run.dir) / "job.json").read_text()) == job_identity():
             return "last-good", False
@@ -26,9 +30,21 @@ def after_restart(config: Config, resume: str, overwrite: bool) -> tuple[str, bo
 
 
 def check_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> Checkpoint | None:
-    """Refuse a run directory that cannot be used; lock it, and find the checkpoint to continue from. Changes nothing."""
+    """Check the run directory, lock it if it exists, and find the checkpoint to continue from. Changes no file in it.
+
+    Args:
+        resume, overwrite: as in `training.trainer.train`.
+        held: releases the lock when it closes.
+
+    Returns:
+        The checkpoint to continue from; None to start at step 0.
+
+    Raises:
+        UserError: the directory exists without ``resume`` or ``overwrite``, is not a run directory, is in use, or its
+            checkpoint is damaged.
+    """
     if not config.run.dir:
-        raise UserError("run.dir is not set: say where the run lives with --run.dir DIR")
+        raise UserError("run.dir is not set: name the run directory with --run.dir DIR")
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run.dir {run_dir} is a file")
@@ -47,14 +63,18 @@ def check_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib
 
 
 def make_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.ExitStack) -> Path:
-    """Make the run directory, in place of an older one where that was asked for. Set-up has succeeded by now."""
+    """Create the run directory, or with ``overwrite`` empty an existing one. Call it only after set-up has succeeded.
+
+    Raises:
+        UserError: the directory cannot be written, or another process has just created it.
+    """
     run_dir = Path(config.run.dir)
     try:
         if not run_dir.exists() or not (resume or overwrite):
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(run_dir))
             if (run_dir / "config.json").exists():
-                raise UserError(f"run directory {run_dir} has just been made by another process")
+                raise UserError(f"run directory {run_dir} was just created by another process")
         for path in run_dir.iterdir() if overwrite else ():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -69,7 +89,14 @@ def make_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.
 
 
 def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
-    """Refuse to continue with another model, objective or tokenizer. Returns lines that say what else differs."""
+    """Check that a run can be continued with this configuration.
+
+    Returns:
+        A note for each other setting of data, optimizer, schedule or budget that has changed.
+
+    Raises:
+        UserError: the objective, model, blocks, seed, tokenizer or optimizer has changed.
+    """
     before, now = to_dict(checkpoint.config()), to_dict(config)
     for section in ("objective", "model", "blocks", "seed"):
         if before[section] != now[section]:
@@ -80,7 +107,7 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
             raise UserError(f"cannot resume {config.run.dir}: {section} was {old} and is now {new}")
     if checkpoint.tokenizer().hash != tokenizer.hash:
         raise UserError(f"cannot resume {config.run.dir}: the data was made with another tokenizer")
-    if before["optim"]["name"] != now["optim"]["name"]:  # their states have nothing in common
+    if before["optim"]["name"] != now["optim"]["name"]:  # one optimizer cannot use the other's state
         old, new = before["optim"]["name"], now["optim"]["name"]
         raise UserError(f"cannot resume {config.run.dir}: optim.name was {old} and is now {new}")
     return [

@@ -1,17 +1,18 @@
-"""Checkpoints of several processes, through torch.distributed.checkpoint (DCP): each writes its part, any number reads it.
+"""Checkpoints of several processes, through torch.distributed.checkpoint (DCP).
 
-The folder is an ordinary checkpoint (see `folder`), with shards in place of whole files:
+Each process writes its part, and any number of processes can read it. The folder is an ordinary checkpoint (see `folder`)
+with shards in place of whole files:
 
-    shard-0000R-model-00001-of-00003.safetensors   what process R holds of the weights
-                       00002                       of their average
+    shard-0000R-model-00001-of-00003.safetensors   process R's part of the weights
+                       00002                       of their EMA
                        00003                       of the optimizer's state
 
-DCP's usual storage keeps its table of contents in a pickle. These files use its safetensors storage: the place of a shard
-within its tensor is in the file's header, as JSON, so nothing in a checkpoint can be executed.
+DCP's usual storage keeps its index in a pickle file, which can execute code. This module uses DCP's safetensors storage
+instead: it keeps a shard's position within its tensor in the file's header, as JSON.
 
-The first process seals a checkpoint (manifest, flush to disk, rename) after all have written and hashed their parts, so an
-interrupted save never looks like a checkpoint. With ``parallel.async_checkpoints`` all of this happens in a thread, on a
-copy of the state, while training goes on.
+After all processes have written and hashed their parts, the first process seals the checkpoint: it writes the manifest,
+flushes to disk and renames the folder. An interrupted save therefore never looks like a checkpoint. With
+``parallel.async_checkpoints`` a thread does all of this on a copy of the state while training continues.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ from recurrent_db.store.tensors import optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
 KINDS = {"weights": 1, "average": 2, "optimizer": 3}
-"""What a tensor's name starts with, and the number of the file that holds it."""
+"""Prefix of a tensor's name -> number of the file that holds it."""
 
 Listing = dict[str, dict[str, Any]]
-"""The manifest's entries by file name."""
+"""Manifest entries by file name."""
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """DCP's safetensors storage. At the end the first process calls ``seal`` with the manifest's entries of all shards."""
+    """DCP's safetensors storage. At the end the first process calls ``seal`` with the manifest entries of all shards."""
 
     def __init__(self, folder: Path, names: list[str], seal: Callable[[Listing], None]) -> None:
         mapping = {name: KINDS[name.split("/")[0]] for name in names}
@@ -75,14 +76,14 @@ class _Writer(HuggingFaceStorageWriter):
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:
         listing: Listing = {}
-        for of_process in results:
-            for result in of_process[:1]:
+        for process_results in results:
+            for result in process_results[:1]:
                 listing.update(result.storage_data[1])
         self.seal(listing)
 
 
 def _live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, Tensor]:
-    """Everything large that a checkpoint holds, by name; the tensors are not copies."""
+    """All tensors of a checkpoint by name, without copying them."""
     tensors = {f"weights/{name}": p.detach() for name, p in model.named_parameters()}
     if ema is not None:
         tensors |= {f"average/{name}": shadow for name, shadow in ema.shadow.items()}
@@ -90,11 +91,11 @@ def _live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA |
 
 
 class ShardedSaver:
-    """Writes a run's checkpoints, one at a time. All processes call all methods, in the same order."""
+    """Writes the checkpoints of a run of several processes. All processes must call its methods in the same order."""
 
     def __init__(self, team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
         self.team, self.run_dir, self.config, self.tokenizer = team, run_dir, config, tokenizer
-        self._pending: tuple[Path, Path, Future[Any]] | None = None  # hidden folder, checkpoint, its writing
+        self._pending: tuple[Path, Path, Future[Any]] | None = None  # hidden folder, checkpoint, result of writing it
 
     def save(
         self,
@@ -104,10 +105,12 @@ class ShardedSaver:
         state: TrainState,
         objective_state: dict[str, Any],
     ) -> None:
-        """Write a checkpoint of ``state.step``, or begin to. It holds the state at the time of the call.
+        """Write the checkpoint of step ``state.step``, with the state at the time of the call.
+
+        With ``parallel.async_checkpoints`` it returns before the checkpoint is complete.
 
         Raises:
-            UserError: this checkpoint, or the one before, cannot be written; older ones stay as they are.
+            UserError: this checkpoint or the previous one cannot be written. Older checkpoints stay intact.
         """
         self.finish()
         team, config, step = self.team, self.config, state.step
@@ -139,7 +142,7 @@ class ShardedSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun is there. Raises `UserError` if it could not be written."""
+        """Wait until the pending checkpoint is complete. Raises `UserError` if it could not be written."""
         if self._pending is None:
             return
         (temporary, target, future), self._pending = self._pending, None
@@ -157,12 +160,12 @@ class ShardedSaver:
 
 
 def _contents(folder: Path) -> dict[str, Any]:
-    """Shape and dtype of every tensor, by name, from the shards' headers."""
+    """Shape and dtype of every tensor by name, read from the shards' headers."""
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
-    """Fill tensors, sharded or not, in place."""
+    """Fill tensors in place, sharded or not. ``alone``: only this process reads."""
     if not tensors:
         return
     with warnings.catch_warnings():
@@ -175,7 +178,7 @@ def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
 
 
 def read_shards(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Whole tensors of one of `KINDS` by name, on the CPU, read by this process alone; empty if there are none."""
+    """Read the whole tensors of one of `KINDS` by name, on the CPU, in this process alone. Empty if there are none."""
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _contents(folder).items()
@@ -186,8 +189,9 @@ def read_shards(folder: Path, kind: str) -> dict[str, Tensor]:
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
-    """Fill the model, the optimizer and the average in place. Each process reads the part that it holds, however many
-    processes wrote.
+    """Fill the model, the optimizer and the EMA in place.
+
+    Each process reads only the part that it holds. Another number of processes may have written the checkpoint.
 
     Raises:
         UserError: the shards lack a tensor of this model, or cannot be read.
@@ -210,7 +214,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             )
     for name in tensors:
         if name not in contents:
-            raise UserError(f"{folder} has no {name}: it was made with another model shape")
+            raise UserError(f"{folder} has no {name}: it holds a model of another shape")
     with torch.no_grad():
         _fill(tensors | states, folder, alone=not dist.is_initialized())
         if ema is not None and not has_average:

@@ -1,4 +1,4 @@
-"""Weights and optimizer state as tensors by name: how they go into a model, and what a model refuses."""
+"""Weights and optimizer state as tensors by name, and how they are checked and loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recurrent_db.errors import UserError
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors named ``<entry>/<parameter name>``."""
+    """The optimizer's state as a flat dictionary with names ``<entry>/<parameter name>``."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{entry}/{names[id(p)]}": value.contiguous()
@@ -20,10 +20,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put `optimizer_tensors`'s result back, on the parameters' devices.
+    """Load the result of `optimizer_tensors` into an optimizer, on the devices of its parameters.
 
     Raises:
-        UserError: a tensor belongs to no parameter of the model, or has another shape.
+        UserError: a tensor has no parameter in this model, another shape, or an integer dtype.
     """
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
@@ -31,7 +31,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         parameter = parameters.get(name)
         if parameter is None or value.shape not in (parameter.shape, ()) or not value.is_floating_point():
             raise UserError(
-                f"the optimizer state {key!r} belongs to no parameter of this model, or to one of another shape"
+                f"the optimizer state {key!r} does not fit this model: it has no such parameter, or another shape"
             )
         # Fused AdamW keeps its step counter on the parameter's device.
         value = value.to(parameter.device)
@@ -41,23 +41,26 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
 
 def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
-    """Check that weights fit a model, which may be on the meta device. ``allow_new`` is as in `load_weights`.
+    """Check that weights fit a model, which may be on the meta device.
+
+    Args:
+        source: name of the weights in error messages.
+        allow_new: as in `load_weights`.
 
     Raises:
-        UserError: a parameter is missing or unknown, or has another shape or an integer dtype; the first is named.
+        UserError: a parameter is missing, unknown, of another shape or of an integer dtype. The message names the first.
     """
     parameters = dict(model.named_parameters())
     for name in parameters.keys() | weights.keys():
         if name.startswith(allow_new or ("\0",)) and (name not in parameters or name not in weights):
             continue
         if name not in weights:
-            raise UserError(f"{source} has no parameter {name}: it was made with another model shape")
+            raise UserError(f"{source} has no parameter {name}: it holds a model of another shape")
         if name not in parameters:
-            raise UserError(f"{source} has a parameter {name} that this model lacks: it was made with another shape")
+            raise UserError(f"{source} has a parameter {name} that this model lacks: it holds a model of another shape")
         if parameters[name].shape != weights[name].shape:
-            raise UserError(
-                f"{source}: {name} has shape {tuple(weights[name].shape)}, this model needs {tuple(parameters[name].shape)}"
-            )
+            found, needed = tuple(weights[name].shape), tuple(parameters[name].shape)
+            raise UserError(f"{source}: {name} has shape {found}, but this model needs {needed}")
         if not weights[name].is_floating_point():
             raise UserError(f"{source}: {name} holds {weights[name].dtype}, not floating-point numbers")
 
@@ -65,8 +68,13 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str, all
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str, allow_new: tuple[str, ...] = ()) -> None:
     """Copy weights into a model by name.
 
-    Parameters whose names start with one of ``allow_new`` may be absent on either side: the model then keeps its own
-    values, and weights without a parameter are left out. Raises as `check_weights` does.
+    Args:
+        source: name of the weights in error messages.
+        allow_new: parameters whose names start with one of these prefixes may be missing in the model or in ``weights``.
+            The model then keeps its own values, and weights without a parameter are ignored.
+
+    Raises:
+        UserError: as `check_weights`.
     """
     check_weights(model, weights, source, allow_new)
     with torch.no_grad():

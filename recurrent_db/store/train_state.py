@@ -1,4 +1,4 @@
-"""The counters of a run, and ``state.json``, which keeps them in a checkpoint."""
+"""The counters of a run, and the file ``state.json`` that stores them in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,51 +19,71 @@ from recurrent_db.schema import MOST_INTEGER
 
 @dataclass
 class TrainState:
-    """The counters of a run. All of them are cumulative over resumptions."""
+    """The counters of a run. They continue when the run is resumed."""
 
     step: int = 0
+    """Optimizer steps, including skipped ones."""
     tokens: int = 0
+    """Training tokens."""
     flops: FlopCount = field(default_factory=FlopCount)
     seconds: float = 0.0
+    """Training time, without evaluation and checkpoints."""
     energy_joules: float = 0.0
-    """Energy that the GPU used, where it has a meter."""
+    """Energy used by the GPU, if it has a meter."""
     skipped: int = 0
+    """Skipped steps."""
     skipped_in_a_row: int = 0
+    """Skipped steps since the last step that was not skipped."""
     spikes: int = 0
-    """Skipped steps whose loss was finite."""
+    """Skipped steps with a finite loss."""
     rollbacks: int = 0
-    """Returns to an earlier checkpoint; they choose the order of the data."""
+    """Returns to an earlier checkpoint. Their number is part of the seed of the data order."""
     flops_abandoned: float = 0.0
-    """Spent on steps that were taken back; not part of ``flops``."""
+    """FLOPs of steps that a return to a checkpoint discarded; not part of ``flops``."""
     loss_mean: float = 0.0
+    """Running mean of the loss, in nats; see `training.guard.LossGuard`."""
     loss_variance: float = 0.0
+    """Running variance of the loss."""
     loss_count: int = 0
-    """Running mean and variance of the loss, and over how many steps; see `training.guard.LossGuard`."""
+    """Steps in ``loss_mean`` and ``loss_variance``."""
     loss_lowest: float = 0.0
-    """Lowest running mean at a log point."""
+    """Lowest running mean of the loss at a log point, in nats."""
 
     def spent(self, budget: BudgetConfig) -> float:
-        """Share of a budget that these counters have used; 1 or more means that it is spent."""
+        """Share of ``budget`` that is spent; 1 or more means all of it."""
         return budget_progress(budget, self.flops.total, self.tokens, self.step, self.seconds)
 
     def count(self, cost: Cost, update: float, tokens: int) -> None:
-        """Add a step of ``tokens`` tokens: ``cost`` is per token, ``update`` the FLOPs of the optimizer's step."""
+        """Add one step.
+
+        Args:
+            cost: FLOPs per token.
+            update: FLOPs of the optimizer's update.
+            tokens: tokens of the step.
+        """
         self.tokens += tokens
         self.flops.add(cost, update, tokens)
 
     def row(self) -> dict[str, float]:
-        """The counters that ``metrics.jsonl`` has too, by column."""
+        """The counters that are also in ``metrics.jsonl``, by column."""
         return {"step": self.step, "tokens": self.tokens, **self.flops.row(), "seconds": self.seconds}
 
 
 def write_state(path: Path, state: TrainState, objective_state: dict[str, Any], ema_updates: int) -> None:
-    """Write ``state.json``: counters, the objective's state, and how often the weight average was updated."""
+    """Write ``state.json``: the counters, the objective's state, and the number of EMA updates."""
     values = {"counters": asdict(state), "objective": objective_state, "ema_updates": ema_updates}
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def read_state(path: Path) -> tuple[TrainState, dict[str, Any], int]:
-    """Read what `write_state` wrote. Raises `UserError` for any other content."""
+    """Read the file of `write_state`.
+
+    Returns:
+        The counters, the objective's state, and the number of EMA updates.
+
+    Raises:
+        UserError: the content is invalid.
+    """
     try:
         values = read_json(path)
         counters, objective, updates = {**values["counters"]}, values["objective"], values["ema_updates"]
@@ -78,5 +98,5 @@ def read_state(path: Path) -> tuple[TrainState, dict[str, Any], int]:
         if not isinstance(objective, dict):
             raise ValueError("objective is not a table")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is not what training saves: {error}") from None
+        raise UserError(f"{path} is not a valid state.json: {error}") from None
     return state, objective, updates

@@ -100,7 +100,7 @@ def test_an_old_directory_is_replaced_only_by_a_complete_one(text: Path, tokeniz
 
 
 def test_only_data_directories_are_replaced(text: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no data directory"):
+    with pytest.raises(UserError, match="not a data directory"):
         prepare([str(text)], tokenizer, text, overwrite=True)
     assert (text / "0.txt").exists()
 

@@ -286,7 +286,7 @@ def test_the_owner_of_the_embedding_is_trained_first(
     shutil.rmtree(find_checkpoint(tmp_path / "half"))
     capsys.readouterr()
     assert train(data, tmp_path / "after", 2, "--blocks.only", 2, "--init.from", tmp_path / "half") == 0
-    assert "; its owner was stopped at 50% and must not train on\n" in capsys.readouterr().err
+    assert "; that run used 50% of its budget and must not be trained further\n" in capsys.readouterr().err
     # An owner that was trained anew no longer fits.
     assert train(data, tmp_path / "anew", 2, "--blocks.only", 1, "--seed", 1) == 0
     with pytest.raises(UserError, match="shared embedding differs"):
@@ -311,7 +311,7 @@ def test_the_owner_of_the_embedding_is_trained_first(
     further = ["--budget.steps", 8, "--init.from", tmp_path / "one"]
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, *further, resume="newest") == 0
     assert train(data, tmp_path / "one", 2, "--blocks.only", 1, "--budget.steps", 8, resume="newest") == 0
-    with pytest.raises(UserError, match=r"one is no longer the one that block 2 was trained on; train block 2 anew"):
+    with pytest.raises(UserError, match=r"one was trained after block 2 had taken its embedding; train block 2 again"):
         train(data, tmp_path / "two", 2, "--blocks.only", 2, "--budget.steps", 9, *further[2:], resume="newest")
     assert len(list((tmp_path / "two/checkpoints").glob("step-00000009"))) == 0
 
@@ -330,14 +330,14 @@ def test_a_block_takes_of_another_run_what_it_has_a_place_for(
         assert train(data, tmp_path / name, 2, *still, "--init.from", given, "--seed", seed) == 0
     said = capsys.readouterr().err
     assert f"starting from {source.path}: its embedding, block 2\n" in said
-    assert ": its embedding; block 2 as drawn\n" in said
+    assert ": its embedding; block 2 is newly initialised\n" in said
     name = "blocks.2.core.blocks.0.attn.qkv.weight"
     again, anew, two = (weights(run)[name] for run in (tmp_path / "again", tmp_path / "anew", frozen_runs[1]))
     torch.testing.assert_close(again, two, rtol=0, atol=1e-8)
     assert (anew - two).abs().max() > 0.05
     plain = ["--model.n_blocks", 0, "--objective.name", "next_token", "--objective.denoise.grid", "edges"]
     assert train(data, tmp_path / "short", 2, *plain, "--model.n_core", 2) == 0
-    with pytest.raises(UserError, match="has 2 layers, and 4 are cut into blocks here"):
+    with pytest.raises(UserError, match="has 2 layers, but this model has 4 in blocks"):
         train(data, tmp_path / "bad", 2, *still, "--init.from", tmp_path / "short")
 
 

@@ -75,7 +75,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_or_refused(run: Path, capsys: py
     (run / "checkpoints/step-00000003/model.safetensors").write_bytes(b"")
     assert find_checkpoint(run).name == "step-00000002"
     assert "step-00000003 is damaged" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--resume last-good takes the one before"):
+    with pytest.raises(UserError, match="--resume last-good uses the newest undamaged one"):
         find_checkpoint(run, fall_back=False)
 
 

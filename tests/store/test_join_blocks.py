@@ -31,11 +31,11 @@ def test_a_join_again_loses_nothing(
     before = sorted(out.rglob("*"))
     assert join(frozen_runs, out, overwrite=True) == joined
     assert sorted(out.rglob("*")) == before
-    assert "left as it is" in capsys.readouterr().err
+    assert "left unchanged" in capsys.readouterr().err
     assert train(data, tmp_path / "new", 2, "--blocks.only", 2, "--blocks.shared", "frozen", "--optim.lr", 1e-3) == 0
     capsys.readouterr()
     join([one, tmp_path / "new"], out, overwrite=True)
-    assert f"held more than a join: moved to {out}-before-1" in capsys.readouterr().err
+    assert f"was evaluated or trained further: moved to {out}-before-1" in capsys.readouterr().err
     assert (tmp_path / "joined-before-1/eval/depth_curve.json").read_text() == "mine"
     assert not (out / "eval").exists()
 

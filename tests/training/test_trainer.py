@@ -283,13 +283,13 @@ def test_a_run_whose_core_has_not_begun_says_so_and_starts_no_other(
     assert Checkpoint(early).training()[1] == {"core_runs": False}
     capsys.readouterr()
     recurrent_db.load(early)
-    told = f"warning: {early} was stopped before its core's blocks began to run: they are untrained\n"
+    told = f"warning: {early} was saved in the skip-core phase: its core is untrained\n"
     assert capsys.readouterr().err == told
     export(early, tmp_path / "exported")
     assert capsys.readouterr().err == told
     recurrent_db.load(tmp_path / "run")
     assert capsys.readouterr().err == ""
-    with pytest.raises(UserError, match="was stopped before its core's blocks began to run"):
+    with pytest.raises(UserError, match="was saved in the skip-core phase"):
         train(data, tmp_path / "next", *options, "--budget.steps", 8, "--init.from", early)
 
     # Continued with a budget of which more is spent than the core stays out for, its blocks start before the next step.
