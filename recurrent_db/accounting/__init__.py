@@ -1,1 +1,1 @@
-"""What training and inference cost: FLOPs, memory, hardware, plans before a run."""
+"""The cost of training and inference: FLOPs, memory, hardware, and plans of runs before they start."""

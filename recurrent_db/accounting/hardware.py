@@ -1,4 +1,4 @@
-"""What the machine is, and the best it can do: devices, peak rates, energy, memory, environment."""
+"""The machine: devices, peak FLOP rates, energy, memory, software environment."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ PEAK_FLOPS = {
     "RTX 4080 SUPER": 104.4e12, "RTX 4080": 97.5e12, "RTX 4070 Ti SUPER": 88.2e12, "RTX 4070 Ti": 80.2e12,
     "RTX 3090 Ti": 80e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
 }  # fmt: skip
-"""Dense bf16 matrix FLOPs per second with fp32 accumulation (V100, T4: fp16) by a part of the device's name, from the
-makers' data sheets. The longest part that matches counts, so ``H100 PCIe`` is not taken for ``H100``."""
+"""Dense bf16 matrix FLOPs per second with fp32 accumulation (V100, T4: fp16), from NVIDIA's data sheets. A key is a part of
+a device's name. The longest key that matches is used, so ``H100 PCIe`` is not taken for ``H100``."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan needs to know of a GPU besides its peak. Bytes, and bytes per second one way."""
+    """Memory and links of a GPU."""
 
     memory: float
+    """Bytes of memory."""
     intra: float
-    """Its links to the others of its node."""
+    """Bytes per second, one way, of its links to the other GPUs of its node."""
     inter: float
-    """Its share of its node's network."""
+    """Bytes per second, one way, of its share of its node's network."""
 
 
 GPUS = {
@@ -53,26 +54,35 @@ GPUS = {
     "V100": Gpu(32e9, 150e9, 12.5e9), "T4": Gpu(16e9, 16e9, 6.25e9), "RTX 4090": Gpu(24e9, 32e9, 12.5e9),
     "RTX 5090": Gpu(32e9, 64e9, 12.5e9), "RTX 3090": Gpu(24e9, 32e9, 12.5e9),
 }  # fmt: skip
-"""Memory and links from the makers' data sheets: NVLink (half of the sum of both directions that they quote), else PCIe x16;
-network as NVIDIA's own 8-GPU systems have it (DGX A100: 200 Gb/s a GPU; DGX H100, H200 and B200: 400 Gb/s), elsewhere 100
-Gb/s (200 for L40S, 50 for T4). A100 is the 80 GB version."""
+"""Memory and links of GPUs by name, from NVIDIA's data sheets. A100 is the 80 GB version.
+
+Links within a node are NVLink (half of the quoted sum of both directions), or else PCIe x16. The network is that of NVIDIA's
+own 8-GPU systems (DGX A100: 200 Gb/s per GPU; DGX H100, H200 and B200: 400 Gb/s), for other GPUs 100 Gb/s (L40S: 200, T4:
+50)."""
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises `UserError` for a device that is not there."""
+    """The device called ``name``: "cpu", "cuda", "cuda:N", or "auto" (CUDA if available).
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"run.device = {name!r} is no device; use cpu, cuda, cuda:N or auto") from None
+        raise UserError(f"run.device = {name!r} is not a device; use cpu, cuda, cuda:N or auto") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"run.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 
 def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:
-    """FLOPs per second of fp32 matrix products on this CPU with the current number of threads: the best of several."""
+    """FLOPs per second of an fp32 product of two (size, size) matrices on this CPU, with the current number of threads.
+
+    The best of all repetitions within ``seconds``.
+    """
     a, b = torch.rand(size, size), torch.rand(size, size)
     best, end = float("inf"), time.perf_counter() + seconds
     torch.mm(a, b)
@@ -86,8 +96,12 @@ def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:
 def product_seconds(
     rows: int, n_in: int, n_out: int, dtype: torch.dtype = torch.float32, seconds: float = 0.03
 ) -> tuple[float, float]:
-    """Seconds on this CPU of a linear layer's matrix products alone, the best of at least three: its forward, and its
-    backward (gradient to the input and to the weight). x: (rows, n_in), weight: (n_out, n_in)."""
+    """Time the matrix products of a linear layer on this CPU. The input is (rows, n_in), the weight (n_out, n_in).
+
+    Returns:
+        Seconds of the forward pass, and of the backward pass (gradients of input and weight). Each product is timed at
+        least three times, and the best time counts.
+    """
     x, weight, dy = (torch.rand(shape).to(dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
 
     def best(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,10 +119,13 @@ def product_seconds(
 def attainable_flops(
     model: ModelConfig, passes: Passes, rows: int, dtype: torch.dtype, best: dict[Any, tuple[float, float]]
 ) -> float:
-    """FLOPs per second of a training step of ``rows`` tokens that only did its products with weights.
+    """Upper bound on the FLOPs per second of a training step on this CPU: a step that only multiplies by its weights.
 
-    Each product has its own size and count, and runs as fast as this CPU runs it alone. A step can come near this rate,
-    unlike that of one large product. ``best`` keeps the best times between calls: the machine may be busy during one.
+    Each product is timed alone at its own size. A step can come close to this rate, unlike the rate of one large product.
+
+    Args:
+        rows: tokens of the step.
+        best: best times so far, updated in place. Keep it between calls, because the machine may be busy during one.
     """
     width, hidden = model.d_model, model.d_mlp
     ends, grad = model.n_prelude + model.n_coda, passes.core_grad + passes.clean_grad
@@ -131,8 +148,7 @@ def attainable_flops(
 
 
 def table_peak_flops(device_name: str) -> float | None:
-    """The table's peak for a GPU by its name. None for a GPU that the table lacks, even if it has a sibling, and for a
-    slice of a GPU (MIG)."""
+    """The entry of `PEAK_FLOPS` for a GPU. None if the table lacks exactly this model, and for a slice of a GPU (MIG)."""
     if " MIG " in device_name:
         return None
     end = r"(?![A-Za-z0-9]| (?:Ti|SUPER|D|Laptop)\b)"
@@ -141,8 +157,10 @@ def table_peak_flops(device_name: str) -> float | None:
 
 
 def peak_flops(device: torch.device, override: float | None = None) -> float | None:
-    """Peak FLOPs per second, for utilisation: ``override`` if given; on a GPU the table's, or None; on a CPU the measured
-    rate of a matrix product."""
+    """Peak FLOPs per second of a device, the denominator of MFU.
+
+    ``override`` if given; else `table_peak_flops` for a GPU (may be None), and `measured_matmul_flops` for a CPU.
+    """
     if override is not None:
         return override
     if device.type != "cuda":
@@ -151,17 +169,17 @@ def peak_flops(device: torch.device, override: float | None = None) -> float | N
 
 
 def peak_note(device: torch.device, peak: float | None, given: bool) -> str:
-    """A line on what utilisation is a share of, and whether that was ``given``, measured, or found in the table."""
-    note = f"utilisation is a share of {peak:.3g} FLOPs/s" if peak else "utilisation: no peak known for this device"
+    """A log line that names the peak, and whether it was measured, found in the table, or ``given`` by the user."""
+    note = f"MFU is relative to {peak:.3g} FLOPs/s" if peak else "MFU: the peak of this device is unknown"
     if given:
         return note
     return note + (", measured" if device.type != "cuda" else ", from the table" if peak else "; set --run.peak_flops")
 
 
 class EnergyMeter:
-    """Energy that a GPU has used since the last reading, from NVML's counter (Volta and later, whole device).
+    """Reads the energy use of a GPU from NVML's counter (Volta and later, whole device).
 
-    Needs the package nvidia-ml-py (extra `gpu`). Without it, without a GPU or without a counter it reads None.
+    It needs the package nvidia-ml-py (extra `gpu`). Without the package, a GPU or a counter, `joules` returns None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -176,11 +194,11 @@ class EnergyMeter:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             self._read = lambda: int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
             self._last = self._read()
-        except Exception:  # no package, no driver, no counter: energy is then not known, and nothing else changes
+        except Exception:  # no package, driver or counter: the energy is unknown
             self._read = None
 
     def joules(self) -> float | None:
-        """Joules since the last call (or since the meter was made)."""
+        """Joules since the previous call, or since construction; None if unknown."""
         if self._read is None:
             return None
         try:
@@ -193,19 +211,23 @@ class EnergyMeter:
 
 
 class UpdateClock:
-    """Measures the share of a step's time that its update takes: clipping, optimizer, weight average.
+    """Measures the share of a step's time that its update takes: clipping, optimizer, EMA.
 
-    Each step has three marks: its start, its update's start, its end. On CUDA they are events in the device's stream; only
-    `share` waits for them.
+    Call `mark` three times per step: at its start, at the start of the update, and at its end. On CUDA a mark is an event in
+    the device's stream, and only `share` waits for it.
+
+    Args:
+        worth_a_note: `note` returns the share.
     """
 
     def __init__(self, device: torch.device, worth_a_note: bool = False) -> None:
         self.device, self.worth_a_note = device, worth_a_note
         self.update_seconds = self.step_seconds = 0.0
-        """Sums over the steps that `share` was asked about."""
+        """Sums over all steps up to the last call of `share`."""
         self._marks: list[Any] = []
 
     def mark(self) -> None:
+        """Record the current time."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -214,7 +236,7 @@ class UpdateClock:
             self._marks.append(time.perf_counter())
 
     def share(self) -> float:
-        """Over the steps since the last call; there must have been one."""
+        """The update's share of the time (0 to 1) over the steps since the previous call; at least one is needed."""
         if self.device.type == "cuda":
             self._marks[-1].synchronize()
             between = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self._marks)]
@@ -227,14 +249,14 @@ class UpdateClock:
         return update / step
 
     def note(self) -> str:
-        """The share so far as the end of a line; empty where the update takes the few percent that AdamW takes."""
+        """The update's share so far as the end of a log line. Empty without ``worth_a_note``, as for AdamW."""
         if not self.worth_a_note or not self.step_seconds:
             return ""
         return f", update {self.update_seconds / self.step_seconds:.1%} of the time"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on the GPU, resident of the process on a CPU."""
+    """Peak memory in bytes so far: allocated by PyTorch on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -242,7 +264,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the checkout that holds ``folder``, with ``-dirty`` where tracked files differ; None outside of one."""
+    """Git commit of the checkout that holds ``folder``, with ``-dirty`` if tracked files differ. None without a checkout."""
 
     def git(*arguments: str) -> str:
         result = subprocess.run(
@@ -257,7 +279,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def hide_secrets(text: str) -> str:
-    """``text`` without the values of environment variables whose names say that they are secret."""
+    """Replace the values of environment variables with secret-sounding names in ``text``."""
     for name, value in os.environ.items():
         if len(value) >= 8 and re.search("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", name.upper()):
             text = text.replace(value, f"({name})")
@@ -265,7 +287,7 @@ def hide_secrets(text: str) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and commit of a run. No environment variables: they may hold secrets."""
+    """Versions, device, commit and command line of a run. Environment variables are left out: they may hold secrets."""
     packages = {}
     for name in ("torch", "numpy", "sentencepiece", "safetensors", "tyro", "recurrent-db"):
         try:

@@ -1,8 +1,9 @@
-"""Plans a training run before one pays for it: memory, communication and time.
+"""Estimates the memory, communication and time of a training run before it starts.
 
-Memory is `step_memory`'s, for the deepest of the run's first steps. FLOPs are `flops`', the mean over the same steps. Time
-is FLOPs over the GPUs' peak at a stated utilisation, plus communication over a share of the links' line rate. Nothing
-overlaps in it, so a run that hides its communication is faster. Every assumption is printed with the figures.
+Memory comes from `step_memory`, for the deepest of the run's first steps. FLOPs come from `flops`, as the mean over the same
+steps. The time of a step is its FLOPs divided by the GPUs' peak times an assumed utilisation, plus its communication
+divided by a share of the links' line rate. The estimate assumes no overlap, so a run that hides its communication is
+faster. All assumptions are printed with the plan.
 """
 
 from __future__ import annotations
@@ -21,18 +22,26 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.passes import Passes
 
 DRAWS = 1000
-"""First steps of a run whose draws of depth a plan looks at."""
+"""Number of steps, from the run's start, whose random depths a plan averages."""
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of GPUs that the scaling table compares."""
 USABLE = 0.94
-"""Share of a GPU's memory that tensors may fill: the rest is the CUDA context, NCCL's own buffers, and gaps."""
+"""Share of a GPU's memory that tensors can fill. The CUDA context, NCCL's buffers and fragmentation take the rest."""
 BUCKET = 25 * 2**20
 """Bytes of gradients that DDP sends at once (PyTorch's default)."""
 HOP = 20e-6
-"""Seconds that a collective takes besides its bytes, for each doubling of the number of GPUs."""
+"""Latency of a collective in seconds, for each doubling of the number of GPUs."""
 
 
 def find_gpu(name: str) -> tuple[str, Gpu, float]:
-    """A GPU's name in the table, its entry, and its peak. Raises `UserError` with a suggestion."""
+    """Look up a GPU by name, in any case and with or without "NVIDIA ".
+
+    Returns:
+        Its name in `GPUS`, its entry, and its peak in dense bf16 FLOPs per second.
+
+    Raises:
+        UserError: the GPU is not in the table. The message suggests a similar name.
+    """
     known = {key.lower(): key for key in GPUS}
     key = known.get(name.lower().removeprefix("nvidia ").strip())
     if key is None:
@@ -46,35 +55,46 @@ def find_gpu(name: str) -> tuple[str, Gpu, float]:
 
 @dataclass(frozen=True)
 class Collective:
-    """What a step sends by one kind of collective."""
+    """The collectives of one kind in a training step."""
 
     kind: str
+    """all-reduce, all-gather or reduce-scatter."""
     count: int
+    """Collectives per step."""
     bytes: float
-    """Size of the tensors, over a step."""
+    """Total size of the tensors, per step."""
     wire_bytes: float
-    """Bytes that each GPU sends (and receives)."""
+    """Bytes that each GPU sends, and receives, per step."""
     seconds: float
+    """Time per step."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """How fast GPUs reach each other. Bytes per second of one GPU, one way."""
+    """Links between GPUs. Rates are bytes per second of one GPU, one way."""
 
     intra: float
+    """Rate of the links within a node."""
     inter: float
+    """Rate of a GPU's share of its node's network."""
     per_node: int
+    """GPUs per node."""
     utilisation: float
+    """Share of these rates that collectives reach (0 to 1)."""
 
     def rate(self, group: int, one_per_node: bool = False) -> float:
-        """Rate of a ring over ``group`` GPUs. Within a node it is that of the node's links. Across nodes the ring's channels
-        share all network cards of a node; with ``one_per_node``, one GPU of each node, it is one card's."""
+        """Bytes per second per GPU of a ring over ``group`` GPUs.
+
+        Within a node the node's links set the rate. Across nodes the ring uses all network cards of a node, unless the group
+        has only one GPU in each node (``one_per_node``): then it uses one card.
+        """
         if one_per_node:
             return self.inter * self.utilisation
         across = self.intra if group <= self.per_node else min(self.intra, self.inter * self.per_node)
         return across * self.utilisation
 
     def collective(self, kind: str, count: int, size: float, group: int, one_per_node: bool = False) -> Collective:
+        """The cost of ``count`` collectives of tensors with ``size`` bytes in all, over ``group`` GPUs."""
         times = 2 if kind == "all-reduce" else 1
         wire = times * size * (group - 1) / group
         seconds = wire / self.rate(group, one_per_node) + count * HOP * math.ceil(math.log2(group))
@@ -84,8 +104,17 @@ class Network:
 def collectives(
     sizes: Sizes, mode: Mode, world: int, shards: int, micro_batches: int, size: int, network: Network
 ) -> list[Collective]:
-    """What a step sends. The core is gathered once for all its iterations and all micro-batches. A block of prelude or coda
-    is gathered for the first forward and for each backward. Gradients, fp32, are sent once."""
+    """The collectives of one training step.
+
+    FSDP gathers the core once per step, for all iterations and micro-batches. It gathers a block of prelude or coda for the
+    first forward pass and for each backward pass. Gradients are sent once per step, in fp32.
+
+    Args:
+        sizes: parameters by sharding unit.
+        world: number of GPUs.
+        shards: number of GPUs that hold one copy of the model.
+        size: bytes per number of the gathered blocks.
+    """
     if world == 1:
         return []
     if mode == "ddp":
@@ -108,52 +137,59 @@ def collectives(
 
 @dataclass(frozen=True)
 class Estimate:
-    """One mode on one number of GPUs."""
+    """The estimate for one parallel mode on one number of GPUs."""
 
     mode: Mode
     gpus: int
     shards: int
+    """GPUs that hold one copy of the model."""
     sequences: int
-    """Of a micro-batch."""
+    """Sequences per micro-batch."""
     micro_batches: int
+    """Micro-batches per step and GPU."""
     memory: dict[str, int]
-    """Bytes per GPU by part at the peak."""
+    """Bytes per GPU at the peak, by part."""
     peak_bytes: int
+    """Bytes per GPU at the peak."""
     fits: bool
+    """Whether the peak fits into the usable memory of a GPU."""
     collectives: list[Collective]
     compute_seconds: float
+    """Seconds of computation per step."""
     communication_seconds: float
+    """Seconds of communication per step."""
 
     @property
     def seconds(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
+        """Seconds per step, without overlap."""
         return self.compute_seconds + self.communication_seconds
 
     @property
     def communication_share(self) -> float:
+        """Share of a step's time spent in communication."""
         return self.communication_seconds / self.seconds
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, the rate they reach, and the network between them."""
+    """GPUs of one type, their speed, and the network between them."""
 
     name: str
-    """The GPU's name in the table."""
+    """The GPU's name in `GPUS`."""
     gpu: Gpu
     peak: float
     """Dense bf16 FLOPs per second of one GPU."""
     mfu: float
-    """Share of the peak that a step's model FLOPs reach while nothing waits for the network."""
+    """Share of the peak that a step reaches in model FLOPs while it does not wait for the network (0 to 1)."""
     network: Network
 
 
 class Planner:
-    """A configuration on a cluster, asked for different numbers of GPUs.
+    """Estimates for one configuration on a cluster, for any number of GPUs.
 
     Args:
-        drawn: what the run's steps compute, and the share of each.
-        inference: what the recurrence computes at K iterations.
+        drawn: the different steps of the run, and the share of each among all steps.
+        inference: K -> what inference with K iterations computes.
 
     Raises:
         UserError: the model is in blocks.
@@ -164,8 +200,8 @@ class Planner:
     ) -> None:
         if config.model.n_blocks:
             raise UserError(
-                "a plan is for looped models; a model in blocks trains each block alone: recurrent-db flops CONFIG lists"
-                " what each takes"
+                "recurrent-db plan does not support models in blocks: recurrent-db flops CONFIG lists the cost of each"
+                " block"
             )
         self.config, self.cluster, self.inference = config, cluster, inference
         self.sizes = Sizes.of(config)
@@ -176,7 +212,7 @@ class Planner:
         self.step_flops = per_token * self.tokens
 
     def modes(self, gpus: int) -> list[tuple[Mode, int]]:
-        """Ways to share the model that the configuration allows, and how many GPUs hold one copy of it."""
+        """The parallel modes that the configuration allows, each with the number of GPUs that hold one copy of the model."""
         parallel = self.config.parallel
         group = parallel.shard_size or self.cluster.network.per_node
         hybrid: list[tuple[Mode, int]] = [("hsdp", group)] if 1 < group < gpus and gpus % group == 0 else []
@@ -189,6 +225,7 @@ class Planner:
         return [("ddp", 1), ("fsdp", gpus), *hybrid]
 
     def estimate(self, gpus: int, mode: Mode, shards: int) -> Estimate:
+        """The estimate for one of `modes`."""
         share = self.config.data.batch_size // gpus
         sequences = min(self.config.data.micro_batch_size or share, share)
         micro_batches = math.ceil(share / sequences)
@@ -202,19 +239,21 @@ class Planner:
         )  # fmt: skip
 
     def divides(self, gpus: int) -> bool:
+        """Whether the batch divides evenly among ``gpus`` GPUs."""
         return self.config.data.batch_size % gpus == 0
 
     def estimates(self, gpus: int) -> list[Estimate]:
+        """An estimate for each of `modes`."""
         return [self.estimate(gpus, mode, shards) for mode, shards in self.modes(gpus)]
 
     def best(self, gpus: int) -> Estimate:
-        """The fastest mode that fits; if none fits, the smallest."""
+        """The fastest mode that fits into memory. If none fits, the mode with the lowest peak."""
         found = self.estimates(gpus)
         fitting = [e for e in found if e.fits]
         return min(fitting, key=lambda e: e.seconds) if fitting else min(found, key=lambda e: e.peak_bytes)
 
     def remedies(self, gpus: int) -> list[str]:
-        """Changes that make the model fit; each was tried."""
+        """Changes that make the model fit into memory. Each one was checked by an estimate."""
         run, data, found = self.config.run, self.config.data, []
         before = run.activation_checkpointing, data.micro_batch_size
         sequences = self.best(gpus).sequences
@@ -236,14 +275,14 @@ class Planner:
         return found
 
     def steps(self) -> float | None:
-        """Optimizer steps until the first limit of the budget is reached."""
+        """Optimizer steps until the first limit of the budget is reached; None without a limit other than seconds."""
         budget = self.config.budget
         limits = [(budget.steps, 1.0), (budget.tokens, self.tokens), (budget.flops, self.step_flops)]
         counts = [limit / each for limit, each in limits if limit is not None]
         return min(counts) if counts else None
 
     def cache_bytes(self) -> dict[int, int]:
-        """Bytes of a key-value cache in bfloat16 for one sequence of the longest context, by K."""
+        """Bytes of a bfloat16 key-value cache for one sequence of ``model.max_seq_len`` tokens, by K."""
         numbers = {k: cache_numbers_per_token(self.config.model, self.inference(k)) for k in self.config.eval.k}
         return {k: 2 * count * self.config.model.max_seq_len for k, count in numbers.items()}
 
@@ -261,7 +300,7 @@ def _row(planner: Planner, e: Estimate) -> dict[str, Any]:
 
 
 def table(planner: Planner, gpus: int) -> dict[str, Any]:
-    """Everything that the command prints, as plain values."""
+    """The plan as JSON values, for ``--json``."""
     fits = planner.best(gpus).fits
     return {
         "gpu": planner.cluster.name,
@@ -290,11 +329,11 @@ def table(planner: Planner, gpus: int) -> dict[str, Any]:
 
 
 def lines(planner: Planner, gpus: int, source: str) -> list[str]:
-    """The printed plan."""
+    """The plan as lines of text. ``source`` names the configuration in the first line."""
     config, estimates, best = planner.config, planner.estimates(gpus), planner.best(gpus)
     return [
         f"{source}: {config.objective.name} on {gpus} x {planner.cluster.name}, {planner.sizes.total:,} parameters",
-        f"a step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
+        f"one step: {config.data.batch_size:,} sequences of {config.data.sequence_length:,} = {planner.tokens:,} tokens,"
         f" {planner.step_flops:.4g} model FLOPs; per GPU {best.micro_batches} micro-batches of {best.sequences}",
         "",
         *_memory_lines(planner, gpus, estimates),
@@ -315,6 +354,7 @@ def _gb(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as text, in the largest fitting unit."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:,.1f} {unit}"
@@ -327,37 +367,37 @@ def _budget(planner: Planner, estimate: Estimate) -> str:
 
 
 def _memory_lines(planner: Planner, gpus: int, estimates: list[Estimate]) -> list[str]:
-    """Memory by part and mode, and what would fit if nothing does."""
+    """Memory by part and mode and, if no mode fits, changes that would fit."""
     cells = lambda words: "".join(f"{word:>10}" for word in words)  # noqa: E731
     out = [
-        "GB per GPU at the peak      " + cells(e.mode for e in estimates),
+        "peak memory, GB per GPU     " + cells(e.mode for e in estimates),
         *(
             f"  {part:<26}" + cells(_gb(e.memory[part]) for e in estimates)
             for part in PARTS
             if any(e.memory[part] for e in estimates)
         ),
-        "  all                       " + cells(_gb(e.peak_bytes) for e in estimates),
-        f"  fits in {_gb(USABLE * planner.cluster.gpu.memory)}            "
+        "  total                     " + cells(_gb(e.peak_bytes) for e in estimates),
+        f"  {f'fits in {_gb(USABLE * planner.cluster.gpu.memory)} GB':<26}"
         + cells("yes" if e.fits else "no" for e in estimates),
         "",
     ]
     best = planner.best(gpus)
     if not best.fits:
         remedies = planner.remedies(gpus)
-        told = (
-            f"what fits: {'; or '.join(remedies)}"
+        advice = (
+            f"these changes would fit: {'; or '.join(remedies)}"
             if remedies
-            else "neither checkpointing, smaller micro-batches nor more GPUs help"
+            else "checkpointing, smaller micro-batches and more GPUs do not help"
         )
         out += [
-            f"does not fit on {gpus} x {planner.cluster.name}: {_gb(best.peak_bytes)} GB in its smallest mode; {told}",
+            f"does not fit on {gpus} x {planner.cluster.name}: at least {_gb(best.peak_bytes)} GB per GPU; {advice}",
             "",
         ]
     return out
 
 
 def _network_lines(estimates: list[Estimate]) -> list[str]:
-    out = [f"{'a step sends':<14}{'kind':<16}{'count':>7}{'GB':>10}{'GB on the wire':>16}{'seconds':>10}"]
+    out = [f"{'communication':<14}{'collective':<16}{'count':>7}{'GB':>10}{'GB sent/GPU':>16}{'seconds':>10}"]
     for e in estimates:
         out += [
             f"{e.mode:<14}{c.kind:<16}{c.count:>7}{c.bytes / 1e9:>10.2f}{c.wire_bytes / 1e9:>16.2f}{c.seconds:>10.4f}"
@@ -367,7 +407,7 @@ def _network_lines(estimates: list[Estimate]) -> list[str]:
 
 
 def _time_lines(planner: Planner, estimates: list[Estimate]) -> list[str]:
-    out = [f"{'time':<14}{'compute s':>12}{'network s':>12}{'its share':>11}{'tokens/s':>14}{'budget':>16}"]
+    out = [f"{'time':<14}{'compute s':>12}{'network s':>12}{'network %':>11}{'tokens/s':>14}{'budget time':>16}"]
     for e in estimates:
         out.append(
             f"{e.mode:<14}{e.compute_seconds:>12.3f}{e.communication_seconds:>12.4f}{e.communication_share:>11.1%}"
@@ -377,19 +417,20 @@ def _time_lines(planner: Planner, estimates: list[Estimate]) -> list[str]:
 
 
 def _scaling_lines(planner: Planner) -> list[str]:
-    """The best mode on each number of GPUs."""
+    """The best mode for each number of GPUs in `COUNTS`."""
     out = [
-        "from 1 to 1,024 GPUs, the fastest mode that fits",
-        f"{'GPUs':>6} {'mode':<6}{'fits':>5}{'GB per GPU':>12}{'micro':>9}{'network':>9}{'tokens/s':>14}{'budget':>16}",
+        "fastest mode that fits, by number of GPUs",
+        f"{'GPUs':>6} {'mode':<6}{'fits':>5}{'GB per GPU':>12}{'micro-batches':>15}{'network':>9}{'tokens/s':>14}"
+        f"{'budget time':>16}",
     ]
     for n in COUNTS:
         if not planner.divides(n):
-            out.append(f"{n:>6} data.batch_size = {planner.config.data.batch_size} does not divide among them")
+            out.append(f"{n:>6} data.batch_size = {planner.config.data.batch_size} is not a multiple of {n}")
             continue
         e = planner.best(n)
         out.append(
-            f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{_gb(e.peak_bytes):>12}{e.micro_batches:>5} x {e.sequences:<2}"
-            f"{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
+            f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{_gb(e.peak_bytes):>12}"
+            f"{e.micro_batches:>11} x {e.sequences:<2}{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
         )
     return out
 
@@ -397,24 +438,23 @@ def _scaling_lines(planner: Planner) -> list[str]:
 def _inference_lines(planner: Planner) -> list[str]:
     cache = ", ".join(f"K={k}: {size / 1e9:.3g} GB" for k, size in planner.cache_bytes().items())
     length = planner.config.model.max_seq_len
-    return [f"inference: a bfloat16 key-value cache of {length:,} tokens, for each sequence: {cache}"]
+    return [f"inference: bfloat16 key-value cache for one sequence of {length:,} tokens: {cache}"]
 
 
 def _assumption_lines(planner: Planner) -> list[str]:
     deepest, cluster, network = planner.deepest, planner.cluster, planner.cluster.network
     return [
-        "assumed:",
-        f"- memory: {cluster.gpu.memory / 1e9:.0f} GB a GPU, of which tensors may fill {USABLE:.0%}; the"
-        f" deepest of {DRAWS} drawn steps"
-        f" ({deepest.core_grad} backpropagated core iterations, {deepest.core_no_grad} without); eager,"
-        f"{' bfloat16 autocast over' if planner.half else ''} fp32 weights; a mask for packed documents",
-        "- sharding: blocks of prelude and coda are units; the core is one, gathered once for all its iterations and held"
-        " until the step's last backward; embedding, norms and noise embedding once, in fp32; gradients sent once, in"
-        " fp32, and held whole until then where there is more than one micro-batch",
-        f"- compute: {cluster.mfu:.0%} of {cluster.peak / 1e12:,.0f} TFLOP/s (bf16, dense), model FLOPs,"
-        f" the mean of the drawn depths",
-        f"- network: {network.intra / 1e9:g} GB/s a GPU within nodes of {network.per_node},"
-        f" {network.inter / 1e9:g} GB/s between them, {network.utilisation:.0%} of it reached,"
-        f" {HOP * 1e6:.0f} us for each doubling of GPUs in each collective; nothing overlaps",
-        "- evaluation, checkpoints and the update's own time are not counted",
+        "assumptions:",
+        f"- memory: {cluster.gpu.memory / 1e9:.0f} GB per GPU; tensors can fill {USABLE:.0%} of it; the deepest of {DRAWS}"
+        f" random steps ({deepest.core_grad} core passes with gradient, {deepest.core_no_grad} without); eager mode;"
+        f" fp32 weights{', bfloat16 autocast' if planner.half else ''}; a mask for packed documents",
+        "- fsdp: each block of prelude and coda is a sharding unit. The core is one unit, gathered once for all iterations"
+        " and kept until the step's last backward pass. Embedding, norms and noise embedding are gathered once, in fp32."
+        " Gradients are sent once, in fp32; with several micro-batches they are unsharded until then",
+        f"- compute: model FLOPs averaged over the random depths, at {cluster.mfu:.0%} of {cluster.peak / 1e12:,.0f} TFLOP/s"
+        " (dense bf16)",
+        f"- network: per GPU {network.intra / 1e9:g} GB/s within nodes of {network.per_node} GPUs and"
+        f" {network.inter / 1e9:g} GB/s between nodes; {network.utilisation:.0%} of these rates is reached; each collective"
+        f" takes another {HOP * 1e6:.0f} us for each doubling of GPUs; no overlap with compute",
+        "- not counted: evaluation, checkpoints and the optimizer update's time",
     ]

@@ -155,7 +155,7 @@ def test_hub_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_hub_needs_the_data_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install recurrent-db\[data\]"):
+    with pytest.raises(UserError, match=r"pip install 'recurrent-db\[data\]'"):
         list(read_documents("hf:someone/something"))
 
 

@@ -51,7 +51,7 @@ def test_a_dry_run_prints_plan_and_command_and_starts_nothing(
     done = launch(script, "--dry-run", TINY, *options, GPU="H200", **variables)
     assert done.returncode == 0, done.stderr
     assert f"on {gpus} x H200" in done.stdout
-    for told in ("GB per GPU at the peak", "model FLOPs", "tokens/s", "budget", "would run:"):
+    for told in ("peak memory, GB per GPU", "model FLOPs", "tokens/s", "budget", "would run:"):
         assert told in done.stdout
     command = done.stdout.split("would run:")[1]
     for word in [*words, "train/pretrain.py", str(run)]:

@@ -160,5 +160,5 @@ def test_mistakes_in_joining_are_one_line(data: Path, frozen_runs: list[Path], t
             join(frozen_runs, tmp_path / "mine", overwrite)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     assert cli.run(["blocks", "join", str(one), str(two), str(tmp_path / "out")]) == 0
-    with pytest.raises(UserError, match="one run or more"):
+    with pytest.raises(UserError, match="at least one run"):
         cli.run(["blocks", "join", str(one)])

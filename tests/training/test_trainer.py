@@ -464,7 +464,7 @@ def complain(script_here: Run, *arguments: object) -> str:
         (["--data.val_path", "nowhere"], "nowhere"),
         (["--run.dir", "/dev/null/run"], "/dev/null/run"),
         (["--run.device", "cuda:7"], "CUDA devices"),
-        (["--run.device", "abacus"], "is no device"),
+        (["--run.device", "abacus"], "is not a device"),
         (["--model.vocab_size", "7"], "below the tokenizer's"),
         (["--data.sequence_length", "32", "--data.mixture", "poems", "1"], "poems"),
         (["--init.from", "nowhere"], "no run directory"),
