@@ -430,7 +430,8 @@ def _scaling_lines(planner: Planner) -> list[str]:
         e = planner.best(n)
         out.append(
             f"{n:>6} {e.mode:<6}{'yes' if e.fits else 'no':>5}{_gb(e.peak_bytes):>12}"
-            f"{e.micro_batches:>11} x {e.sequences:<2}{e.communication_share:>8.1%}{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
+            f"{e.micro_batches:>11} x {e.sequences:<2}{e.communication_share:>8.1%}"
+            f"{planner.tokens / e.seconds:>14,.0f}{_budget(planner, e):>16}"
         )
     return out
 
