@@ -1,14 +1,15 @@
 """Attention: which keys each query sees, and the back ends that compute it.
 
-`Rule` says which keys a query sees. Once for each forward pass, a back end turns it into what its kernel needs (`Visible`:
-a mask, a block mask, the documents' starts). All layers share that, and each calls `attend`. If there are fewer queries
-than keys, the queries are the last positions (bottom-right alignment), as when a cache holds the keys before them.
+A `Rule` defines which keys a query sees. Once per forward pass, a back end turns the rule into the form that its kernel
+needs: a mask, a block mask, or the starts of documents. The result is a `Visible`. All layers share it and pass it to
+    `attend`.
+If there are fewer queries than keys, the queries are the last positions (bottom-right alignment), as with a key-value cache.
 
-- `sdpa`: PyTorch's fused kernels, on every device; the reference. Its causal flag aligns top-left, so unequal lengths get
-  a mask.
-- `flex`: PyTorch's FlexAttention, compiled on CUDA; it skips blocks of hidden pairs. On the CPU it has no backward.
-- `flash`: flash-attn 2, 3 or 4 on CUDA in half precision, for one stream; documents are its sequences of varying length.
-  Other calls (two streams, float32) go to another back end.
+- `sdpa`: PyTorch's fused kernels, on every device. This is the reference. Its causal flag aligns top-left, so unequal
+  lengths need a mask.
+- `flex`: PyTorch's FlexAttention, compiled on CUDA. It skips blocks of hidden pairs. It has no backward on the CPU.
+- `flash`: flash-attn 2, 3 or 4, on CUDA in half precision, for one stream. Packed documents become sequences of varying
+  length. Other cases (two streams, float32) use another back end.
 
 Shapes: B sequences, T queries, S positions, N keys (S, or S + T where two streams meet), H heads, E head size.
 """
@@ -41,26 +42,30 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Rule:
     """Which keys each query sees.
 
-    The queries are the last ``queries`` of ``positions``. A query sees the positions up to its own, of its own document.
-    ``beside`` another stream, the keys are that stream's, then the queries' own: position i sees the other stream's
-    positions up to i, of its own document, and itself, but no other position of its stream.
+    The queries are the last ``queries`` of ``positions``. In stream ``own`` a query sees the positions of its document up to
+    its own. In stream ``beside`` the keys are those of another stream, followed by those of the queries. Position i then
+    sees the other stream's positions <= i of its document, and itself, but no other position of its own stream.
     """
 
     queries: int
+    """Number of queries T."""
     positions: int
+    """Number of positions S, including those before the queries."""
     docs_BS: Tensor | None = None
-    """int, on the CPU: the document of each position. A document's positions are contiguous. None: one document."""
+    """Document of each position, int, on the CPU. The positions of a document are contiguous. None: a single document."""
     stream: Stream = "own"
+    """``own``: attention within one stream. ``beside``: attention to another stream (two-stream attention)."""
     causal: bool = True
-    """False: a query of its own stream sees all positions of its document, later ones too."""
+    """False: in stream ``own`` a query sees all positions of its document, also later ones."""
 
     @property
     def keys(self) -> int:
+        """Number of keys N."""
         return self.positions + (0 if self.stream == "own" else self.queries)
 
     def sees(self, device: torch.device) -> Sees:
-        """The rule as a function of indices (sequence, head, query, key), which broadcast, to bool; FlexAttention's
-        ``mask_mod``."""
+        """The rule as a function from index tensors (sequence, head, query, key), which broadcast, to bool. It serves as
+        FlexAttention's ``mask_mod``."""
         positions, first, stream, causal = self.positions, self.positions - self.queries, self.stream, self.causal
         docs_BS = None if self.docs_BS is None else to_device(self.docs_BS, device)
 
@@ -77,22 +82,22 @@ class Rule:
         return sees
 
     def mask(self, device: torch.device) -> Tensor:
-        """The rule as a table: bool, (B, 1, T, N) with documents and (T, N) without."""
+        """The rule as a bool mask, true where a query sees a key: (B, 1, T, N) with documents, (T, N) without."""
         b = torch.arange(1 if self.docs_BS is None else len(self.docs_BS), device=device)[:, None, None, None]
         i, j = torch.arange(self.queries, device=device)[:, None], torch.arange(self.keys, device=device)
         return self.sees(device)(b, b, i, j)
 
 
 def one_document_each(docs_BS: Tensor) -> bool:
-    """Whether no sequence has a border between documents. It reads the values, so the ids should be on the CPU."""
+    """Whether each sequence has a single document. The ids should be on the CPU, because their values are read."""
     return bool((docs_BS[:, 1:] == docs_BS[:, :-1]).all())
 
 
 def document_starts(docs_BS: Tensor) -> Tensor:
-    """Where each document starts in the flattened batch, then B S: int32, on the CPU, as flash-attn's ``cu_seqlens``.
+    """Start of each document in the flattened batch, followed by B S: flash-attn's ``cu_seqlens``, int32, on the CPU.
 
-    Empty documents pad it to 16 for each sequence, or to the next power of two that holds all, so that its shape depends
-    only on the batch's.
+    Empty documents pad the result to 16 documents per sequence, or twice, four times, ... as many. The shape thus rarely
+    depends on the data.
     """
     starts = torch.ones_like(docs_BS, dtype=torch.bool)
     starts[:, 1:] = docs_BS[:, 1:] != docs_BS[:, :-1]
@@ -104,7 +109,7 @@ def document_starts(docs_BS: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on ``device``, without waiting for the device."""
+    """Copy a small CPU tensor to ``device`` without waiting for the device."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -115,22 +120,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Backend(Protocol):
-    """One way of computing attention."""
+    """An implementation of attention."""
 
     @property
     def name(self) -> str: ...
 
     def serves(self, rule: Rule, dtype: torch.dtype) -> Backend:
-        """The back end for this rule and dtype: itself, or another where it has no form for them."""
+        """The back end to use for this rule and dtype: itself, or another one if it does not support them."""
         ...
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Any:
-        """What `attend` needs to know of a rule, on the device, made without waiting for the device. ``dtype`` is that of
-        queries and keys."""
+        """Convert a rule to the form that `attend` needs, on the device, without waiting for the device. ``dtype`` is the
+        dtype of queries and keys."""
         ...
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Any) -> Tensor:
-        """softmax(q k / sqrt(E)) v over the keys that each query sees, (B, H, T, E)."""
+        """softmax(q k / sqrt(E)) v over the keys that each query sees, (B, H, T, E). ``plan`` comes from `plan`."""
         ...
 
 
@@ -144,13 +149,13 @@ class Sdpa:
         return self
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """A mask, or None if the kernel's causal flag (equal lengths) or no mask at all (one query) does the same."""
+        """A mask, or None if the kernel's causal flag (equal lengths) or no mask (a single query) gives the same result."""
         if rule.causal and rule.stream == "own" and rule.docs_BS is None and rule.queries in (1, rule.positions):
             return None
         mask = rule.mask(device)
         if device.type != "cpu":
             return mask
-        # The CPU's kernel adds its mask to the scores, and would make these numbers of a bool in every layer.
+        # The CPU kernel adds its mask to the scores. It would convert a bool mask in every layer; this converts it once.
         return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Tensor | None) -> Tensor:
@@ -160,7 +165,7 @@ class Sdpa:
 
 @dataclass(frozen=True)
 class Flex:
-    """FlexAttention. ``kernel`` is PyTorch's function, compiled on CUDA."""
+    """PyTorch's FlexAttention. ``kernel`` is its function ``flex_attention``, compiled on CUDA."""
 
     kernel: Callable[..., Any]
     name: str = "flex"
@@ -174,18 +179,20 @@ class Flex:
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: BlockMask) -> Tensor:
         if q_BHTE.device.type == "cpu" and any(x.requires_grad for x in (q_BHTE, k_BHNE, v_BHNE)):
-            raise UserError("FlexAttention has no gradient on the CPU: train with sdpa there")
+            raise UserError("FlexAttention has no gradient on the CPU: set run.attention = sdpa")
         return self.kernel(q_BHTE, k_BHNE, v_BHNE, block_mask=plan)
 
 
 @dataclass(frozen=True)
 class Flash:
-    """flash-attn's ``flash_attn_func`` and ``flash_attn_varlen_func``, which take (B, T, H, E) and align bottom-right."""
+    """flash-attn. Its functions take (B, T, H, E) and align bottom-right."""
 
     dense: Callable[..., Any]
+    """``flash_attn_func``."""
     varlen: Callable[..., Any]
+    """``flash_attn_varlen_func``."""
     other: Backend
-    """Serves two streams, and dtypes outside ``dtypes``."""
+    """Back end for cases that flash-attn does not support: two streams, masks that are not causal, other dtypes."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     name: str = "flash"
 
@@ -219,33 +226,40 @@ SDPA: Backend = Sdpa()
 
 
 class Past(Protocol):
-    """What a pass finds of the positions before its own, and where it leaves its own for later ones. See `cache`."""
+    """Access of a forward pass to a key-value cache: it reads earlier positions and stores its own. See
+    `generation.cache`."""
 
     @property
     def rope(self) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the pass's positions, (T, E/2) each, or (B, T, E/2) where rows differ."""
+        """Rotary tables of the pass's positions, (T, E/2) each, or (B, T, E/2) if sequences differ."""
         ...
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions so far, (B, H, S, E) each, these among them: what the layer's attention sees.
-        Called once for each of a layer's visits in a pass."""
+        """Store a layer's keys and values of the pass, and return those of all positions so far, (B, H, S, E) each.
+
+        Called once each time the pass runs the layer.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Visible:
-    """A rule, the back end that serves it, and what the back end needs to know of it. One forward pass `make`s one."""
+    """The attention mask of one forward pass: a rule, its back end, and the back end's form of the rule. Made by `make`."""
 
     rule: Rule
     device: torch.device
     dtype: torch.dtype
+    """Dtype of queries and keys."""
     asked: Backend
-    """The back end that was asked for."""
+    """The back end chosen for the model."""
     backend: Backend
+    """The back end used for this rule: ``asked``, or another if it does not support the rule."""
     plan: Any
+    """The back end's form of the rule."""
     compiled: bool = False
+    """Whether compiled code uses this mask."""
     past: Past | None = None
-    """The positions before the queries, if there are any."""
+    """The key-value cache; None without one."""
 
     @classmethod
     def make(
@@ -257,8 +271,17 @@ class Visible:
         compiled: bool = False,
         past: Past | None = None,
     ) -> Visible:
-        """``dtype`` is that of queries and keys. ``compiled`` code gets the same kind of mask for every batch."""
-        # Without borders the mask is the causal one, which a CPU computes faster.
+        """Prepare a rule for one forward pass.
+
+        Args:
+            rule: which keys each query sees.
+            device: device of queries and keys.
+            dtype: dtype of queries and keys.
+            backend: the back end to use if it supports the rule.
+            compiled: give compiled code the same kind of mask for every batch, so that it is not compiled again.
+            past: the key-value cache, if there is one.
+        """
+        # If each sequence is one document, the mask is plain causal, which is faster on a CPU.
         steady = compiled or device.type != "cpu"
         if not steady and rule.docs_BS is not None and one_document_each(rule.docs_BS):
             rule = replace(rule, docs_BS=None)
@@ -271,20 +294,21 @@ class Visible:
 
     @cached_property
     def beside(self) -> Visible:
-        """The same for a stream beside this one: each position sees this stream's positions up to its own, and itself."""
+        """The mask of a second stream that attends to this one: position i sees this stream's positions <= i, and itself."""
         return self._other("beside")
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values of these positions, after those of the positions before, where there are any."""
+        """A layer's keys and values of these positions, preceded by those in the cache if there is one. Stores the new ones
+        in the cache."""
         return (k_BHTE, v_BHTE) if self.past is None else self.past.extend(layer, k_BHTE, v_BHTE)
 
 
 def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> Tensor:
-    """Attention over the keys that each query sees, (B, H, T, E), by ``visible``'s back end."""
+    """Attention over the keys that each query sees, (B, H, T, E). Raises ValueError if shapes do not match the mask."""
     if (q_BHTE.shape[2], k_BHNE.shape[2]) != (visible.rule.queries, visible.rule.keys):
         raise ValueError(
-            f"{q_BHTE.shape[2]} queries and {k_BHNE.shape[2]} keys, but visibility was made for"
-            f" {visible.rule.queries} and {visible.rule.keys}"
+            f"the attention mask is for {visible.rule.queries} queries and {visible.rule.keys} keys,"
+            f" got {q_BHTE.shape[2]} and {k_BHNE.shape[2]}"
         )
     return visible.backend.attend(q_BHTE, k_BHNE, v_BHNE, visible.plan)
 
@@ -295,21 +319,23 @@ def attend(q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, visible: Visible) -> 
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs from attention."""
+    """What a run requires of attention, for the choice of a back end."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of queries and keys."""
+    """Dtype of queries and keys."""
     head_size: int
+    """Size of an attention head."""
     documents: bool = False
-    """Whether packed documents are kept apart."""
+    """Whether attention must stay within packed documents."""
     two_stream: bool = False
     """Whether a second stream attends to the first."""
     gradients: bool = True
+    """Whether attention is differentiated."""
 
 
 class Unusable(Exception):
-    """The reason, in one line, why a back end cannot serve here."""
+    """A back end cannot be used here. The message gives the reason in one line."""
 
 
 def _first_line(error: Exception) -> str:
@@ -318,8 +344,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_out(backend: Backend, need: Need) -> None:
-    """Run a back end as it will be used and compare it with `sdpa`, with gradients if they are needed: a kernel may import
-    and yet not run on this device. Raises `Unusable`."""
+    """Run a back end as it will be used and compare it with `sdpa`, including gradients if needed.
+
+    A kernel may import and still fail on this device. Raises `Unusable` if it fails or gives other results.
+    """
     length, generator = 128, torch.Generator().manual_seed(0)
     docs = (torch.arange(length) >= 50).int()[None] if need.documents else None
     streams: list[Stream] = ["own", "beside"] if need.two_stream else ["own"]
@@ -338,7 +366,7 @@ def _try_out(backend: Backend, need: Need) -> None:
                 out = each.attend(q, k, v, each.plan(rule, need.device, need.dtype))
                 results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))) if need.gradients else (out,))
             for ours, theirs in zip(*results, strict=True):
-                if not torch.allclose(ours, theirs, rtol=0.1, atol=0.1):  # the rounding of half precision, and no more
+                if not torch.allclose(ours, theirs, rtol=0.1, atol=0.1):  # allows the rounding of half precision only
                     raise Unusable(f"{backend.name} and sdpa disagree on this device")
     except Exception as error:
         raise Unusable(_first_line(error)) from None
@@ -356,12 +384,14 @@ def _flex(need: Need) -> Backend:
 
 
 FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
-"""Modules of flash-attn 3, 4 and 2, in the order in which they are tried."""
+"""Modules of flash-attn 3, 4 and 2, in the order of preference."""
 
 
 def import_flash(module: str, other: Backend) -> Flash:
-    """flash-attn from one of `FLASH_MODULES`. Raises `Unusable` if it does not import: a module that is found may still
-    lack the function (flash-attn 4 alone makes ``flash_attn`` importable) or fail to load."""
+    """Import flash-attn from one of `FLASH_MODULES`. Raises `Unusable` if that fails.
+
+    A module may be found and still lack the functions, because flash-attn 4 alone makes ``flash_attn`` importable.
+    """
     try:
         found = importlib.import_module(module)
         return Flash(found.flash_attn_func, found.flash_attn_varlen_func, other)
@@ -389,20 +419,27 @@ def _flash(need: Need) -> Backend:
 
 
 BACKENDS: dict[str, Callable[[Need], Backend]] = {"sdpa": _sdpa, "flex": _flex, "flash": _flash}
-"""Back ends by name. Each builder raises `Unusable` where its back end cannot serve a need."""
+"""Builders of the back ends, by name. A builder raises `Unusable` if its back end cannot meet a need."""
 
 
 def choose(name: str, need: Need) -> tuple[Backend, str]:
-    """The back end called ``name``, and a line that says which was chosen and why.
+    """Choose a back end.
 
-    ``auto`` always finds one. On CUDA it tries flash, then flex if more than plain causal attention is needed. On other
-    devices, and if neither runs, it takes sdpa.
+    ``auto`` always finds one. On CUDA it tries flash, then flex if documents or two streams are needed. On other devices, or
+    if neither runs, it takes sdpa.
+
+    Args:
+        name: ``auto``, or a name in `BACKENDS`.
+        need: what the run requires.
+
+    Returns:
+        The back end, and a line that says which one was chosen and why.
 
     Raises:
-        UserError: there is no back end of this name, or it cannot serve the need.
+        UserError: there is no back end of this name, or it cannot be used.
     """
     if name != "auto" and name not in BACKENDS:
-        raise UserError(f"there is no attention back end {name!r}; there are auto, {', '.join(BACKENDS)}")
+        raise UserError(f"the attention back end must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
     if name != "auto":
         try:
             backend = BACKENDS[name](need)
@@ -423,7 +460,7 @@ def choose(name: str, need: Need) -> tuple[Backend, str]:
 
 
 def _aside(backend: Backend, need: Need) -> str:
-    """Which calls of a run another back end serves."""
+    """The part of the line that names the back end for cases that flash-attn does not support."""
     if not isinstance(backend, Flash):
         return ""
     return f", and {backend.other.name} for {'two streams and ' if need.two_stream else ''}float32"

@@ -1,8 +1,8 @@
-"""A transformer in blocks that share an embedding and nothing else (DiffusionBlocks, arXiv 2506.14202).
+"""A model in blocks: a transformer whose blocks share only the embedding and head (DiffusionBlocks, arXiv 2506.14202).
 
-Each block is a `LoopedLM` without prelude and coda whose core runs once: injection, its layers, noise conditioning, a norm.
-They have names and initial weights of their own, so that one block (``only``) is built, trained and saved without the
-others, and what it holds is what it would hold among them: ``embedding.*``, ``blocks.2.*``.
+Each block is a `LoopedLM` without prelude and coda, whose core runs once: injection, layers, noise conditioning, norm. A
+single block (``only``) can be built, trained and saved without the others. Its parameters have the same names
+(``embedding.*``, ``blocks.2.*``) and the same initial values as in the whole model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from recurrent_db.rng import key
 
 
 def block_config(config: ModelConfig, block: int) -> ModelConfig:
-    """The shape of one block, as a model of its own."""
+    """Configuration of block ``block``, counted from 1, as a `LoopedLM`."""
     return dataclasses.replace(config, n_core=config.block_layers[block - 1], n_blocks=0, block_layers=[])
 
 
 def plain_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights of a model that is not in blocks and has no prelude and coda, by the names that they have in blocks: its
-    layers go to the blocks in order, its injection and norm to each. Weights of a model in blocks stay as they are."""
+    """Rename the weights of a model without blocks, prelude and coda to those of a model in blocks.
+
+    The layers go to the blocks in order; the injection and the norm are copied to each block. The noise conditioning is
+    dropped, because its output is for all layers at once. Weights of a model in blocks are returned unchanged.
+    """
     if not any(name.startswith("core.") for name in weights):
         return weights
     renamed = {}
@@ -38,19 +41,26 @@ def plain_weights(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, 
             renamed[f"blocks.{block + 1}.core.blocks.{int(head) - starts[block]}.{tail}"] = value
         elif name.startswith(("core.injection.", "final_norm.")):
             renamed |= {f"blocks.{block + 1}.{name}": value for block in range(config.n_blocks)}
-        elif not name.startswith("noise_embedding."):  # which is of all layers at once
+        elif not name.startswith("noise_embedding."):
             renamed[name] = value
     return renamed
 
 
 class BlocksLM(LoopedLM):
-    """Embedding and blocks. What embeds, reads out and says who sees whom is the whole model's; what denoises is a
-    `block`'s."""
+    """A model in blocks. It has the embedding, the head and the attention masks; each `block` denoises.
+
+    Args:
+        config: configuration with ``n_blocks`` above 0.
+        only: number of the single block to build, from 1; 0 builds all.
+
+    Raises:
+        UserError: ``config.vocab_size`` is not set.
+    """
 
     def __init__(self, config: ModelConfig, only: int = 0) -> None:
         nn.Module.__init__(self)
         if config.vocab_size < 1:
-            raise UserError("model.vocab_size is not set: give it, or data.path to take the tokenizer's")
+            raise UserError("model.vocab_size is not set: set it, or set data.path to use its tokenizer's")
         self.config, self.only = config, only
         self.embedding = Embedding(config.vocab_size, config.d_model)
         self.prelude = nn.ModuleList()
@@ -59,7 +69,8 @@ class BlocksLM(LoopedLM):
         self._ropes = {}
         for number in [only] if only else range(1, config.n_blocks + 1):
             block = LoopedLM(block_config(config, number))
-            del block.embedding  # it has the shared one, which belongs to this module alone
+            # The block uses the shared embedding without owning it: a plain attribute is not registered as a submodule.
+            del block.embedding
             object.__setattr__(block, "embedding", self.embedding)
             self.blocks[str(number)] = block
 
@@ -67,12 +78,12 @@ class BlocksLM(LoopedLM):
         """Block ``number``, from 1, as a model with the shared embedding.
 
         Raises:
-            UserError: the model was built with another block alone.
+            UserError: the model was built without this block.
         """
         if str(number) not in self.blocks:
             raise UserError(
-                f"this run holds block {self.only} of {self.config.n_blocks} alone, and block {number} is asked for:"
-                " make one model of all blocks' runs with recurrent-db blocks join"
+                f"this run holds only block {self.only} of {self.config.n_blocks}, not block {number}: join the runs of all"
+                " blocks into one model with recurrent-db blocks join"
             )
         block = self.blocks[str(number)]
         assert isinstance(block, LoopedLM)
@@ -80,11 +91,11 @@ class BlocksLM(LoopedLM):
         return block
 
     def held(self) -> list[int]:
-        """Numbers of the blocks that are here."""
+        """Numbers of the blocks that this model was built with."""
         return [int(number) for number in self.blocks]
 
     def train_shared(self, on: bool) -> None:
-        """Whether the table that all blocks share (embedding and head) gets gradients."""
+        """Turn gradients of the shared embedding and head on or off."""
         self.embedding.weight.requires_grad_(on)
 
     def compile_parts(self, backend: str = "inductor") -> None:
@@ -98,12 +109,12 @@ class BlocksLM(LoopedLM):
             self.block(number).checkpoint_activations(on)
 
     def forward(self, tokens_BT: Tensor, iterations: int = 1) -> Tensor:
-        raise UserError("a model in blocks has no unconditioned pass: run its recurrence")
+        raise UserError("a model in blocks has no forward pass without noise levels: use its recurrence")
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """The table from ``generator``, each block from one of its own, which its number and the same seed key: the values
-        do not depend on which blocks there are."""
+        """Draw initial weights, in place. Each block has a generator of its own, keyed by the seed of ``generator`` and the
+        block's number, so its values do not depend on which blocks are built."""
         seed = generator.initial_seed()
         std = (2 / (5 * self.config.d_model)) ** 0.5
         nn.init.trunc_normal_(self.embedding.weight, std=std, a=-3 * std, b=3 * std, generator=generator)
@@ -115,6 +126,6 @@ class BlocksLM(LoopedLM):
         for number in self.held():
             for part, count in self.block(number).parameter_counts().items():
                 sums[part] = sums.get(part, 0) + count
-        repeats = len(self.held()) - 1  # each block counts the table that they share
+        repeats = len(self.held()) - 1  # each block counts the shared embedding
         tables = self.embedding.weight.numel()
         return {**sums, "embedding": tables, "total": sums["total"] - repeats * tables}

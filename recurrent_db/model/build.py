@@ -1,4 +1,4 @@
-"""Makes the network that a configuration describes: `looped.LoopedLM`, or `blocks_lm.BlocksLM` for one in blocks."""
+"""Builds the network of a configuration: `looped.LoopedLM`, or `blocks_lm.BlocksLM` for a model in blocks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from recurrent_db.rng import key
 def build_model(
     config: ModelConfig, seed: int | None, device: torch.device | str = "cpu", only_block: int = 0
 ) -> LoopedLM:
-    """A model on ``device`` with Huginn's initialisation drawn from ``seed``; ``seed=None`` leaves it empty.
+    """Build a model with Huginn's initialisation.
 
-    Weights are drawn on the CPU, so that every device starts from the same ones. Of a model in blocks ``only_block`` (from
-    1) makes that block and the embedding alone, with the values that they have in the whole.
+    Args:
+        config: shape of the network, with ``vocab_size`` set.
+        seed: seed of the initial weights; None leaves them uninitialised.
+        device: device of the model. Weights are drawn on the CPU, so all devices start from the same values. On ``meta`` the
+            model has no storage.
+        only_block: for a model in blocks, the single block to build, from 1; 0 builds all. Its weights are the same as in
+            the whole model.
+
+    Raises:
+        UserError: ``config.vocab_size`` is not set.
     """
     with torch.device("meta"):
         model = BlocksLM(config, only_block) if config.n_blocks else LoopedLM(config)

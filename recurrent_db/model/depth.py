@@ -1,4 +1,4 @@
-"""How deep an unrolled training step is: Huginn's sampler of recurrence and of backpropagated depth."""
+"""Random depth of an unrolled training step (Huginn, arXiv 2502.05171, section 3.3)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recurrent_db.rng import Rng
 def poisson_quantile(u: float, mean: float) -> int:
     """Smallest n with P(Poisson(mean) <= n) >= u, for u in (0, 1).
 
-    Summed in the log domain so that large means do not underflow; the same number on every platform and library.
+    Terms are computed as logarithms, so large means do not underflow. The result is the same on every platform.
     """
     n, log_mass = 0, -mean
     cumulative = math.exp(log_mass)
-    limit = int(mean + 40 * math.sqrt(mean + 1) + 40)  # far past any u that a double can tell from one
+    limit = int(mean + 40 * math.sqrt(mean + 1) + 40)  # beyond the quantile of the largest double below 1
     while cumulative < u and n < limit:
         n += 1
         log_mass += math.log(mean) - math.log(n)
@@ -23,15 +23,15 @@ def poisson_quantile(u: float, mean: float) -> int:
 
 
 LOG_DEPTH_STD = 0.5
-"""Standard deviation s of ln tau; Huginn's."""
+"""Standard deviation s of ln tau, as in Huginn."""
 
 
 def sample_depth(rng: Rng, mean_depth: int, truncation: int) -> tuple[int, int]:
-    """Draw (iterations without gradient, iterations with gradient) for one optimizer step.
+    """Draw the depth of one optimizer step: (passes without gradient, passes with gradient).
 
-    Huginn (arXiv 2502.05171, section 3.3): tau ~ LogNormal(ln r - s^2/2, s), p = Poisson(tau) + 1; then
-    max(p - k, 0) iterations without and min(p, k) with gradient. ``truncation`` k = 0 means all with gradient.
-    One draw for the whole batch, the same on every process.
+    tau ~ LogNormal(ln r - s^2/2, s) and p = Poisson(tau) + 1, with r = ``mean_depth``. Then max(p - k, 0) passes have no
+    gradient and min(p, k) have one, with k = ``truncation``; k = 0 gives all passes a gradient (Huginn, arXiv 2502.05171,
+    section 3.3). The draw is the same for the whole batch and on every process.
     """
     s = LOG_DEPTH_STD
     tau = math.exp(math.log(mean_depth) - s**2 / 2 + s * rng.scalar_normal("depth/rate"))

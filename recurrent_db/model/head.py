@@ -1,6 +1,6 @@
-"""The head and its loss in one: cross-entropy of a linear layer without ever holding all logits.
+"""Head and loss as one function: cross-entropy of a linear layer, computed in chunks so that all logits never exist at once.
 
-Shapes: N rows (positions), D width, V vocabulary.
+Shapes: N positions, R positions of one chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,21 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_CHUNK = 256
-"""Rows below which the matrix products no longer fill two cores."""
+"""Smallest number of positions whose matrix products keep two CPU cores busy."""
 
 
 def chunk_rows(n_rows: int) -> int:
-    """Rows of logits that are held at once, twice with their copy: a thirty-second of the whole, so that the peak is
-    below an eighth of it; of fewer than 8,192 rows a larger part, so that the products stay large."""
+    """Number of positions per chunk: one thirty-second of all, at least `SMALLEST_CHUNK`.
+
+    A chunk exists twice (logits and a copy), so the peak stays below an eighth of all logits. With fewer than 8,192
+    positions the share is larger, so that matrix products stay large.
+    """
     return max(SMALLEST_CHUNK, -(-n_rows // 32))
 
 
 SoftmaxLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Type of `softmax_loss`."""
 
 
 def softmax_loss(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies, fp32 or wider (R,), and the gradient of their weighted sum, (R, V) in the logits' dtype:
-    (softmax - one_hot) * weight, made in place."""
+    """Cross-entropy and its gradient.
+
+    Returns:
+        Losses, fp32 or wider (R,); gradient of their weighted sum, (softmax - one_hot) * weight, (R, V) in the logits'
+        dtype.
+    """
     wide, targets_R1 = torch.promote_types(logits_RV.dtype, torch.float32), targets_R[:, None]
     log_p_RV = F.log_softmax(logits_RV, dim=-1, dtype=wide)
     losses_R = -log_p_RV.gather(1, targets_R1)[:, 0]
@@ -37,7 +45,7 @@ def softmax_loss(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> tup
 
 
 def softmax_loss_to_fuse(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
-    """`softmax_loss` in the form that a compiler makes few passes of: no scatter, nothing in place."""
+    """`softmax_loss` in a form that compiles to few passes over memory: without scatter and in-place operations."""
     wide, targets_R1 = torch.promote_types(logits_RV.dtype, torch.float32), targets_R[:, None]
     log_p_RV = F.log_softmax(logits_RV, dim=-1, dtype=wide)
     here_RV = torch.arange(logits_RV.shape[1], device=logits_RV.device) == targets_R1
@@ -46,8 +54,10 @@ def softmax_loss_to_fuse(logits_RV: Tensor, targets_R: Tensor, weights_R: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Losses by chunks of rows, and in the same pass the gradients of their weighted sum, so that nothing of size
-    N x V outlives its chunk and the backward recomputes nothing."""
+    """Computes losses and the gradients of their weighted sum chunk by chunk, both in the forward.
+
+    Nothing of size N x V is kept, and the backward recomputes nothing.
+    """
 
     @staticmethod
     def forward(
@@ -76,11 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 pass
             elif not in_place:
                 d_table += d_RV.T @ hidden[part]
-            elif start == 0:  # the first chunk writes where the others add
+            elif start == 0:  # the first chunk writes, later chunks add
                 torch.mm(d_RV.T, hidden[part], out=d_table)
             else:
                 torch.addmm(d_table, d_RV.T, hidden[part], out=d_table)
-            del d_RV  # not held beside the next chunk
+            del d_RV  # free the memory before the next chunk
         ctx.gradients = d_hidden, d_table
         ctx.mark_non_differentiable(losses_N)
         return (losses_N * weights_N).sum(), losses_N
@@ -88,8 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of a linear cross-entropy are handed out once: run it again")
-        # Handed out and forgotten, so that what else flows to the table is added in place.
+            raise RuntimeError("linear_cross_entropy supports a single backward: compute the loss again")
+        # Giving up the reference lets autograd add the table's other gradients in place.
         (d_hidden, d_table), ctx.gradients, scale = ctx.gradients, None, grads[0]
         d_hidden = None if d_hidden is None else d_hidden.mul_(scale.to(d_hidden.dtype))
         d_table = None if d_table is None else d_table.mul_(scale.to(d_table.dtype))
@@ -104,11 +114,21 @@ def linear_cross_entropy(
     rows: int | None = None,
     softmax: SoftmaxLoss = softmax_loss,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats of the logits ``hidden @ table.T`` against ``targets`` (int64).
+    """Cross-entropy in nats of the logits ``hidden @ table.T`` against ``targets``.
 
-    Returns the sum over rows of ``weights`` times losses, to differentiate by hidden and table (not by the weights), and
-    the losses themselves, fp32 or wider (N,), detached. The products run in autocast's dtype where it is on, softmax and
-    losses in fp32. ``softmax`` is `softmax_loss`, or a compiled `softmax_loss_to_fuse`.
+    Under autocast the matrix products use its dtype. Softmax and losses are fp32 or wider.
+
+    Args:
+        hidden_ND: input of the head.
+        table_VD: weights of the head.
+        targets_N: int64 tokens.
+        weights_N: factors on the losses. They get no gradient.
+        rows: positions per chunk; by default from `chunk_rows`.
+        softmax: `softmax_loss`, or a compiled `softmax_loss_to_fuse`.
+
+    Returns:
+        The sum of weights times losses, 0-dimensional, with gradient for hidden and table; the losses, fp32 or wider (N,),
+        detached.
     """
     device_type = hidden_ND.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)

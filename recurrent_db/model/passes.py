@@ -1,4 +1,4 @@
-"""How often a step runs each part of the network: what FLOPs and memory are counted from."""
+"""How often a step runs each part of the network. FLOPs and memory are computed from it."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a step runs each part for each token. A training step by default; see `Recurrence.passes` for
-    inference."""
+    """How often a step runs each part of the network for each token.
+
+    The defaults describe a training step of `next_token`. For inference see `Recurrence.passes`.
+    """
 
     core_no_grad: int = 0
-    """Core iterations that cost their forward alone."""
+    """Number of core passes without gradient (forward only)."""
     core_grad: int = 1
-    """Core iterations that are backpropagated."""
+    """Number of core passes with gradient (forward and backward)."""
     injections_grad: int = 0
-    """Injections that none of the core's blocks follows, backpropagated."""
+    """Number of injections with gradient that are not followed by the core's layers."""
     readouts_no_grad: int = 0
-    """Coda and head, forward alone."""
+    """Number of read-outs (coda and head) without gradient."""
     readouts_grad: int = 1
-    """Coda and head, backpropagated."""
+    """Number of read-outs with gradient."""
     prelude_grad: bool = True
-    """Whether the prelude is backpropagated."""
+    """Whether the prelude has a backward."""
     clean_no_grad: int = 0
-    """Passes of two-stream conditioning's clean stream, forward alone."""
+    """Number of core passes of the clean stream without gradient, in two-stream attention."""
     clean_grad: int = 0
-    """The same, backpropagated."""
+    """Number of core passes of the clean stream with gradient."""
     beside: bool = False
-    """Whether the core's passes attend to another stream's keys besides their own."""
+    """Whether core passes attend to the clean stream's keys in addition to their own."""
     noise_levels: int = 0
-    """Noise levels per sequence that the core is conditioned on in one pass: none, 1, or T for per-token draws."""
+    """Number of noise levels per sequence in one core pass: 0 without conditioning, 1 per sequence, or T for one per
+    token."""
     bridges: int = 0
-    """Products of the vocabulary's probabilities with the table of normalised embedding rows."""
+    """Number of soft bridges: products of (T, V) probabilities with the (V, D) targets."""
     core_layers: float = 0
-    """Layers of the core that one of its passes runs, on average; 0 means all. Of a model in blocks, those of the block."""
+    """Mean number of layers that a core pass runs; 0 means all. For a model in blocks, the layers of the block."""
     clean_layers: float = 0
-    """The same of the clean stream's passes."""
+    """Mean number of layers that a pass of the clean stream runs; 0 means all."""
     causal: bool = True
-    """Whether positions see those before them alone."""
+    """Whether attention is causal."""
     tables_grad: bool = True
-    """Whether the tables of embedding and head get gradients. Of frozen ones the head passes the gradient on alone, and an
-    adapter that reads the embedding itself, without a prelude between, needs none to its inputs."""
+    """Whether embedding and head get gradients. If not, the head computes the gradient to its input only, and an adapter
+    directly after the embedding (without a prelude) computes no gradient to its context input."""

@@ -1,7 +1,7 @@
-"""The contract of K-iteration inference: what a model's ``recurrence`` can be asked for.
+"""The contract of inference with K iterations, which a model's ``recurrence`` implements.
 
-Scoring, generation and lm-eval run a model through its recurrence and through nothing else, so they agree by
-construction. The room `recurrence` has the two implementations: the loop, and the walk over noise levels.
+Scoring, generation and lm-eval all run a model through its recurrence, so they use the same distribution. The package
+`recurrent_db.recurrence` has two implementations: the plain loop, and the walk over noise levels.
 
 Shapes: B sequences, T positions, D width.
 """
@@ -22,26 +22,30 @@ from recurrent_db.rng import Rng
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Draws for scoring and generation: a function of (seed, request, position, stream) and the draw's number.
+    """Random numbers of scoring and generation: a function of (seed, request, position, stream, draw).
 
-    Rows are drawn in pages of ``page`` positions, so that position i's noise does not depend on how long the sequence
-    is. ``offset`` is the absolute position of the first row, of all sequences or of each; rows before position 0, which
-    are padding, are zeros.
+    Positions are drawn in pages, so the noise of a position does not depend on the length of the sequence.
     """
 
     rng: Rng
+    """Source of the random numbers; holds the seed."""
     requests: Tensor
+    """Key of each sequence's random numbers, int (B,)."""
     page: int
+    """Number of positions that are drawn together. It must be the same wherever the same noise is needed."""
     draw: int = 0
+    """Number of the draw, if several are averaged."""
     offset: int | tuple[int, ...] = 0
+    """Absolute position of the first position requested, for all sequences or for each. Positions below 0 are padding and
+    get zeros."""
     kept: dict[tuple[object, ...], tuple[int, Tensor]] | None = None
-    """The last page of each stream, where one position after another is asked for."""
+    """Cache of the last page of each stream, for generation position by position; None keeps nothing."""
 
     def _pages(self, length: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
         if not isinstance(self.offset, int):
             each = zip(self.requests.split(1), self.offset, strict=True)
-            rows = [replace(self, requests=request, offset=offset) for request, offset in each]
-            return torch.cat([row._pages(length, width, stream, device, normal) for row in rows])
+            sources = [replace(self, requests=request, offset=offset) for request, offset in each]
+            return torch.cat([source._pages(length, width, stream, device, normal) for source in sources])
         if self.offset < 0:
             padding = torch.zeros(len(self.requests), min(length, -self.offset), width, device=device)
             if padding.shape[1] == length:
@@ -55,64 +59,64 @@ class NoiseSource:
         return pages_BPD[:, start : start + length]
 
     def _page(self, page: int, width: int, stream: str, device: torch.device, normal: bool) -> Tensor:
-        """(B, page, width)."""
+        """The numbers of one page, (B, page, width)."""
         place = (stream, self.draw, *self.requests.tolist())
         if self.kept is not None and place in self.kept and self.kept[place][0] == page:
             return self.kept[place][1]
         name, shape = f"{stream}/draw{self.draw}/page{page}", (self.page, width)
         if normal:
-            rows = self.rng.normal(self.requests, shape, name, device)
+            numbers = self.rng.normal(self.requests, shape, name, device)
         else:
-            rows = self.rng.uniform(self.requests, shape, name, device, torch.float32)
+            numbers = self.rng.uniform(self.requests, shape, name, device, torch.float32)
         if self.kept is not None:
-            self.kept[place] = page, rows
-        return rows
+            self.kept[place] = page, numbers
+        return numbers
 
     def normal(self, length: int, width: int, stream: str, device: torch.device) -> Tensor:
-        """fp32 standard normals (B, length, width)."""
+        """Standard normal numbers, fp32 (B, length, width)."""
         return self._pages(length, width, stream, device, normal=True)
 
     def uniform(self, length: int, width: int, stream: str, device: torch.device) -> Tensor:
-        """fp32 uniforms in [0, 1) (B, length, width)."""
+        """Uniform numbers in [0, 1), fp32 (B, length, width)."""
         return self._pages(length, width, stream, device, normal=False)
 
 
 @dataclass
 class Probe:
-    """A look into a run of K iterations, for reports: ask for one K."""
+    """Records and edits states while `Recurrence.hidden` runs a single K, for reports."""
 
     edit: Callable[[Tensor], Tensor] | None = None
-    """Replaces the state (of a walk: z) before the last core pass."""
+    """Function applied to the state (in a walk: to z) before the last core pass."""
     states: list[Tensor] = field(default_factory=list)
-    """Filled with what each core pass gave (of a walk: the estimate D), (B, T, D) each."""
+    """The result of each core pass (in a walk: the estimate D), (B, T, D) each."""
     parts: list[Any] = field(default_factory=list)
-    """Of a walk: the network that made each of them (`recurrence.walk.DenoiseWalk.at`)."""
+    """In a walk: the network that made each estimate (`recurrence.walk.DenoiseWalk.at`)."""
 
 
 class Recurrence(Protocol):
-    """K-iteration inference of a checkpoint."""
+    """Inference with K iterations."""
 
     @property
     def stochastic(self) -> bool:
-        """Whether the result depends on the noise, so that draws can be averaged."""
+        """Whether the result depends on the noise, so that several draws can be averaged."""
         ...
 
     @property
     def loop(self) -> Any:
-        """Itself where it is a plain loop (`recurrence.loop.PlainLoop`), else None."""
+        """This object if it is a plain loop (`recurrence.loop.PlainLoop`), else None."""
         ...
 
     @property
     def walk(self) -> Any:
-        """Itself where it walks down noise levels (`recurrence.walk.DenoiseWalk`), else None."""
+        """This object if it is a walk (`recurrence.walk.DenoiseWalk`), else None."""
         ...
 
     def levels(self, k: int) -> list[float]:
-        """The noise level of each of K iterations, falling; empty for a plain loop."""
+        """The falling noise levels of K iterations; empty for a plain loop."""
         ...
 
     def start(self, like_BTD: Tensor, noise: NoiseSource) -> Tensor:
-        """What the iterations start from, (B, T, D), at so many positions from the noise's offset on."""
+        """The initial state (in a walk: the initial z), (B, T, D), in the shape, dtype and device of ``like_BTD``."""
         ...
 
     def hidden(
@@ -125,15 +129,27 @@ class Recurrence(Protocol):
         probe: Probe | None = None,
         visible: Visible | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (K, hidden_BTD) for each K of ``ks`` in rising order; ``model.logits(hidden)`` predicts the next token.
-        ``e`` is the prelude's output for ``tokens``, and ``visible`` what it was made with (plain causal by default; from
-        `Cache.grow` where the tokens follow others)."""
+        """Run K iterations and yield (K, hidden_BTD) for each K, in rising order.
+
+        Args:
+            model: the model.
+            tokens_BT: int64 tokens.
+            e_BTD: the prelude's output for ``tokens_BT``.
+            ks: numbers of iterations.
+            noise: source of random numbers.
+            probe: records or edits states; needs a single K.
+            visible: the attention mask that ``e_BTD`` was computed with; plain causal by default. With a key-value cache it
+                comes from `Cache.grow`.
+
+        Yields:
+            K, and the head's input (B, T, D): ``model.logits(hidden)`` predicts the next token.
+        """
         ...
 
     def ready(self, model: Any) -> Recurrence:
-        """The same, with what depends on the model's weights alone computed once: for many calls with the same weights."""
+        """A recurrence for repeated calls with the same weights: it has precomputed what depends on the weights alone."""
         ...
 
     def passes(self, k: int) -> Passes:
-        """What K iterations compute, for the FLOP count."""
+        """The passes of K iterations, for the FLOP count."""
         ...

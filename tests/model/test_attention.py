@@ -154,14 +154,14 @@ def test_more_documents_get_more_room() -> None:
 
 def test_visibility_for_other_lengths_is_refused() -> None:
     q, k, v = tensors(Rule(9, 9))
-    with pytest.raises(ValueError, match="9 queries and 9 keys, but visibility was made for 3 and 9"):
+    with pytest.raises(ValueError, match="the attention mask is for 3 queries and 9 keys, got 9 and 9"):
         run(SDPA, Rule(3, 9), q, k, v)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_has_no_gradient_on_the_cpu() -> None:
     q, k, v = tensors(Rule(9, 9), gradients=True)
-    with pytest.raises(UserError, match="no gradient on the CPU: train with sdpa there"):
+    with pytest.raises(UserError, match="no gradient on the CPU: set run.attention = sdpa"):
         run(Flex(flex_attention), Rule(9, 9), q, k, v)
     q, k, v = tensors(Rule(9, 9))
     assert run(Flex(flex_attention), Rule(9, 9), q, k, v).shape == (2, 3, 9, 16)
@@ -383,7 +383,7 @@ def test_a_library_that_breaks_while_loading_is_missing(monkeypatch: pytest.Monk
         ("flash", {"device": CPU}, "flash-attn needs a CUDA device, and this one is cpu"),
         ("flash", {"dtype": torch.float32}, "flash-attn needs run.dtype = bfloat16"),
         ("flash", {}, "install it with: pip install flash-attn --no-build-isolation"),
-        ("flex", {"device": CPU, "dtype": torch.float32}, "no gradient on the CPU: train with sdpa there"),
+        ("flex", {"device": CPU, "dtype": torch.float32}, "no gradient on the CPU: set run.attention = sdpa"),
     ],
 )
 def test_a_back_end_that_was_asked_for_and_is_missing_is_one_line(
