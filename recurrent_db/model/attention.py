@@ -1,8 +1,7 @@
 """Attention: which keys each query sees, and the back ends that compute it.
 
 A `Rule` defines which keys a query sees. Once per forward pass, a back end turns the rule into the form that its kernel
-needs: a mask, a block mask, or the starts of documents. The result is a `Visible`. All layers share it and pass it to
-    `attend`.
+needs: a mask, a block mask, or the starts of documents. The result is a `Visible`, which all layers share.
 If there are fewer queries than keys, the queries are the last positions (bottom-right alignment), as with a key-value cache.
 
 - `sdpa`: PyTorch's fused kernels, on every device. This is the reference. Its causal flag aligns top-left, so unequal
@@ -130,8 +129,7 @@ class Backend(Protocol):
         ...
 
     def plan(self, rule: Rule, device: torch.device, dtype: torch.dtype) -> Any:
-        """Convert a rule to the form that `attend` needs, on the device, without waiting for the device. ``dtype`` is the
-        dtype of queries and keys."""
+        """The rule in the form that `attend` needs, made without waiting for the device. ``dtype``: of queries and keys."""
         ...
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Any) -> Tensor:
@@ -235,10 +233,8 @@ class Past(Protocol):
         ...
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's keys and values of the pass, and return those of all positions so far, (B, H, S, E) each.
-
-        Called once each time the pass runs the layer.
-        """
+        """Store a layer's keys and values of this pass, and return those of all positions so far, (B, H, S, E) each. Called
+        once each time the pass runs the layer."""
         ...
 
 
@@ -257,7 +253,6 @@ class Visible:
     plan: Any
     """The back end's form of the rule."""
     compiled: bool = False
-    """Whether compiled code uses this mask."""
     past: Past | None = None
     """The key-value cache; None without one."""
 
@@ -271,15 +266,9 @@ class Visible:
         compiled: bool = False,
         past: Past | None = None,
     ) -> Visible:
-        """Prepare a rule for one forward pass.
+        """Prepare a rule for one forward pass. ``device`` and ``dtype`` are those of queries and keys.
 
-        Args:
-            rule: which keys each query sees.
-            device: device of queries and keys.
-            dtype: dtype of queries and keys.
-            backend: the back end to use if it supports the rule.
-            compiled: give compiled code the same kind of mask for every batch, so that it is not compiled again.
-            past: the key-value cache, if there is one.
+        ``compiled`` code gets the same kind of mask for every batch, so that it is not compiled again.
         """
         # If each sequence is one document, the mask is plain causal, which is faster on a CPU.
         steady = compiled or device.type != "cpu"
@@ -298,8 +287,7 @@ class Visible:
         return self._other("beside")
 
     def extend(self, layer: nn.Module, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values of these positions, preceded by those in the cache if there is one. Stores the new ones
-        in the cache."""
+        """A layer's keys and values, preceded by those in the cache if there is one; see `Past.extend`."""
         return (k_BHTE, v_BHTE) if self.past is None else self.past.extend(layer, k_BHTE, v_BHTE)
 
 
@@ -325,13 +313,11 @@ class Need:
     dtype: torch.dtype
     """Dtype of queries and keys."""
     head_size: int
-    """Size of an attention head."""
     documents: bool = False
     """Whether attention must stay within packed documents."""
     two_stream: bool = False
     """Whether a second stream attends to the first."""
     gradients: bool = True
-    """Whether attention is differentiated."""
 
 
 class Unusable(Exception):
@@ -344,10 +330,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_out(backend: Backend, need: Need) -> None:
-    """Run a back end as it will be used and compare it with `sdpa`, including gradients if needed.
-
-    A kernel may import and still fail on this device. Raises `Unusable` if it fails or gives other results.
-    """
+    """Run a back end as it will be used, and compare it with `sdpa`. Raises `Unusable` if it fails or gives other results: a
+    kernel may import and still not run on this device."""
     length, generator = 128, torch.Generator().manual_seed(0)
     docs = (torch.arange(length) >= 50).int()[None] if need.documents else None
     streams: list[Stream] = ["own", "beside"] if need.two_stream else ["own"]
@@ -388,10 +372,8 @@ FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
 def import_flash(module: str, other: Backend) -> Flash:
-    """Import flash-attn from one of `FLASH_MODULES`. Raises `Unusable` if that fails.
-
-    A module may be found and still lack the functions, because flash-attn 4 alone makes ``flash_attn`` importable.
-    """
+    """Import flash-attn from one of `FLASH_MODULES`. Raises `Unusable` if that fails. A module may be found and still lack
+    the functions: flash-attn 4 alone makes ``flash_attn`` importable."""
     try:
         found = importlib.import_module(module)
         return Flash(found.flash_attn_func, found.flash_attn_varlen_func, other)
@@ -425,12 +407,8 @@ BACKENDS: dict[str, Callable[[Need], Backend]] = {"sdpa": _sdpa, "flex": _flex, 
 def choose(name: str, need: Need) -> tuple[Backend, str]:
     """Choose a back end.
 
-    ``auto`` always finds one. On CUDA it tries flash, then flex if documents or two streams are needed. On other devices, or
-    if neither runs, it takes sdpa.
-
-    Args:
-        name: ``auto``, or a name in `BACKENDS`.
-        need: what the run requires.
+    ``name`` is ``auto`` or a name in `BACKENDS`. On CUDA ``auto`` tries flash, then flex if documents or two streams are
+    needed. On other devices, or if neither runs, it takes sdpa.
 
     Returns:
         The back end, and a line that says which one was chosen and why.

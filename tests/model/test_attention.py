@@ -161,7 +161,7 @@ def test_visibility_for_other_lengths_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_has_no_gradient_on_the_cpu() -> None:
     q, k, v = tensors(Rule(9, 9), gradients=True)
-    with pytest.raises(UserError, match="no gradient on the CPU: set run.attention = sdpa"):
+    with pytest.raises(UserError, match=r"no gradient on the CPU: set run\.attention = sdpa"):
         run(Flex(flex_attention), Rule(9, 9), q, k, v)
     q, k, v = tensors(Rule(9, 9))
     assert run(Flex(flex_attention), Rule(9, 9), q, k, v).shape == (2, 3, 9, 16)
