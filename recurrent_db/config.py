@@ -341,7 +341,7 @@ def validate(config: Config) -> None:
     check(config, config)
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
+def load_config(path: Path | str | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:
     """Read a TOML file, apply dotted command-line options, set dependent fields and validate.
 
     Args:
@@ -352,7 +352,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), prog: str | No
     Raises:
         UserError: a key is unknown or a value is invalid; one line that names the key.
     """
-    config = from_dict(Config, read_toml(path)) if path else Config()
+    config = from_dict(Config, read_toml(Path(path))) if path else Config()
     config = parse(Config, list(overrides), default=config, prog=prog)
     resolve(config)
     validate(config)
