@@ -1,9 +1,9 @@
-"""The main job, end to end, in ten minutes on two cores: `make demo`.
+"""Run the whole workflow in ten minutes on two cores: `make demo`.
 
-Trains four models on the Python standard library's own sources at one FLOP budget (denoise, one_step, unrolled, and the
-flat control next_token), scores them by number of iterations K, runs an lm-eval task and samples text with one of them,
-and writes runs/demo/report.html. Every step is a command of this project, printed before it runs, so it can be copied.
-Where there is no terminal for progress bars, a line every 15 seconds says how far it is.
+Trains four models on the sources of the Python standard library at one FLOP budget: denoise, one_step, unrolled, and the
+flat control next_token. Scores them by number of iterations K, runs an lm-eval task and samples text with one of them, and
+writes runs/demo/report.html. Every step is a command of this project, and is printed before it runs, so it can be copied.
+Without a terminal, a line of progress is printed every 15 seconds instead of a progress bar.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from recurrent_db.store.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 ARMS = ("denoise", "one_step", "unrolled", "next_token")
 SAMPLED = "one_step"
-"""The arm that runs the lm-eval task and writes text; the README's example loads it."""
+"""The arm that runs the lm-eval task and generates text. The README's example loads it."""
 EVERY = 15.0
-"""Seconds between lines of progress."""
+"""Seconds between two lines of progress."""
 
 
 @dataclass
 class Args:
-    """Train and score four models on the embedded corpus, sample one of them, and compare them."""
+    """Train four models on the Python standard library, compare them, and sample from one of them."""
 
     out: Path = Path("runs/demo")
-    """Folder for everything; replaced if it holds an earlier demo."""
+    """Output folder. An earlier demo in it is replaced."""
     flops: float = 5.0e12
     """Training budget of each arm, in model FLOPs."""
     vocab_size: int = 2048
-    """Tokens of the tokenizer."""
+    """Vocabulary size of the tokenizer."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of iterations to score."""
+    """Values of K (core iterations) to score, separated by commas."""
     score_tokens: int = 16384
-    """Held-out tokens to score."""
+    """Number of held-out tokens to score."""
     seed: int = 0
     """Seed of the runs."""
 
 
 @contextmanager
 def progress_lines(what: str, state: Callable[[], str] | None = None) -> Iterator[None]:
-    """While the body runs, print what it is at: a line every ``EVERY`` seconds, unless progress bars show it."""
+    """While the body runs, print progress every ``EVERY`` seconds. At a terminal, progress bars show it instead."""
     if sys.stderr.isatty():
         yield
         return
@@ -80,7 +80,7 @@ def progress_lines(what: str, state: Callable[[], str] | None = None) -> Iterato
 
 
 def spent(run: Path, flops: float) -> str:
-    """Share of the budget that a run in flight has spent, and its loss."""
+    """Share of the budget that a training run has spent so far, and its loss."""
     rows = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if not rows:
         return "0% of the budget"
@@ -96,7 +96,7 @@ def command(*words: object, what: str = "", state: Callable[[], str] | None = No
         with progress_lines(what or str(words[0]), state):
             status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C reached it too; a trainer saves before it goes
+        process.wait()  # Ctrl-C reached the process too, and a trainer saves a checkpoint before it ends
         raise
     if status:
         raise SystemExit(status)
@@ -116,7 +116,7 @@ def baselines(data: Path) -> dict[str, float]:
 
 
 def samples(run: Path, seed: int) -> list[dict[str, Any]]:
-    """A few continuations at several K."""
+    """Continuations of two prompts at two values of K."""
     model, tokenizer = recurrent_db.load(run)
     settings: dict[str, Any] = {"max_new_tokens": 48, "temperature": 0.7, "top_p": 0.95, "seed": seed}
     result = []
@@ -134,13 +134,13 @@ def scores(run: Path) -> dict[str, dict[str, float]]:
 
 
 def best_k(run: Path) -> str:
-    """The number of iterations with the lowest held-out NLL."""
+    """The K with the lowest held-out NLL."""
     by_k = scores(run)
     return min(by_k, key=lambda k: by_k[k]["nll"])
 
 
 def summary(out: Path, floor: dict[str, float], seconds: float) -> str:
-    """The tables at the end, and their reading in words."""
+    """The final tables, and a sentence about the result."""
     ks = list(scores(out / ARMS[0]))
     lines = ["Held-out NLL by K, in nats per token", f"{'arm':<12}" + "".join(f"{'K=' + k:>9}" for k in ks)]
     lines += [f"{arm:<12}" + "".join(f"{scores(out / arm)[k]['nll']:>9.3f}" for k in ks) for arm in ARMS]
@@ -166,7 +166,7 @@ def main(args: Args) -> int:
     out, data = args.out, args.out / "data"
     if out.exists():
         if any(out.iterdir()) and not (out / "data").exists() and not (out / "tokenizer.model").exists():
-            raise recurrent_db.UserError(f"{out} exists and is no earlier demo; name another folder with --out")
+            raise recurrent_db.UserError(f"{out} exists and is not an earlier demo: choose another folder with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True)
 
@@ -199,9 +199,7 @@ def main(args: Args) -> int:
     with progress_lines(f"{SAMPLED}, samples"):
         written = samples(run, args.seed)
     write_atomic(run / "eval/samples.json", json.dumps(written, indent=1))
-    print(
-        f"\n{SAMPLED} at K = {written[0]['k']} goes on from {written[0]['prompt']!r}:\n{written[0]['text']}", flush=True
-    )
+    print(f"\n{SAMPLED} at K = {written[0]['k']} continues {written[0]['prompt']!r}:\n{written[0]['text']}", flush=True)
     command("-m", "recurrent_db", "report", *(out / arm for arm in ARMS), "-o", out / "report.html", what="report")
     print("\n" + summary(out, floor, time.perf_counter() - started))
     return 0

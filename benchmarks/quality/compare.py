@@ -1,12 +1,14 @@
-"""Which way of training gives the better model at equal compute: every arm, every seed, a sweep of the rate.
+"""Compare the objectives at equal compute: every arm, several seeds, a sweep of the learning rate.
 
 python benchmarks/quality/compare.py --data DIR [--size tiny|gpu] [--arms A,B] [--budget-flops 7e12,3e13] [--minutes 50]
 
-Every run is a complete, annealed run of train/pretrain.py. Each arm tries the same learning rates with the first seed; its
-other seeds train at the best of them. A finished run leaves one small file, RESULTS/quality-SIZE/NAME.json; all of them
-are merged into RESULTS/quality-SIZE.json, and the table is printed. The command can be killed and repeated at will:
-finished runs are not repeated and a run in flight goes on from its checkpoint. With --minutes it stops in time and says
-what is left; `--minutes 0` only merges. Several budgets in one call give the FLOPs at which each arm reaches a level.
+Every run is a complete, annealed run of train/pretrain.py. Each arm tries the same learning rates with the first seed. Its
+other seeds use the best of these rates. A finished run writes one small file, RESULTS/quality-SIZE/NAME.json. All files are
+merged into RESULTS/quality-SIZE.json, and the table is printed.
+
+The command can be killed and repeated: finished runs are not repeated, and an unfinished run continues from its checkpoint.
+--minutes limits its time; it then lists the remaining runs. `--minutes 0` only merges. With several budgets, the tables also
+give the FLOPs at which each arm reaches a level of NLL.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from recurrent_db.store.metrics import read_metrics
 
 
 def unrolled(mean_depth: int, truncation: int, injection: str = "linear") -> list[str]:
-    """Huginn's training, initialised for its own mean depth."""
+    """Options for Huginn's training, with the initialisation for its own mean depth."""
     return [
         "--objective.name", "unrolled", "--objective.unrolled.mean_depth", str(mean_depth),
         "--objective.unrolled.truncation", str(truncation), "--model.expected_depth", str(mean_depth),
@@ -62,7 +64,7 @@ ARMS: dict[str, list[str]] = {
     "unrolled-4-2-diagonal": unrolled(4, 2, "diagonal"),
     "unrolled-2-2-diagonal": unrolled(2, 2, "diagonal"),
     "one_step": ["--objective.name", "one_step"],
-    # The control of the one above: the core's blocks start as late, and every step trains the first iteration.
+    # Control of the previous arm: the skip-core phase is equally long, and every step trains the first iteration.
     "one_step-first-iteration": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "1"],
     "one_step-corrupt": ["--objective.name", "one_step", "--objective.one_step.corrupt_share", "0.1"],
     "one_step-corrupt-first-iteration": [
@@ -72,16 +74,16 @@ ARMS: dict[str, list[str]] = {
     "denoise": ["--objective.name", "denoise"],
     "denoise_paper": ["--objective.name", "denoise_paper"],
 }  # fmt: skip
-"""What is compared: name -> dotted options over the size's configuration."""
+"""Arms: name -> options that are added to the size's configuration."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "config": "tiny.toml", "budget": 7e12, "rates": "3e-3,6e-3,1.2e-2", "score_tokens": 16_384, "options": [],
         "arms": ",".join(ARMS),
     },
-    # 16,384 tokens a step: a short budget then has enough steps, and enough of them are warm-up (docs/notebook.md).
-    # Four arms, three rates and a second seed are 16 runs and 6.4e16 FLOPs: within 25 minutes where training has 60
-    # TFLOP/s and starting and scoring a run take 25 seconds. That is not yet measured.
+    # 16,384 tokens a step. A short budget then has enough steps, and enough of them are warm-up (docs/notebook.md).
+    # Four arms, three rates and a second seed are 16 runs and 6.4e16 FLOPs. This takes under 25 minutes if training runs at
+    # 60 TFLOP/s and starting and scoring a run takes 25 seconds. It is not yet measured.
     "gpu": {
         "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
         "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
@@ -89,62 +91,62 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]
-"""Evaluations along a run, for FLOPs to reach a level."""
+"""Options for evaluations during a run, from which FLOPs to reach a level are computed."""
 
 FALLING = 0.005
-"""Nats per token by which twice the epochs must lower the flat arm's NLL, or it has stopped falling."""
+"""Smallest decrease of the flat arm's NLL, in nats per token, that counts as progress when its epochs are doubled."""
 
 MOST_EPOCHS = 128
-"""Epochs at which --data-limited stops asking."""
+"""Largest number of epochs with --data-limited."""
 
 
 @dataclass
 class Args:
-    """Train, score and compare every arm at equal FLOPs; resumable, in slices of time."""
+    """Train, score and compare all arms at equal FLOPs. Can be stopped and continued."""
 
     data: Path
-    """Folder made by train/prepare_data.py: the corpus, and the held-out text that is scored."""
+    """Folder made by train/prepare_data.py. Its training split is the corpus; its validation split is scored."""
     size: Literal["tiny", "gpu"] = "tiny"
-    """Shape: train/configs/tiny.toml for a CPU, pythia-70m-looped.toml for a GPU."""
+    """Model size: train/configs/tiny.toml for a CPU, pythia-70m-looped.toml for a GPU."""
     arms: str = ""
-    """Arms to run, separated by commas (default: the size's own, which for tiny are all)."""
+    """Arms to run, separated by commas. The default depends on the size; for tiny it is all arms."""
     seeds: str = "0,1"
-    """Seeds, separated by commas; the smallest sweeps the rates, the others take the best."""
+    """Seeds, separated by commas. The smallest one sweeps the learning rates; the others use the best rate."""
     rates: str = ""
-    """Peak learning rates to try, separated by commas (default: the size's own three)."""
+    """Peak learning rates to try, separated by commas. The default is three rates that suit the size."""
     budget_flops: str = ""
-    """Training budget of a run in model FLOPs; several, separated by commas, also give the FLOPs to reach a level
-    (default: the size's own)."""
+    """Training budget of a run, in model FLOPs. Several, separated by commas, also give the FLOPs to reach a level. The
+    default suits the size."""
     data_limited: int = 0
-    """Train on the corpus's first so many tokens alone, twice as long each time, until the flat arm's held-out NLL stops
-    falling; then the other arms at the flat arm's best budget and the one after it. 0: the whole corpus, one budget."""
+    """Train on this many first tokens of the corpus only. The flat arm's budget is doubled until its held-out NLL stops
+    falling. The other arms then run at its best budget and the next one. 0 uses the whole corpus and --budget-flops."""
     reach: str = ""
-    """NLLs in nats per token whose FLOPs to reach are asked, separated by commas (default: the end of the best unrolled
-    arm)."""
+    """Levels of NLL in nats per token, separated by commas, for which FLOPs to reach them are computed. The default is the
+    final NLL of the best unrolled arm."""
     options: str = ""
-    """More configuration keys for every run, e.g. "optim.weight_decay=0.3 data.batch_size=16"; keep --work and --results
-    apart for them."""
+    """Additional configuration keys for every run, e.g. "optim.weight_decay=0.3 data.batch_size=16". Use separate --work and
+    --results folders for them."""
     minutes: float | None = None
-    """Start no run that cannot be expected to end within so many minutes, and stop by then. 0: merge alone."""
+    """Time limit in minutes. Runs that would not finish in time are not started. 0 only merges results."""
     work: Path | None = None
-    """Folder of run directories and logs (default: runs/quality-SIZE)."""
+    """Folder for run directories and logs; runs/quality-SIZE by default."""
     results: Path = ROOT / "benchmarks/results"
-    """Folder of the results."""
+    """Folder for the results."""
     threads: int = 1
-    """CPU threads of a run."""
+    """CPU threads of each run."""
     jobs: int = 0
-    """Runs at once; 0 gives each core one (a GPU runs one after the other)."""
+    """Number of parallel runs. 0: as many as fit on the cores, or one on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of iterations to score."""
+    """Values of K (core iterations) to score, separated by commas."""
     draws: int = 2
-    """Noise draws in the mixture likelihood."""
+    """Noise draws averaged in a likelihood."""
     score_tokens: int = 0
-    """Held-out tokens to score at the end of a run; 0 takes the size's own."""
+    """Number of held-out tokens to score at the end of a run; 0 uses the size's default."""
     plot: Path | None = None
-    """File for a figure of the arms at the budget that has the most of them, and of where the runs of several budgets end:
-    .svg, .png or .pdf."""
+    """File for a figure (.svg, .png or .pdf). It shows the arms at the budget with the most arms and, for several budgets,
+    the final NLL at each budget."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Run:
     rate: float
     budget: float
     limit: int = 0
-    """Tokens of the corpus that it may see; 0 means all."""
+    """Number of corpus tokens that the run may use; 0 means all."""
 
     @property
     def name(self) -> str:
@@ -165,16 +167,16 @@ class Run:
 
 
 def choose_arms(text: str) -> list[str]:
-    """Names of arms, in the table's order."""
+    """Check names of arms, and return them in the table's order."""
     names = text.split(",")
     for name in names:
         if name not in ARMS:
-            raise UserError(f"no arm {name!r}; there are: {', '.join(ARMS)}")
+            raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
     return [name for name in ARMS if name in names]
 
 
 class Quality:
-    """The comparison that one call works on."""
+    """The comparison of one call of this script."""
 
     def __init__(self, args: Args) -> None:
         self.args, size = args, SIZES[args.size]
@@ -218,7 +220,7 @@ class Quality:
     # One run
 
     def words(self, run: Run) -> list[str]:
-        """The trainer's words."""
+        """Command-line arguments of train/pretrain.py for a run."""
         data = self.work / f"data-{run.limit}" if run.limit else self.data
         return [str(word) for word in (
             self.config, "--data.path", data, "--data.val_path", self.data, "--run.dir", self.work / run.name,
@@ -229,14 +231,14 @@ class Quality:
         )]  # fmt: skip
 
     def resolved(self, run: Run) -> tuple[Config, bool]:
-        """The configuration that the trainer will run, and whether on a GPU."""
+        """The run's complete configuration, and whether it runs on a GPU."""
         words = self.words(run)
         config = load_config(Path(words[0]), words[1:])
         config.model.vocab_size = config.model.vocab_size or self.vocab_size
         return config, choose_device(config.run.device).type == "cuda"
 
     def identity(self, run: Run) -> dict[str, Any]:
-        """What two results must share to be of one comparison, beside their names."""
+        """The part of the configuration that must be equal in two results with the same name."""
         if run.name not in self.identities:
             self.identities[run.name] = identity(self.resolved(run)[0])
         return self.identities[run.name]
@@ -245,7 +247,7 @@ class Quality:
         return {"k": self.ks, "tokens": self.score_tokens, "draws": self.args.draws}
 
     def do(self, run: Run, lock: int) -> None:
-        """Train, score, and leave the result. A run that diverges is a result too: that rate is too high."""
+        """Train, score, and write the result. A run that diverges gives a result too: its learning rate is too high."""
         started, before = time.monotonic(), self.flops_done(run)
         directory, log = self.work / run.name, self.work / f"{run.name}.log"
         words, name = self.words(run), f"{run.name}.json"
@@ -261,8 +263,8 @@ class Quality:
                 self.slice.call(log, lock, "train/pretrain.py", *words, "--resume")
                 if not complete(
                     directory, run.budget
-                ):  # a signal to the trainer ends it with a checkpoint and status 0
-                    raise Failed(f"{run.name} was stopped before its end; the next call goes on from its checkpoint")
+                ):  # after a signal the trainer saves a checkpoint and ends with status 0
+                    raise Failed(f"{run.name} was stopped early; the next call continues it from its checkpoint")
             trained = time.monotonic()
             self.slice.call(
                 log, lock, "benchmarks/quality/score.py", directory, "--data", self.data, "--json", score,
@@ -295,7 +297,7 @@ class Quality:
         }))  # fmt: skip
 
     def flops_done(self, run: Run) -> float:
-        """What a run in flight need not do again."""
+        """FLOPs that an unfinished run has saved in its newest checkpoint."""
         checkpoints = list_checkpoints(self.work / run.name)
         if not checkpoints:
             return 0.0
@@ -304,12 +306,12 @@ class Quality:
         return max((row["flops"] for row in rows if row["step"] <= step), default=0.0)
 
     def seconds(self, run: Run) -> float:
-        """How long a run will take, or goes on to take: from the arm's measured rate, which a few steps give at first."""
+        """Estimated time of a run, or of the rest of it, from the arm's measured rate. At first a few steps measure it."""
         rate = self.slice.rate(run.arm) or self.calibrate(run)
         config, _ = self.resolved(run)
         recurrence = build_objective(config).recurrence
         score = self.slice.rate(f"{run.arm}/score")
-        if score is None:  # before the first: as if every K began anew
+        if score is None:  # before the first score: assume that every K starts from the beginning
             passes = sum(
                 inference_cost(config.model, config.data.sequence_length, recurrence.passes(k)) for k in self.ks
             )
@@ -318,7 +320,7 @@ class Quality:
         return 1.1 * (max(0.0, run.budget - self.flops_done(run)) / rate + 1 / score) + 5
 
     def calibrate(self, run: Run) -> float:
-        """FLOPs per second of a few steps of an arm."""
+        """FLOPs per second, measured on a few steps of an arm."""
         directory = self.work / f"rate-{run.arm}"
         lock = os.open(self.work / f"rate-{run.arm}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         words = [
@@ -342,7 +344,7 @@ class Quality:
     # All runs
 
     def read_results(self) -> dict[str, Result]:
-        """Results by file name: those of this corpus and this mode. Raises `UserError` for one that contradicts the call."""
+        """Results by file name, for this corpus and limit. Raises `UserError` if one contradicts this call's settings."""
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             result = json.loads(path.read_text())
@@ -356,18 +358,18 @@ class Quality:
                 key = contradiction(result["identity"], self.identity(run))
                 if key:
                     raise UserError(
-                        f"{path} was made with another {key}: remove it to run it again, or choose another --results"
+                        f"{path} was made with another {key}: remove it to repeat the run, or choose another --results"
                     )
             if result["scoring"] != self.scoring() and "failed" not in result:
                 if run.arm in self.arms and complete(self.work / run.name, run.budget):
-                    continue  # scored again
-                raise UserError(f"{path} was scored with {result['scoring']}, and its run is not in {self.work}: give those"
-                                " --k, --score-tokens and --draws, or remove it")  # fmt: skip
+                    continue  # it is scored again
+                raise UserError(f"{path} was scored with {result['scoring']}, and its run is not in {self.work}: use the"
+                                " same --k, --score-tokens and --draws, or remove it")  # fmt: skip
             found[path.stem] = result
         return found
 
     def wanted(self) -> Iterator[Run]:
-        """The runs of this call, as far as they are known by now, most wanted first."""
+        """The runs of this call that are known so far, by falling priority."""
         if self.args.data_limited:
             yield from self.wanted_limited()
             return
@@ -390,13 +392,13 @@ class Quality:
                 yield Run(arm, seed, rate, budget, self.args.data_limited)
 
     def ladder(self) -> list[float]:
-        """Budgets of --data-limited: 2, 4, 8... epochs of the flat arm."""
+        """Budgets for --data-limited: 2, 4, 8... epochs of the flat arm."""
         config, _ = self.resolved(Run(FLAT, 0, 1e-3, 1.0))
         epoch = step_cost(config, build_objective(config).passes(Rng(0, 0), 0.0)).total * self.args.data_limited
         return [float(f"{epoch * 2**n:.3g}") for n in range(1, int(math.log2(MOST_EPOCHS)) + 1)]
 
     def flat_ladder(self) -> tuple[list[tuple[float, float]], bool]:
-        """The flat arms' (budget, lowest NLL) so far, and whether it has stopped falling."""
+        """The flat arms' (budget, lowest NLL) so far, and whether the NLL has stopped falling."""
         flat, points = [arm for arm in self.arms if is_flat(arm)], list[tuple[float, float]]()
         for budget in self.ladder():
             if not all(run.name in self.results for run in self.sweep(flat, budget)):
@@ -422,7 +424,7 @@ class Quality:
                 yield from self.more_seeds(arm, budget)
 
     def best_budgets(self) -> dict[str, float]:
-        """The budget of each arm's lowest NLL."""
+        """For each arm, the budget with its lowest NLL."""
         best: dict[str, Result] = {}
         for result in self.results.values():
             arm = result["arm"]
@@ -433,13 +435,13 @@ class Quality:
         return {arm: result["budget_flops"] for arm, result in best.items()}
 
     def pending(self) -> list[Run]:
-        for run in self.wanted():  # another process may have finished some
+        for run in self.wanted():  # another process may have finished some of them
             if run.name not in self.results and (path := self.folder / f"{run.name}.json").exists():
                 result = json.loads(path.read_text())
                 if result["scoring"] == self.scoring():
                     self.results[run.name] = result
         runs = [run for run in self.wanted() if run.name not in self.results]
-        for run in runs:  # here and not in the threads of `do`: the parser redirects the standard error of the process
+        for run in runs:  # not in the threads of `do`, because the parser redirects standard error of the whole process
             self.identity(run)
         return runs
 
@@ -452,10 +454,10 @@ class Quality:
             self.merge()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What comes of it
+    # Output
 
     def merge(self) -> str:
-        """Write the merged file; the tables in Markdown."""
+        """Write the merged file and return the tables in Markdown."""
         results = list(self.results.values())
         names = [*ARMS, *sorted({result["arm"] for result in results} - set(ARMS))]
         if self.args.data_limited:
@@ -527,10 +529,10 @@ def main(args: Args) -> int:
         if args.data_limited:
             budgets = sorted({result["budget_flops"] for result in quality.results.values()})
         if not budgets or not plot(quality.results.values(), quality.arms, budgets, args.plot):
-            print("no figure: no run is complete", file=sys.stderr)
+            print("no figure, because no run is complete", file=sys.stderr)
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")
-        print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to go on.", file=sys.stderr)
+        print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to continue.", file=sys.stderr)
     return 0
 
 

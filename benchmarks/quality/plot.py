@@ -1,5 +1,5 @@
-"""The figure of `quality/compare.py`: held-out likelihood by K, and along the training, of every arm at one budget; and,
-where there are several budgets, at the end of the runs of each."""
+"""The figure of `quality/compare.py`: held-out NLL of every arm at one budget, by K and during training. With several
+budgets, a third panel shows the final NLL at each budget."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from recurrent_db.report.figure import DASHES, MARKERS, Frame, drawing, linear_t
 from recurrent_db.report.svg import PAPER, SERIES
 
 ABOVE = 1.25
-"""Likelihoods worse than so many times the best arm's are off the plot, which says so by a line that leaves it."""
+"""Upper limit of the NLL axis, as a multiple of the best arm's NLL. Lines of worse arms leave the plot."""
 
 
 def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object], label: str | None) -> list[float]:
-    """One line a seed; their values."""
+    """Draw one line per seed and return the plotted values."""
     values: list[float] = []
     for number, seed in enumerate(seeds):
         ks = [int(k) for k in seed[key]]
@@ -30,7 +30,7 @@ def _by_k(axes: Axes, seeds: Sequence[Result], key: str, look: dict[str, object]
 
 
 def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: str) -> list[float]:
-    """Best K at each evaluation, against FLOPs; their values."""
+    """Draw the NLL at the best K of each evaluation against FLOPs, and return the NLLs."""
     values: list[float] = []
     for number, seed in enumerate(seeds):
         points = [(point["flops"], min(point["nll"].values())) for point in seed["evaluations"]]
@@ -42,8 +42,8 @@ def _along(axes: Axes, seeds: Sequence[Result], look: dict[str, object], label: 
 
 
 def ends(axes: Axes, budgets: Sequence[dict[int, Result]], look: dict[str, object]) -> list[tuple[float, float]]:
-    """Where complete runs of several budgets end at their best K: a line for each seed of ``budgets``, which are results by
-    seed. Their points, (FLOPs, nats)."""
+    """Draw the final NLL at the best K against FLOPs, one line per seed. ``budgets`` holds the results by seed for each
+    budget. Returns the points (FLOPs, nats per token)."""
     points = []
     for seed in sorted({seed for runs in budgets for seed in runs}):
         line = sorted((runs[seed]["flops"], _best(runs[seed])) for runs in budgets if seed in runs)
@@ -53,15 +53,17 @@ def ends(axes: Axes, budgets: Sequence[dict[int, Result]], look: dict[str, objec
 
 
 def _best(run: Result) -> float:
-    """The NLL at the best K, by the mixture or, where it was made, by the bound on a walk."""
+    """NLL at the best K, by the likelihood of draws or, if it was computed, by the bound."""
     return min(*run["nll_by_k"].values(), *(run.get("bound_by_k") or {}).values(), math.inf)
 
 
 def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float], path: Path) -> bool:
-    """Each arm at its best rate, a line for each seed, to an .svg, .png or .pdf. The dotted line of a walk is the
-    bound on its likelihood (`recurrent_db.denoise.bound`), the other the mixture over draws. By K and along the training the
-    runs are those of the budget that has the most arms, of several the largest. Runs that failed are left out; False, and
-    no file, where there are no others."""
+    """Plot each arm at its best learning rate, one line per seed, to an .svg, .png or .pdf file.
+
+    For walks, a solid line is the likelihood of draws and a dotted line the bound (`recurrent_db.denoise.bound`). The first
+    two panels show the budget with the most arms, and the largest of these. Failed runs are left out. Returns False,
+    without a file, if no other runs exist.
+    """
     results = [result for result in results if "failed" not in result]
     budget = max(budgets, key=lambda at: (sum(best_rate(results, arm, at) is not None for arm in arms), at))
     with drawing():
@@ -93,7 +95,7 @@ def plot(results: Iterable[Result], arms: Sequence[str], budgets: Sequence[float
         left.xaxis.set_major_locator(FixedLocator(sorted(set(ks))))
         left.xaxis.set_minor_locator(NullLocator())
         left.xaxis.set_major_formatter(FuncFormatter(linear_tick))
-        right.set(xlabel="training FLOPs", title="along the training, at the best K")
+        right.set(xlabel="training FLOPs", title="during training, at the best K")
         Frame([]).log_axis(right.xaxis, min(spent), max(spent), 1.1)
         for axes in more:
             lowest = min(nll for _, nll in points)

@@ -1,5 +1,5 @@
-"""What one run of `quality/compare.py` is: its options as words, what makes it comparable, whether it is complete, and
-the part of a corpus that it may see."""
+"""Helpers for the runs of `quality/compare.py`: options, the settings that make runs comparable, completeness, and limited
+corpora."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recurrent_db.store.metrics import read_metrics
 
 
 def floats(text: str, option: str) -> list[float]:
-    """Numbers above 0, separated by commas, rising and without repeats."""
+    """Parse numbers above 0, separated by commas. Returns them in rising order without repeats."""
     try:
         values = sorted({float(word) for word in text.split(",")})
     except ValueError:
@@ -28,7 +28,7 @@ def floats(text: str, option: str) -> list[float]:
 
 
 def dotted(text: str) -> list[str]:
-    """ "a.b=1 c=2" as command-line words."""
+    """Convert "a.b=1 c=2" to command-line arguments."""
     words = []
     for pair in text.split():
         key, equals, value = pair.partition("=")
@@ -39,12 +39,12 @@ def dotted(text: str) -> list[str]:
 
 
 def middle_first(rates: Sequence[float]) -> list[float]:
-    """The middle one first: a first table is there early."""
+    """Order the rates from the middle outwards, so that a useful table exists early."""
     return sorted(rates, key=lambda rate: abs(rates.index(rate) - (len(rates) - 1) / 2))
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The part of a configuration that makes a result what it is."""
+    """The part of a configuration that determines a result."""
     whole = to_dict(config)
     kept = {name: whole[name] for name in ("model", "data", "optim", "schedule")}
     kept["data"] = {name: value for name, value in kept["data"].items() if name not in ("path", "val_path", "verify")}
@@ -54,7 +54,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
-    """The first key that differs."""
+    """The first key that differs, with both values; None if all are equal."""
     for key in dict.fromkeys([*before, *now]):
         if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
             if (found := contradiction(before[key], now[key], f"{prefix}{key}.")) is not None:
@@ -65,7 +65,7 @@ def contradiction(before: dict[str, Any], now: dict[str, Any], prefix: str = "")
 
 
 def complete(directory: Path, budget: float) -> bool:
-    """Whether a run has spent its budget and saved its end."""
+    """Whether a run has spent its budget and saved its last step."""
     if not (directory / "metrics.jsonl").exists() or not list_checkpoints(directory):
         return False
     rows = read_metrics(directory / "metrics.jsonl")
@@ -77,8 +77,8 @@ def complete(directory: Path, budget: float) -> bool:
 
 
 def limit_corpus(data: Path, out: Path, tokens: int) -> None:
-    """A data directory of the first ``tokens`` training tokens of ``data`` (its sources one after the other), which has no
-    validation split. One that is there already is kept."""
+    """Make a data directory from the first ``tokens`` training tokens of ``data``, source by source, without a validation
+    split. An existing directory is kept."""
     if out.exists():
         return
     tokenizer, left = load_tokenizer(data), tokens

@@ -1,9 +1,9 @@
-"""What a finished run is worth, for `quality/compare.py`: held-out likelihood by K, and the variety of its samples.
+"""Score a finished run for `quality/compare.py`: held-out likelihood by K, and the variety of its samples.
 
 python benchmarks/quality/score.py RUN --data DIR --json OUT
 
-Every run is scored on the same held-out sequences, and the likelihood of each sequence is kept, so that two runs can be
-compared sequence by sequence. Samples continue held-out text; the text that really follows is measured beside them.
+Every run is scored on the same held-out sequences. The NLL of each sequence is saved, so that two runs can be compared
+sequence by sequence. Samples continue held-out text, and the real continuation is measured beside them.
 
 Shapes: B sequences, T positions, P prompts.
 """
@@ -38,33 +38,33 @@ from recurrent_db.store.loading import load_with_config
 from recurrent_db.training.guard import unigram_entropy
 
 TEXT_MOST_K = 8
-"""Samples are drawn at the K of the lowest NLL, but at most this one: sampling costs K passes for each token."""
+"""Largest K for samples, because sampling costs K passes per token. Below it, the K with the lowest NLL is used."""
 
 
 @dataclass
 class Args:
-    """Score a run on held-out text by number of iterations, and measure the variety of its samples."""
+    """Score a run on held-out text by K, and measure the variety of its samples."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory or checkpoint folder."""
     data: Path
-    """Folder made by train/prepare_data.py; its validation split is scored and continued."""
+    """Folder made by train/prepare_data.py. Its validation split is scored and continued."""
     json: Path
-    """File to write the result to."""
+    """File for the result."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of core iterations, separated by commas."""
+    """Values of K (core iterations), separated by commas."""
     draws: int = 2
-    """Noise draws in the mixture of a likelihood (log-mean-exp)."""
+    """Noise draws averaged in a likelihood."""
     tokens: int = 32768
-    """Held-out tokens to score, spread evenly over the split."""
+    """Number of held-out tokens to score, spread evenly over the split."""
     batch_size: int = 16
-    """Sequences at once."""
+    """Sequences in a batch."""
     prompts: int = 32
-    """Held-out prompts to continue; each is a quarter of a training sequence."""
+    """Number of held-out prompts to continue. Each is a quarter of a training sequence."""
     new_tokens: int = 64
-    """Tokens of a continuation; with its prompt at most a training sequence."""
+    """Length of a continuation, in tokens. Prompt and continuation are at most a training sequence."""
     temperature: float = 1.0
-    """Of the samples; 1 is the model's own distribution."""
+    """Temperature of the samples; 1 is the model's own distribution."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     device: str = "auto"
@@ -75,7 +75,7 @@ class Args:
 def nll_by_sequence(
     model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int], draws: int, bound: bool = False
 ) -> dict[int, list[float]]:
-    """Mean NLL in nats per token of each sequence, by K: of the mixture, or by the bound on a walk (`denoise.bound`)."""
+    """Mean NLL of each sequence in nats per token, by K: of the mixture over draws, or the bound (`denoise.bound`)."""
     device, rng = model.embedding.weight.device, Rng(0, EVALUATION_STEP)
     result: dict[int, list[float]] = {k: [] for k in ks}
     for batch in batches:
@@ -89,7 +89,7 @@ def nll_by_sequence(
 
 
 def continue_prompts(model: LoopedLM, prompts_PT: Tensor, k: int, new_tokens: int, temperature: float) -> Tensor:
-    """Sampled continuations, int64 (P, new_tokens), of prompts of one length."""
+    """Sampled continuations, int64 (P, new_tokens), of prompts with equal length."""
     texts: list[list[int]] = [[] for _ in prompts_PT]
     options = GenerationOptions(k=k, max_new_tokens=new_tokens, temperature=temperature)
     for index, token in stream(model, prompts_PT.tolist(), options):
@@ -100,7 +100,7 @@ def continue_prompts(model: LoopedLM, prompts_PT: Tensor, k: int, new_tokens: in
 def text_metrics(
     model: LoopedLM, batches: Iterable[Batch], k: int, new_tokens: int, temperature: float
 ) -> dict[str, Any]:
-    """Variety of the continuations of the sequences' first quarters, and of the text that follows them."""
+    """Variety of the sampled continuations of the sequences' first quarters, and of the real continuations."""
     sequences_PT = torch.cat([batch.tokens_BT for batch in batches])
     prompt = sequences_PT.shape[1] // 4
     new_tokens = min(new_tokens, sequences_PT.shape[1] - prompt)

@@ -1,8 +1,8 @@
-"""Results of single runs -> what is compared: the best rate of each arm, differences with errors, FLOPs to reach a level.
+"""Turns the results of single runs into the comparison: best learning rate, differences with errors, FLOPs to reach a level.
 
-A result is the JSON of one complete run (see `compare.py`). An arm's rate is chosen by the lowest NLL over K of the first
-seed that was run; all seeds at that rate are the arm's. The choice is by the figure that is reported, which flatters
-every arm alike where the sweeps are alike.
+A result is the JSON file of one complete run (see `compare.py`). An arm's learning rate is the one with the lowest NLL over
+K for the first seed. All seeds with this rate count for the arm. The rate is chosen by the same number that is reported,
+which favours all arms equally if their sweeps are equal.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from recurrent_db.report.flops_to_loss import reached_at_constant_rate
 from recurrent_db.report.runs import Evaluation
 
 FLAT = "next_token"
-"""Arms of this name, and those whose name begins with it, are the flat control."""
+"""The flat control. Arms whose name begins with it and a hyphen are flat too."""
 
 Result = dict[str, Any]
 
 
 COLLAPSED = 0.1
-"""Nats per token below the entropy of the held-out tokens' frequencies that a run must be, or it knows nothing else."""
+"""Nats per token. A run has collapsed if its NLL is not this far below the entropy of the held-out token frequencies."""
 
 
 def is_flat(arm: str) -> bool:
@@ -39,32 +39,31 @@ def by_rate(results: Iterable[Result], arm: str, budget: float) -> dict[float, d
 
 
 def level(result: Result) -> float:
-    """NLL at the best K; infinite for a run that came to nothing."""
+    """NLL at the best K; infinite for a failed run."""
     return math.inf if "failed" in result else result["nll_best"]
 
 
 def collapsed(result: Result) -> bool:
-    """Whether a run ended where a model ends that knows the tokens' frequencies and nothing of their order, or above.
-    Results from before the entropy was kept count as sound."""
+    """Whether a run has learned no more than the tokens' frequencies. Old results without the entropy count as sound."""
     floor = result.get("unigram_entropy")
     return "failed" not in result and floor is not None and level(result) > floor - COLLAPSED
 
 
 def sweep_of(rates: dict[float, dict[int, Result]]) -> dict[float, Result]:
-    """The results that the rate is chosen by: those of the first seed."""
+    """Results of the first seed, by rate. The rate is chosen by them."""
     first = min((seed for seeds in rates.values() for seed in seeds), default=None)
     return {rate: seeds[first] for rate, seeds in rates.items() if first in seeds}
 
 
 def best_rate(results: Iterable[Result], arm: str, budget: float) -> float | None:
-    """The rate with the lowest NLL; None where no run came to anything."""
+    """The rate with the lowest NLL; None if all runs failed."""
     sweep = sweep_of(by_rate(results, arm, budget))
     best = min(sweep, key=lambda rate: level(sweep[rate]), default=None)
     return best if best is not None and math.isfinite(level(sweep[best])) else None
 
 
 def arm_entry(results: Sequence[Result], arm: str, budget: float) -> dict[str, Any] | None:
-    """An arm at one budget: its seeds at the best rate, and the sweep. None where no run came to anything."""
+    """An arm at one budget: its seeds at the best rate, and the sweep. None if all runs failed."""
     rates, best = by_rate(results, arm, budget), best_rate(results, arm, budget)
     if best is None:
         return None
@@ -101,7 +100,7 @@ def best_k(seeds: Sequence[Result]) -> str:
 def difference(
     results: Sequence[Result], arm: str, other: str, budget: float, other_budget: float
 ) -> tuple[float, float]:
-    """NLL of ``arm`` minus that of ``other``, each at its best K and averaged over its seeds; and the standard error of the
+    """NLL of ``arm`` minus NLL of ``other``, each at its best K and averaged over its seeds; and the standard error of the
     difference over the held-out sequences (not over training runs)."""
     lines = []
     for name, flops in ((arm, budget), (other, other_budget)):
@@ -117,8 +116,8 @@ def difference(
 
 
 def sweep_cost(results: Iterable[Result], at: Mapping[str, float], all_budgets: bool = False) -> dict[str, Any]:
-    """What the choice of the rates cost, beside the runs that are reported, which for each arm are at the budget that
-    ``at`` gives it; with ``all_budgets`` the choice of that budget too."""
+    """Cost of choosing the rates, beside the reported runs. ``at`` gives the budget of each arm's reported runs. With
+    ``all_budgets``, the cost of choosing that budget is included."""
     runs = [r for r in results if r["arm"] in at and (all_budgets or r["budget_flops"] == at[r["arm"]])]
     arms = sorted({result["arm"] for result in runs})
     reported = [
@@ -136,12 +135,13 @@ def sweep_cost(results: Iterable[Result], at: Mapping[str, float], all_budgets: 
 def reach(
     results: Sequence[Result], arms: Sequence[str], budgets: Sequence[float], nll: float
 ) -> dict[str, dict[str, Any]]:
-    """FLOPs at which each arm reaches a level, by two measures that are not to be mixed (recurrent_db.report.flops_to_loss).
+    """FLOPs at which each arm reaches a level of NLL, by two measures that must not be mixed (`report.flops_to_loss`).
 
-    ``annealed``: complete runs at several budgets, the mean over seeds interpolated in log FLOPs between the last that
-    misses the level and the first that makes it; ``at_most`` where already the smallest budget makes it. ``constant``:
-    evaluations at the peak rate along the largest run of the first seed, moved by what the evaluation at its end differs
-    from the final score, since they read fewer held-out tokens. None where the level is not reached.
+    ``annealed``: from complete runs at several budgets. The mean over seeds is interpolated in log FLOPs between the last
+    budget above the level and the first at or below it. ``at_most`` means that the smallest budget already reaches it.
+    ``constant``: from evaluations at the peak learning rate during the largest run of the first seed. They read fewer
+    held-out tokens, so they are shifted by the difference between the last evaluation and the final score. None means that
+    the level is not reached.
     """
     found: dict[str, dict[str, Any]] = {}
     for arm in arms:
@@ -178,7 +178,7 @@ def reach(
 
 
 def evaluations(result: Result) -> list[Evaluation]:
-    """A result's evaluations along the run, as the report reads them."""
+    """A result's evaluations during the run, as objects of the report."""
     rows = []
     for row in result["evaluations"]:
         by_k = {name: {int(k): value for k, value in row[name].items()} for name in ("nll", "bits_per_byte")}
@@ -193,9 +193,9 @@ def evaluations(result: Result) -> list[Evaluation]:
 def table(
     results: Sequence[Result], arms: Sequence[str], budget: float, budgets: dict[str, float] | None = None
 ) -> str:
-    """Arms by row: NLL by K, the difference to the best flat arm with its error, the price of a step, samples.
+    """Markdown table with one row per arm: NLL by K, difference to the best flat arm, relative cost of a token, samples.
 
-    ``budgets`` gives arms another budget than ``budget``.
+    ``budgets`` overrides ``budget`` for some arms.
     """
     at = {arm: (budgets or {}).get(arm, budget) for arm in arms}
     entries = {arm: entry for arm in arms if (entry := arm_entry(results, arm, at[arm])) is not None}
@@ -233,9 +233,9 @@ def table(
     cost = sweep_cost(results, {arm: at[arm] for arm in entries}, bool(budgets))
     lines += [
         "",
-        f"Held-out nats per token; the lowest in bold. ± is the standard error over {len(first_sequences(results))} held-out"
-        " sequences. price: FLOPs per training token over the flat arm's. distinct-2 in brackets: of held-out text."
-        " *: the best rate is the lowest or the highest that was tried.",
+        f"Held-out nats per token; the lowest of each arm in bold. ± is the standard error over"
+        f" {len(first_sequences(results))} held-out sequences. price: FLOPs per training token, relative to the flat arm."
+        " distinct-2 in brackets: held-out text. *: the best rate is the lowest or highest that was tried.",
         f"Sweep and seeds: {cost['runs']} runs, {cost['flops']:.2e} FLOPs, {cost['seconds'] / 3600:.2f} hours of training,"
         f" of which {cost['reported_runs']} runs and {cost['reported_flops']:.2e} FLOPs are reported.",
     ]
@@ -243,7 +243,7 @@ def table(
         run for run in results if run["arm"] in entries and run["budget_flops"] == at[run["arm"]] and collapsed(run)
     ]
     for worse, what, advice in (
-        (False, "Collapsed, at", " A longer schedule.warmup or a lower rate may train."),
+        (False, "Collapsed, at", " A longer schedule.warmup or a lower rate may help."),
         (True, "Worse than", ""),
     ):
         if dead := [run for run in runs if (level(run) > run["unigram_entropy"] + COLLAPSED) == worse]:
@@ -267,11 +267,11 @@ def first_sequences(results: Sequence[Result]) -> list[float]:
 
 
 def reach_table(nll: float, found: dict[str, dict[str, Any]], why: str) -> str:
-    """FLOPs by arm to reach one level."""
+    """Table of the FLOPs at which each arm reaches one level."""
     lines = [
         f"FLOPs to {nll:.3f} nats per token ({why}):",
         "",
-        "| arm | annealed runs | along the largest run |",
+        "| arm | annealed runs | during the largest run |",
         "| --- " * 3 + "|",
     ]
 

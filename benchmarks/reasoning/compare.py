@@ -1,11 +1,11 @@
-"""Do iterations earn their cost where depth is needed? Generated tasks, every arm, equal FLOPs, accuracy by K.
+"""Test whether iterations help on tasks that need depth: generated tasks, all arms, equal FLOPs, accuracy by K.
 
 python benchmarks/reasoning/compare.py [--tasks s5-generators,p-hop] [--arms A,B] [--budget-flops 2e13] [--minutes 30]
 
-The tasks are described in tasks.py, one run in run.py; the arms are those of benchmarks/quality/compare.py at the shape of
-`tiny` (width 128, layers 1/2/1, 0.9M parameters). A finished run leaves one small file, RESULTS/reasoning/NAME.json; all
-of them are merged into RESULTS/reasoning.json, and the tables are printed. Finished runs are not repeated; with several
-rates the first seed sweeps them and the others take the best.
+tasks.py describes the tasks; run.py is one run. The arms are those of benchmarks/quality/compare.py in the shape of `tiny`
+(width 128, layers 1/2/1, 0.9M parameters). A finished run writes one small file, RESULTS/reasoning/NAME.json. All files are
+merged into RESULTS/reasoning.json, and the tables are printed. Finished runs are not repeated. With several learning rates,
+the first seed sweeps them and the others use the best.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ from recurrent_db.files import write_atomic
 
 @dataclass
 class Args:
-    """Train every arm on tasks that need depth, at equal FLOPs, and print accuracy by number of iterations."""
+    """Train all arms on tasks that need depth, at equal FLOPs, and print accuracy by K."""
 
     tasks: str = "s5-generators,p-hop"
-    """Tasks, separated by commas: s5, s5-generators, p-hop. s5 must first learn all 14,400 products: give it more FLOPs."""
+    """Tasks, separated by commas: s5, s5-generators, p-hop. s5 needs more FLOPs, to learn all 14,400 products first."""
     arms: str = ""
-    """Arms to run, separated by commas (default: all)."""
+    """Arms to run, separated by commas; all by default."""
     seeds: str = "0,1"
-    """Seeds, separated by commas; the first sweeps the rates, the others take the best."""
+    """Seeds, separated by commas. The smallest one sweeps the learning rates; the others use the best rate."""
     rates: str = "5e-4,1e-3,2e-3"
     """Peak learning rates to try, separated by commas."""
     budget_flops: float = 2e13
-    """Training budget of a run in model FLOPs."""
+    """Training budget of a run, in model FLOPs."""
     options: str = ""
-    """More configuration keys for every run, e.g. "model.n_core=1"; keep --results apart for them."""
+    """Additional configuration keys for every run, e.g. "model.n_core=1". Use a separate --results folder for them."""
     minutes: float | None = None
-    """Start no run that cannot be expected to end within so many minutes, and stop by then. 0: merge alone."""
+    """Time limit in minutes. Runs that would not finish in time are not started. 0 only merges results."""
     work: Path = ROOT / "runs/reasoning"
-    """Folder of logs and measured rates."""
+    """Folder for logs and measured rates."""
     results: Path = ROOT / "benchmarks/results"
-    """Folder of the results."""
+    """Folder for the results."""
     threads: int = 1
-    """CPU threads of a run."""
+    """CPU threads of each run."""
     jobs: int = 0
-    """Runs at once; 0 gives each core one (a GPU runs one after the other)."""
+    """Number of parallel runs. 0: as many as fit on the cores, or one on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of iterations to score."""
+    """Values of K (core iterations) to score, separated by commas."""
     draws: int = 2
     """Noise draws whose probabilities are averaged."""
     samples: int = 2048
-    """Held-out samples to score."""
+    """Number of held-out samples to score."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Run:
 
 
 class Reasoning:
-    """The comparison that one call works on."""
+    """The comparison of one call of this script."""
 
     def __init__(self, args: Args) -> None:
         self.args, self.arms, self.tasks = args, choose_arms(args.arms or ",".join(ARMS)), args.tasks.split(",")
         for task in self.tasks:
             if task not in TASKS:
-                raise UserError(f"no task {task!r}; there are: {', '.join(TASKS)}")
+                raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
         self.seeds, self.rates = parse_ints(args.seeds, "--seeds", 0), floats(args.rates, "--rates")
         self.ks = parse_ints(args.k, "--k", 1)
         parse_ints(f"{args.threads},{args.draws},{args.samples}", "--threads, --draws and --samples", 1)
@@ -111,19 +111,19 @@ class Reasoning:
             result = json.loads(path.read_text())
             if result["arm"] in ARMS and (key := self.contradiction(result)) is not None:
                 raise UserError(
-                    f"{path} was made with another {key}: remove it to run it again, or choose another --results"
+                    f"{path} was made with another {key}: remove it to repeat the run, or choose another --results"
                 )
             self.results[path.stem] = result
 
     def contradiction(self, result: Result) -> str | None:
-        """What makes a result another comparison's."""
+        """The first setting in which a result differs from this call; None if all are equal."""
         if (result["words"], result["options"]) != (ARMS[result["arm"]], self.args.options):
             return f"arm or options ({' '.join([*result['words'], result['options']]).strip()})"
         keys = ("task", "arm", "options", "seed", "learning_rate", "budget_flops")
         return contradiction(result["identity"], self.identity(*(result[key] for key in keys)))
 
     def identity(self, task: str, arm: str, options: str, seed: int, rate: float, budget: float) -> dict[str, Any]:
-        """What two results must share to be of one comparison."""
+        """The part of the configuration that must be equal in two results with the same name."""
         return identity(task_config(TASKS[task], arm, options, seed, rate, budget))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Reasoning:
         self.slice.measured(f"{run.task}/{run.arm}/score", 1, result["seconds_scoring"])
 
     def seconds(self, run: Run) -> float:
-        """How long a run will take; an arm's first is preceded by a few steps that measure it."""
+        """Estimated time of a run. Before an arm's first run, a few steps measure its speed."""
         kind = f"{run.task}/{run.arm}"
         if self.slice.rate(kind) is None:
             lock, out = os.open(os.devnull, os.O_RDONLY), self.slice.work / f"rate-{run.task}-{run.arm}.json"
@@ -197,19 +197,19 @@ class Reasoning:
             self.merge()
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What comes of it
+    # Output
 
     def of_task(self, task: str) -> list[Result]:
         return [result for result in self.results.values() if result["task"] == task]
 
     def best_rate(self, task: str, arm: str, budget: float) -> float | None:
-        """The rate with the highest accuracy in the task's headline group at its best K, by the first seed."""
+        """The rate with the highest accuracy in the task's headline group at the best K, for the first seed."""
         sweep = sweep_of(by_rate(self.of_task(task), arm, budget))
         best = max(sweep, key=lambda rate: quality_of(sweep[rate]), default=None)
         return best if best is not None and quality_of(sweep[best]) >= 0 else None
 
     def merge(self) -> str:
-        """Write the merged file; the tables in Markdown."""
+        """Write the merged file and return the tables in Markdown."""
         budgets = sorted({result["budget_flops"] for result in self.results.values()})
         merged: dict[str, Any] = {"budgets": {}}
         parts = []
@@ -239,14 +239,14 @@ class Reasoning:
 
 
 def quality_of(result: Result) -> float:
-    """Accuracy in the headline group at the best K; -1 for a run that came to nothing."""
+    """Accuracy in the headline group at the best K; -1 for a failed run."""
     if "failed" in result:
         return -1.0
     return max(float(groups[result["headline"]]) for groups in result["accuracy_by_k"].values())
 
 
 def table(found: dict[str, Any]) -> str:
-    """One row for each arm and K: accuracy by group, in percent, the mean over seeds."""
+    """Markdown table with one row per arm and K: accuracy by group in percent, mean over seeds."""
     first = next(iter(found["arms"].values()))["seeds"][0]
     ks, groups = list(first["accuracy_by_k"]), list(next(iter(first["accuracy_by_k"].values())))
     lines = ["| " + " | ".join(["arm", "rate", "seeds", "K", *groups]) + " |", "| --- " * (4 + len(groups)) + "|"]
@@ -256,7 +256,7 @@ def table(found: dict[str, Any]) -> str:
             cells = [f"{100 * fmean(seed['accuracy_by_k'][k][group] for seed in seeds):.1f}" for group in groups]
             rate = f"{seeds[0]['learning_rate']:g}"
             lines.append("| " + " | ".join([arm, rate, str(len(seeds)), k, *cells]) + " |")
-    lines += ["", f"Accuracy in percent. {found['runs']} runs, the sweep of the rates included: {found['flops']:.2e} FLOPs,"
+    lines += ["", f"Accuracy in percent. {found['runs']} runs, including the sweep of the rates: {found['flops']:.2e} FLOPs,"
               f" {found['seconds'] / 3600:.2f} hours."]  # fmt: skip
     return "\n".join(lines)
 
@@ -270,7 +270,7 @@ def main(args: Args) -> int:
     print(reasoning.merge())
     if left:
         names = ", ".join(run.name for run in left[:6]) + (", ..." if len(left) > 6 else "")
-        print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to go on.", file=sys.stderr)
+        print(f"\nLeft: {len(left)} runs known so far ({names}); repeat the command to continue.", file=sys.stderr)
     return 0
 
 

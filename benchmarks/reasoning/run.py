@@ -1,13 +1,13 @@
-"""One run of `reasoning/compare.py`: trains an arm on a generated task, measures its accuracy by K, writes a JSON file.
+"""One run of `reasoning/compare.py`: trains an arm on a generated task and writes its accuracy by K to a JSON file.
 
 python benchmarks/reasoning/run.py --task s5 --arm next_token --json OUT
 
-The loop is the trainer's with other batches; objective, optimizer, schedule and FLOP count are the same
-code. A run that is killed begins anew: it takes minutes.
+The loop resembles the trainer's, with generated batches. Objective, optimizer, schedule and FLOP count are the trainer's own
+code. A killed run starts again from the beginning, because a run takes only minutes.
 
-One thing is easier in training than in scoring for an objective that puts noised targets into its single stream
-(`denoise`): position i then sees noised answers of the positions before it, which the input does not give away.
-Scoring starts from noise, so its accuracy is honest, but it is a test of what was learned under that help.
+An objective that puts noised targets into its single stream (`denoise`) has an easier task in training than in scoring:
+position i sees noised answers of earlier positions, which the input does not contain. Scoring starts from noise, so the
+accuracy is a fair measure, but of a model that was trained with this help.
 """
 
 from __future__ import annotations
@@ -51,30 +51,30 @@ from recurrent_db.training.guard import MOST_SKIPPED
 
 @dataclass
 class Args:
-    """Train one arm on a generated task and measure its accuracy by number of iterations."""
+    """Train one arm on a generated task and measure its accuracy by K."""
 
     task: str
-    """s5, s5-generators or p-hop."""
+    """Task: s5, s5-generators or p-hop."""
     arm: str
-    """An arm of benchmarks/quality/compare.py."""
+    """Arm of benchmarks/quality/compare.py."""
     json: Path
-    """File to write the result to."""
+    """File for the result."""
     seed: int = 0
-    """Of weights, training samples and noise."""
+    """Seed of weights, training samples and noise."""
     rate: float = 2e-3
     """Peak learning rate."""
     budget_flops: float = 2e13
-    """Training budget in model FLOPs."""
+    """Training budget, in model FLOPs."""
     steps: int = 0
-    """End after so many optimizer steps, whatever the budget; 0 means at the budget."""
+    """End after this many optimizer steps; 0 ends at the budget. Used to measure speed."""
     options: str = ""
-    """More configuration keys, e.g. "model.n_core=1"."""
+    """Additional configuration keys, e.g. "model.n_core=1"."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of iterations to score."""
+    """Values of K (core iterations) to score, separated by commas."""
     draws: int = 2
     """Noise draws whose probabilities are averaged."""
     samples: int = 2048
-    """Held-out samples to score."""
+    """Number of held-out samples to score."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     device: str = "auto"
@@ -82,9 +82,9 @@ class Args:
 
 
 def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budget: float) -> Config:
-    """`tiny` with the task's vocabulary and length, and 16 samples a step."""
+    """The configuration `tiny` with the task's vocabulary and length, and 16 samples a step."""
     if arm not in ARMS:
-        raise UserError(f"no arm {arm!r}; there are: {', '.join(ARMS)}")
+        raise UserError(f"unknown arm {arm!r}; choose from {', '.join(ARMS)}")
     words: list[Any] = [
         "--model.vocab_size", task.vocab_size, "--model.max_seq_len", task.length, "--data.sequence_length", task.length,
         "--data.batch_size", 16, "--data.document_mask", "False", *dotted(options), *ARMS[arm], "--seed", seed,
@@ -95,7 +95,7 @@ def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budg
 
 
 def batch_of(task: Task, rng: Rng, first: int, size: int, stream: str) -> Batch:
-    """Samples ``first`` to ``first + size``; each is one document."""
+    """Samples ``first`` to ``first + size - 1``. Each sample is one document."""
     samples_B = torch.arange(first, first + size)
     tokens_BT, targets_BT = task.draw(rng, samples_B, stream)
     return Batch(tokens_BT, targets_BT, torch.zeros(tokens_BT.shape, dtype=torch.int32), samples_B)
@@ -104,7 +104,7 @@ def batch_of(task: Task, rng: Rng, first: int, size: int, stream: str) -> Batch:
 def train(
     config: Config, task: Task, model: LoopedLM, objective: Objective, steps: int, device: torch.device
 ) -> dict[str, float]:
-    """Spend the budget; what it took. Raises `UserError` where the loss stays non-finite."""
+    """Train until the budget is spent. Returns what was spent. Raises `UserError` if the loss stays non-finite."""
     optimizer = build_optimizer(model, config.optim)
     cost_of = functools.cache(lambda passes: step_cost(config, passes))
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -143,7 +143,8 @@ def train(
 def accuracy(
     model: LoopedLM, task: Task, ks: Sequence[int], samples: int, draws: int, device: torch.device, at_once: int = 256
 ) -> dict[str, Any]:
-    """Share of positions whose most likely answer is right, by K and group and by K and position; and nats per position."""
+    """Accuracy (share of positions whose most likely answer is right) by K and group, and by K and position; and NLL by K in
+    nats per position."""
     model.eval()
     rng, right, counts = Rng(0, EVALUATION_STEP), dict[tuple[int, str], float](), dict[str, float]()
     by_position = {k: torch.zeros(task.length) for k in ks}
@@ -181,7 +182,7 @@ def accuracy(
 
 def main(args: Args) -> int:
     if args.task not in TASKS:
-        raise UserError(f"no task {args.task!r}; there are: {', '.join(TASKS)}")
+        raise UserError(f"unknown task {args.task!r}; choose from {', '.join(TASKS)}")
     ks = parse_ints(args.k, "--k", 1)
     parse_ints(f"{args.draws},{args.samples}", "--draws and --samples", 1)
     check_output(args.json)
@@ -193,7 +194,7 @@ def main(args: Args) -> int:
     model = build_model(config.model, config.seed, device)
     model.recurrence, model.document_mask = objective.recurrence, False
     spent = train(config, task, model, objective, args.steps, device)
-    model.recurrence = objective.recurrence  # what it has learned by now is part of it
+    model.recurrence = objective.recurrence  # it may depend on values learned in training
     trained = time.perf_counter()
     found = accuracy(model, task, ks, args.samples, args.draws, device)
     result = {

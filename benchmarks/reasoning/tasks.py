@@ -1,20 +1,22 @@
-"""Generated tasks whose answers need many steps one after the other.
+"""Generated tasks whose answers need many steps, one after the other.
 
-A task draws pairs of token sequences: what the model reads, and what it is to say at each position (not the next token).
-A sample is a function of (seed, step, sample) through recurrent_db.rng; held-out samples have a stream of their own and
-are the same for every seed of training.
+A task draws pairs of token sequences: the model's input, and the answer at each position (not the next token). A sample is a
+function of (seed, step, sample) through recurrent_db.rng. Held-out samples use a separate random stream and are the same for
+all training seeds.
 
-- `s5`: the running product in the symmetric group of five letters. Token i is an element g_i; the answer at position i is
-  g_1 g_2 ... g_i, the product of functions: (a b)(x) = a(b(x)). No constant depth suffices for all lengths (S5 is not
-  solvable, so the word problem is complete for NC1; Barrington, 1989).
-- `s5-generators`: the same, where only a transposition and a five-cycle occur, which generate S5.
-- `p-hop`: k-hop induction heads (Sanford, Hsu and Telgarsky, arXiv 2402.09268; p-hop in Saunshi et al., arXiv 2502.17416).
-  For a sequence X_1 ... X_N, find(i) is the largest j <= i with X_{j-1} = X_i: the place after the last earlier
-  occurrence of the symbol at i; 0 where there is none. The answer at i is X at find applied k times to i, or "none" where
-  the chain ends. The first token says k, uniform over 1 to 8, so that one model learns all of them. X has six symbols, and
-  none follows itself: of independent draws from four symbols, to repeat the symbol at i is right for 63 percent of the
-  two-hop answers and for 36 to 53 beyond, because find(i) = i wherever a symbol follows itself. Here the best of
-  repeating the symbol at i, i-1 or i-2 is right for 34 percent of the answers at 1 and 2 hops, 20 at 3 and 4, 18 beyond.
+- `s5`: the running product in the symmetric group on five letters. Token i is an element g_i. The answer at position i is
+  g_1 g_2 ... g_i, the product of functions: (a b)(x) = a(b(x)). No constant depth is enough for all lengths, because S5 is
+  not solvable and its word problem is complete for NC1 (Barrington, 1989).
+- `s5-generators`: the same with only two elements, a transposition and a five-cycle, which generate S5.
+- `p-hop`: k-hop induction heads (Sanford, Hsu and Telgarsky, arXiv:2402.09268; p-hop in Saunshi et al., arXiv:2502.17416).
+  For a sequence X_1 ... X_N, find(i) is the largest j <= i with X_{j-1} = X_i: the position after the last earlier
+  occurrence of the symbol at i, or 0 if there is none. The answer at i is X at the position that k applications of find
+  reach from i, or "none" if the chain ends. The first token is k, uniform over 1 to 8, so that one model learns all of them.
+
+  X has six symbols, and no symbol follows itself. With independent draws from four symbols, find(i) = i wherever a symbol
+  follows itself; repeating the symbol at i is then right for 63 percent of the two-hop answers, and for 36 to 53 percent
+  beyond. Here the best of repeating the symbol at i, i-1 or i-2 is right for 34 percent of the answers at 1 and 2 hops, 20
+  percent at 3 and 4, and 18 percent beyond.
 
 Shapes: B samples, T positions.
 """
@@ -36,31 +38,31 @@ PERMUTATIONS = list(itertools.permutations(range(LETTERS)))
 """The 120 elements of S5 in lexicographic order; token n stands for the n-th."""
 INDEX = {permutation: number for number, permutation in enumerate(PERMUTATIONS)}
 PRODUCT = np.array([[INDEX[tuple(a[b[x]] for x in range(LETTERS))] for b in PERMUTATIONS] for a in PERMUTATIONS])
-"""PRODUCT[a, b] is the token of a b: first b, then a."""
+"""PRODUCT[a, b] is the token of a b: b is applied first, then a."""
 GENERATORS = [INDEX[1, 0, 2, 3, 4], INDEX[1, 2, 3, 4, 0]]
 """A transposition and a five-cycle."""
 
 
 class Task(Protocol):
-    """What the benchmark needs of a task."""
+    """Interface of a task."""
 
     vocab_size: int
     length: int
-    """Positions of a sample."""
+    """Number of positions in a sample."""
     headline: str
-    """The group whose accuracy chooses the learning rate."""
+    """Group whose accuracy selects the learning rate."""
 
     def draw(self, rng: Rng, samples: Tensor, stream: str) -> tuple[Tensor, Tensor]:
         """Tokens and targets, int64 (B, T) each."""
         ...
 
     def groups(self, tokens_BT: Tensor, targets_BT: Tensor) -> dict[str, Tensor]:
-        """Which positions are reported together: name -> bool (B, T)."""
+        """Groups of positions whose accuracy is reported: name -> bool (B, T)."""
         ...
 
 
 class RunningProduct:
-    """`s5`, and with ``elements`` a subset of the group to draw from."""
+    """`s5`; with ``elements``, products of this subset of the group only."""
 
     def __init__(self, length: int = 32, elements: Sequence[int] = range(len(PERMUTATIONS))) -> None:
         self.length, self.elements, self.vocab_size = length, np.array(elements), len(PERMUTATIONS)
@@ -93,13 +95,13 @@ class PHop:
 
     def draw(self, rng: Rng, samples: Tensor, stream: str) -> tuple[Tensor, Tensor]:
         u_BT = rng.uniform(samples, (self.length,), f"{stream}/symbols").numpy()
-        # The first symbol, then how far each lies from the one before: 1 to symbols - 1, never 0.
+        # The first symbol, then each symbol's distance to the previous one: 1 to symbols - 1, never 0.
         jumps_BT = 1 + (u_BT * (self.symbols - 1)).astype(np.int64)
         jumps_BT[:, 1] = u_BT[:, 1] * self.symbols
         tokens_BT = (jumps_BT.cumsum(1) - jumps_BT[:, :1]) % self.symbols
         hops_B = (u_BT[:, 0] * self.hops).astype(np.int64) + 1
         tokens_BT[:, 0] = self.none + hops_B
-        # Position 0 holds the number of hops and stands for "nowhere": chains that reach it stay there.
+        # Position 0 holds the number of hops and stands for "none": chains that reach it stay there.
         rows_B, find_BT = np.arange(len(tokens_BT)), np.zeros_like(tokens_BT)
         after_BV = np.zeros((len(tokens_BT), self.symbols), dtype=np.int64)
         for i in range(1, self.length):
@@ -114,7 +116,7 @@ class PHop:
         return torch.from_numpy(tokens_BT), torch.from_numpy(found_BT)
 
     def groups(self, tokens_BT: Tensor, targets_BT: Tensor) -> dict[str, Tensor]:
-        """By number of hops, where the chain does not end."""
+        """Groups by number of hops, without the positions whose chain ends."""
         answered_BT = targets_BT != self.none
         hops_B1 = tokens_BT[:, :1] - self.none
         return {

@@ -216,7 +216,7 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
             ["--options", OPTIONS + " optim.weight_decay=0.9", "--results", tmp_path / "elsewhere"],
             "made with another options: choose another --work",
         ),
-        (["--arms", "nobody"], "no arm 'nobody'"),
+        (["--arms", "nobody"], "unknown arm 'nobody'"),
         (["--rates", "high"], "--rates takes numbers"),
         (["--data-limited", 10**9], "the corpus has"),
     ):
@@ -562,7 +562,7 @@ def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     path.write_text(json.dumps(aged))
     for words, message in (
         ([], "another schedule.warmup (0.5, now "),
-        (["--tasks", "chess"], "no task 'chess'"),
+        (["--tasks", "chess"], "unknown task 'chess'"),
         (["--options", "optim.weight_decay=0.9"], "was made with"),
     ):
         told = call(*words)
