@@ -1,8 +1,8 @@
-"""Many long jobs, in slices of time, on a machine that may stop at any moment.
+"""Runs many long jobs in time slices, on a machine that may stop at any moment.
 
-A job is a function that calls commands. What is to be done is asked again after each job (`pending`), since what one
-job found can decide which others are wanted. Each job holds a lock on a file of its own, and its commands inherit it: two
-calls of a benchmark share the work, and a trainer that outlived its killed parent is not started a second time.
+A job is a function that runs commands. The list of remaining jobs is computed again after each job (`pending`), because a
+result can decide which other jobs are needed. Each job locks a file of its own, and its commands inherit the lock. Two calls
+of a benchmark therefore share the work, and a trainer that outlived its killed parent is not started a second time.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ ROOT = Path(__file__).parents[1]
 
 
 class Job(Hashable, Protocol):
-    """One piece of work, by a name that is a file's."""
+    """One piece of work. Its name must be a valid file name."""
 
     @property
     def name(self) -> str: ...
 
 
 class Stopped(Exception):
-    """The slice is over: the job was left where it can go on."""
+    """The time slice is over. The job can continue later."""
 
 
 class Failed(Exception):
-    """A command ended with an error; its last line."""
+    """A command ended with an error. The message is its last line of output."""
 
 
 @dataclass
 class Slice:
-    """Runs jobs until nothing is left or the time is over.
+    """Runs jobs until none is left or the time is over.
 
     Args:
-        work: folder of locks, logs and measured rates.
-        jobs: commands at once.
-        threads: of each command.
-        minutes: length of the slice; none has no end.
-        resumable: whether a job that is stopped goes on later from where it was.
+        work: folder for locks, logs and measured rates.
+        jobs: number of parallel jobs.
+        threads: CPU threads of each command.
+        minutes: length of the time slice; None has no limit.
+        resumable: whether a stopped job can continue later from where it was.
     """
 
     work: Path
@@ -71,10 +71,10 @@ class Slice:
         self.started = time.monotonic()
 
     def claim(self, made_with: dict[str, Any]) -> None:
-        """Write down what the runs in the folder are made with, beside what their names say; they go on with nothing else.
+        """Record the settings with which the runs in the folder are made, beyond those in their names.
 
         Raises:
-            UserError: runs that are there were made with other things.
+            UserError: the existing runs were made with other settings.
         """
         place, text = self.work / "made-with.json", json.dumps(made_with, indent=1, sort_keys=True)
         if not place.exists():
@@ -88,11 +88,11 @@ class Slice:
     # Commands
 
     def call(self, log: Path, lock: int, *words: object) -> None:
-        """Run one of the project's commands to its end, its output appended to ``log``.
+        """Run one of the project's commands and append its output to ``log``.
 
         Raises:
-            Stopped: it was told to stop, or was not started any more.
-            Failed: it ended with an error.
+            Stopped: the command was stopped, or was not started because the slice is over.
+            Failed: the command ended with an error.
         """
         with log.open("ab") as file:
             with self._guard:
@@ -109,7 +109,7 @@ class Slice:
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)},
                     pass_fds=(lock,),
-                    start_new_session=True,  # Ctrl-C reaches this process alone, which tells them
+                    start_new_session=True,  # Ctrl-C reaches only this process, which then stops the commands
                 )
                 self._live[process.pid] = process
             status = process.wait()
@@ -121,10 +121,10 @@ class Slice:
             with log.open("rb") as output:
                 output.seek(start)
                 lines = output.read().decode(errors="replace").strip().splitlines()
-            raise Failed(f"{lines[-1]} (status {status}; all of it: {log})")
+            raise Failed(f"{lines[-1]} (status {status}; full output: {log})")
 
     def stop(self) -> None:
-        """Tell the running commands to save and end; start no other."""
+        """Ask the running commands to save and end, and start no others."""
         with self._guard:
             self.stopping = True
             for process in self._live.values():
@@ -140,11 +140,11 @@ class Slice:
         return self.minutes - (time.monotonic() - self.started) / 60
 
     def rate(self, kind: str) -> float | None:
-        """Measured units of work a second of this kind of job, on this machine and with this many threads."""
+        """Measured units of work per second for this kind of job, with this machine and number of threads."""
         return self._rates().get(f"{kind}/{self.threads}")
 
     def measured(self, kind: str, units: float, seconds: float) -> None:
-        """Remember a rate."""
+        """Store a measured rate."""
         with self._guard:
             rates = self._rates()
             rates[f"{kind}/{self.threads}"] = units / max(seconds, 1e-9)
@@ -165,19 +165,19 @@ class Slice:
         seconds: Callable[[Any], float],
         done: Callable[[Any], None] = lambda job: None,
     ) -> list[Any]:
-        """Do what ``pending`` names, first things first, until nothing is pending or the slice is over.
+        """Run the jobs that ``pending`` returns, in order, until none is left or the slice is over.
 
         Args:
-            pending: the jobs that can be started now, most wanted first; asked again whenever one has ended.
-            work: does a job; gets the job and the lock's file descriptor, for `call`. What it leaves undone by raising
-                `Stopped` is pending again in the next slice.
-            seconds: how long a job will take, or goes on to take; asked only where there is an end. A job that does not
-                fit into what is left of the slice is not started, unless it is resumable and would fit into no slice of this
-                length: then it goes as far as it gets.
+            pending: returns the jobs that can start now, most important first. Called again whenever a job has ended.
+            work: does a job. It gets the job and the lock's file descriptor, for `call`. A job that raises `Stopped` is
+                pending again in the next slice.
+            seconds: estimates the remaining time of a job. Called only if the slice has a limit. A job that does not fit
+                into the rest of the slice is not started. The exception is a resumable job that is longer than a whole
+                slice: it runs until the slice ends.
             done: called in this thread after each job.
 
         Returns:
-            the jobs that are still pending.
+            The jobs that are still pending.
 
         Raises:
             UserError: a job's command failed.
@@ -195,7 +195,7 @@ class Slice:
                             continue
                         try:
                             expected = seconds(job) if self.minutes else 0.0
-                        except Stopped:  # while it was measured
+                        except Stopped:  # raised while the rate was measured
                             break
                         if not self._fits(expected):
                             continue
@@ -237,10 +237,10 @@ class Slice:
         try:
             work(job, lock)
         finally:
-            os.close(lock)  # and thereby gives it up, once no command holds it either
+            os.close(lock)  # releases the lock, once the commands have closed it too
 
     def _lock(self, name: str) -> int | None:
-        """A file descriptor that holds the job's lock, or None where another process does the job."""
+        """A file descriptor that holds the job's lock; None if another process works on the job."""
         descriptor = os.open(self.work / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,7 +251,7 @@ class Slice:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the slice early."""
+        """Let SIGINT and SIGTERM end the slice early."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -267,4 +267,4 @@ class Slice:
     def _stop_soon(self) -> None:
         threading.Thread(
             target=self.stop
-        ).start()  # a handler must not wait for the guard, which its own thread may hold
+        ).start()  # in a thread, because a signal handler must not wait for the lock that its own thread may hold

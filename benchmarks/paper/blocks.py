@@ -1,20 +1,25 @@
-"""Blocks that train alone against end-to-end training, at equal FLOPs per layer.
+"""Compare blocks that are trained separately with end-to-end training, at equal FLOPs per layer.
 
 python benchmarks/paper/blocks.py --data DIR [--arms A,B] [--seeds 0,1] [--budget-flops 3e13] [--judge JUDGE] [--minutes 50]
 python benchmarks/paper/blocks.py --data CHARACTERS --arms masked-1,masked-3
 python benchmarks/paper/blocks.py --memory
 
-An arm's budget is shared out among its blocks by their layers. Each block is a run of train/pretrain.py of its own: the
-owner of the embedding first, the others from it; they are joined and scored as one model. `next_token` is the plain network,
-`blocks-1` the same network conditioned and with two streams, `-uniform` cuts ranges of equal width, `-frozen` trains no
-embedding (it stays as drawn), `-swap` trains block 2 anew from another seed and joins it to the others of that arm.
+An arm's budget is divided among its blocks in proportion to their layers. Each block is a separate run of train/pretrain.py.
+The block that trains the embedding runs first, and the others start from its embedding. The blocks are then joined and
+scored as one model. Arms:
 
-Scored on held-out text: NLL at sigma_max (K = 1), at K = B the mixture over draws and the bound on the walk
-(recurrent_db/denoise/bound.py), distinct-2 of samples; with --judge (see
-eval/train_judge.py) generative perplexity and MAUVE. Masked arms: bits per character, by the bound. One result file
-for each arm and seed, RESULTS/blocks/NAME.json; the command can be killed and repeated at will, and goes on.
+  next_token     the plain network
+  blocks-1       the same network with noise conditioning and two streams
+  *-uniform      noise ranges of equal width
+  *-frozen       the embedding stays as initialised
+  *-swap         block 2 is trained again with another seed and joined to the other blocks of that arm
 
---memory measures instead what one training step holds, parameters and optimizer included, at B = 1, 2, 3, 4, 6.
+Held-out text is scored by the NLL at sigma_max (K = 1) and, at K = B, by the likelihood of draws and the bound
+(recurrent_db/denoise/bound.py). Samples are scored by distinct-2 and, with --judge (see eval/train_judge.py), by generative
+perplexity and MAUVE. Masked arms are scored in bits per character, by the bound. Each arm and seed writes one result file,
+RESULTS/blocks/NAME.json. The command can be killed and repeated to continue.
+
+--memory instead measures the memory of one training step, parameters and optimizer included, for B = 1, 2, 3, 4, 6.
 """
 
 from __future__ import annotations
@@ -52,14 +57,14 @@ from recurrent_db.store.metrics import read_metrics
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training."""
+    """One way to train the network."""
 
     blocks: int = 0
-    """0: the plain network, end to end."""
+    """Number of blocks B. 0: the plain network, end to end."""
     words: tuple[str, ...] = ()
     masked: bool = False
     swap: str = ""
-    """The arm whose block 2 is trained anew."""
+    """The arm whose block 2 is trained again."""
 
 
 PLAIN = ("--objective.name", "next_token", "--model.n_blocks", "0")
@@ -75,49 +80,49 @@ ARMS: dict[str, Arm] = {
 
 @dataclass
 class Args:
-    """Compare models whose blocks train alone with end-to-end training, or measure a step's memory."""
+    """Compare models whose blocks are trained separately with end-to-end training, or measure a step's memory."""
 
     data: Path | None = None
-    """Folder made by train/prepare_data.py: the corpus, and the held-out text that is scored. Masked arms want a tokenizer
-    of characters."""
+    """Folder made by train/prepare_data.py. Its training split is the corpus; its validation split is scored. Masked arms
+    need a character tokenizer."""
     arms: str = ""
-    """Arms to run, separated by commas (default: all that are not masked)."""
+    """Arms to run, separated by commas. The default is all arms that are not masked."""
     seeds: str = "0,1"
     """Seeds, separated by commas."""
     config: Path = ROOT / "train/configs/gpt-blocks.toml"
-    """Shape; gpt-blocks-768.toml is the paper's."""
+    """Configuration with the model's shape; gpt-blocks-768.toml has the paper's."""
     masked_config: Path = ROOT / "train/configs/masked-blocks.toml"
-    """Shape of the masked arms."""
+    """Configuration with the shape of the masked arms."""
     budget_flops: str = "3e13"
-    """Training budget of an arm in model FLOPs, over all its blocks."""
+    """Training budget of an arm over all its blocks, in model FLOPs."""
     options: str = ""
-    """More configuration keys for every run, e.g. "optim.lr=1e-3 model.d_model=64"; keep --work and --results apart for
-    them."""
+    """Additional configuration keys for every run, e.g. "optim.lr=1e-3 model.d_model=64". Use separate --work and --results
+    folders for them."""
     draws: int = 16
-    """Noise draws of the mixture, or times of the masked bound."""
+    """Noise draws averaged in a likelihood; diffusion times per block and sequence for masked arms."""
     score_tokens: int = 32_768
-    """Held-out tokens to score."""
+    """Number of held-out tokens to score."""
     judge: Path | None = None
-    """Judge of the text, made by eval/train_judge.py; without it no generative perplexity and no MAUVE."""
+    """Run directory of a judge, made by eval/train_judge.py. Without it, generative perplexity and MAUVE are left out."""
     minutes: float | None = None
-    """Start no job that cannot be expected to end within so many minutes, and stop by then. 0: print what there is."""
+    """Time limit in minutes. Jobs that would not finish in time are not started. 0 only prints the existing results."""
     work: Path = ROOT / "runs/blocks"
-    """Folder of run directories and logs."""
+    """Folder for run directories and logs."""
     results: Path = ROOT / "benchmarks/results"
-    """Folder of the results."""
+    """Folder for the results."""
     threads: int = 1
-    """CPU threads of a run."""
+    """CPU threads of each run."""
     jobs: int = 1
-    """Arms at once."""
+    """Number of arms to run in parallel."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
     memory: bool = False
-    """Measure a step's memory instead."""
+    """Measure the memory of a training step instead."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """An arm with a seed."""
+    """An arm and a seed."""
 
     arm: str
     seed: int
@@ -128,21 +133,21 @@ class Job:
 
 
 class Comparison:
-    """What one call works on."""
+    """The comparison of one call of this script."""
 
     def __init__(self, args: Args) -> None:
         if args.data is None:
-            raise UserError("--data is not given: the folder of a corpus, made by train/prepare_data.py")
+            raise UserError("--data is missing: give a folder made by train/prepare_data.py")
         self.args, self.data = args, args.data.resolve()
         self.judge = args.judge.resolve() if args.judge is not None else None
         if self.judge is not None and not list_checkpoints(self.judge):
             raise UserError(
-                f"--judge {args.judge} is not a run directory with a checkpoint (eval/train_judge.py makes one)"
+                f"--judge {args.judge} is not a run directory with a checkpoint (make one with eval/train_judge.py)"
             )
         names = args.arms.split(",") if args.arms else [name for name, arm in ARMS.items() if not arm.masked]
         for name in names:
             if name not in ARMS:
-                raise UserError(f"no arm {name!r}; there are: {', '.join(ARMS)}")
+                raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
         [self.budget] = floats(args.budget_flops, "--budget-flops")[:1]
         self.jobs = [Job(name, seed) for seed in parse_ints(args.seeds, "--seeds", 0) for name in names]
         parse_ints(f"{args.draws},{args.score_tokens},{args.threads},{args.jobs}", "the counts", 1)
@@ -197,7 +202,7 @@ class Comparison:
             self.slice.call(self.work / f"{job.name}.log", lock, "train/pretrain.py", *words, "--resume")
 
     def do(self, job: Job, lock: int) -> None:
-        """Train, join, score, and leave the result."""
+        """Train, join, score, and write the result."""
         arm, started, log = ARMS[job.arm], time.monotonic(), self.work / f"{job.name}.log"
         place = self.work / job.name
         place.mkdir(parents=True, exist_ok=True)
@@ -222,7 +227,7 @@ class Comparison:
                 log, lock, "eval/masked.py", final, *common, "--tokens", self.args.score_tokens, "--samples", 2
             )
         else:
-            # End to end at the others' numbers of levels too: what a walk loses to levels is not what it loses to blocks.
+            # Score end-to-end models at the other arms' K too, to separate the effect of K from that of the blocks.
             ks = {0: "1", 1: "1,2,3,4,6"}.get(arm.blocks, f"1,{arm.blocks}")
             self.slice.call(log, lock, "benchmarks/quality/score.py", final, *common, "--tokens", self.args.score_tokens,
                             "--k", ks, "--threads", self.args.threads)  # fmt: skip
@@ -243,7 +248,7 @@ class Comparison:
         write_atomic(self.folder / f"{job.name}.json", json.dumps(result))
 
     def train_blocks(self, job: Job, arm: Arm, lock: int, place: Path) -> list[Path]:
-        """The runs to join."""
+        """Train the blocks and return the runs to join."""
         if arm.swap:
             before = self.work / f"{arm.swap}-seed{job.seed}"
             words = self.words(ARMS[arm.swap], job.seed + 1000, place / "block-2", self.budget / arm.blocks)
@@ -267,7 +272,7 @@ class Comparison:
 
 
 def row(found: dict[str, Any]) -> str:
-    """One result in a line of a Markdown table."""
+    """One result as a row of a Markdown table."""
     name = f"| {found['arm']} | {found['seed']} | {found['flops']:.3g} | {found['tokens']:,} |"
     if "bits_per_character" in found:
         return f"{name} {found['bits_per_character']:.4f} bits per character (± {found['stderr']:.3f} nats per token) |"
@@ -293,8 +298,8 @@ HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def memory_of(args: Args, *words: str) -> tuple[int, int]:
-    """(bytes, of which the shared tables and what training keeps of them): the most that is held at once while a model and
-    its optimizer are made and two steps are taken."""
+    """(total bytes, bytes of the shared tables with their gradient and optimizer state): the largest number of bytes in use
+    while a model and its optimizer are built and two steps are made."""
     config = load_config(args.config, [*words, *dotted(args.options)])
     config.model.vocab_size = config.model.vocab_size or 1024
     length, size = config.data.sequence_length, config.data.batch_size
@@ -341,9 +346,7 @@ def memory_table(args: Args) -> list[dict[str, Any]]:
 
 def show_memory(args: Args) -> None:
     rows = memory_table(args)
-    print(
-        f"{args.config.name} {args.options}: most bytes held at once over two training steps, seed 0, {platform.machine()}"
-    )
+    print(f"{args.config.name} {args.options}: peak memory of two training steps, seed 0, {platform.machine()}")
     print(f"{'':<28}{'MiB':>8}{'tables':>8}{'rest':>8}{'x B = 1':>9}{'rest x B = 1':>14}{'rest x plain':>14}")
     for r in rows:
         print(f"{r['name']:<28}{r['bytes'] / 2**20:>8.1f}{r['tables_bytes'] / 2**20:>8.1f}{r['rest_bytes'] / 2**20:>8.1f}"
@@ -364,7 +367,7 @@ def main(args: Args) -> int:
         left = work.slice.run(lambda: list(work.pending()), work.do, work.seconds, work.finished)
     print("\n".join([HEAD, *(row(found) for found in work.results.values())]))
     if left:
-        print(f"\nLeft: {', '.join(job.name for job in left)}; repeat the command to go on.", file=sys.stderr)
+        print(f"\nLeft: {', '.join(job.name for job in left)}; repeat the command to continue.", file=sys.stderr)
     return 0
 
 

@@ -1,19 +1,19 @@
-"""The experiment of DiffusionBlocks' table 5 (arXiv 2506.14202): Huginn's recipe against the denoiser's.
+"""Repeat the experiment of DiffusionBlocks' table 5 (arXiv:2506.14202): Huginn's training against the denoiser's.
 
 python benchmarks/paper/table5.py --data DIR --out DIR [--judge-data DIR] [--size cpu|gpu] [--seeds 0]
 
 Arms: `unrolled` (mean depth 32, truncation 8) on N tokens, `denoise_paper` (the paper's constants) on 3 N tokens, and the
-flat control `next_token` on 3 N tokens. Prints NLL by K (for the denoiser K = 1 is the read-out at sigma_max, K > 1 a
-mixture) and the FLOPs of each arm.
+flat control `next_token` on 3 N tokens. Prints the FLOPs of each arm and its NLL by K. For the denoiser, K = 1 is the
+read-out at sigma_max and K > 1 a mixture over draws.
 
-With a judge (`--judge-data`: a folder prepared from other documents, on which one is trained; or `--judge RUN`) it prints
-the text half as well: 5 continuations of 50 tokens of each prompt, read by the judge. Every arm is decoded in both of the
-paper's ways: top-p .95, which the paper gave its unrolled arm, and greedily, which it gave its denoiser with 4 steps
-(here: the most likely token after the walk, and its row as the estimate after each step). The denoiser is sampled at
-K = 1 besides.
+With a judge, the quality of generated text is measured too: 5 continuations of 50 tokens for each prompt. `--judge-data` is
+a folder prepared from other documents, on which a judge is trained; `--judge RUN` names an existing judge. Every arm uses
+both of the paper's decodings: top-p 0.95, which the paper used for its unrolled arm, and greedy, which it used for its
+denoiser with 4 steps. Greedy decoding of the denoiser takes the most likely token after the walk, with the bridge `hard`.
+The denoiser is also sampled at K = 1.
 
-What is complete is not run again and what was interrupted goes on, so the command can be stopped and repeated at will;
-RESULT.json in --out is rewritten after every arm.
+The command can be stopped and repeated: complete runs are kept and interrupted ones continue. RESULT.json in --out is
+written again after every arm.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from recurrent_db.store.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PASSES = {"unrolled": 1, "denoise_paper": 3, "next_token": 3}
-"""Tokens of each arm in units of N: the paper trains 5 epochs against 15."""
+"""Training tokens of each arm, in units of N. The paper trains 5 epochs against 15."""
 JUDGE_PASSES = 5
-"""Tokens of the judge in units of N."""
+"""Training tokens of the judge, in units of N."""
 TEXT = {
     "unrolled": ("--k", 32),
     "denoise_paper": ("--k", "1,4", "--bridge", "hard"),
     "next_token": ("--k", 1),
 }
-"""How each arm's text is made, besides the decodings."""
+"""Options of eval/generation.py for each arm's text, in addition to the decodings."""
 DECODINGS = "p=0.95,greedy"
 
 SIZES: dict[str, dict[str, Any]] = {
-    # The tiny shape with Huginn's depths. On one thread, for one seed: 13 minutes, scoring with two draws included, and
-    # 8 minutes for the judge and the text half.
+    # The tiny shape with Huginn's depths. On one thread one seed takes 13 minutes, including scoring with two draws, and
+    # the judge and the text take 8 minutes more.
     "cpu": {
         "config": "tiny.toml",
         "tokens": 200_000,
@@ -55,7 +55,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "score_tokens": 8192,
         "prompts": 100,
     },
-    # The paper's shape, for a GPU; its time is not yet measured.
+    # The paper's shape, for a GPU. Its time is not yet measured.
     "gpu": {
         "config": "pythia-70m-looped.toml",
         "tokens": 40_000_000,
@@ -68,47 +68,47 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Args:
-    """Train and score the arms of table 5; resumable."""
+    """Train and score the arms of table 5. Can be stopped and continued."""
 
     data: Path
-    """Folder made by train/prepare_data.py."""
+    """Folder made by train/prepare_data.py, for training and scoring."""
     out: Path
     """Folder for the runs and RESULT.json."""
     size: Literal["cpu", "gpu"] = "cpu"
-    """Shape and number of tokens."""
+    """Model shape and number of tokens."""
     seeds: str = "0"
     """Seeds, separated by commas."""
     tokens: float | None = None
-    """N, training tokens of the `unrolled` arm; the size's own by default."""
+    """N, the training tokens of the `unrolled` arm. The default depends on --size."""
     k: str = "1,2,4,8,16,32"
-    """Numbers of iterations to score."""
+    """Values of K (core iterations) to score, separated by commas."""
     draws: int = 4
-    """Noise draws in the mixture likelihood."""
+    """Noise draws averaged in a likelihood."""
     judge_data: Path | None = None
-    """Folder prepared from other documents than --data (train/prepare_data.py --part): trains the judge in OUT/judge."""
+    """Folder prepared from other documents than --data (train/prepare_data.py --part). A judge is trained in OUT/judge."""
     judge: Path | None = None
-    """Or the run directory of a judge that is there already."""
+    """Run directory of an existing judge; excludes --judge-data."""
     prompts: int | None = None
-    """Prompts of the text half; the size's own by default."""
+    """Number of prompts for generated text. The default depends on --size."""
     each: int = 5
     """Continuations of each prompt."""
     text_tokens: int = 50
-    """Tokens of a continuation."""
+    """Length of a continuation, in tokens."""
     prompt_tokens: int = 32
-    """Tokens of a prompt."""
+    """Length of a prompt, in tokens."""
     resamples: int = 200
-    """Half samples of the prompts for the intervals."""
+    """Half samples of the prompts, from which the intervals are computed."""
 
 
 def call(*words: object) -> None:
-    """Run a command of the project, shown first. Raises `UserError` when it fails."""
+    """Print and run a command of the project. Raises `UserError` if it fails."""
     print("$ python " + " ".join(map(str, words)), flush=True)
     if subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode:
-        raise UserError("the command above failed; repeat this one to go on from there")
+        raise UserError("the command above failed; repeat this command to continue")
 
 
 def complete(run: Path, tokens: float) -> bool:
-    """Whether a run has spent its budget and saved its end."""
+    """Whether a run has spent its budget and saved its last step."""
     if not (run / "metrics.jsonl").exists() or not list_checkpoints(run):
         return False
     rows = read_metrics(run / "metrics.jsonl")
@@ -118,7 +118,7 @@ def complete(run: Path, tokens: float) -> bool:
 
 
 def scored_already(curve: Path, checkpoint: Path, ks: list[str], draws: int) -> bool:
-    """Whether a depth curve is of this checkpoint, these K and this number of draws (1 where nothing is drawn)."""
+    """Whether a depth curve belongs to this checkpoint, these K and this number of draws (1 for models without noise)."""
     if not curve.exists():
         return False
     found = json.loads(curve.read_text())
@@ -127,7 +127,7 @@ def scored_already(curve: Path, checkpoint: Path, ks: list[str], draws: int) -> 
 
 
 def make_judge(args: Args) -> Path | None:
-    """The judge's run directory, trained first where that was asked for; None without a judge."""
+    """The judge's run directory; trains the judge first if --judge-data is given. None without a judge."""
     if args.judge is not None and args.judge_data is not None:
         raise UserError("--judge and --judge-data exclude each other")
     if args.judge_data is None:
@@ -144,7 +144,7 @@ def make_judge(args: Args) -> Path | None:
 
 
 def text_half(args: Args, name: str, run: Path, judge: Path) -> dict[str, Any]:
-    """eval/generation.py's result for one arm; taken from before where it is of the same checkpoints and settings. All arms
+    """Result of eval/generation.py for one arm. An existing result for the same checkpoints and settings is reused. All arms
     and seeds continue the same prompts."""
     out = run / "eval" / "generation.json"
     settings = {
@@ -163,7 +163,7 @@ def text_half(args: Args, name: str, run: Path, judge: Path) -> dict[str, Any]:
 
 
 def arm(args: Args, name: str, seed: int, judge: Path | None) -> dict[str, Any]:
-    """Train and score one arm, and measure its text; what is there already is kept."""
+    """Train and score one arm, and measure its text. Existing results are kept."""
     size = SIZES[args.size]
     run, tokens = args.out / f"{name}-{seed}", (args.tokens or size["tokens"]) * PASSES[name]
     if not complete(run, tokens):
@@ -191,7 +191,7 @@ def arm(args: Args, name: str, seed: int, judge: Path | None) -> dict[str, Any]:
 
 
 def table(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """Rows by arm and seed: tokens, FLOPs, their ratio to the denoiser's, NLL by K."""
+    """One row per arm and seed: tokens, FLOPs, FLOPs relative to the denoiser's, NLL by K."""
     ks = list(next(iter(arms.values()))[0]["nll_by_k"])
     head = f"{'arm':<16}{'seed':>5}{'tokens':>12}{'FLOPs':>11}{'x':>7}" + "".join(f"{f'K={k}':>9}" for k in ks)
     lines = [head]
@@ -207,8 +207,8 @@ def table(arms: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def text_table(arms: dict[str, list[dict[str, Any]]]) -> str:
-    """Rows by arm, seed, K and decoding: quality of the text beside NLL and training FLOPs. Ranks are of all arms; real
-    text and the baselines stand there once."""
+    """One row per arm, seed, K and decoding: text quality beside NLL and training FLOPs. Ranks are over all arms. Real text
+    and the baselines have one row each."""
     results = [(name, result) for name, runs in arms.items() for result in runs]
     trained = [
         (name, result, row) for name, result in results for row in result["text"]["rows"] if row["name"] == "model"
@@ -233,7 +233,7 @@ def main(args: Args) -> int:
     seeds = parse_ints(args.seeds, "--seeds", 0)
     args.out, args.data = args.out.resolve(), args.data.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "RESULT.json").exists():  # seeds of earlier calls stay in the table
+    if (args.out / "RESULT.json").exists():  # keep the seeds of earlier calls in the table
         earlier = json.loads((args.out / "RESULT.json").read_text())["arms"].get("next_token", [])
         seeds = sorted({*seeds, *(result["seed"] for result in earlier)})
     judge = make_judge(args)
@@ -245,7 +245,7 @@ def main(args: Args) -> int:
             write_atomic(args.out / "RESULT.json", json.dumps(result, indent=1))
     print(table(arms))
     if judge is None:
-        print("no text half: it takes a judge (--judge-data or --judge)")
+        print("no text half: measuring text needs a judge (--judge-data or --judge)")
     else:
         print(f"\ntext, judged by {judge}:\n{text_table(arms)}")
     return 0

@@ -1,11 +1,12 @@
-"""Training beside other busy processes, with and without the package's wait policy.
+"""Measure training beside other busy processes, with and without the package's wait policy.
 
 python benchmarks/speed/busy.py [--seconds 5] [--rounds 3] [--json OUT]
 
-After each operation OpenMP's threads wait for the next one. By default they spin, and on a core that is shared a spinning
-thread keeps off the thread that it waits for. `recurrent_db` asks for OMP_WAIT_POLICY=PASSIVE, under which they sleep. Each
-row trains `train/configs/tiny.toml` on random tokens with ``--threads`` threads: on the machine as it is, and beside
-``--busy`` processes that only count. The ratio says how much longer a step takes beside them.
+After each operation, OpenMP's threads wait for the next one. By default they spin. On a shared core, a spinning thread keeps
+the thread that it waits for from running. `recurrent_db` sets OMP_WAIT_POLICY=PASSIVE, so that waiting threads sleep.
+
+Each row trains `train/configs/tiny.toml` on random tokens with ``--threads`` threads, first on the machine as it is, then
+beside ``--busy`` processes that only use a core. The ratio compares the times of a step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch  # before recurrent_db: the environment alone decides how the threads of a measured process wait
+import torch  # before recurrent_db, so that only the environment sets the wait policy of a measured process
 from tqdm import tqdm
 
 from recurrent_db.arguments import run_command
@@ -45,26 +46,26 @@ class Args:
     """Compare training on an idle and a busy machine, with and without the package's wait policy."""
 
     seconds: float = 5.0
-    """Time that each measurement trains for, in seconds."""
+    """Training time of each measurement, in seconds."""
     rounds: int = 3
-    """Measurements of each row, taken in turns; the median counts."""
+    """Measurements of each row, taken in turns. The median is reported."""
     threads: int = 2
-    """Threads that train."""
+    """Threads of the training process."""
     busy: int = 2
-    """Processes beside them."""
+    """Number of other busy processes."""
     json: Path | None = None
-    """File for the rows as JSON."""
+    """File for the rows."""
 
 
 @dataclass
 class Row:
-    """One wait policy. Seconds are of a step, the median over rounds."""
+    """One wait policy. Times are seconds per step, the median over rounds."""
 
     policy: str
     idle_seconds: float
     busy_seconds: float
     ratio: float
-    """Busy over idle."""
+    """Time with busy processes divided by time without."""
 
 
 def seconds_per_step(seconds: float, threads: int) -> float:
@@ -79,7 +80,9 @@ def seconds_per_step(seconds: float, threads: int) -> float:
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:]), torch.arange(shape[0]))
 
     def step() -> None:
-        objective(model, batch, Rng(0, 0), 0.5)[0].backward()  # the same draws each time: the same work
+        objective(model, batch, Rng(0, 0), 0.5)[
+            0
+        ].backward()  # the same random numbers, so that all steps do equal work
         optimizer.step()
         optimizer.zero_grad()
 
@@ -93,7 +96,7 @@ def seconds_per_step(seconds: float, threads: int) -> float:
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many processes that use a core each."""
+    """Run ``count`` processes that use one core each."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -104,7 +107,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def measured(args: Args, policy: str | None) -> float:
-    """`seconds_per_step` in a process of its own, whose environment names the wait policy or none."""
+    """`seconds_per_step` in a new process with the given wait policy; None sets no policy."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
     code = f"import busy; print(busy.seconds_per_step({args.seconds}, {args.threads}))"
     result = subprocess.run(
@@ -119,7 +122,7 @@ def measured(args: Args, policy: str | None) -> float:
 
 
 def compare(args: Args) -> list[Row]:
-    """A row for each policy."""
+    """Measure one row for each policy."""
     found: dict[tuple[str, int], list[float]] = {}
     cases = [(name, beside) for _ in range(args.rounds) for name in POLICIES for beside in (0, args.busy)]
     for name, beside in tqdm(cases, disable=None):

@@ -1,20 +1,20 @@
-"""Speed of generation: decoding from the cache, against recomputing everything and against its matrix products alone.
+"""Measure the speed of generation: decoding from the cache against recomputing everything and against bare products.
 
 python benchmarks/speed/decode.py [--config train/configs/pythia-70m-looped.toml] [--k 8] [--tokens 256] [--json OUT]
 python benchmarks/speed/decode.py --run RUN --k 32 [--methods speculative,diagonal,kl] [--data DIR] [--json OUT]
 
-With a run: its samplers and exits against sequential decoding (`decode_samplers.py`). Without one:
+With --run, compares the samplers and exits of a checkpoint with sequential decoding (`decode_samplers.py`).
 
-A fresh model of that shape continues one token greedily. At every 16th token, in the same process, two other things are
-timed:
+Without --run, an untrained model continues one token greedily. At every 16th token two other things are timed in the same
+process:
 
-- recomputing: the logits of that token from its whole context, without a cache.
-- products: the token's products with weights alone, each a matrix times one vector (`torch.mv`), in decoding's order, so
-  that the processor's caches are used as in decoding. Their rate is the machine's matrix-vector speed. The time that a
-  token needs at least is its FLOPs, with attention over the context, at that rate.
+- recomputing: the logits of that token from its whole context, without a cache;
+- products: only the token's products with weights, each a matrix times one vector (`torch.mv`), in the order of decoding, so
+  that the processor's caches are used as in decoding. Their rate is the machine's matrix-vector speed. The needed time of a
+  token is its FLOPs, including attention over the context, divided by that rate.
 
-On a CPU with one thread the process's own time counts, so that other work on the machine counts less. The last row is a
-batch: tokens per second of so many texts together.
+On a CPU with one thread, processor time is measured, so that other work on the machine matters less. The last column is the
+tokens per second of a batch of several texts.
 """
 
 from __future__ import annotations
@@ -57,44 +57,44 @@ RNG = Rng(0, EVALUATION_STEP)
 
 @dataclass
 class Args:
-    """Measure decoding from the cache: tokens per second, against recomputing and against its products alone."""
+    """Measure decoding from the cache in tokens per second, against recomputing and against bare products."""
 
     config: Path = Path(__file__).parents[2] / "train/configs/pythia-70m-looped.toml"
-    """TOML configuration whose shape is measured."""
+    """TOML configuration with the model's shape."""
     objectives: str = "unrolled,denoise"
-    """Ways of training whose inference is measured, separated by commas."""
+    """Objectives whose inference is measured, separated by commas."""
     vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
+    """Vocabulary size if the configuration takes it from a tokenizer."""
     k: int = 8
-    """Core iterations for each token."""
+    """Core iterations per token."""
     tokens: int = 256
-    """Tokens to generate after a prompt of one; at most the model's window."""
+    """Tokens to generate after a prompt of one token; at most the model's window."""
     rows: int = 16
-    """Texts of the batch."""
+    """Number of texts in the batch."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
     threads: int = 1
     """CPU threads."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
     run: Path | None = None
-    """Run directory or checkpoint folder, whose samplers are compared instead."""
+    """Run directory or checkpoint folder whose samplers are compared."""
     data: Path | None = None
-    """With --run: folder made by train/prepare_data.py with held-out text for prompts; the run's own by default."""
+    """With --run: folder made by train/prepare_data.py whose held-out text gives the prompts; the run's own by default."""
     methods: str = "speculative,diagonal,diagonal-unverified,kl,entropy,latent,kl+warm"
     """With --run: samplers (recurrent_db/generation/samplers.py) and exits (generation/adaptive.py), separated by commas."""
     prompts: int = 8
-    """With --run: prompts that are continued alone."""
+    """With --run: number of prompts that are continued one by one."""
     prompt_tokens: int = 32
-    """With --run: tokens of a prompt."""
+    """With --run: length of a prompt, in tokens."""
     temperature: float = 0.0
-    """With --run: 0 is greedy."""
+    """With --run: sampling temperature; 0 is greedy."""
     repetition_penalty: float = 1.0
-    """With --run: above 1 keeps greedy text from going round in circles, where every draft is right."""
+    """With --run: above 1 prevents greedy text from repeating itself, where every draft would be accepted."""
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: the process's own on a CPU with one thread, else the wall's."""
+    """Clock in seconds: processor time on a CPU with one thread, else wall time."""
     if device.type == "cpu":
         return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
@@ -106,7 +106,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 def products(model: LoopedLM, k: int) -> tuple[Callable[[], None], int]:
-    """A token's products with weights, one after another, and how many FLOPs they are."""
+    """A function that computes a token's products with weights, and the number of their FLOPs."""
 
     def weights(*modules: nn.Module) -> list[Tensor]:
         return [layer.weight for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
@@ -171,7 +171,7 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
             ids = decoder.batch.ids[0][:length]
             anew.append(timed(partial(recompute, model, ids, args.k)))
             least.append(timed(alone))
-        # A noise level is embedded anew for each token, where a window shares it.
+        # Decoding embeds the noise level again for each token; a whole window embeds it once.
         needed.append(inference_cost(config.model, length, replace(passes, noise_levels=length * passes.noise_levels)))
     assert decoder.cache is not None
     seconds, rate = sum(decoding), weight_flops / statistics.median(least)
@@ -190,7 +190,7 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
 
 
 def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
-    """The rows of `decode_samplers.compare`, printed."""
+    """Print and return the rows of `decode_samplers.compare`."""
     options = GenerationOptions(
         k=args.k,
         max_new_tokens=args.tokens,
@@ -227,7 +227,7 @@ def main(args: Args) -> None:
 
 
 def fresh_models(args: Args) -> list[dict[str, Any]]:
-    """The rows of `measure`, printed."""
+    """Print and return the rows of `measure`."""
     print(
         f"{'':<12}{'tokens/s':>10}{'ms/token':>10}{'recomputing':>13}{'x faster':>10}{'needed':>9}{'x needed':>10}"
         f"{'GFLOP/s':>9}{'cache MiB':>11}{f'{args.rows} rows, tokens/s':>20}"
@@ -245,8 +245,8 @@ def fresh_models(args: Args) -> list[dict[str, Any]]:
             flush=True,
         )
     print(
-        "ms/token, recomputing, needed: milliseconds for a token, on average over the text; needed: its FLOPs at the rate of"
-        "\nits products with weights alone, a matrix times one vector each (GFLOP/s).",
+        "ms/token, recomputing, needed: milliseconds per token, averaged over the text. needed: the token's FLOPs at the"
+        "\nrate of its bare products with weights, each a matrix times one vector (GFLOP/s).",
         file=sys.stderr,
     )
     return rows

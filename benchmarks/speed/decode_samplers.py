@@ -1,8 +1,8 @@
-"""Samplers and exits of a checkpoint against sequential decoding at the same K: what `decode.py --run RUN` measures.
+"""Compares samplers and exits of a checkpoint with sequential decoding at the same K, for `decode.py --run RUN`.
 
-Prompts are held-out text. Each prompt is continued by all candidates in turn, so changes of the machine's speed affect all
-alike. A ratio is the median over prompts of sequential decoding's time over the candidate's, for the same text length. At
-the end several texts are continued together.
+Prompts are held-out text. All candidates continue each prompt in turn, so that changes of the machine's speed affect all
+alike. A ratio is sequential decoding's time divided by the candidate's, for the same text length; the median over prompts is
+reported. At the end several texts are continued together.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from recurrent_db.model import LoopedLM
 
 @dataclass
 class Candidate:
-    """What is measured: a sampler, or an exit of sequential decoding, perhaps with a warm start."""
+    """A measured method: a sampler, or sequential decoding with an exit and perhaps a warm start."""
 
     name: str
     options: GenerationOptions
     seconds: list[float] = field(default_factory=list)
-    """For each prompt alone."""
+    """Time for each prompt."""
     texts: list[list[int]] = field(default_factory=list)
     stats: DecodingStats = field(default_factory=DecodingStats)
     rate_together: float = 0.0
-    """Tokens per second of several texts together."""
+    """Tokens per second when several texts are continued together."""
 
     @classmethod
     def parse(cls, word: str, options: GenerationOptions) -> Candidate:
-        """A sampler's name, or an exit's, which ``+warm`` may follow. Raises `UserError` for other words."""
+        """Parse the name of a sampler, or of an exit with an optional ``+warm``. Raises `UserError` for other words."""
         if word.split(":")[0] in SAMPLERS:
             return cls(word, replace(options, sampler=word))
         name, plus, warm = word.partition("+")
         if plus and warm != "warm":
-            raise UserError(f"--methods: after a + there can only be warm, not {warm!r}")
+            raise UserError(f"--methods: only warm can follow a +, got {warm!r}")
         return cls(word, replace(options, exit=name, warm_start=bool(plus)))
 
 
 def prompts_of(data: str, tokenizer_hash: str, window: int, count: int, length: int) -> list[list[int]]:
-    """The beginnings of held-out windows, spread evenly over the split."""
+    """Beginnings of held-out windows, spread evenly over the split."""
     held_out = open_data(data, "validation", expect_tokenizer_hash=tokenizer_hash)
     batches = validation_batches(held_out, window, count, count * window)
     prompts = [row[:length].tolist() for batch in batches for row in batch.tokens_BT][:count]
@@ -63,7 +63,7 @@ def compare(
     options: GenerationOptions,
     now: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """Continue ``alone`` of the prompts one by one, then ``together`` at once, by sequential decoding and all others."""
+    """Continue ``alone`` prompts one by one, then ``together`` prompts at once, with sequential decoding and all others."""
     candidates = [Candidate("sequential", options), *candidates]
 
     def timed(
@@ -106,7 +106,7 @@ def _row(candidate: Candidate, first: Candidate, together: int) -> dict[str, Any
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows, to be read."""
+    """The rows as a printed table."""
     together = f"{rows[0]['rows']} texts, tokens/s"
     lines = [
         f"{'':<24}{'tokens/s':>10}{'ratio':>8}{'(least, most)':>16}{'acceptance':>12}{'tokens/step':>13}{'mean K':>8}"

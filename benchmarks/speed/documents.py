@@ -1,9 +1,10 @@
-"""What keeping packed documents apart costs: training steps with and without the document mask, in turns.
+"""Measure the cost of the document mask: training steps with and without it, in turns.
 
 python benchmarks/speed/documents.py [--config train/configs/tiny.toml] [--length 60] [--device auto] [--json OUT]
 
-A row is an objective: the median over pairs of (step with the mask) / (step without it), and their quartiles, forward and
-backward on random tokens. On the CPU the process's own time counts, so that other work on the machine counts less.
+Each row is an objective: the median and the quartiles, over pairs of steps, of the time with the mask divided by the time
+without it. A step is forward and backward on random tokens. On the CPU, processor time is measured, so that other work on
+the machine matters less.
 """
 
 from __future__ import annotations
@@ -39,30 +40,30 @@ ROWS = {
 
 @dataclass
 class Args:
-    """Measure what the document mask costs a training step."""
+    """Measure the cost of the document mask in a training step."""
 
     config: Path = Path(__file__).parents[2] / "train/configs/tiny.toml"
-    """TOML configuration whose shape is measured."""
+    """TOML configuration with the model's shape."""
     vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
+    """Vocabulary size if the configuration takes it from a tokenizer."""
     batch_size: int = 0
-    """Sequences in a step; 0 takes the config's micro-batch."""
+    """Sequences in a step; 0 uses the configuration's micro-batch."""
     length: float = 60.0
-    """Mean length of a document, in tokens (geometric)."""
+    """Mean length of a document in tokens, with a geometric distribution."""
     pairs: int = 30
-    """Timed pairs of steps for each row."""
+    """Number of timed pairs of steps for each row."""
     attention: str = "auto"
-    """Back end: sdpa, flex, flash or auto."""
+    """Attention back end: sdpa, flex, flash or auto."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto; on CUDA the forward pass is bfloat16 autocast, as in training."""
+    """cpu, cuda, cuda:1, or auto. On CUDA the forward pass uses bfloat16 autocast, as in training."""
     seed: int = 0
     """Seed of weights, tokens and documents."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
 
 
 def packed_batch(args: Args, vocab_size: int, n: int, length: int, device: torch.device) -> Batch:
-    """Random tokens; each position starts a new document with probability 1 / ``args.length``."""
+    """Random tokens. Each position starts a new document with probability 1 / ``args.length``."""
     generator = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(vocab_size, (n, length + 1), generator=generator)
     docs = (torch.rand(n, length, generator=generator) < 1 / args.length).int().cumsum(1, dtype=torch.int32)
@@ -70,7 +71,7 @@ def packed_batch(args: Args, vocab_size: int, n: int, length: int, device: torch
 
 
 def make_step(args: Args, name: str, device: torch.device) -> Callable[[bool], float]:
-    """A step of one objective, with or without the mask; it returns its seconds."""
+    """A function that makes a step of one objective, with or without the mask, and returns its seconds."""
     config = load_config(args.config, ROWS[name])
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     n = args.batch_size or config.data.micro_batch_size or config.data.batch_size

@@ -1,11 +1,12 @@
-"""Whether float8 would pay: a linear layer's three products, bf16 against float8, at a preset's own sizes.
+"""Estimate what float8 would gain: the three products of a linear layer in bf16 and in float8, at a preset's sizes.
 
 python benchmarks/speed/float8.py [--config CONFIG.toml] [--tokens N] [--json OUT]
 
-Each product of a training step (output, gradient of the input, gradient of the weight) is made from bf16 operands, in
-bf16 and as dynamic float8 (e4m3; e5m2 for the gradient of the output; one scale for each tensor, the casts and the search
-for the largest value included, as training needs them anew in each step), in turns. The ratio bounds what float8 can give:
-attention, norms, head and optimizer stay as they are. Float8 stays out of the trainer unless a Hopper GPU shows a gain here.
+The three products of a training step are the output, the gradient of the input and the gradient of the weight. Each is
+computed from bf16 operands in turns: in bf16, and in dynamic float8. Float8 is e4m3, or e5m2 for the gradient of the output,
+with one scale per tensor. Its time includes the casts and the search for the largest value, which every training step
+needs. The ratio is an upper bound on the gain, because attention, norms, head and optimizer stay as they are. The trainer
+has no float8 unless a Hopper GPU shows a gain here.
 """
 
 from __future__ import annotations
@@ -38,42 +39,42 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass
 class Args:
-    """Time bf16 against float8 products at the sizes of a config's linear layers."""
+    """Time bf16 and float8 products at the sizes of a configuration's linear layers."""
 
     config: Path = ROOT / "train/configs/looped-1b.toml"
-    """Config whose layers are taken."""
+    """TOML configuration whose layers are measured."""
     tokens: int = 8192
-    """Rows of each product, a multiple of 16."""
+    """Rows of each product; a multiple of 16."""
     repetitions: int = 15
-    """Pairs of timings of each layer."""
+    """Pairs of timings for each layer."""
     calls: int = 10
-    """Calls in a timing."""
+    """Calls per timing."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
     seed: int = 0
-    """Of the operands."""
+    """Seed of the operands."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
 
 
 def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x by one scale for the whole tensor, so that its largest value is the largest of ``dtype``; and the fp32 factor,
-    0-dimensional, that undoes it."""
+    """Cast x with one scale for the whole tensor, so that its largest value becomes the largest of ``dtype``. Also returns
+    the 0-dimensional fp32 factor that reverses the scale."""
     scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
     return (x.float() / scale).to(dtype), scale
 
 
 def product(a_MK: Tensor, b_NK: Tensor, kinds: tuple[torch.dtype, torch.dtype] | None) -> Tensor:
-    """a b^T in bf16, from bf16 operands or (``kinds``) their float8 casts."""
+    """a b^T in bf16, from bf16 operands or from their casts to the float8 types ``kinds``."""
     if kinds is None:
         return a_MK @ b_NK.T
     (a, scale_a), (b, scale_b) = to_float8(a_MK, kinds[0]), to_float8(b_NK, kinds[1])
-    # The kernel takes rows of a and columns of b.
+    # The kernel needs a in row-major and b in column-major order.
     return torch._scaled_mm(a.contiguous(), b.contiguous().T, scale_a, scale_b, out_dtype=torch.bfloat16)
 
 
 def training_products(x_NI: Tensor, w_OI: Tensor, dy_NO: Tensor, float8: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, gradient of the input, gradient of the weight."""
+    """Output, gradient of the input, and gradient of the weight."""
     kinds: list[Any] = [(E4M3, E4M3), (E5M2, E4M3), (E5M2, E4M3)] if float8 else [None] * 3
     return (
         product(x_NI, w_OI, kinds[0]),

@@ -1,10 +1,10 @@
-"""The plan's memory beside the memory of the same steps, measured.
+"""Compare the planned memory of a training step with the measured memory.
 
 python benchmarks/speed/footprint.py [--json OUT] [--docs docs/measurements.md]
 
-Each row trains one step (micro-batches, clipping, update) on random tokens and counts the most bytes of tensors held at once
-from the allocator's own events; beside it what `accounting.step_memory` says. --docs writes the table into
-the file.
+Each row trains one step (micro-batches, clipping, update) on random tokens. The allocator's events give the largest number
+of bytes that tensors hold at once, and `accounting.step_memory` gives the planned number. --docs writes the table into a
+Markdown file.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ SEQUENCES = 6
 
 @dataclass
 class Args:
-    """Measure what the plan predicts."""
+    """Measure the memory that the plan predicts."""
 
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
     docs: Path | None = None
-    """Markdown file to write the table and the quoted plans into."""
+    """Markdown file to write the table into, between its marks."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
 
 
 def measure(
     shape: str, step: str, micro_batches: int = 1, bfloat16: bool = False, documents: bool = False, device: str = "cpu"
 ) -> tuple[int, int, int]:
-    """Bytes of one step at its peak: measured, predicted, and what of both parameters, optimizer and average are."""
+    """Peak bytes of one step: measured, predicted, and the part of both that parameters, optimizer and average hold."""
     where = choose_device(device)
     config = load_config(None, [*SHAPES[shape].split(), *STEPS[step].split()])
     model, objective = build_model(config.model, 0, where), build_objective(config)
@@ -93,7 +93,7 @@ def measure(
             ema.update(model, torch.zeros((), dtype=torch.bool, device=where))
         optimizer.zero_grad(set_to_none=True)
 
-    train()  # the optimizer's state comes to be
+    train()  # creates the optimizer's state
     passes = objective.passes(Rng(0, 0), 0.0)
     line = Step(
         config, SEQUENCES, micro_batches, passes, half=bfloat16, cuda=where.type == "cuda", masked=documents
@@ -110,7 +110,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("d 128, 2/4/2", "unrolled, 4 with gradient", {"bfloat16": True}),
     ("d 128, 2/4/2", "denoise", {"bfloat16": True}),
 ]
-"""What the table holds."""
+"""Rows of the table: shape, step, and further arguments of `measure`."""
 
 
 def rows(device: str = "cpu") -> list[dict[str, object]]:
@@ -127,7 +127,7 @@ def rows(device: str = "cpu") -> list[dict[str, object]]:
 
 
 def markdown(found: list[dict[str, object]], device: str) -> str:
-    """The table, with where and how it was measured."""
+    """The table, with the machine and the command of the measurement."""
     head = (
         f"Seed 0, {SEQUENCES} sequences, {device}, {platform.machine()}, torch {torch.__version__}: `python"
         " benchmarks/speed/footprint.py --docs docs/measurements.md`\n\n"

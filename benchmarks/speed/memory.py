@@ -1,11 +1,12 @@
-"""Peak memory and time of one training step by objective, on one shape.
+"""Measure peak memory and time of one training step by objective, on one shape.
 
 python benchmarks/speed/memory.py [--config train/configs/tiny.toml] [--batch-size 8] [--json OUT]
 
-Rows: next_token, denoise (one stream, two streams), unrolled with 2 and 8 backpropagated iterations, and, without
-gradient, scoring by a walk of K = 2 and of K = 32. A denoising step has no K: it makes one pass. Memory is the most bytes of
-tensors held at once during forward and backward, above parameters and batch; gradients are in it. Every figure is given
-beside its ratio to next_token. Time is the median of interleaved repetitions.
+Rows: next_token; denoise with one stream and with two; unrolled with 2 and 8 backpropagated iterations; and, without
+gradient, scoring by a walk with K = 2 and K = 32. A denoising training step has no K, because it makes one pass.
+
+Memory is the largest number of bytes that tensors hold at once during forward and backward, without parameters and batch but
+with gradients. Time is the median of interleaved repetitions. Every number is followed by its ratio to next_token.
 """
 
 from __future__ import annotations
@@ -48,27 +49,27 @@ DEEP = ["--objective.name", "unrolled", "--objective.unrolled.mean_depth", "64"]
 
 @dataclass
 class Args:
-    """Measure one step's peak memory and time by objective."""
+    """Measure the peak memory and time of one step by objective."""
 
     config: Path = Path(__file__).parents[2] / "train/configs/tiny.toml"
-    """TOML configuration whose shape is measured."""
+    """TOML configuration with the model's shape."""
     vocab_size: int = 2048
-    """Vocabulary where the config takes the tokenizer's."""
+    """Vocabulary size if the configuration takes it from a tokenizer."""
     batch_size: int = 8
     """Sequences in the step."""
     repetitions: int = 7
     """Timed repetitions of each row, interleaved."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1, or auto; on CUDA the forward pass is bfloat16 autocast, as in training."""
+    """cpu, cuda, cuda:1, or auto. On CUDA the forward pass uses bfloat16 autocast, as in training."""
     json: Path | None = None
-    """File to write the rows to."""
+    """File for the rows."""
 
 
 def step_of(
     config_path: Path, name: str, vocab_size: int, batch_size: int, device: torch.device = CPU
 ) -> Callable[[], None]:
-    """One row's work on synthetic tokens: forward and backward of an objective (gradients are dropped at its end), or
-    scoring."""
+    """A function that does one row's work on synthetic tokens: forward and backward of an objective (gradients are dropped
+    at the end), or scoring."""
     config = load_config(config_path, [*(DEEP if name.startswith("unrolled") else []), *ROWS[name]])
     config.model.vocab_size = config.model.vocab_size or vocab_size
     model, objective = build_model(config.model, 0, device), build_objective(config)
@@ -103,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(args: Args) -> dict[str, dict[str, float]]:
-    """Rows of {bytes, seconds, bytes_ratio, seconds_ratio}."""
+    """Rows {bytes, seconds, bytes_ratio, seconds_ratio} by name."""
     device = choose_device(args.device)
     steps = {name: step_of(args.config, name, args.vocab_size, args.batch_size, device) for name in ROWS}
     rows: dict[str, dict[str, float]] = {}
@@ -121,7 +122,7 @@ def measure(args: Args) -> dict[str, dict[str, float]]:
     for name, row in rows.items():
         row["seconds"] = statistics.median(times[name])
         row["bytes_ratio"] = row["bytes"] / rows["next_token"]["bytes"]
-        # Pair by pair: the machine's speed drifts, and neighbours in time drift together.
+        # Ratios are taken pair by pair, because the machine's speed drifts and neighbours in time drift together.
         row["seconds_ratio"] = statistics.median(a / b for a, b in zip(times[name], times["next_token"], strict=True))
     return rows
 
@@ -138,8 +139,8 @@ def main(args: Args) -> int:
             f"{row['seconds_ratio']:>7.2f}"
         )
     streams = rows["denoise, two-stream"]["seconds_ratio"] / rows["denoise"]["seconds_ratio"]
-    print(f"two streams against one: {streams:.2f} times the time of a step")
-    print(f"memory of this process at its peak: {peak_memory_bytes(device) / 2**20:.0f} MiB")
+    print(f"two streams take {streams:.2f} times as long as one in a step")
+    print(f"peak memory of this process: {peak_memory_bytes(device) / 2**20:.0f} MiB")
     if args.json is not None:
         write_atomic(args.json, json.dumps(rows, indent=1))
     return 0

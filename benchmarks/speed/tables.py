@@ -1,4 +1,4 @@
-"""The tables of benchmarks/speed/training.py, and the place of docs/measurements.md where they go."""
+"""The tables of benchmarks/speed/training.py, and their place in docs/measurements.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def both(row: dict[str, Any], key: str, show: Callable[[Any], str]) -> str:
-    """Ours, and the reference's after a stroke."""
+    """Our value, and the reference's after a slash."""
     values = [row.get(prefix + key) for prefix in ("", "reference_")]
     return " / ".join(show(value) for value in values if value is not None) or "-"
 
@@ -32,7 +32,7 @@ def shares(row: dict[str, Any]) -> dict[str, float]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """All of a result as Markdown."""
+    """A whole result as Markdown."""
     rows, machine, percent = result["rows"], result["machine"], "{:.0%}".format
     on_gpu = machine["device"].startswith("cuda")
     unit, unit_name = (1e12, "TFLOP/s") if on_gpu else (1e9, "GFLOP/s")
@@ -58,7 +58,7 @@ def tables(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     groups = list(rows[0]["time_by_group"]) if rows else []
     parts = [[row["objective"], *name(row), *(both(shares(row), group, percent) for group in groups)] for row in rows]
-    # Femtoseconds on a GPU, picoseconds on a CPU: what a unit's worth of FLOPs per second takes for one.
+    # Femtoseconds per FLOP on a GPU, picoseconds on a CPU.
     cores = [
         [*name(row), str(row["iterations"]), f"{row['seconds_per_flop_one'] * unit * 1e3:.2f}",
          f"{row['seconds_per_flop_deep'] * unit * 1e3:.2f}", spread(row)]
@@ -87,10 +87,10 @@ UNMEASURED = (
 
 
 def rewrite(text: str, kind: str, content: str) -> str:
-    """Put ``content`` into the section of the device ``kind`` between the marks of ``text``, and touch nothing else.
+    """Replace the section of device ``kind`` between the marks in ``text`` by ``content``. All other text stays the same.
 
     Raises:
-        UserError: the marks are not there.
+        UserError: the marks are missing.
     """
     found = re.search(rf"(?s)(.*{BEGIN}\n)(.*)({END}.*)", text)
     if found is None:

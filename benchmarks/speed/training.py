@@ -1,11 +1,11 @@
-"""Speed of a training step by objective, beside a plain Llama of the same widths in the same run.
+"""Measure the speed of a training step by objective, beside a plain Llama of the same widths in the same run.
 
 python benchmarks/speed/training.py [--quick] [--compile none|compiled|both] [--threads N] [--json OUT] [--markdown PAGE]
 
-The reference is Hugging Face's LlamaForCausalLM with as many layers as the looped model has at K = 1, its vocabulary and
-tied embeddings, on the same tokens, with the same optimizer, clipping and dtype: both eager or both compiled, timed in
-turns. Rates are model FLOPs per second (`flops.step_cost`; PyTorch's counter for the reference). docs/measurements.md says
-what each column means; `--markdown docs/measurements.md` writes the tables there.
+The reference is Hugging Face's LlamaForCausalLM with as many layers as the looped model has at K = 1, the same vocabulary,
+and tied embeddings. It trains on the same tokens with the same optimizer, clipping and dtype. Both models are eager or both
+are compiled, and they are timed in turns. Rates are model FLOPs per second (`flops.step_cost`; PyTorch's counter for the
+reference). docs/measurements.md explains each column; `--markdown docs/measurements.md` writes the tables there.
 """
 
 from __future__ import annotations
@@ -63,60 +63,60 @@ OBJECTIVES = {
     "unrolled": ["--objective.name", "unrolled"],
 }
 BATCH_SIZES = {"cpu": {"tiny": 8, "pythia-70m-looped": 2}, "cuda": {"pythia-70m-looped": 16, "looped-1b": 8}}
-"""Sequences in a step by device and preset; the presets of a device are the default there."""
+"""Sequences in a step, by device and preset. The presets listed for a device are its default."""
 GPU_LENGTH = 1024
-"""Tokens in a sequence on a GPU, whatever the preset's."""
+"""Tokens in a sequence on a GPU, for all presets."""
 CORE_DEPTH = 8
-"""Backpropagated iterations that one iteration's time is compared with."""
+"""Number of backpropagated iterations to compare with one iteration."""
 
 
 @dataclass
 class Args:
-    """Measure training steps: tokens and FLOPs per second, memory, time by part, beside a plain Llama."""
+    """Measure training steps: tokens and FLOPs per second, memory, and time by part, beside a plain Llama."""
 
     presets: str = ""
-    """Configs of train/configs, separated by commas; empty: tiny and pythia-70m-looped on a CPU, pythia-70m-looped and
-    looped-1b on a GPU."""
+    """Names of configurations in train/configs, separated by commas. The default is tiny and pythia-70m-looped on a CPU,
+    pythia-70m-looped and looped-1b on a GPU."""
     objectives: str = ",".join(OBJECTIVES)
-    """Rows: next_token, denoise, denoise-two-stream, unrolled, separated by commas."""
+    """Objectives to measure, separated by commas: next_token, denoise, denoise-two-stream, unrolled."""
     backends: str = "sdpa"
     """Attention back ends, separated by commas."""
     compile: Literal["none", "compiled", "both"] = "none"
-    """Eager, torch.compile for both models, or one after the other."""
+    """Eager, torch.compile for both models, or both modes one after the other."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of both models; auto is bfloat16 autocast on CUDA and float32 elsewhere. Weights stay float32."""
+    """Arithmetic of both models. auto is bfloat16 autocast on CUDA, float32 elsewhere. Weights are always float32."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     batch_size: int = 0
-    """Sequences in a step; 0 takes the preset's for the device. Halved for both models where memory does not hold it."""
+    """Sequences in a step; 0 uses the preset's for the device. Halved for both models if it does not fit in memory."""
     length: int = 0
-    """Tokens in a sequence; 0 takes the preset's, or 1,024 on a GPU."""
+    """Tokens in a sequence; 0 uses the preset's, or 1,024 on a GPU."""
     warmup: int = 0
-    """Steps of each model before any is timed; 0 takes 3, or 2 with --quick."""
+    """Untimed first steps of each model; 0 means 3, or 2 with --quick."""
     repetitions: int = 0
-    """Timed repetitions of each model, in turns; 0 takes 7, or 5 with --quick."""
+    """Timed repetitions of each model, in turns; 0 means 7, or 5 with --quick."""
     seconds: float = 0.0
-    """Least seconds of a repetition, for which short steps are repeated; 0 takes 0.3, or 0.1 with --quick."""
+    """Minimum length of a repetition in seconds, for which short steps are repeated; 0 means 0.3, or 0.1 with --quick."""
     seed: int = 0
     """Seed of weights, tokens and noise."""
     quick: bool = False
-    """The preset tiny, with few and short repetitions, and but one of each after 25 seconds, on a machine with other work:
-    under 50 seconds on two cores when eager."""
+    """Only the preset tiny, with few and short repetitions. After 25 seconds each model gets only one, so that it stays
+    short on a busy machine. Under 50 seconds on two cores without compilation."""
     no_reference: bool = False
-    """Leave the Llama out; the package transformers is then not needed."""
+    """Leave the Llama out. The package transformers is then not needed."""
     json: Path | None = None
-    """File to write everything to, anew after every row."""
+    """File for all results, written again after every row."""
     markdown: Path | None = None
-    """File in which the tables between the marks are replaced."""
+    """Markdown file whose tables between the marks are replaced."""
     load: list[Path] = field(default_factory=list)
-    """Measure nothing: take the rows of these --json files."""
+    """Measure nothing; use the rows of these --json files."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the arms of one comparison share."""
+    """Settings that the arms of one comparison share."""
 
     args: Args
     preset: str
@@ -125,7 +125,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     until: float = math.inf
-    """When (`time.perf_counter`) to stop repeating."""
+    """Time (`time.perf_counter`) at which to stop repeating."""
 
     def config(self, objective: str) -> Config:
         asked = self.args.length or (GPU_LENGTH if self.device.type == "cuda" else 0)
@@ -152,7 +152,7 @@ class Setting:
 
 
 def use_backend(model: LoopedLM, name: str, setting: Setting, two_stream: bool) -> None:
-    """Make ``model`` compute attention by the back end called ``name``. Raises `UserError` where it cannot."""
+    """Set the attention back end of ``model``. Raises `UserError` if it cannot be used."""
     head_size = model.config.d_model // model.config.n_heads
     dtype = setting.dtype if setting.device.type == "cuda" else torch.float32
     need = Need(setting.device, dtype, head_size, documents=True, two_stream=two_stream)
@@ -161,7 +161,7 @@ def use_backend(model: LoopedLM, name: str, setting: Setting, two_stream: bool) 
 
 
 def synthetic_batch(config: Config, n: int, seed: int, device: torch.device) -> Batch:
-    """Uniformly random tokens: speed does not depend on them."""
+    """Uniformly random tokens. Speed does not depend on them."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.model.vocab_size, (n, config.data.sequence_length + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]), torch.arange(n))
@@ -169,7 +169,7 @@ def synthetic_batch(config: Config, n: int, seed: int, device: torch.device) -> 
 
 
 def training_step(setting: Setting, model: nn.Module, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], None]:
-    """The step of the trainer for either model: forward, backward, clipping, AdamW."""
+    """A function that makes the trainer's step for either model: forward, backward, clipping, AdamW."""
     optim = setting.config("next_token").optim
     optimizer = build_optimizer(model, optim)
     model.train()
@@ -188,7 +188,7 @@ def training_step(setting: Setting, model: nn.Module, loss: Callable[[Batch], Te
 
 
 def steady_rng(objective: Objective, config: Config, seed: int) -> Rng:
-    """Draws of a step that is as deep as the preset's mean, so that all timed steps do the same work."""
+    """Random numbers of a step with the preset's mean depth, so that all timed steps do equal work."""
     for step in itertools.count():
         passes = objective.passes(Rng(seed, step), 0.0)
         mean = config.objective.unrolled.mean_depth
@@ -204,7 +204,7 @@ class Arm:
     step: Callable[[Batch], None]
     flops_per_token: float
     first: list[float] = field(default_factory=list)
-    """Seconds of the first steps that it ever made."""
+    """Seconds of the very first steps, which include compilation."""
     passes: Passes | None = None
 
 
@@ -241,7 +241,7 @@ def reference_arm(setting: Setting) -> Arm:
 
 
 def seconds_of(action: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds per call."""
+    """Wall time per call, in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -253,7 +253,8 @@ def seconds_of(action: Callable[[], object], device: torch.device, calls: int = 
 
 
 def in_turns(setting: Setting, actions: Sequence[Callable[[], object]], least: list[float]) -> list[list[float]]:
-    """Seconds per call of each action in each repetition: A, B, A, B. ``least``: what a call takes at about the least."""
+    """Seconds per call of each action in each repetition, in turns: A, B, A, B. ``least`` is about the shortest time of one
+    call of each."""
     calls = [max(1, math.ceil(setting.args.seconds / seconds)) for seconds in least]
     times: list[list[float]] = [[] for _ in actions]
     for done in range(setting.args.repetitions):
@@ -265,7 +266,7 @@ def in_turns(setting: Setting, actions: Sequence[Callable[[], object]], least: l
 
 
 def slow_steps(first: list[float], median: float) -> tuple[int, float]:
-    """How many of the first steps come before the first that takes at most twice the median, and their seconds."""
+    """Number and total seconds of the steps before the first that takes at most twice the median."""
     slow = list(itertools.takewhile(lambda seconds: seconds > 2 * median, first))
     return len(slow), sum(slow)
 
@@ -273,7 +274,7 @@ def slow_steps(first: list[float], median: float) -> tuple[int, float]:
 def measure(
     setting: Setting, name: str, reference: Arm | None, best: dict[Any, Any], batch_size: int
 ) -> dict[str, Any]:
-    """The row of one objective."""
+    """Measure the row of one objective."""
     args, device, config = setting.args, setting.device, setting.config(name)
     batch = synthetic_batch(config, batch_size, args.seed, device)
     ours = our_arm(setting, name)
@@ -323,7 +324,7 @@ def split_keys(prefix: str, split: TimeSplit) -> dict[str, Any]:
 
 
 def measure_core(setting: Setting, batch_size: int) -> dict[str, Any]:
-    """Seconds per FLOP of the core alone, forward and backward: one iteration against `CORE_DEPTH`."""
+    """Seconds per FLOP of the core only, forward and backward: one iteration against `CORE_DEPTH`."""
     config = setting.config("next_token")
     model = build_model(config.model, setting.args.seed, setting.device)
     use_backend(model, setting.backend, setting, False)
@@ -364,15 +365,15 @@ def free() -> None:
 
 
 def fitting(batch_size: int, action: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-    """``action`` with the largest of ``batch_size``, half of it, a quarter... that memory holds."""
+    """Run ``action`` with ``batch_size``, or with half of it, a quarter..., whichever first fits in memory."""
     while True:
         with contextlib.suppress(torch.OutOfMemoryError):
             return action(batch_size)
         if batch_size == 1:
-            raise UserError("not even one sequence fits into the device's memory: choose smaller --presets")
+            raise UserError("a single sequence does not fit in the device's memory: choose smaller --presets")
         batch_size //= 2
         free()
-        note(f"out of memory: {batch_size} sequences")
+        note(f"out of memory: continuing with {batch_size} sequences")
 
 
 def note(line: str) -> None:
@@ -384,14 +385,14 @@ def note(line: str) -> None:
 
 
 def cpu_name() -> str:
-    """The processor's name and the vector instructions that PyTorch uses on it."""
+    """The processor's name, and the vector instructions that PyTorch uses on it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return f"{found[1].strip() if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def settings(args: Args) -> list[Setting]:
-    """The comparisons to make, checked. Raises `UserError`."""
+    """The comparisons to make. Raises `UserError` for wrong options."""
     device = choose_device(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -400,7 +401,7 @@ def settings(args: Args) -> list[Setting]:
     for option, words in (("presets", presets), ("objectives", args.objectives)):
         for word in words.split(","):
             if word not in known[option]:
-                raise UserError(f"--{option}: there is no {word!r}; there are {', '.join(known[option])}")
+                raise UserError(f"--{option}: unknown {word!r}; choose from {', '.join(known[option])}")
     modes = {"none": [False], "compiled": [True], "both": [False, True]}[args.compile]
     every = itertools.product(presets.split(","), args.backends.split(","), modes)
     until = time.perf_counter() + 25 if args.quick else math.inf
@@ -408,7 +409,7 @@ def settings(args: Args) -> list[Setting]:
 
 
 def run(args: Args, result: dict[str, Any]) -> None:
-    """Measure, adding to ``result``."""
+    """Measure all rows, and add them to ``result``."""
     every = settings(args)
     if not args.no_reference:
         build_llama(load_config(CONFIGS / "tiny.toml", ["--model.vocab_size", "16"]))
@@ -439,7 +440,7 @@ def save(args: Args, result: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A file that --json wrote. Raises `UserError` for another."""
+    """Read a file that --json wrote. Raises `UserError` for any other file."""
     try:
         result = json.loads(path.read_text())
         if {"rows", "core", "machine", "seed", "command"} <= result.keys():
@@ -450,7 +451,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def main(args: Args) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler greets on standard error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages on standard error
     for option, full, quick in (("warmup", 3, 2), ("repetitions", 7, 5), ("seconds", 0.3, 0.1)):
         given = getattr(args, option)
         if given < 0:
@@ -462,7 +463,7 @@ def main(args: Args) -> int:
         if path is not None:
             check_output(path)
     if args.markdown is not None and not args.markdown.exists():
-        raise UserError(f"--markdown: {args.markdown} is not there")
+        raise UserError(f"--markdown: {args.markdown} does not exist")
     result: dict[str, Any] = {"rows": [], "core": []}
     if args.load:
         loaded = [read_result(path) for path in args.load]
@@ -477,9 +478,9 @@ def main(args: Args) -> int:
         machine["device_name"] = machine["device_name"] if "cuda" in machine["device"] else cpu_name()
         command = shlex.join(["python", "benchmarks/speed/training.py", *sys.argv[1:]])
         result |= {"seed": args.seed, "machine": machine, "command": [command]}
-        with tempfile.TemporaryDirectory() as cache:  # so that the first step really compiles
+        with tempfile.TemporaryDirectory() as cache:  # an empty cache, so that the first step really compiles
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            # Every row compiles the same functions for a model of its own; past the usual 8 they would run eager.
+            # Every row compiles the same functions for another model. Beyond the default limit of 8 they would run eager.
             torch._dynamo.config.recompile_limit = 256
             torch._dynamo.config.accumulated_recompile_limit = 4096
             run(args, result)

@@ -276,7 +276,7 @@ def test_table5_tells_a_failed_command_and_two_judges(folder: Path, script_here:
     failed = script_here(*words, "--judge-data", folder / "data")  # the arms' own data make no judge
     assert failed.returncode == 2
     assert "trained on the same text as" in failed.stderr
-    assert failed.stderr.splitlines()[-1] == "error: the command above failed; repeat this one to go on from there"
+    assert failed.stderr.splitlines()[-1] == "error: the command above failed; repeat this command to continue"
     both = script_here(*words, "--judge-data", folder / "data", "--judge", folder / "next_token")
     assert (both.returncode, len(both.stderr.splitlines())) == (2, 1)
 
@@ -390,7 +390,7 @@ def test_decode_by_other_samplers(
         )
     for wrong, message in (
         ("parallel", "exit must be"),
-        ("kl+cold", "only be warm"),
+        ("kl+cold", "only warm can follow"),
         ("diagonal:0", "sampler must be"),
     ):
         result = script_here("benchmarks/speed/decode.py", *words, "--methods", wrong)

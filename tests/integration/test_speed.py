@@ -113,12 +113,12 @@ def test_a_users_mistakes(
     (tmp_path / "plain.md").write_text("# Nothing to replace\n")
     (tmp_path / "other.json").write_text('{"next_token": {}}')
     for words, message in (
-        (["--presets", "huge"], "there is no 'huge'"),
+        (["--presets", "huge"], "unknown 'huge'"),
         (["--objectives", "denois"], "there are next_token, denoise"),
         (["--backends", "magic", "--quick", "--no-reference"], "magic"),
         (["--repetitions", "-1"], "--repetitions must be 0 or more"),
         (["--compile", "maybe"], "invalid choice"),
-        (["--markdown", tmp_path / "none.md"], "is not there"),
+        (["--markdown", tmp_path / "none.md"], "does not exist"),
         (["--load", tmp_path / "other.json"], "other.json is not a file that --json"),
         (["--load", tmp_path / "none.json"], "No such file"),
     ):
