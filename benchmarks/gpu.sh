@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in one go: speed, memory, the tests that need one.
+# Run all measurements that need a GPU: speed, memory, and the GPU tests.
 #
 #   benchmarks/gpu.sh [--dry-run] [STEP...]      steps: sdpa compiled flex flash documents memory float8 tests; all by default
 #
-# Writes OUT/STEP.json and OUT/STEP.log (OUT: benchmarks/results/gpu). A step that fails or runs out of its time does not
-# stop the others; the last line says which did, and the exit status is then 1. The steps' limits add up to less than 26
-# minutes. Nothing is fetched. WHEELS may name a folder of unpacked pure-Python packages (as `pip install
-# --target` makes) or of wheels without compiled parts. --dry-run runs the same commands on the CPU at sizes of seconds,
-# with torch.compile doing nothing and without the Llama.
+# Writes OUT/STEP.json and OUT/STEP.log (OUT: benchmarks/results/gpu). If a step fails or exceeds its time limit, the others
+# still run; the last line then names the failed steps, and the exit status is 1. The limits add up to less than 26 minutes.
+# Nothing is downloaded. WHEELS may name a folder of unpacked pure-Python packages (as from `pip install --target`) or of
+# wheels without compiled parts. --dry-run runs the same commands on the CPU in small sizes that take seconds, without
+# compilation and without the Llama.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,7 +25,7 @@ for name in "${steps[@]}"; do
     case " $known " in
     *" $name "*) ;;
     *)
-        echo "error: there is no step '$name'; there are: $known" >&2
+        echo "error: unknown step '$name'; choose from: $known" >&2
         exit 2
         ;;
     esac
@@ -36,7 +36,7 @@ OUT="$(cd "$OUT" && pwd)"
 path="$root"
 if [ -n "${WHEELS:-}" ]; then
     path="$path:$WHEELS"
-    for wheel in "$WHEELS"/*.whl; do # Python imports pure packages out of a wheel as it is
+    for wheel in "$WHEELS"/*.whl; do # Python can import pure packages from a wheel file
         [ ! -e "$wheel" ] || path="$path:$wheel"
     done
 fi
@@ -48,9 +48,9 @@ for package in torch numpy tyro sentencepiece safetensors tqdm matplotlib transf
     "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$package') is None)" || missing+=("$package")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
-    echo "missing: ${missing[*]}; put them into a folder and name it with WHEELS=FOLDER" >&2
+    echo "missing: ${missing[*]}; put them into a folder and set WHEELS=FOLDER" >&2
 fi
-lacks() { # lacks PACKAGE...: whether one of them is missing
+lacks() { # lacks PACKAGE...: whether any of them is missing
     local package
     for package in "$@"; do
         case " ${missing[*]-} " in *" $package "*) return 0 ;; esac
@@ -58,12 +58,12 @@ lacks() { # lacks PACKAGE...: whether one of them is missing
     return 1
 }
 if lacks torch numpy tyro sentencepiece safetensors tqdm; then
-    echo "error: nothing can run without them" >&2
+    echo "error: no step can run without these packages" >&2
     exit 2
 fi
 
 failed=()
-step() { # step NAME SECONDS COMMAND...: run it unless it was not asked for
+step() { # step NAME SECONDS COMMAND...: run it if it was asked for
     local name="$1" limit="$2" status=0 start=$SECONDS
     shift 2
     echo "$name: $*"
@@ -82,12 +82,12 @@ step() { # step NAME SECONDS COMMAND...: run it unless it was not asked for
 skip() { # skip NAME REASON
     echo "$1: skipped: $2" | tee "$OUT/$1.log"
 }
-has() { # has PYTHON-IMPORT: whether it works
+has() { # has PYTHON-IMPORT: whether the import works
     "$python" -c "$1" >/dev/null 2>&1
 }
 
 speed=("$python" benchmarks/speed/training.py --device cuda)
-some="next_token,denoise-two-stream" # what differs between back ends: one stream, two streams
+some="next_token,denoise-two-stream" # back ends differ in these: one stream, two streams
 memory=("$python" benchmarks/speed/memory.py --device cuda --config train/configs/pythia-70m-looped.toml --batch-size 64)
 documents=("$python" benchmarks/speed/documents.py --device cuda --config train/configs/pythia-70m-looped.toml)
 float8=("$python" benchmarks/speed/float8.py --device cuda)
@@ -112,7 +112,7 @@ for name in "${steps[@]}"; do
         ;;
     flex)
         if [ -n "$dry" ]; then
-            skip flex "FlexAttention trains on a GPU alone"
+            skip flex "FlexAttention trains only on a GPU"
         else
             step flex 210 "${speed[@]}" --backends flex --compile both --objectives "$some" --json "$OUT/flex.json"
         fi

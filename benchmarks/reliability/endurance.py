@@ -1,12 +1,14 @@
-"""Does a long run stay as it began? Memory, open files and speed over many steps of a tiny model.
+"""Measure whether memory, open files and speed stay constant in a long run of a tiny model.
 
 python benchmarks/reliability/endurance.py --data DIR --steps 20000 --json OUT
 
-A process of its own trains with evaluations, checkpoints and logging, and is looked at from outside ten times a second. The
-first tenth is warm-up. Memory and open files: the median of the second tenth against that of the last. Speed: the machine's
-own changes within minutes by more than what is asked, so the old process is held at the beginning of its last tenth until a
-young one, the same run begun anew, has come to its second tenth. From there the two run in turns of half a second, and the
-ratio is of their steps per second of processor time.
+A separate process trains with evaluations, checkpoints and logging. It is observed ten times a second. The first tenth of
+the steps is warm-up. For memory and open files, the median of the second tenth is compared with that of the last.
+
+Speed needs more care, because the machine's own speed changes within minutes by more than the effect to be measured. The
+old process is paused at the beginning of its last tenth until a young one, with the same run from the start, reaches its
+second tenth. The two then run in turns of half a second. The result is the ratio of their steps per second of processor
+time.
 """
 
 from __future__ import annotations
@@ -40,33 +42,33 @@ SHAPE = [
     "--run.threads", "1", "--eval.k", "1", "2", "--eval.tokens", "512", "--objective.unrolled.mean_depth", "4",
     "--objective.unrolled.truncation", "2", "--optim.lr", "1e-3", "--optim.ema_decay", "0.9",
 ]  # fmt: skip
-"""A model of about 50 thousand parameters."""
+"""Options for a model with about 50 thousand parameters."""
 
 
 @dataclass
 class Args:
-    """Memory, open files and speed over many steps of a tiny model."""
+    """Measure memory, open files and speed over many steps of a tiny model."""
 
     data: Path
-    """Data directory to train on (train/prepare_data.py makes one)."""
+    """Data directory for training, made by train/prepare_data.py."""
     steps: int = 20_000
-    """Optimizer steps."""
+    """Number of optimizer steps; at least 500."""
     objective: str = "next_token"
-    """Objective to train with."""
+    """Objective of the run."""
     evaluations: int = 50
-    """Evaluations, evenly spaced."""
+    """Number of evaluations, evenly spaced."""
     seed: int = 0
-    """Of the run."""
+    """Seed of the run."""
     run: Path | None = None
-    """Run directory to make and keep (default: a temporary one)."""
+    """Run directory to create and keep; a temporary one by default."""
     json: Path | None = None
-    """File to write the result to."""
+    """File for the result."""
     table: bool = False
-    """Also write the row of docs/measurements.md."""
+    """Also write the row into docs/measurements.md."""
 
 
 def _look(pid: int) -> tuple[int, int, float]:
-    """Resident bytes (private ones: pages of mapped files come and go), open files, and seconds of processor time."""
+    """Private resident bytes (without pages of mapped files, which vary), number of open files, processor seconds."""
     pages = Path(f"/proc/{pid}/statm").read_text().split()
     stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     ticks = os.sysconf("SC_CLK_TCK")
@@ -85,7 +87,7 @@ def _last_step(metrics: Path) -> int:
 
 
 class Trainer:
-    """A run in a process of its own, which can be held and let go."""
+    """A training run in a separate process that can be paused and continued."""
 
     def __init__(self, args: Args, run: Path, log: Path) -> None:
         command = [sys.executable, "train/pretrain.py", *SHAPE, "--data.path", str(args.data.resolve()),
@@ -97,18 +99,18 @@ class Trainer:
         self.samples: list[tuple[int, int, int, float]] = []
 
     def look(self) -> int:
-        """Note step, memory, open files and processor time; the step."""
+        """Record step, memory, open files and processor time. Returns the step."""
         if self.process.poll() is None:
-            # A process that has just ended has no files to look at any more.
+            # A process that has just ended has no files in /proc.
             with contextlib.suppress(OSError, IndexError):
                 self.samples.append((_last_step(self.metrics), *_look(self.process.pid)))
         return self.samples[-1][0] if self.samples else 0
 
     def go(self, step: int = sys.maxsize, seconds: float = math.inf, pause: float = 0.1) -> None:
-        """Let it run to a step, for a time or to its end, looking after every pause, and hold it there.
+        """Continue the run until a step, for a time or to its end, then pause it. Observes it after every ``pause`` seconds.
 
         Raises:
-            UserError: it ended with an error.
+            UserError: the run ended with an error.
         """
         self.process.send_signal(signal.SIGCONT)
         end = time.monotonic() + seconds
@@ -127,7 +129,7 @@ class Trainer:
 
 
 def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
-    """Train, look, and compare the end with the start. The young run and both logs are left in ``folder``."""
+    """Train, observe, and compare the end with the start. ``folder`` keeps the young run and both logs."""
     started, tenth = time.time(), args.steps / 10
     with contextlib.ExitStack() as stack:
         old = Trainer(args, run, folder / "old.log")
@@ -148,7 +150,7 @@ def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
     late = [s for s in settled if s[0] >= 9 * tenth]
     early = [s for s in settled if s[0] < 2 * tenth]
     if min(len(early), len(late)) < 5:
-        raise UserError(f"{args.steps} steps are over too soon to be measured")
+        raise UserError(f"{args.steps} steps are too few to be measured")
     memory = [statistics.median(s[1] for s in part) for part in (early, late)]
     files = [statistics.median_high(s[2] for s in part) for part in (early, late)]
 

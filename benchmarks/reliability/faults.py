@@ -2,14 +2,14 @@
 
 python benchmarks/reliability/faults.py --json OUT
 
-Storage: a full disk and a read-only folder (a tmpfs of 8 MiB where this process may mount one; else the failing system
-call is injected, and the row says so), a write cut short, one flipped bit in and the absence of every file of a checkpoint
-and of a data directory, a second trainer on one run directory. Numbers: NaN and infinity in loss, gradient, weight and
-optimizer state, once and for good, and a spike of the loss.
+Storage faults: a full disk, a read-only folder, an incomplete write, one flipped bit in or the absence of each file of a
+checkpoint and of a data directory, and a second trainer in one run directory. The full and the read-only disk are a tmpfs of
+8 MiB. If none can be mounted, the failing system call is injected, and the row says so. Number faults: NaN and infinity in
+loss, gradient, weight and optimizer state, once or permanently, and a spike of the loss.
 
-A storage fault is survived if it ends in one line that names the file or folder, nothing that was there has changed, and the
-run goes on afterwards. One of numbers is survived if every checkpoint is finite and the run ends well, or with a diagnosis
-that names the tensor where the fault is there for good.
+A storage fault is survived if it ends in one line that names the file or folder, no existing file has changed, and the run
+continues afterwards. A number fault is survived if every checkpoint is finite and the run completes. If the fault is
+permanent, the run must instead end with a diagnosis that names the tensor.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ from recurrent_db.training import guard, trainer
 
 @dataclass
 class Args:
-    """Inject faults, count those survived."""
+    """Inject faults and count those that are survived."""
 
     seed: int = 0
-    """Of the bits that are flipped."""
+    """Seed of the flipped bits."""
     json: Path | None = None
-    """File to write the counts to."""
+    """File for the counts."""
     table: bool = False
-    """Also write the rows of docs/measurements.md."""
+    """Also write the rows into docs/measurements.md."""
 
 
 class Missed(Exception):
-    """A fault that was not survived, and how."""
+    """A fault that was not survived, with the reason."""
 
 
 def need(ok: bool, why: str) -> None:
@@ -73,13 +73,13 @@ def need(ok: bool, why: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file but the lock."""
+    """Digest of every file except the lock."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def refusal(action: Callable[[], Any], *names: str) -> str:
-    """The one line with which an action is refused; it must hold one of ``names``."""
+    """Run an action that must be refused. Returns its error line, which must contain one of ``names``."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             action()
@@ -91,7 +91,7 @@ def refusal(action: Callable[[], Any], *names: str) -> str:
 
 
 class Bench:
-    """The trainer on a tiny model, in this process."""
+    """Trains a tiny model in this process."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, random.Random(seed)
@@ -99,7 +99,7 @@ class Bench:
         self.data = folder / "common" / "data"
 
     def train(self, run: Path, *more: object, resume: str = "", steps: int = 12) -> str:
-        """What it says on standard error."""
+        """Train, and return the output on standard error."""
         words = [*SHAPE, "--data.path", str(self.data), "--run.dir", str(run), "--budget.steps", str(steps), "--eval.points",
                  "0", "--run.checkpoint_every", "4", "--run.log_every", "2", "--objective.name", "next_token",
                  "--run.peak_flops", "1e10", *map(str, more)]  # fmt: skip
@@ -109,7 +109,7 @@ class Bench:
         return said.getvalue()
 
     def run(self, name: str, steps: int = 12) -> Path:
-        """A copy of a run of 12 steps, with checkpoints at 8 and 12."""
+        """A copy of a finished run of ``steps`` steps. With 12 steps it has checkpoints at 8 and 12."""
         whole, copy = self.folder / f"whole-{steps}", self.folder / name
         if not whole.exists():
             self.train(whole, steps=steps)
@@ -123,7 +123,7 @@ class Bench:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[bool]:
-    """A tmpfs at ``folder``; False where none can be mounted."""
+    """Mount a tmpfs at ``folder``. Yields False if none can be mounted."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     try:
@@ -174,7 +174,7 @@ def read_only(bench: Bench) -> str:
 
 
 def cut_short(bench: Bench) -> str:
-    """The limit on a file's size ends a write in its middle, as a quota does."""
+    """A limit on the file size ends a write in the middle, like a quota."""
     import resource
 
     run = bench.run("cut", 8)
@@ -247,7 +247,7 @@ def two_trainers(bench: Bench) -> str:
 
 
 def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
-    """Put ``value`` into a number at step 6, or from it on."""
+    """Set a number to ``value`` at step 6, or at step 6 and all later steps."""
     run = bench.folder / f"numbers-{where}-{value}-{for_good}"
     build, step_unless = trainer.build_objective, trainer.step_unless
     hit = {"steps": 0}
@@ -305,7 +305,7 @@ def poison(bench: Bench, where: str, value: float, for_good: bool) -> str:
 
 
 class _BadGradient(torch.autograd.Function):
-    """0, with the gradient that it is given."""
+    """A loss of 0 whose gradient is ``value`` everywhere."""
 
     @staticmethod
     def forward(context: Any, weight: torch.Tensor, value: float) -> torch.Tensor:
@@ -344,7 +344,7 @@ def spike(bench: Bench) -> str:
 
 
 def faults(bench: Bench) -> Iterator[tuple[str, str, Callable[[], str]]]:
-    """(kind, name, action) of every fault."""
+    """All faults: (kind, name, action)."""
     yield "full disk", "while a checkpoint is written", lambda: full_disk(bench)
     yield "read-only folder", "of a run", lambda: read_only(bench)
     yield "write cut short", "of a checkpoint", lambda: cut_short(bench)
@@ -368,7 +368,7 @@ def faults(bench: Bench) -> Iterator[tuple[str, str, Callable[[], str]]]:
 
 
 def run(args: Args, folder: Path) -> dict[str, Any]:
-    """Inject all. Returns the counts and what was missed."""
+    """Inject all faults. Returns the counts and the missed faults."""
     bench = Bench(folder, args.seed)
     by_kind: dict[str, dict[str, Any]] = {}
     failures = []

@@ -1,12 +1,12 @@
-"""Fuzz what reads a stranger's files and words: python benchmarks/reliability/fuzz.py --cases 1000000
+"""Fuzz the code that reads untrusted files and text: python benchmarks/reliability/fuzz.py --cases 1000000
 
-Each target of `fuzz_targets` gets its share of the cases, in a process of its own. A case must end in an answer or in one
-printable line (`UserError`), within a bound of processor time and of memory; a process that dies or stands still is a
-failure of the case that it was at. Case n of a target is a function of (seed, target, n), so that one failure is one command
-to repeat: ``--target T --first N --cases 1``.
+Each target of `fuzz_targets` gets its share of the cases and runs in its own process. A case must end in a result or in one
+printable error line (`UserError`), within limits of processor time and memory. If a process dies or hangs, its current case
+has failed. Case n of a target is a function of (seed, target, n), so each failure can be repeated by one command:
+``--target T --first N --cases 1``.
 
-Engines: ``seeded`` draws from Python's generator; ``hypothesis`` and ``atheris`` steer the same generators by bytes, the
-first shrinking what it finds, the second looking for bytes that reach new code (`pip install atheris`).
+Engines: ``seeded`` uses Python's generator. ``hypothesis`` and ``atheris`` control the same generators through bytes:
+hypothesis shrinks failing cases, and atheris searches for bytes that reach new code (`pip install atheris`).
 """
 
 from __future__ import annotations
@@ -41,42 +41,42 @@ from recurrent_db.files import read_json, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10.0
-"""Processor time that a case may take; the slowest that is meant to be one takes a tenth."""
+"""Limit of processor time for a case, in seconds. The slowest intended case takes a tenth of it."""
 MEMORY = 1 << 30
-"""Bytes of address space that a target's process may gain over what it has when its first case begins."""
+"""Limit for the growth of a process's address space after its first case begins, in bytes."""
 STANDSTILL = 300.0
-"""Seconds without a finished case after which a process is taken for dead; it has four times as long to begin."""
+"""Seconds without a finished case after which a process counts as hanging; four times as many before the first case."""
 SHARES = {
     "config": 0.25, "overrides": 0.001, "manifest": 0.05, "shards": 0.03, "checkpoint": 0.006, "safetensors": 0.14,
     "tokenizer": 0.15, "import": 0.006, "corpus": 0.177, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
     "run_files": 0.02,
 }  # fmt: skip
-"""Of all cases, each target's: what takes long gets fewer. They add up to one."""
+"""Share of all cases for each target; slow targets get fewer. The shares sum to one."""
 
 
 class TooLong(BaseException):
-    """The case's processor time is up. No `Exception`, so that nothing on the way takes it for one of its own."""
+    """A case has used up its processor time. Not an `Exception`, so that no code under test can catch it by mistake."""
 
 
 class TimeIsUp(Exception):
-    """How hypothesis, which has no end by the clock, is told to end."""
+    """Stops hypothesis, which has no time limit of its own."""
 
 
 @dataclass
 class Outcome:
-    """What became of a target's cases."""
+    """Results of a target's cases."""
 
     target: str
     cases: int = 0
     refused: int = 0
-    """Cases that ended in a `UserError`; the others were accepted."""
+    """Number of cases that ended in a `UserError`. The others were accepted."""
     seconds: float = 0.0
     slowest: float = 0.0
-    """Most processor seconds of a case."""
+    """Largest processor time of a case, in seconds."""
     memory: int = 0
-    """Bytes by which the process's peak grew while cases ran."""
+    """Growth of the process's peak memory during the cases, in bytes."""
     failures: list[dict[str, Any]] = field(default_factory=list)
-    """One for each place and kind: the first case, how many, and the end of the traceback."""
+    """One entry per place and kind of failure: the first case, the number of cases, and the end of the traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def bounded(memory: int = MEMORY) -> Iterator[None]:
-    """The process may gain so many bytes of address space, and each case (`run_case`) has so much processor time."""
+    """Limit the growth of the process's address space to ``memory`` bytes, and the processor time of each `run_case`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TooLong
@@ -103,7 +103,7 @@ def bounded(memory: int = MEMORY) -> Iterator[None]:
 
 
 def run_case(target: Any, rng: random.Random, outcome: Outcome, number: int) -> None:
-    """Run a case, and note in ``outcome`` what became of it."""
+    """Run a case and record its result in ``outcome``."""
     started = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -126,7 +126,7 @@ def run_case(target: Any, rng: random.Random, outcome: Outcome, number: int) -> 
 
 
 def _note(outcome: Outcome, error: BaseException, number: int, what: str) -> None:
-    """Keep a failure, once for each place in the library and kind."""
+    """Record a failure, once for each place in the library and kind."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "recurrent_db" in f.filename] or frames
     place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {type(error).__name__}"
@@ -143,7 +143,7 @@ def peak() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Engines: each runs cases first, first + 1, ... until there are `cases` or so much processor time is spent
+# Engines: each runs cases first, first + 1, ... until `cases` are done or the processor time is used up
 
 
 Progress = Callable[[int], None]
@@ -154,11 +154,11 @@ def _nothing(number: int) -> None:
 
 
 WAITING = 6
-"""So many times its processor time a target may take by the clock, where a disk or other programs hold it up."""
+"""Limit of a target's wall time, as a multiple of its processor time. A busy disk or machine can delay it."""
 
 
 def timer(seconds: float) -> Callable[[], bool]:
-    """Whether ``seconds`` of this process's time are over."""
+    """A function that tells whether ``seconds`` of this process's processor time are over."""
     end, latest = time.process_time() + seconds, time.monotonic() + WAITING * seconds
     return lambda: time.process_time() > end or time.monotonic() > latest
 
@@ -181,7 +181,7 @@ def seeded(
 
 
 def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds: float = float("inf")) -> None:
-    """Cases from bytes that hypothesis chooses, while there is time; the first that fails is shrunk before it is noted."""
+    """Run cases from bytes that hypothesis chooses, until time is over. The first failing case is shrunk and recorded."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seed_of
     from hypothesis import strategies as st
@@ -206,7 +206,7 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
     def run(data: bytes) -> None:
         if over():
             if shrunk:
-                return  # nothing fails any more, so nothing is left to be shrunk
+                return  # no case fails, so there is nothing to shrink
             raise TimeIsUp
         here = Outcome(outcome.target)
         run_case(target, Bytes(data), here, 0)
@@ -217,15 +217,15 @@ def by_hypothesis(target: Any, outcome: Outcome, seed: int, cases: int, seconds:
             raise AssertionError(here.failures[0]["place"])
 
     shrunk: list[dict[str, Any]] = []
-    # A failure, shrunk or on the way there, is in `shrunk`; Flaky is what a shrinking that was cut short looks like.
+    # `shrunk` holds the failing case, even if it is not fully shrunk. An interrupted shrinking raises Flaky.
     with contextlib.suppress(AssertionError, TimeIsUp, Flaky):
         run()
     outcome.failures += shrunk
 
 
 def by_atheris(target: Any, outcome: Outcome, seed: int, cases: int) -> None:
-    """Cases from bytes that libFuzzer chooses by the library's branches that they reach. It ends the process by itself, so
-    what became of the cases is printed from inside."""
+    """Run cases from bytes that libFuzzer chooses to reach new branches of the library. libFuzzer ends the process itself,
+    so the outcome is printed from inside."""
     try:
         import atheris
     except ImportError:
@@ -253,35 +253,35 @@ def by_atheris(target: Any, outcome: Outcome, seed: int, cases: int) -> None:
 
 @dataclass
 class FuzzArgs:
-    """Try hostile input on everything that reads a stranger's files or words; exit status 1 where anything but a `UserError`
-    came out."""
+    """Try hostile input on all code that reads untrusted files or text. The exit status is 1 if a case ends in anything but
+    a result or a `UserError`."""
 
     cases: int = 10_000
-    """Cases over all targets, shared out by what they cost; or of the one target."""
+    """Number of cases, over all targets (more for fast ones) or for the one target."""
     target: str = "all"
-    """One target, or all; --target list names them."""
+    """One target, or all. --target list prints their names."""
     engine: Literal["seeded", "hypothesis", "atheris"] = "seeded"
-    """Where cases come from."""
+    """Source of the cases."""
     seed: int = 0
-    """Case n of a target is a function of this and of n."""
+    """Seed of the cases."""
     first: int = 0
     """Number of the first case."""
     jobs: int = 1
-    """Targets at a time."""
+    """Targets in parallel."""
     json: bool = False
     """Print JSON instead of a table."""
     out: Path | None = None
     """Also write the JSON to this file."""
     load: list[Path] = field(default_factory=list)
-    """Try nothing: take these files of earlier --out, one or several together."""
+    """Run nothing; combine these files from earlier --out options."""
     markdown: Path | None = None
-    """Page whose part between the fuzzing marks becomes the table, such as docs/measurements.md."""
+    """Markdown file whose part between the fuzzing marks becomes the table, such as docs/measurements.md."""
     folder: Path | None = None
-    """Run the cases in this process, which may write to this folder: what the command calls itself with."""
+    """Internal: run the cases in this process, which may write to this folder."""
 
 
 def work(args: FuzzArgs) -> int:
-    """A worker: the cases of one target, in this process. What became of them so far is in ``folder``/outcome.json."""
+    """Worker: run the cases of one target in this process. ``folder``/outcome.json holds the outcome so far."""
     assert args.folder is not None
     if args.engine == "atheris":
         try:
@@ -298,7 +298,7 @@ def work(args: FuzzArgs) -> int:
     faulthandler.enable()
     outcome = Outcome(args.target)
     target = TARGETS[args.target](args.folder)
-    seeded(target, Outcome(args.target), args.seed + 1, 0, 3)  # imports and caches of a first call are not the cases'
+    seeded(target, Outcome(args.target), args.seed + 1, 0, 3)  # so that imports and caches do not count for the cases
     started, before, last = time.monotonic(), peak(), time.monotonic()
 
     def keep() -> None:
@@ -328,7 +328,7 @@ def work(args: FuzzArgs) -> int:
 
 @dataclass
 class Worker:
-    """A target's process, watched: where it dies, the case that it was at is a failure, and another one goes on after it."""
+    """Watches a target's process. If it dies, its current case has failed, and a new process continues after that case."""
 
     args: FuzzArgs
     target: str
@@ -360,7 +360,7 @@ class Worker:
         return int.from_bytes(path.read_bytes()[:8], "little") if path.exists() and path.stat().st_size else -1
 
     def poll(self) -> bool:
-        """Whether it is finished."""
+        """Whether the target is finished."""
         assert self.process is not None
         status, number = self.process.poll(), self._number()
         if number != self.at:
@@ -396,12 +396,12 @@ class Worker:
         return True
 
     def outcome(self) -> Outcome:
-        """Of all its processes; what a process had done in the last second before it died is not counted."""
+        """The outcome of all processes of the target. The last second of a process that died is not counted."""
         return together(self.target, self.done)
 
 
 def together(target: str, parts: list[Outcome]) -> Outcome:
-    """Several outcomes of a target as one."""
+    """Combine several outcomes of a target."""
     whole = Outcome(target)
     for part in parts:
         whole.cases, whole.refused = whole.cases + part.cases, whole.refused + part.refused
@@ -412,14 +412,14 @@ def together(target: str, parts: list[Outcome]) -> Outcome:
 
 
 def shares(cases: int) -> dict[str, int]:
-    """Cases by target, at least one each, ``cases`` together (where there are so many)."""
+    """Number of cases by target, at least one each, ``cases`` in total if there are that many."""
     counts = {name: max(1, int(share * cases)) for name, share in SHARES.items()}
     counts["config"] += max(0, cases - sum(counts.values()))
     return counts
 
 
 def run_all(args: FuzzArgs) -> list[Outcome]:
-    """The cases of ``args`` in processes of their own, by target."""
+    """Run the cases of ``args`` in separate processes. Returns the outcomes by target."""
     counts = shares(args.cases) if args.target == "all" else {args.target: args.cases}
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None) as folder:
@@ -452,7 +452,7 @@ def failed(outcome: Outcome) -> int:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Inputs tried and failures by target, as a table in Markdown."""
+    """Markdown table of inputs tried and failures by target."""
     lines = [
         "| target | inputs tried | refused in one line | failures | cases/s | slowest case (s) | memory gained (MiB) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -468,7 +468,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def processor() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name, as Linux reports it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1] if found else "an unknown processor"
@@ -478,7 +478,7 @@ BEGIN, END = "<!-- fuzzing: begin -->", "<!-- fuzzing: end -->"
 
 
 def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str:
-    """A page with the table and what it was made with between the marks. Raises `UserError` where there are none."""
+    """Put the table and its conditions between the marks of a page. Raises `UserError` if the marks are missing."""
     before, begin, rest = page.partition(BEGIN + "\n")
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -492,7 +492,7 @@ def rewritten(page: str, report: dict[str, Any], outcomes: list[Outcome]) -> str
 
 
 def _loaded(paths: list[Path]) -> dict[str, Any]:
-    """Earlier reports as one, of the newest's date and machine; targets that are in several are added up."""
+    """Combine earlier reports. The date and machine are the newest report's; targets in several reports are added up."""
     reports: list[dict[str, Any]] = []
     parts: dict[str, list[Outcome]] = {}
     for path in paths:
@@ -501,7 +501,7 @@ def _loaded(paths: list[Path]) -> dict[str, Any]:
             for one in reports[-1]["targets"]:
                 parts.setdefault(one["target"], []).append(Outcome(**one))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--load: {path} is no report of this command ({error})") from None
+            raise UserError(f"--load: {path} is not a report of this command ({error})") from None
     targets = [vars(together(name, parts[name])) for name in SHARES if name in parts]
     whole = max(reports, key=lambda report: str(report.get("date")))
     for name in ("tried", "failures"):
@@ -521,11 +521,11 @@ def main(args: FuzzArgs) -> int:
         print("\n".join(SHARES))
         return 0
     if args.target != "all" and args.target not in SHARES:
-        raise UserError(f"no target {args.target!r}; there are: all, {', '.join(SHARES)}")
+        raise UserError(f"unknown target {args.target!r}; choose from all, {', '.join(SHARES)}")
     if args.cases < 1 or args.first < 0 or args.jobs < 1:
         raise UserError("--cases and --jobs must be 1 or more, --first 0 or more")
     if args.markdown is not None and not args.markdown.is_file():
-        raise UserError(f"--markdown: {args.markdown} is not there")
+        raise UserError(f"--markdown: {args.markdown} does not exist")
     if args.load:
         report = _loaded(args.load)
         outcomes = [Outcome(**one) for one in report["targets"]]

@@ -1,6 +1,6 @@
-"""Hostile values, and damage to good ones: what the targets of `fuzz_targets` are fed.
+"""Hostile values, and damaged versions of valid ones: the inputs of the targets in `fuzz_targets`.
 
-Every draw comes from a `random.Random`, so one generator serves seeded cases, hypothesis and atheris (`Bytes`).
+All random numbers come from a `random.Random`, so one generator serves seeded cases, hypothesis and atheris (`Bytes`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FRAGMENTS = (
 
 
 class Bytes(random.Random):
-    """Draws from given bytes, then zeros: how a fuzzer that works on bytes steers the generators."""
+    """A generator that draws from given bytes, then zeros. A fuzzer that works on bytes controls the inputs through it."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(0)
@@ -55,7 +55,7 @@ class Bytes(random.Random):
 
 
 def text(rng: random.Random, most: int = 40) -> str:
-    """Words that break things, ordinary letters, and code points from everywhere (lone surrogates too)."""
+    """Text from problematic words, ordinary letters, and code points of all kinds, lone surrogates included."""
     parts = []
     for _ in range(rng.randrange(1, 4)):
         kind = rng.randrange(4)
@@ -80,7 +80,7 @@ def number(rng: random.Random) -> int | float:
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
-    """A JSON value."""
+    """A random JSON value."""
     kind = rng.randrange(8 if depth < 3 else 6)
     if kind == 0:
         return None
@@ -102,7 +102,7 @@ def _copy(tree: Any) -> Any:
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of everything inside."""
+    """All (container, key) pairs inside a JSON value."""
     found: list[tuple[Any, Any]] = []
     todo = [tree]
     while todo:
@@ -115,7 +115,7 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def altered(rng: random.Random, tree: Any, times: int = 3) -> Any:
-    """A copy of a JSON value with one to ``times`` parts replaced, removed, moved, added or named otherwise."""
+    """A copy of a JSON value in which one to ``times`` parts are replaced, removed, moved, added or renamed."""
     tree = _copy(tree)
     for _ in range(rng.randrange(1, times + 1)):
         if not isinstance(tree, dict | list) or not (places := _places(tree)):
@@ -147,13 +147,13 @@ def altered(rng: random.Random, tree: Any, times: int = 3) -> Any:
 
 
 def as_json(rng: random.Random, tree: Any) -> bytes:
-    """A JSON value in UTF-8, now and then damaged as bytes as well."""
+    """A JSON value in UTF-8, sometimes with damaged bytes."""
     raw = json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode("utf-8", errors="surrogatepass")
     return damaged(rng, raw) if rng.random() < 0.25 else raw
 
 
 def damaged(rng: random.Random, raw: bytes, times: int = 4, words: Sequence[bytes] = FRAGMENTS) -> bytes:
-    """Bytes with one to ``times`` bits turned, parts cut, repeated, moved, overwritten or put in."""
+    """Bytes with one to ``times`` damages: flipped bits, or parts cut, repeated, moved, overwritten or inserted."""
     data = bytearray(raw)
     for _ in range(rng.randrange(1, times + 1)):
         at = rng.randrange(len(data) + 1)

@@ -1,8 +1,7 @@
-"""What is fuzzed: one class for each way in which text, numbers or files of a stranger enter the library.
+"""Fuzzing targets: one class for each way in which untrusted text, numbers or files enter the library.
 
-A target is made once, in a folder of its own, and then asked for case after case, each a function of the generator that it
-is given. A case calls the library as its commands do. The only exception that may leave it is `UserError`; what a case
-asserts beside that is in its docstring.
+A target is created once, in its own folder, and then runs case after case. Each case is a function of its random generator
+and calls the library as the commands do. It may raise only `UserError`. The docstring says what else a case asserts.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from recurrent_db.store.tensors import load_optimizer_tensors, load_weights
 from recurrent_db.store.train_state import TrainState
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cases start from
+# Valid files that cases start from
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -58,7 +57,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_config(objective: str = "unrolled") -> Config:
-    """A model of about 10 thousand parameters."""
+    """A model with about 10 thousand parameters."""
     shape = {
         "d_model": 16,
         "n_heads": 2,
@@ -83,7 +82,7 @@ def tiny_model(config: Config) -> tuple[LoopedLM, Objective]:
 
 
 def tiny_run(folder: Path, tokenizer: Tokenizer, objective: str = "unrolled") -> Path:
-    """A run with one checkpoint after one step of the optimizer."""
+    """A run with one checkpoint after one optimizer step."""
     config = tiny_config(objective)
     model, law = tiny_model(config)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -96,7 +95,7 @@ def tiny_run(folder: Path, tokenizer: Tokenizer, objective: str = "unrolled") ->
 
 
 def tiny_data(folder: Path, tokenizer: Tokenizer) -> Path:
-    """Two sources, two shards, train and validation."""
+    """A data directory with two sources, two shards, and the splits train and validation."""
     with DataWriter(folder, tokenizer, shard_tokens=60) as writer:
         for split in ("train", "validation"):
             for source in ("default", "code"):
@@ -108,13 +107,13 @@ def tiny_data(folder: Path, tokenizer: Tokenizer) -> Path:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a new file, never into one that is mapped."""
+    """Write a new file instead of an existing one, which may be memory-mapped."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
 def resealed(manifest: Any) -> bytes:
-    """A manifest whose digest of its own fits, as a stranger would make it."""
+    """A manifest with a correct digest of itself, as an attacker would write it."""
     if isinstance(manifest, dict):
         manifest = {key: value for key, value in manifest.items() if key != "digest"}
         with contextlib.suppress(ValueError, RecursionError):
@@ -123,7 +122,7 @@ def resealed(manifest: Any) -> bytes:
 
 
 def as_toml(tree: Any, rng: random.Random) -> str:
-    """Nested values as TOML, tables as headings or inline; null has no form there and is left out."""
+    """Nested values as TOML, with tables as headings or inline. TOML has no null, so these are left out."""
 
     def inline(item: Any) -> str:
         if isinstance(item, bool):
@@ -150,7 +149,7 @@ def as_toml(tree: Any, rng: random.Random) -> str:
 
 
 def said(rng: random.Random, tree: Any, share: float = 0.9) -> bytes:
-    """A JSON file: mostly an altered one, at times only damaged as bytes."""
+    """A JSON file: usually with altered values, sometimes only with damaged bytes."""
     return as_json(rng, altered(rng, tree)) if rng.random() < share else damaged(rng, json.dumps(tree).encode())
 
 
@@ -159,8 +158,8 @@ def said(rng: random.Random, tree: Any, share: float = 0.9) -> bytes:
 
 
 class ConfigFiles:
-    """Configurations as TOML and as a checkpoint's JSON. One that is accepted survives being written and read, and can be
-    used: its objective, its FLOPs, its rates, and, where it is small, its network."""
+    """Configurations as TOML and as a checkpoint's JSON. An accepted one can be written and read again, and used: its
+    objective, FLOPs, learning rates and, if it is small, its network."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "config.toml"
@@ -228,7 +227,7 @@ class Overrides:
 
 
 class Manifests:
-    """``manifest.json`` of a data directory; what opens gives batches of tokens of its vocabulary."""
+    """``manifest.json`` of a data directory. An accepted one gives batches of tokens inside its vocabulary."""
 
     def __init__(self, folder: Path) -> None:
         self.data = tiny_data(folder / "data", tiny_tokenizer())
@@ -239,14 +238,14 @@ class Manifests:
 
     def case(self, rng: random.Random) -> None:
         raw = said(rng, self.manifest)
-        if rng.random() < 0.1:  # names that lead elsewhere
+        if rng.random() < 0.1:  # names that lead out of the folder
             tree = json.loads(json.dumps(self.manifest))
             shard = rng.choice(tree["splits"]["train"]["default"]["shards"])
             rng.choice((shard, shard, tree["tokenizer"]))[rng.choice(("file", "offsets_file"))] = rng.choice(
                 self.outside
             )
             raw = resealed(tree)
-        elif rng.random() < 0.7:  # its content is what is read then, and not its seal alone
+        elif rng.random() < 0.7:  # correct the digest, so that the content is read
             with contextlib.suppress(ValueError, RecursionError):
                 raw = resealed(json.loads(raw))
         put(self.data / "manifest.json", raw)
@@ -254,7 +253,7 @@ class Manifests:
 
 
 def use_data(folder: Path, rng: random.Random) -> None:
-    """What the trainer and the scorers do with a data directory."""
+    """Use a data directory as the trainer and the scorers do."""
     verify = rng.random() < 0.5
     train_split = open_data(folder, "train", verify=verify)
     for source in train_split.sources.values():
@@ -274,8 +273,8 @@ def use_data(folder: Path, rng: random.Random) -> None:
 
 
 class Shards:
-    """Token files and their offsets (NumPy headers), damaged; with the manifest's sums as they were, or made to fit by
-    somebody who means it."""
+    """Damaged token files and offsets (NumPy headers), with the manifest's old checksums or with checksums that fit, as an
+    attacker would write them."""
 
     def __init__(self, folder: Path) -> None:
         self.data = tiny_data(folder / "data", tiny_tokenizer())
@@ -311,7 +310,7 @@ class Shards:
 
     @staticmethod
     def _offsets(rng: random.Random, good: bytes) -> bytes:
-        """A NumPy file with another header, or with other offsets under a good one."""
+        """A NumPy file with another header, or with a valid header and other offsets."""
         if rng.random() < 0.5:
             values = np.frombuffer(good[128:], dtype=np.int64).copy()
             for _ in range(rng.randrange(1, 3)):
@@ -334,7 +333,7 @@ class Shards:
 
 
 class Checkpoints:
-    """The files of a checkpoint, its manifest as it was or made to fit; loaded for use and for training on."""
+    """Damaged files of a checkpoint, with the old manifest or one that fits. Loaded for use and for further training."""
 
     NAMES = (
         "config.json",
@@ -375,7 +374,7 @@ class Checkpoints:
         with contextlib.redirect_stderr(io.StringIO()):
             model, tokenizer = load_run(folder.parent.parent if rng.random() < 0.5 else folder, "cpu")
         tokenizer.encode("def f(x)")
-        # Training on, as train/pretrain.py does.
+        # Further training, as in train/pretrain.py.
         checkpoint = Checkpoint(folder)
         state, _, _ = checkpoint.training()
         assert state.step >= 0 and state.tokens >= 0 and math.isfinite(state.seconds)
@@ -383,12 +382,12 @@ class Checkpoints:
 
 
 def other_header(rng: random.Random, good: bytes) -> bytes:
-    """A safetensors file with an altered header, or damaged anywhere."""
+    """A safetensors file with an altered header, or with damage anywhere."""
     if rng.random() < 0.15:
         return damaged(rng, good)
     size = int.from_bytes(good[:8], "little")
     header = altered(rng, json.loads(good[8 : 8 + size]), times=2)
-    if rng.random() < 0.3 and isinstance(header, dict) and header:  # sizes that nobody has
+    if rng.random() < 0.3 and isinstance(header, dict) and header:  # impossibly large sizes
         entry = header[rng.choice(list(header))]
         if isinstance(entry, dict):
             entry["shape"] = rng.choice(([2**60], [2**32, 2**32], [0, 2**63], [2**31, 2**31, 0], [1] * 300))
@@ -404,7 +403,7 @@ def other_header(rng: random.Random, good: bytes) -> bytes:
 
 
 class Safetensors:
-    """Headers of weights and optimizer state. What is accepted has the model's shapes."""
+    """Headers of weights and optimizer state. Accepted tensors have the model's shapes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -412,7 +411,7 @@ class Safetensors:
         self.config = run.config()
         self.good = {name: (run.path / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
         self.model, _ = tiny_model(self.config)
-        # Only the names and shapes matter here; fewer of them make more cases.
+        # Only names and shapes matter here, so a small model gives more cases.
         parameters = dict(self.model.named_parameters())
         assert load(self.good["model.safetensors"]).keys() == parameters.keys()
         self.small = save({"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float16), "c": torch.zeros(())})
@@ -439,7 +438,7 @@ class Safetensors:
 
 
 class Tokenizers:
-    """Tokenizer models, of sentencepiece and of the library ``tokenizers``, damaged; what loads encodes and decodes."""
+    """Damaged tokenizer models of sentencepiece and of the library ``tokenizers``. Accepted ones encode and decode."""
 
     def __init__(self, folder: Path) -> None:
         self.model = tiny_tokenizer().model_bytes
@@ -483,7 +482,7 @@ class Tokenizers:
 
 
 class Imports:
-    """Folders for ``recurrent-db import``: configurations of both formats, the index, the tokenizer's settings."""
+    """Folders for ``recurrent-db import``: configurations of both formats, the index, and the tokenizer's settings."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.run = folder / "hf", folder / "made"
@@ -520,11 +519,11 @@ class Imports:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corpora
+# Text corpora
 
 
 class Corpora:
-    """Text, JSON lines and lists, plain and compressed. Every document survives the tokenizer."""
+    """Text, JSON Lines and JSON lists, plain and compressed. The tokenizer restores every document."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.tokenizer = folder, tiny_tokenizer()
@@ -557,7 +556,7 @@ class Corpora:
 
 
 class Tables:
-    """Parquet and JSON tables, through the library `datasets`."""
+    """Parquet and JSON tables, read with the library `datasets`."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
@@ -589,11 +588,11 @@ class Tables:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is asked of a model
+# Requests to a model
 
 
 class Repl:
-    """Lines of the REPL, as a pipe gives them. No exception at all leaves a session."""
+    """Lines of the REPL, as from a pipe. A session must not raise any exception."""
 
     MOST_TOKENS, MOST_K = 3, 6
 
@@ -631,7 +630,7 @@ class Repl:
                 )
             )
             return f"{word} {rest}"
-        if kind == 5:  # nothing outside of the folder: whoever types a path means it
+        if kind == 5:  # paths stay inside the folder, because a user who types another path means it
             names = (
                 "out.txt",
                 "out.json",
@@ -654,7 +653,7 @@ class Repl:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 for _ in range(rng.randrange(1, 3)):
-                    # What somebody asks for they may wait for; here nobody does.
+                    # Large values are valid requests that take long, so they are capped.
                     if session.options.max_new_tokens > self.MOST_TOKENS or session.options.k > self.MOST_K:
                         session.options = self._start()
                     line = self.line(rng)
@@ -672,7 +671,7 @@ class Repl:
 
 
 class Harness:
-    """Requests of the lm-eval harness and the model's arguments. Log-likelihoods are at most 0; texts are text."""
+    """Requests of the lm-eval harness, and model arguments. Log-likelihoods are at most 0, and texts are strings."""
 
     def __init__(self, folder: Path) -> None:
         from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
@@ -707,7 +706,7 @@ class Harness:
             for name in ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "until"):
                 if rng.random() < 0.25:
                     options[name] = rng.choice((value(rng), number(rng), text(rng), True, [text(rng), text(rng)]))
-            if options["max_gen_toks"] is None:  # the harness's own number, which takes its time
+            if options["max_gen_toks"] is None:  # the harness's default would take long
                 del options["max_gen_toks"]
                 options[rng.choice(("max_tokens", "max_new_tokens"))] = 2
             for made in model.generate_until([ask("generate_until", text(rng), options)], disable_tqdm=True):
@@ -723,7 +722,7 @@ class Harness:
 
 
 class AnswerFiles:
-    """Files of kept answers."""
+    """Files of the answer cache."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "answers.jsonl"
@@ -746,7 +745,7 @@ class AnswerFiles:
 
 
 class RunFiles:
-    """What the report reads of a run directory."""
+    """Files of a run directory that the report reads."""
 
     def __init__(self, folder: Path) -> None:
         self.run = folder / "run"
@@ -813,4 +812,4 @@ TARGETS: dict[str, Callable[[Path], Any]] = {
     "answers": AnswerFiles,
     "run_files": RunFiles,
 }
-"""By name: class, made with the folder that it may write to."""
+"""Targets by name. The class is called with the folder that it may write to."""

@@ -1,19 +1,20 @@
-"""Kill -9 at random moments, resume, compare: what a run leaves must be what an undisturbed one leaves, bit for bit.
+"""Kill processes with SIGKILL at random moments, resume, and require the same files as without a kill, bit for bit.
 
 python benchmarks/reliability/resume.py --moments 100 --json OUT
 
-Moments fall into six places in turn:
+Moments are chosen in six places in turn:
 
-- step: within an optimizer step, at a random time after the n-th began;
-- saving: at one of the file operations (create, fsync, chmod, rename) that write a checkpoint;
-- pruning: at one of those that remove old checkpoints;
-- data: at one of those of `prepare`; tokenizer: at one of those that train and save a tokenizer;
-- lm-eval: at one of the writes of a results cache, half of which is on disk then.
+- step: during an optimizer step, at a random time after the n-th step began;
+- saving: at a file operation (create, fsync, chmod, rename) that writes a checkpoint;
+- pruning: at a file operation that removes an old checkpoint;
+- data: at a file operation of `prepare`;
+- tokenizer: at a file operation that trains or saves a tokenizer;
+- lm-eval: during a write to the answer cache, with half of the bytes written.
 
-The process kills itself, just before the operation, so that a moment can be had again from the seed. The work is started
-anew as a user would, up to its end. Compared are a run's weights, averages, optimizer state, counters and metrics (times
-aside), a data directory's files, a tokenizer's file, and lm-eval's results. Processes are forked from one that has imported
-everything.
+The process kills itself just before the operation, so that the seed determines the moment. The work is then started again as
+a user would do, until it completes. Compared are a run's weights, averages, optimizer state, counters and metrics (without
+times), a data directory's files, a tokenizer's file, and lm-eval's results. Processes are forked from one that has imported
+all modules.
 """
 
 from __future__ import annotations
@@ -59,27 +60,27 @@ OBJECTIVES = ("next_token", "unrolled", "one_step")
 STEPS = 24
 TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_bytes", "optimizer_share",
          "memory/activations_bytes", "energy_joules"}  # fmt: skip
-"""Columns that differ between equal runs (activations are measured at a process's first step)."""
+"""Columns that differ between equal runs. Activations are measured at a process's first step."""
 
 
 @dataclass
 class Args:
-    """Kill -9 at random moments, resume, compare with an undisturbed run."""
+    """Kill -9 at random moments, resume, and compare with an undisturbed run."""
 
     moments: int = 100
-    """Moments to try."""
+    """Number of moments."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the moments."""
     workers: int = 2
-    """Moments at once."""
+    """Moments in parallel."""
     json: Path | None = None
-    """File to write the counts to."""
+    """File for the counts."""
     table: bool = False
-    """Also write the row of docs/measurements.md."""
+    """Also write the row into docs/measurements.md."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Dying
+# Killing
 
 
 def _die() -> None:
@@ -87,8 +88,8 @@ def _die() -> None:
 
 
 def die_at_file_operation(n: int, matches: Callable[[str, str], bool], counter: Path | None = None) -> None:
-    """Kill this process just before the ``n``-th file operation (from 1) of which ``matches(event, path)`` says so. With
-    ``counter`` nothing is killed, and every such operation appends a byte to that file."""
+    """Kill this process just before the ``n``-th file operation (from 1) for which ``matches(event, path)`` is true. With
+    ``counter`` no process is killed; every such operation appends a byte to that file instead."""
     lock, seen = threading.Lock(), [0]
     log = os.open(counter, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if counter else None
 
@@ -119,7 +120,7 @@ def die_at_file_operation(n: int, matches: Callable[[str, str], bool], counter: 
 
 
 def die_in_step(n: int, delay: float) -> None:
-    """Kill this process ``delay`` seconds after the ``n``-th forward and backward pass of its life began."""
+    """Kill this process ``delay`` seconds after its ``n``-th forward and backward pass began."""
     seen, build = [0], trainer.Rng
 
     def counted(*arguments: Any) -> Any:
@@ -132,7 +133,7 @@ def die_in_step(n: int, delay: float) -> None:
 
 
 def die_in_write(n: int, name: str, counter: Path | None) -> None:
-    """Kill this process in its ``n``-th os.write to a file of that name, half of it written."""
+    """Kill this process during its ``n``-th os.write to a file with this name, after half of the bytes are written."""
     seen, write = [0], os.write
 
     def torn(descriptor: int, data: bytes) -> int:
@@ -150,12 +151,12 @@ def die_in_write(n: int, name: str, counter: Path | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The work: each function runs in a process of its own, in ``folder``, and goes on with what is there
+# The work. Each function runs in its own process in ``folder``, and continues from the existing files.
 
 
 @dataclass
 class Moment:
-    """Where and when to die; ``n`` = 0 never."""
+    """Place and time of a kill; ``n`` = 0 means none."""
 
     place: str
     objective: str = "next_token"
@@ -172,7 +173,7 @@ class Moment:
             part = {"saving": ".writing-", "pruning": ".deleting-", "data": "shards", "tokenizer": "made.model"}[
                 self.place
             ]
-            old = self.place == "pruning"  # the first operation on an old one is to rename it
+            old = self.place == "pruning"  # the removal of an old checkpoint begins with a rename
             last = f"step-{STEPS:08d}"
 
             def matches(event: str, path: str) -> bool:
@@ -192,7 +193,7 @@ def _train(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
 
 def _prepare(folder: Path, moment: Moment, common: Path, resume: bool) -> int:
     moment.arm(None if moment.n else folder / "count")
-    if not (folder / "shards").exists():  # there completely or not at all
+    if not (folder / "shards").exists():  # the folder is either complete or missing
         source, tokenizer = str(common / "text"), common / "data" / "tokenizer.model"
         prepare([source], tokenizer, folder / "shards", workers=1, shard_tokens=4000)
     return 0
@@ -245,7 +246,7 @@ def _child(folder: Path, moment: Moment, common: Path, resume: bool) -> None:
 
 
 class Server:
-    """Starts processes that have imported everything."""
+    """Starts processes in which all modules are already imported."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
@@ -254,8 +255,8 @@ class Server:
         self.lock = threading.Lock()
 
     def run(self, folder: Path, moment: Moment, common: Path, resume: bool) -> int:
-        """The exit status; minus the signal's number of a killed one."""
-        from benchmarks.reliability import resume as this  # by its name as a module, which the server knows
+        """The exit status. For a killed process it is minus the number of the signal."""
+        from benchmarks.reliability import resume as this  # under its module name, which the server knows
 
         plain = this.Moment(moment.place, moment.objective, moment.n, moment.delay)
         process = self.context.Process(target=this._child, args=(folder, plain, common, resume))
@@ -278,7 +279,7 @@ def _digest(path: Path) -> str:
 
 
 def outcome(folder: Path, place: str) -> dict[str, Any]:
-    """What the work has left, times aside."""
+    """The files that the work has left, without times."""
     if place in ("data", "tokenizer"):
         root = folder / ("shards" if place == "data" else "made.model")
         return {p.name: _digest(p) for p in ([root] if root.is_file() else sorted(root.iterdir()))}
@@ -301,7 +302,7 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
 
 
 def set_up(common: Path) -> None:
-    """Text of the standard library, a tokenizer, shards and a checkpoint, for all moments."""
+    """Create the inputs for all moments: text of the standard library, a tokenizer, shards and a checkpoint."""
     (common / "text").mkdir(parents=True)
     texts = [document.text for document in list(corpus.stdlib_documents())[::40] if 0 < len(document.text) < 20_000][
         :12
@@ -313,7 +314,7 @@ def set_up(common: Path) -> None:
 
 
 def run(args: Args, folder: Path, numbers: Sequence[int] = ()) -> dict[str, Any]:
-    """Try the moments, or those of these numbers. Returns the counts and what failed."""
+    """Try all moments, or those with the given numbers. Returns the counts and the failures."""
     started, server, common = time.time(), Server(), folder / "common"
     set_up(common)
     whole: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}

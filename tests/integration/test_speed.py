@@ -114,7 +114,7 @@ def test_a_users_mistakes(
     (tmp_path / "other.json").write_text('{"next_token": {}}')
     for words, message in (
         (["--presets", "huge"], "unknown 'huge'"),
-        (["--objectives", "denois"], "there are next_token, denoise"),
+        (["--objectives", "denois"], "choose from next_token, denoise"),
         (["--backends", "magic", "--quick", "--no-reference"], "magic"),
         (["--repetitions", "-1"], "--repetitions must be 0 or more"),
         (["--compile", "maybe"], "invalid choice"),
