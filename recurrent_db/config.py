@@ -104,7 +104,7 @@ class BlocksConfig(Section):
     arXiv 2506.14202)."""
 
     only: Count = 0
-    """Number of the single block to train, from 1 (highest noise); the process then needs memory for this block alone.
+    """Number of the single block to train, from 1 (highest noise). The process then holds this block only, to save memory.
     0 trains all blocks in one process and draws one block for each step."""
     partition: Literal["equal-probability", "uniform"] = "equal-probability"
     """How the noise levels are divided between the blocks. equal-probability: ranges of equal probability under the noise

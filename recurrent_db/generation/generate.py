@@ -63,7 +63,7 @@ class Completion:
         """The text in UTF-8, without the stop string."""
 
     def add(self, token: int) -> bool:
-        """Add a token. Returns whether the text is now complete."""
+        """Add a token. Returns whether it completes the text."""
         if token == self._tokenizer.eos_id:
             return True
         self.ids.append(token)

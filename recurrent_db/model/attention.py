@@ -2,6 +2,7 @@
 
 A `Rule` defines which keys a query sees. Once per forward pass, a back end turns the rule into the form that its kernel
 needs: a mask, a block mask, or the starts of documents. The result is a `Visible`, which all layers share.
+
 If there are fewer queries than keys, the queries are the last positions (bottom-right alignment), as with a key-value cache.
 
 - `sdpa`: PyTorch's fused kernels, on every device. This is the reference. Its causal flag aligns top-left, so unequal
@@ -101,10 +102,10 @@ def document_starts(docs_BS: Tensor) -> Tensor:
     starts = torch.ones_like(docs_BS, dtype=torch.bool)
     starts[:, 1:] = docs_BS[:, 1:] != docs_BS[:, :-1]
     starts_N = starts.flatten().nonzero()[:, 0].int()
-    room = 16 * len(docs_BS)
-    while room < len(starts_N):
-        room *= 2
-    return F.pad(starts_N, (0, room + 1 - len(starts_N)), value=docs_BS.numel())
+    size = 16 * len(docs_BS)
+    while size < len(starts_N):
+        size *= 2
+    return F.pad(starts_N, (0, size + 1 - len(starts_N)), value=docs_BS.numel())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -10,8 +10,7 @@ The trainer calls the objective once for each micro-batch:
 
 - ``loss`` is the mean over the micro-batch's tokens, in nats.
 - ``metrics`` are detached tensors: 0-dimensional for a mean over all tokens, or shape (2,) with (sum, weight) for a mean
-  over
-  some of the tokens.
+  over some of the tokens.
 - ``rng`` draws numbers as a function of (seed, step, sample, stream).
 - ``progress`` is the share of the budget spent so far, in [0, 1].
 """
@@ -113,7 +112,8 @@ class Objective:
 def mean_passes(objective: Objective, config: Config, draws: int) -> dict[Passes, float]:
     """Estimate the share of each kind of step in a run, from ``draws`` steps spread evenly over the budget.
 
-    If the budget is in FLOPs alone, expensive kinds of step are fewer: each kind is divided by its cost.
+    If FLOPs are the budget's only limit (or with seconds), expensive kinds of step are fewer: shares are divided by the
+    cost.
     """
     budget = config.budget
     drawn = Counter(objective.passes(Rng(config.seed, step), (step + 0.5) / draws) for step in range(draws))

@@ -133,8 +133,7 @@ class DenoiseBlocks(Objective):
         """Score a run of a single block: cross-entropy at noise levels spread over its range, each level and their mean.
 
         z is made from the answer, as in training, so this is not a likelihood. Block 1 also reports its loss on pure noise
-        at
-        sigma_max, which is the likelihood at K = 1. Empty for a model with all blocks, which is scored by K.
+        at sigma_max, which is the likelihood at K = 1. Empty for a model with all blocks, which is scored by K.
         """
         block = self.config.blocks.only
         if not block:

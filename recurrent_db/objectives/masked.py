@@ -239,8 +239,7 @@ def unmask(model: LoopedLM, tokens_BT: Tensor, steps: int, seed: int = 0) -> Ten
     """Replace the masks in ``tokens_BT`` by sampled tokens, in ``steps`` equal steps of t from 1 to 0.
 
     In the step from t to s, each masked token is revealed with probability (t - s) / t. It is drawn from the prediction of
-    the
-    block whose range holds t. Other tokens do not change. Returns int64 (B, T).
+    the block whose range holds t. Other tokens do not change. Returns int64 (B, T).
     """
     assert isinstance(model, BlocksLM)
     partition, mask = time_partition(model.config.n_blocks), model.config.vocab_size - 1

@@ -24,7 +24,7 @@ MOST, LEAST = 0.4, 0.15
 
 
 def phase_share(config: Config) -> float:
-    """Share of the budget that the skip-core phase takes; 0 if the budget is in seconds alone.
+    """Share of the budget that the skip-core phase takes; 0 if the budget's only limit is seconds.
 
     The phase has ``objective.one_step.skip_core`` tokens for each weight of the matrices that a step without the core
     multiplies by.

@@ -85,8 +85,8 @@ class MuonAdamW(torch.optim.Optimizer):
             momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
             before = weight.clone(), momentum.clone()
             muon.step()
-            for now, then in zip((weight, momentum), before, strict=True):
-                now.copy_(torch.where(self.found_inf > 0, then, now))
+            for current, saved in zip((weight, momentum), before, strict=True):
+                current.copy_(torch.where(self.found_inf > 0, saved, current))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | MuonAdamW:
