@@ -140,7 +140,7 @@ for name in "${steps[@]}"; do
         if lacks pytest; then
             skip tests "pytest is missing"
         else
-            step tests 180 "$python" -m pytest -q -p no:cacheprovider -m gpu tests --junitxml "$OUT/tests.xml"
+            step tests 180 "$python" -m pytest -q -p no:cacheprovider -m gpu $(grep -rl --include="test_*.py" "mark\.gpu" tests) --junitxml "$OUT/tests.xml"
         fi
         ;;
     esac

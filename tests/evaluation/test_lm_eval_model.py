@@ -9,11 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import many
 import pytest
 import torch
 from helpers import OBJECTIVES, ROOT, load_script, make_checkpoint, write_benchmarks
@@ -357,13 +358,14 @@ def test_heldout_items(data: Path, texts: list[str], tmp_path: Path, monkeypatch
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_command_runs_heldout_cloze(
-    script: Callable[..., subprocess.CompletedProcess[str]], runs: Path, data: Path, tmp_path: Path
-) -> None:
-    done = script(
-        "eval/lm_eval_cli.py", "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise'},k=2",
-        "--tasks", "heldout_cloze", "--data", data, "--limit", 6, "--output_path", tmp_path, "--log_samples",
-    )  # fmt: skip
+def test_command_runs_heldout_cloze(runs: Path, data: Path, tmp_path: Path) -> None:
+    words = [
+        "--model", "recurrent_db", "--model_args", f"checkpoint={runs / 'denoise'},k=2", "--tasks", "heldout_cloze",
+        "--data", str(data), "--limit", "6", "--output_path", str(tmp_path), "--log_samples",
+    ]  # fmt: skip
+    # A new interpreter: a library that was imported before would not be told to show no progress.
+    command = [sys.executable, str(ROOT / "eval/lm_eval_cli.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "heldout_cloze" in done.stdout and "acc_norm" in done.stdout
     assert all(line.startswith("WARNING: ") for line in done.stderr.splitlines()), done.stderr
@@ -396,21 +398,28 @@ def test_command_runs_local_benchmarks(
     assert "heldout_last_word" in capsys.readouterr().out
 
 
-def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path) -> None:
+def command(words: list[str]) -> None:
+    sys.path.insert(0, str(ROOT / "eval"))  # as for a script of that folder
+    assert load_script("eval/lm_eval_cli.py").main(words) == 0
+
+
+def test_two_processes_evaluate_like_one(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With examples before the questions, which the harness draws one after another; the files are written once."""
     write_benchmarks(tmp_path / "files", 7)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     samples = []
-    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        out = tmp_path / str(len(samples))
+    for world in (1, 2):
+        out = tmp_path / str(world)
         words = [
-            sys.executable, *start, ROOT / "eval" / "lm_eval_cli.py", "--model_args",
-            f"checkpoint={runs / 'denoise'},k=2", "--tasks", "arc_easy,blimp,lambada",
-            "--data", tmp_path / "files", "--num_fewshot", "2", "--log_samples", "--output_path", out,
+            "--model_args", f"checkpoint={runs / 'denoise'},k=2", "--tasks", "arc_easy,blimp,lambada",
+            "--data", str(tmp_path / "files"), "--num_fewshot", "2", "--log_samples", "--output_path", str(out),
         ]  # fmt: skip
-        done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("|blimp ") == 2  # among the tasks, and among the groups
+        if world == 1:
+            command(words)
+            said = capsys.readouterr().out
+        else:
+            job = many.run(tmp_path / "logs", world, command, words)
+            said = job.text(0) + job.text(1)
+        assert said.count("|blimp ") == 2  # among the tasks, and among the groups
         files = sorted(out.rglob("samples_*.jsonl"))
         assert len(files) == 4
         assert len(list(out.rglob("results_*.json"))) == 1

@@ -7,15 +7,13 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import many
 import pytest
 import torch
-from helpers import OBJECTIVES, ROOT, make_checkpoint
+from helpers import OBJECTIVES, make_checkpoint
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'recurrent-db[eval]')")
 
@@ -384,46 +382,28 @@ def test_texts_are_kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 # -- several processes -------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import json, os, sys
-from lm_eval.api.instance import Instance
-from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
-folder, arguments = sys.argv[1], json.loads(sys.argv[2])
-lm = RecurrentDBLM(**arguments["model"])
-result = {
-    kind: getattr(lm, kind)([Instance(kind, {}, tuple(args), i) for i, args in enumerate(asked)], disable_tqdm=True)
-    for kind, asked in arguments["asked"].items()
-}
-result["world"] = lm.processes.world
-with open(f"{folder}/{os.environ.get('RANK', 'alone')}.json", "w") as file:
-    json.dump(result, file)
-"""
 
-
-def torchrun(count: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-
-
-def run_alone_and_together(tmp_path: Path, *words: str) -> Iterator[subprocess.CompletedProcess[str]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for start in ([sys.executable], torchrun(2)):
-        done = subprocess.run([*start, *words], capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        yield done
+def answer(folder: str, model: dict[str, Any], asked: dict[str, list[Any]]) -> None:
+    """Write a model's answers to requests of several kinds into a file named after the process."""
+    lm = RecurrentDBLM(**model)
+    result = {
+        kind: getattr(lm, kind)(requests(kind, *map(tuple, args)), disable_tqdm=True) for kind, args in asked.items()
+    }
+    result["world"] = lm.processes.world
+    Path(folder, f"{os.environ.get('RANK', 'alone')}.json").write_text(json.dumps(result))
 
 
 def test_two_processes_answer_like_one(runs: Path, pairs: list[tuple[str, str]], tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
     sampled = {"max_gen_toks": 4, "do_sample": True, "temperature": 1.5}
     asked = {
         "loglikelihood": pairs[:41],
         "loglikelihood_rolling": [["import this\n" * 40], [""], ["x = 1"]],
         "generate_until": [["x", sampled], ["import ", {"max_gen_toks": 4}], ["x", sampled], ["x", sampled]],
     }
-    model = {"checkpoint": str(runs / "denoise"), "k": 2, "cache": str(tmp_path / "answers.jsonl")}
     (tmp_path / "out").mkdir()
-    words = str(tmp_path / "out"), json.dumps({"model": {**model, "cache": None}, "asked": asked})
-    list(run_alone_and_together(tmp_path, str(tmp_path / "script.py"), *words))
+    what = str(tmp_path / "out"), {"checkpoint": str(runs / "denoise"), "k": 2, "cache": None}, asked
+    answer(*what)
+    many.run(tmp_path / "logs", 2, answer, *what)
     alone, first, second = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
     assert (alone.pop("world"), first.pop("world"), second.pop("world")) == (1, 2, 2)
     assert first == second

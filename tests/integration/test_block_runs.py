@@ -119,7 +119,7 @@ def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(data: Path
 def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, tmp_path: Path) -> None:
     """The default: block 1 trains the embedding. One block alone gets SIGTERM, not the launcher."""
     (tmp_path / "c.toml").write_text("")
-    more = ["--budget.steps", 250, "--run.log_every", 1, "--run.checkpoint_every", 100]
+    more = ["--budget.steps", 150, "--run.log_every", 1, "--run.checkpoint_every", 100]
     command = [
         str(ROOT / "train/launch/blocks.sh"),
         str(tmp_path / "c.toml"),
@@ -143,14 +143,14 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, 
         assert again.returncode == 0, again.stderr
     log = (tmp_path / "runs/block-2.log").read_text()
     assert "starting from" in log  # what the first call said is still there
-    assert "nothing to do: at step 250" in log
+    assert "nothing to do: at step 150" in log
     assert "stopped by signal" in (tmp_path / "runs/block-1.log").read_text()  # and stops no later call
     # An owner that would train further would leave the others behind: nothing starts.
-    longer = [*command[:3], *options(data, 2, *more, "--budget.steps", 260)]
+    longer = [*command[:3], *options(data, 2, *more, "--budget.steps", 160)]
     told = subprocess.run(longer, env=environment, capture_output=True, text=True, timeout=300)
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)
     assert f"{tmp_path}/runs/block-1 would train further, and {tmp_path}/runs/block-2 was trained" in told.stderr
-    assert find_checkpoint(tmp_path / "runs/block-1").name == "step-00000250"
+    assert find_checkpoint(tmp_path / "runs/block-1").name == "step-00000150"
     assert train(data, tmp_path / "one", 2, "--blocks.only", 1, *more) == 0
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "one", *more) == 0
     joined, alone = weights(tmp_path / "runs/joined"), weights(tmp_path / "one") | weights(tmp_path / "two")

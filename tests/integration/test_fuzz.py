@@ -43,7 +43,7 @@ fuzz: ModuleType = load_script("benchmarks/reliability/fuzz.py")
 targets: ModuleType = load_script("benchmarks/reliability/fuzz_targets.py")
 inputs: ModuleType = load_script("benchmarks/reliability/fuzz_inputs.py")
 
-SECONDS_EACH = 5.0
+SECONDS_EACH = 2.0
 """Of processor time: two thirds seeded cases, one third by hypothesis."""
 
 

@@ -7,12 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import many
 import pytest
 import torch
 from fake_runs import fake_config, fake_run, save
@@ -283,16 +283,13 @@ def test_no_secret_of_the_environment_is_in_what_a_run_leaves(tmp_path: Path) ->
     options = [*MICRO, "--data.path", str(data), "--run.dir", str(tmp_path / "run"), "--budget.steps", "3"]
     if shutil.which("wandb") or (Path(sys.executable).parent / "wandb").exists():
         options += ["--run.wandb", "offline"]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train/pretrain.py"), *options], capture_output=True, timeout=300, cwd=tmp_path,
-        env={**os.environ, **SECRETS, "PYTHONPATH": str(ROOT), "WANDB_SILENT": "true"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr.decode()
+    job = many.start(tmp_path / "log", many.train, options, **SECRETS, WANDB_SILENT="true")
+    assert job.wait(300) == [0], job.text()
     left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.json", "environment.json", "metrics.jsonl", "model.safetensors"} <= {path.name for path in left}
     if "offline" in options:
         assert any(path.suffix == ".wandb" for path in left)
-    for content in (result.stdout, result.stderr, *(path.read_bytes() for path in left)):
+    for content in (job.text().encode(), *(path.read_bytes() for path in left)):
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, name
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import many
 import pytest
-from helpers import MICRO, ROOT, micro_config
+from helpers import MICRO, micro_config
 
 from recurrent_db.accounting.flops import Cost
 from recurrent_db.store import metrics
@@ -34,25 +35,26 @@ def words(data: Path, run: Path, *more: object) -> list[str]:
     return [*MICRO, "--data.path", str(data), "--run.dir", str(run), *map(str, more)]
 
 
-def start(data: Path, run: Path, *more: object, **configured: str) -> subprocess.Popen[str]:
+def start(data: Path, run: Path, *more: object, **configured: str) -> many.Job:
     """The trainer with the real wandb, in a process of its own with nobody to ask and nothing else configured."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return subprocess.Popen(
-        [sys.executable, "train/pretrain.py", *words(data, run, *more)],
-        cwd=ROOT,
-        env={**environment, "HOME": str(run.parent), "NETRC": str(run.parent / "netrc"), **configured},
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    removed = dict.fromkeys(name for name in os.environ if name.startswith("WANDB_"))
+    configured = {"HOME": str(run.parent), "NETRC": str(run.parent / "netrc"), **configured}
+    logs = run.parent / f"log-{len(list(run.parent.glob('log-*')))}"
+    return many.start(logs, many.train, words(data, run, *more), **{**removed, **configured})
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], job: many.Job) -> None:
     deadline = time.monotonic() + 300
     while not condition():
-        assert process.poll() is None
+        assert job.processes[0].exitcode is None, job.text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def said_by(job: many.Job) -> str:
+    """What a trainer has said, once it has ended well."""
+    assert job.wait(300) == [0], job.text()
+    return job.text()
 
 
 def warnings(stderr: str) -> list[str]:
@@ -111,10 +113,9 @@ def expected(run: Path) -> list[tuple[int, dict[str, Any]]]:
 def test_offline_rows_and_config_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    process = start(data, run, "--run.wandb", "offline", "--budget.steps", 40,
+    job = start(data, run, "--run.wandb", "offline", "--budget.steps", 40,
                     "--objective.name", "denoise")  # fmt: skip
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0
+    stderr = said_by(job)
     assert not warnings(stderr)
     assert "Traceback" not in stderr
     (path,) = offline_files(run)
@@ -135,14 +136,12 @@ def test_a_killed_and_resumed_run_is_whole_under_its_id(data: Path, tmp_path: Pa
     pytest.importorskip("wandb")
     run = tmp_path / "run"
     options = ["--run.wandb", "offline", "--run.log_every", 3, "--run.checkpoint_every", 10, "--eval.points", 0]
-    process = start(data, run, *options, "--budget.steps", 100_000)
-    wait_for(lambda: list_checkpoints(run), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    job = start(data, run, *options, "--budget.steps", 100_000)
+    wait_for(lambda: list_checkpoints(run), job)
+    job.processes[0].kill()
+    job.wait()
     killed_at = max(row["step"] for row in read_metrics(run / "metrics.jsonl"))
-    process = start(data, run, *options, "--budget.steps", killed_at + 20, "--resume")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+    said_by(start(data, run, *options, "--budget.steps", killed_at + 20, "--resume"))
     first, second = offline_files(run)
     assert first.name == second.name == f"run-{(run / 'wandb_id').read_text()}.wandb"
     assert [step for step, _ in history(second)] == list(range(1, killed_at + 21))
@@ -153,9 +152,8 @@ def test_a_killed_and_resumed_run_is_whole_under_its_id(data: Path, tmp_path: Pa
 def test_online_without_a_key_asks_nobody(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    process = start(data, run, "--run.wandb", "online", "--budget.steps", 3)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    job = start(data, run, "--run.wandb", "online", "--budget.steps", 3)
+    stderr = said_by(job)
     (warning,) = warnings(stderr)
     assert "wandb login" in warning
     assert len(read_metrics(run / "metrics.jsonl")) == 3
@@ -166,9 +164,8 @@ def test_a_disk_that_wandb_cannot_write(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "wandb").write_text("in the way of a folder")
-    process = start(data, run, "--run.wandb", "offline", "--budget.steps", 3, "--resume")
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    job = start(data, run, "--run.wandb", "offline", "--budget.steps", 3, "--resume")
+    stderr = said_by(job)
     assert len(warnings(stderr)) == 1
     assert len(read_metrics(run / "metrics.jsonl")) == 3
 
@@ -177,13 +174,13 @@ def test_a_disk_that_wandb_cannot_write(data: Path, tmp_path: Path) -> None:
 def test_wandbs_own_process_dies(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = tmp_path / "run"
-    process = start(data, run, "--run.wandb", "offline", "--run.log_every", 1, "--budget.seconds", 3)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) > 5, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    job = start(data, run, "--run.wandb", "offline", "--run.log_every", 1, "--budget.seconds", 3)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) > 5, job)
+    pid = job.processes[0].pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     (service,) = [int(child) for child in children if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text()]
     os.kill(service, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    stderr = said_by(job)
     assert len(warnings(stderr)) == 1
     assert "Traceback" not in stderr
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
@@ -253,11 +250,10 @@ def test_online_a_resumed_run_sends_the_rows_that_the_server_lacks(data: Path, t
     with Server(has) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         where = f"http://127.0.0.1:{server.server_port}"
-        process = start(data, run, "--run.wandb", "online", "--budget.steps", 12, "--resume",
+        job = start(data, run, "--run.wandb", "online", "--budget.steps", 12, "--resume",
                         WANDB_BASE_URL=where, WANDB_API_KEY="0" * 40)  # fmt: skip
-        _, stderr = process.communicate(timeout=120)
+        stderr = said_by(job)
         server.shutdown()
-    assert process.returncode == 0, stderr
     assert not warnings(stderr)
     assert "monotonically" not in stderr
     sent = [(line, {k: v for k, v in row.items() if not k.startswith("_")}) for line, row in server.received]

@@ -40,11 +40,22 @@ read -r n_blocks shared owner < <("$python" - "$config" "$runs" "$@" <<'PYTHON'
 import sys
 from pathlib import Path
 
-from recurrent_db.store.checkpoint import Checkpoint
-from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.arguments import run_and_exit
-from recurrent_db.config import load_config
+from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
+
+
+def check(config: Config, owner: Path, others: list[Path]) -> None:
+    from recurrent_db.store.checkpoint import Checkpoint  # here, since it loads torch, which takes seconds
+    from recurrent_db.store.folder import find_checkpoint, list_checkpoints
+
+    others = [path for path in others if list_checkpoints(path)]
+    if others and list_checkpoints(owner):
+        if Checkpoint(find_checkpoint(owner)).training()[0].spent(config.budget) < 1:
+            raise UserError(
+                f"{owner} would train further, and {others[0]} was trained on its table as it is: take another folder,"
+                " or remove the other blocks first"
+            )
 
 
 def say() -> None:
@@ -53,17 +64,13 @@ def say() -> None:
         raise UserError(f"{sys.argv[1]} has no blocks (model.n_blocks is 0)")
     if config.blocks.shared == "all":
         raise UserError("blocks.shared = all needs all blocks in one process: take owned or frozen")
-    owner, others = runs / f"block-{config.blocks.owner}", []
+    owner = runs / f"block-{config.blocks.owner}"
+    others = [path for path in sorted(runs.glob("block-*/")) if path != owner]
     if config.blocks.shared == "owned":
         if config.init.from_:
             raise UserError("init.from and blocks.shared = owned: the others start from their owner; take frozen")
-        others = [path for path in sorted(runs.glob("block-*/")) if path != owner and list_checkpoints(path)]
-    if others and list_checkpoints(owner):
-        if Checkpoint(find_checkpoint(owner)).training()[0].spent(config.budget) < 1:
-            raise UserError(
-                f"{owner} would train further, and {others[0]} was trained on its table as it is: take another folder,"
-                " or remove the other blocks first"
-            )
+        if others:
+            check(config, owner, others)
     print(config.model.n_blocks, config.blocks.shared, config.blocks.owner)
 
 
