@@ -6,13 +6,14 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from block_runs import train_frozen
 from fake_runs import OBJECTIVES, fake_run
 from helpers import synthetic_data
+from quick_python import QuickPython
 
 from recurrent_db.data import corpus, prepare
 from recurrent_db.data.tokenizer import Tokenizer, train
@@ -87,6 +88,14 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
         return many.script(tmp_path_factory.mktemp("script"), ROOT / path, *arguments)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An executable that stands for Python and has torch imported: for programs that start Python themselves."""
+    server = QuickPython(tmp_path_factory.mktemp("python"), ROOT)
+    yield str(server.executable)
+    server.stop()
 
 
 @pytest.fixture

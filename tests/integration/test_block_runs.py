@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,14 +56,14 @@ atexit.register(report)
 """
 
 
-def launch_watched(data: Path, root: Path, n: int, shared: str, *more: str) -> list[str]:
+def launch_watched(python: str, data: Path, root: Path, n: int, shared: str, *more: str) -> list[str]:
     """Run `blocks.sh` into ``root``/runs; the files that each of its trainers opened, a trainer a text."""
     for folder in ("site", "opened"):
         (root / folder).mkdir(parents=True)
     (root / "site" / "sitecustomize.py").write_text(WATCH)
     (root / "c.toml").write_text("")
     path = os.pathsep.join([str(root / "site"), str(ROOT)])
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path, "OPENED": str(root / "opened")}
+    environment = {**os.environ, "PYTHON": python, "PYTHONPATH": path, "OPENED": str(root / "opened")}
     words = [ROOT / "train/launch/blocks.sh", root / "c.toml", root / "runs"]
     result = subprocess.run(
         [*map(str, words), *options(data, n, "--blocks.shared", shared, *more)],
@@ -79,9 +78,9 @@ def launch_watched(data: Path, root: Path, n: int, shared: str, *more: str) -> l
 
 
 def test_processes_at_once_share_nothing_and_equal_one_after_another(
-    data: Path, frozen_runs: list[Path], tmp_path: Path
+    quick_python: str, data: Path, frozen_runs: list[Path], tmp_path: Path
 ) -> None:
-    trainers = launch_watched(data, tmp_path, 2, "frozen")
+    trainers = launch_watched(quick_python, data, tmp_path, 2, "frozen")
     for number, alone in enumerate(frozen_runs, 1):
         theirs = weights(tmp_path / "runs" / f"block-{number}")
         ours = weights(alone)
@@ -98,8 +97,10 @@ def test_processes_at_once_share_nothing_and_equal_one_after_another(
     assert all(block["flops"] > 0 and block["memory"]["parameters_bytes"] > 0 for block in account.values())
 
 
-def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(data: Path, tmp_path: Path) -> None:
-    trainers = launch_watched(data, tmp_path / "at once", 3, "owned", "--model.n_core", "3")
+def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(
+    quick_python: str, data: Path, tmp_path: Path
+) -> None:
+    trainers = launch_watched(quick_python, data, tmp_path / "at once", 3, "owned", "--model.n_core", "3")
     seen = sorted(sorted(set(re.findall(r"/runs/(block-\d)/", log))) for log in trainers)
     assert seen == [["block-1"], ["block-1", "block-2"], ["block-1", "block-3"]]
     for log in trainers:  # of the owner the others take its weights, which were complete before they began
@@ -116,7 +117,9 @@ def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(data: Path
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the launcher's processes in /proc")
-def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(
+    quick_python: str, data: Path, tmp_path: Path
+) -> None:
     """The default: block 1 trains the embedding. One block alone gets SIGTERM, not the launcher."""
     (tmp_path / "c.toml").write_text("")
     more = ["--budget.steps", 150, "--run.log_every", 1, "--run.checkpoint_every", 100]
@@ -126,7 +129,7 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, 
         str(tmp_path / "runs"),
         *options(data, 2, *more),
     ]
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHON": quick_python, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     end, metrics = time.monotonic() + 300, tmp_path / "runs/block-1/metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
@@ -158,7 +161,9 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(data: Path, 
     assert all(torch.equal(value, joined[name]) for name, value in alone.items())
 
 
-def test_mistakes_in_a_launch_are_one_line_before_anything_trains(data: Path, tmp_path: Path) -> None:
+def test_mistakes_in_a_launch_are_one_line_before_anything_trains(
+    quick_python: str, data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "c.toml").write_text("")
     (tmp_path / "taken/joined").mkdir(parents=True)
     for folder, words, at_once, message in (
@@ -169,7 +174,7 @@ def test_mistakes_in_a_launch_are_one_line_before_anything_trains(data: Path, tm
         ("runs", ["--blocks.shared", "all"], "1", "needs all blocks in one process"),
         ("runs", ["--model.n_blocks", 0, "--objective.name", "next_token"], "1", "has no blocks"),
     ):
-        environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "BLOCKS_AT_ONCE": at_once}
+        environment = {**os.environ, "PYTHON": quick_python, "PYTHONPATH": str(ROOT), "BLOCKS_AT_ONCE": at_once}
         told = subprocess.run(
             [str(ROOT / "train/launch/blocks.sh"), str(tmp_path / "c.toml"), str(tmp_path / folder),
              *options(data, 2, *words)], env=environment, capture_output=True, text=True, timeout=300,

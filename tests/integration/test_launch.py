@@ -44,11 +44,11 @@ def test_bash_reads_it(script: str) -> None:
     ],
 )  # fmt: skip
 def test_a_dry_run_prints_plan_and_command_and_starts_nothing(
-    script: str, variables: dict[str, str], gpus: int, words: list[str], tmp_path: Path
+    script: str, variables: dict[str, str], gpus: int, words: list[str], tmp_path: Path, quick_python: str
 ) -> None:
     run = tmp_path / "run"
     options = ["--run.dir", str(run), "--data.path", "nowhere", "--budget.tokens", "1e9"]
-    done = launch(script, "--dry-run", TINY, *options, GPU="H200", **variables)
+    done = launch(script, "--dry-run", TINY, *options, GPU="H200", PYTHON=quick_python, **variables)
     assert done.returncode == 0, done.stderr
     assert f"on {gpus} x H200" in done.stdout
     for told in ("peak memory, GB per GPU", "model FLOPs", "tokens/s", "budget", "would run:"):
@@ -59,10 +59,11 @@ def test_a_dry_run_prints_plan_and_command_and_starts_nothing(
     assert not run.exists()
 
 
-def test_a_dry_run_of_blocks_prints_a_command_for_each_and_starts_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_of_blocks_prints_a_command_for_each_and_starts_nothing(tmp_path: Path, quick_python: str) -> None:
     done = launch(
-        "blocks.sh", "--dry-run", str(ROOT / "train/configs/gpt-blocks.toml"), str(tmp_path / "runs"), "--seed", "3"
-    )
+        "blocks.sh", "--dry-run", str(ROOT / "train/configs/gpt-blocks.toml"), str(tmp_path / "runs"), "--seed", "3",
+        PYTHON=quick_python,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if "pretrain.py" in line]
     assert [re.findall(r"--blocks.only (\d)", line) for line in commands] == [["1"], ["2"], ["3"], ["4"]]
@@ -82,8 +83,10 @@ def test_a_dry_run_of_blocks_prints_a_command_for_each_and_starts_nothing(tmp_pa
         ("slurm.sbatch", [TINY], {}, "not inside a Slurm job"),
     ],
 )
-def test_mistakes_are_one_line(script: str, words: list[str], variables: dict[str, str], message: str) -> None:
-    done = launch(script, *words, **variables)
+def test_mistakes_are_one_line(
+    script: str, words: list[str], variables: dict[str, str], message: str, quick_python: str
+) -> None:
+    done = launch(script, *words, PYTHON=quick_python, **variables)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -40,6 +40,12 @@ OPTIONS = " ".join(
 """`MICRO`'s shape as the benchmarks take it."""
 
 
+@pytest.fixture
+def jobs_start_at_once(monkeypatch: pytest.MonkeyPatch, quick_python: str) -> None:
+    """The jobs of a comparison are processes that have torch imported."""
+    monkeypatch.setattr("sys.executable", quick_python)
+
+
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmarks import each other as scripts of one folder do."""
@@ -137,6 +143,7 @@ def quality_words(data: Path, folder: Path, *more: object) -> list[object]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("jobs_start_at_once")
 def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> None:
     arms = ("--arms", "next_token,denoise")
     told = script_here(*quality_words(data, tmp_path, *arms, "--minutes", 0))
@@ -532,6 +539,7 @@ def test_objectives_learn_the_targets_that_they_are_given(arm: str) -> None:
     assert after["accuracy_by_position"]["1"][0] == pytest.approx(after["accuracy_by_k"]["1"]["1-1"], abs=1e-4)
 
 
+@pytest.mark.usefixtures("jobs_start_at_once")
 def test_reasoning_end_to_end(tmp_path: Path, script_here: Script) -> None:
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         return script_here(
