@@ -509,7 +509,7 @@ class Quality:
             best = min(ends, key=lambda arm: ends[arm])
             levels = [(ends[best], f"the end of {best} at {main:.2e} FLOPs")]
         found = [name for name in arms if any(result["arm"] == name for result in results)]
-        return [(nll, why, tables.reach(results, found, budgets, nll)) for nll, why in levels]
+        return [(nll, why, tables.flops_to_reach(results, found, budgets, nll)) for nll, why in levels]
 
 
 def main(args: Args) -> int:

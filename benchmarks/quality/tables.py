@@ -132,7 +132,7 @@ def sweep_cost(results: Iterable[Result], at: Mapping[str, float], all_budgets: 
     }  # fmt: skip
 
 
-def reach(
+def flops_to_reach(
     results: Sequence[Result], arms: Sequence[str], budgets: Sequence[float], nll: float
 ) -> dict[str, dict[str, Any]]:
     """FLOPs at which each arm reaches a level of NLL, by two measures that must not be mixed (`report.flops_to_loss`).

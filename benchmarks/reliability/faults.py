@@ -149,7 +149,7 @@ def full_disk(bench: Bench) -> str:
                 refusal(lambda: bench.train(run, resume="newest"), str(run))
         need(contents(run / "checkpoints") == before, "checkpoints changed")
         bench.train(run, resume="newest")
-        need(find_checkpoint(run).name == "step-00000012", "did not go on")
+        need(find_checkpoint(run).name == "step-00000012", "did not continue")
         return "tmpfs of 8 MiB" if mounted else "injected: no tmpfs could be mounted"
 
 
@@ -198,9 +198,9 @@ def damaged_checkpoint(bench: Bench, name: str, how: str) -> str:
     refusal(lambda: bench.train(run, resume="newest"), name, target.parent.name)
     need(contents(run) == before, "something was written")
     said = bench.train(run, resume="last-good")
-    need("resuming at step 8" in said and "is damaged" in said, "did not take the one before")
+    need("resuming at step 8" in said and "is damaged" in said, "did not use the previous checkpoint")
     want, got = (find_checkpoint(r, fall_back=False) / "model.safetensors" for r in (bench.folder / "whole-12", run))
-    need(want.read_bytes() == got.read_bytes(), "other weights at the end")
+    need(want.read_bytes() == got.read_bytes(), "different weights at the end")
     shutil.rmtree(run)
     return ""
 

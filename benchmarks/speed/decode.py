@@ -160,28 +160,28 @@ def measure(args: Args, objective: str) -> dict[str, Any]:
             decoder.batch.append(sequence, *tokens)
 
     passes = model.recurrence.passes(args.k)
-    alone, weight_flops = products(model, args.k)
+    bare_products, weight_flops = products(model, args.k)
     decoder = SequentialDecoder(model, [[0]], options)
-    decoding, anew, least, needed = [], [], [], []
-    for warm in (alone, partial(recompute, model, [0] * EVERY, args.k)):
+    decoding, recomputing, bare, needed = [], [], [], []
+    for warm in (bare_products, partial(recompute, model, [0] * EVERY, args.k)):
         warm()
     for length in range(1, args.tokens + 1):
         decoding.append(timed(partial(step, decoder)))
         if length % EVERY == 0:
             ids = decoder.batch.ids[0][:length]
-            anew.append(timed(partial(recompute, model, ids, args.k)))
-            least.append(timed(alone))
+            recomputing.append(timed(partial(recompute, model, ids, args.k)))
+            bare.append(timed(bare_products))
         # Decoding embeds the noise level again for each token; a whole window embeds it once.
         needed.append(inference_cost(config.model, length, replace(passes, noise_levels=length * passes.noise_levels)))
     assert decoder.cache is not None
-    seconds, rate = sum(decoding), weight_flops / statistics.median(least)
+    seconds, rate = sum(decoding), weight_flops / statistics.median(bare)
     batch = SequentialDecoder(model, [[0]] * args.rows, replace(options, max_new_tokens=EVERY))
     together = [timed(partial(step, batch)) for _ in range(EVERY)]
     return {
         "objective": objective, "config": args.config.stem, "k": args.k, "tokens": args.tokens, "device": str(device),
         "threads": torch.get_num_threads(), "seconds": seconds, "tokens_per_s": args.tokens / seconds,
-        "seconds_recomputing": sum(anew) * args.tokens / len(anew),
-        "speedup": sum(anew) * args.tokens / len(anew) / seconds,
+        "seconds_recomputing": sum(recomputing) * args.tokens / len(recomputing),
+        "speedup": sum(recomputing) * args.tokens / len(recomputing) / seconds,
         "flops": sum(needed), "matrix_vector_flops_per_s": rate, "seconds_needed": sum(needed) / rate,
         "over_needed": seconds * rate / sum(needed),
         "cache_bytes": decoder.cache.bytes, "cache_bytes_per_token": decoder.cache.bytes // decoder.cache.capacity,

@@ -33,7 +33,7 @@ from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
-ALONE = Processes()
+ONE_PROCESS = Processes()
 
 
 @dataclass
@@ -173,7 +173,7 @@ def score_draws(
     byte_lengths: np.ndarray,
     draws: Sequence[int],
     seed: int = 0,
-    processes: Processes = ALONE,
+    processes: Processes = ONE_PROCESS,
     bound: bool = False,
 ) -> dict[int, Scores]:
     """Score held-out batches at every K in ``ks`` and for every number of draws M in ``draws``: {M: scores}.
@@ -239,7 +239,7 @@ def score(
     byte_lengths: np.ndarray,
     draws: int = 1,
     seed: int = 0,
-    processes: Processes = ALONE,
+    processes: Processes = ONE_PROCESS,
     bound: bool = False,
 ) -> Scores:
     """`score_draws` with one number of draws."""

@@ -30,14 +30,14 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
 
 
-def colourful() -> bool:
+def shows_colours() -> bool:
     """Whether standard output shows colours: it is a terminal with colours and NO_COLOR is unset (https://no-color.org)."""
     return is_terminal(sys.stdout) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def paint(text: str, *codes: str) -> str:
     """Colour ``text`` with ANSI codes if standard output shows colours."""
-    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes and colourful() else text
+    return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes and shows_colours() else text
 
 
 def remark(text: str) -> None:
@@ -57,7 +57,7 @@ def complain(text: str) -> None:
 # Text
 
 
-def harmless(text: str) -> str:
+def visible_controls(text: str) -> str:
     """Replace control characters, except line feed and tab, by visible symbols, so that a text cannot control a terminal."""
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f]",
@@ -77,7 +77,7 @@ class Utf8Writer:
         text = self._decoder.decode(piece, final)
         if text:
             self._last = text[-1]
-            sys.stdout.write(harmless(text) if is_terminal(sys.stdout) else text)
+            sys.stdout.write(visible_controls(text) if is_terminal(sys.stdout) else text)
             sys.stdout.flush()
 
     def end(self) -> None:
@@ -97,7 +97,7 @@ def width_of(text: str) -> int:
 def wrapped(text: str, width: int) -> list[str]:
     """Break a text into lines of at most ``width`` columns, without regard to words."""
     lines = []
-    for raw in harmless(text).split("\n"):
+    for raw in visible_controls(text).split("\n"):
         line, used = "", 0
         for character in raw:
             character = " " * (4 - used % 4) if character == "\t" else character
@@ -140,7 +140,7 @@ def state_file(name: str) -> Path:
     return path
 
 
-def as_text(line: str) -> str:
+def decode_line(line: str) -> str:
     """Decode a line that was read with surrogate escapes. Raises `UserError` if it is not valid UTF-8."""
     raw = b""
     try:
@@ -155,7 +155,7 @@ def as_text(line: str) -> str:
 class Lines(Protocol):
     """A source of input lines."""
 
-    def around(self) -> contextlib.AbstractContextManager[None]:
+    def answering(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the session reads and answers lines."""
         ...
 
@@ -177,7 +177,7 @@ class PlainLines:
         self._asks = is_terminal(sys.stdin)
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
 
-    def around(self) -> contextlib.AbstractContextManager[None]:
+    def answering(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def _line(self, prompt: str) -> str:
@@ -188,12 +188,12 @@ class PlainLines:
     def read(self) -> str:
         line = self._line(PROMPT)
         if line.strip() != '"""':
-            return as_text(line)
+            return decode_line(line)
         lines: list[str] = []
         with contextlib.suppress(EOFError):
             while (line := self._line(MORE)).strip() != '"""':
                 lines.append(line)
-        return as_text("\n".join(lines))
+        return decode_line("\n".join(lines))
 
 
 class EditedLines:
@@ -230,7 +230,7 @@ class EditedLines:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """Hide keys that are pressed while text is generated, and keep them for the next line. This includes Ctrl-D, which
         the terminal would discard. Ctrl-C still works at once."""
         try:
@@ -249,7 +249,7 @@ class EditedLines:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
     def read(self) -> str:
-        return as_text(self._session.prompt())
+        return decode_line(self._session.prompt())
 
 
 def open_lines(words: Sequence[str]) -> Lines:

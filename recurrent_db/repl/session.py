@@ -143,7 +143,7 @@ class Session:
 
     def run(self, lines: Lines) -> None:
         """Answer lines until the input ends or the user leaves."""
-        with self._interrupts.installed(), lines.around():
+        with self._interrupts.installed(), lines.answering():
             while not self.done:
                 try:
                     with self._interrupts.allowed():

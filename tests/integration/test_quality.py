@@ -427,20 +427,20 @@ def test_flops_to_reach_a_level() -> None:
             "bits_per_byte": {"1": 1.0},
         }
         results[-1]["evaluations"].append({**point, "phase": "constant", "stretch": 1})
-    found = tables.reach(results, ["next_token"], budgets, 3.5)["next_token"]
+    found = tables.flops_to_reach(results, ["next_token"], budgets, 3.5)["next_token"]
     assert found["annealed"] == pytest.approx(10**9.5) and not found["at_most"]
     assert found["constant"] is None
-    assert tables.reach(results, ["next_token"], budgets, 3.75)["next_token"]["constant"] == pytest.approx(
+    assert tables.flops_to_reach(results, ["next_token"], budgets, 3.75)["next_token"]["constant"] == pytest.approx(
         2e9 * math.sqrt(2)
     )
     # The end of the run was evaluated at 1.9 and scored at 2: what lies along it is read 0.1 higher.
     end = {"step": 2, "tokens": 2.0, "flops": 1e11, "seconds": 2.0, "nll": {"4": 1.9}, "bits_per_byte": {"4": 1.0}}
     results[-1]["evaluations"].append({**end, "phase": "end", "stretch": 1})
-    assert tables.reach(results, ["next_token"], budgets, 3.85)["next_token"]["constant"] == pytest.approx(
+    assert tables.flops_to_reach(results, ["next_token"], budgets, 3.85)["next_token"]["constant"] == pytest.approx(
         2e9 * math.sqrt(2)
     )
-    assert tables.reach(results, ["next_token"], budgets, 4.5)["next_token"]["at_most"]
-    assert tables.reach(results, ["next_token"], budgets, 1.0)["next_token"]["annealed"] is None
+    assert tables.flops_to_reach(results, ["next_token"], budgets, 4.5)["next_token"]["at_most"]
+    assert tables.flops_to_reach(results, ["next_token"], budgets, 1.0)["next_token"]["annealed"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

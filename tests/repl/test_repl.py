@@ -36,7 +36,15 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.recurrence.loop import truncated_normal
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.repl import console
-from recurrent_db.repl.console import Interrupts, PlainLines, Utf8Writer, as_text, side_by_side, state_file, width_of
+from recurrent_db.repl.console import (
+    Interrupts,
+    PlainLines,
+    Utf8Writer,
+    decode_line,
+    side_by_side,
+    state_file,
+    width_of,
+)
 from recurrent_db.repl.session import Session
 from recurrent_db.repl.trace import trace
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -468,12 +476,12 @@ def test_save(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_lines_that_are_not_utf8() -> None:
-    assert as_text("añ😀") == "añ😀"
+    assert decode_line("añ😀") == "añ😀"
     for raw, place in ((b"ab\xff", "byte 3 is 0xff"), (b"\xe2\x82", "byte 1 is 0xe2")):
         with pytest.raises(UserError, match=place):
-            as_text(raw.decode("utf-8", errors="surrogateescape"))
+            decode_line(raw.decode("utf-8", errors="surrogateescape"))
     with pytest.raises(UserError, match="half of a character"):
-        as_text("\ud83d")
+        decode_line("\ud83d")
 
 
 def test_writer_of_every_cut(capsys: pytest.CaptureFixture[str]) -> None:
@@ -492,7 +500,7 @@ def test_columns_hold_wide_and_narrow_characters() -> None:
     assert [line.rstrip() for line in made] == [
         "left  | right", "----- | -----", "日本  | e\u0301   x", "語日  | last", "本語  |",
     ]  # fmt: skip
-    assert console.harmless("\x1b[2J\x07\x7f\x9b\n\t") == "␛[2J␇␡\ufffd\n\t"
+    assert console.visible_controls("\x1b[2J\x07\x7f\x9b\n\t") == "␛[2J␇␡\ufffd\n\t"
 
 
 def test_state_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,7 +670,7 @@ def at_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 def stop_in_the_middle(screen: Terminal, model: LoopedLM, tokenizer: Tokenizer, asks: str) -> None:
     """A text without end is stopped, and the program goes on. ``asks`` is what it shows at a prompt."""
-    text = console.harmless(generate(model, tokenizer, "def main(", k=2, max_new_tokens=12)).rstrip("\ufffd")
+    text = console.visible_controls(generate(model, tokenizer, "def main(", k=2, max_new_tokens=12)).rstrip("\ufffd")
     screen.type(b"/max 1000000\r")
     screen.wait("max_new_tokens = 1000000")
     screen.type(b"def main(\r")
