@@ -1,4 +1,4 @@
-"""FLOPs that a run has spent so far: one record for the trainer, its checkpoints, ``metrics.jsonl`` and the reports."""
+"""Cumulative FLOPs of a run, as the trainer, checkpoints, ``metrics.jsonl`` and reports record them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from recurrent_db.accounting.flops import Cost
 
 @dataclass
 class FlopCount:
-    """Cumulative FLOPs by kind. ``total`` is the model FLOPs, which budgets and MFU count."""
+    """Cumulative FLOPs by kind."""
 
     forward: float = 0.0
     backward: float = 0.0
     backward_weight: float = 0.0
-    """Share of ``backward`` that the gradients of the weights take."""
+    """The part of ``backward`` for the gradients of the weights."""
     recomputed: float = 0.0
-    """Forward work that the backward repeats; not part of ``total``."""
+    """Forward work that the backward pass repeats. Not part of ``total``."""
     causal: float = 0.0
-    """``total`` with attention counted over visible pairs only."""
+    """``total`` with attention counted only over the pairs that the causal mask allows."""
     update: float = 0.0
-    """Clipping, optimizer and weight average; not part of ``total``."""
+    """Clipping, optimizer and EMA. Not part of ``total``."""
 
     @property
     def total(self) -> float:
+        """Model FLOPs, which budgets and MFU count."""
         return self.forward + self.backward
 
     def add(self, cost: Cost, update: float, tokens: int) -> None:
-        """Add a step of ``tokens`` tokens: ``cost`` is per token, ``update`` per step."""
+        """Add one step of ``tokens`` tokens. ``cost`` is per token, ``update`` is the FLOPs of the step's update."""
         self.forward += cost.forward * tokens
         self.backward += cost.backward * tokens
         self.backward_weight += cost.backward_weight * tokens
@@ -42,7 +43,7 @@ class FlopCount:
 
     @classmethod
     def from_row(cls, row: Mapping[str, float]) -> FlopCount:
-        """The inverse of `row`; other columns are ignored."""
+        """The inverse of `row`. Other columns are ignored."""
         return cls(**{kind: row[f"flops_{kind}"] for kind in vars(cls())})
 
 

@@ -1,12 +1,14 @@
-"""Counts FLOPs from shapes and from how often each part runs.
+"""Counts FLOPs from the model's shape and from how often each part runs. All figures are per token of the batch.
 
-A multiply-add is two FLOPs. Matrix products and attention are counted. Norms, activations, softmax, embedding lookups and
-the optimizer's work are not, as usual for model FLOPs; `optim.optimizer.update_flops` counts the optimizer's. The backward
-costs the forward once more for the gradient of the inputs and once more for that of the weights; iterations without
-gradient cost only their forward. What the backward computes a second time (checkpointed iterations, the scores of fused
-attention) is kept apart: it is work of the hardware, not of the model. Attention is counted over all T x T pairs, as usual;
-the share that a causal mask hides is kept beside it, so that both counts can be printed. All figures are per token of the
-batch.
+- A multiply-add is two FLOPs.
+- Matrix products and attention are counted. Norms, activations, softmax, embedding lookups and the optimizer are not, as is
+  usual for model FLOPs. `optim.optimizer.update_flops` counts the optimizer.
+- The backward pass of a matrix product costs twice its forward pass: once for the gradient of the input, once for the
+  gradient of the weight. Passes without gradient cost only their forward pass.
+- Recomputation in the backward pass (checkpointed iterations, the scores of fused attention) is kept apart, because it is
+  work of the hardware and not of the model.
+- Attention is counted over all T x T pairs, as is usual. The part that a causal mask hides is recorded too, so that both
+  counts can be printed.
 
 Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
 """
@@ -30,19 +32,20 @@ class Cost:
     backward_input: float = 0.0
     backward_weight: float = 0.0
     recomputed: float = 0.0
-    """Forward work that the backward does again; not part of ``total``."""
+    """Forward work that the backward pass repeats. Not part of ``total``."""
     attention: float = 0.0
-    """The part of ``total`` in attention's two products; the rest is products with weights."""
+    """The part of ``total`` in attention's two products. The rest is products with weights."""
     masked: float = 0.0
-    """The part of ``attention`` on pairs of positions that the causal mask hides."""
+    """The part of ``attention`` for pairs of positions that the causal mask hides."""
 
     @property
     def backward(self) -> float:
+        """Backward FLOPs, without recomputation."""
         return self.backward_input + self.backward_weight
 
     @property
     def total(self) -> float:
-        """Model FLOPs: forward and backward, attention over all pairs."""
+        """Model FLOPs: forward and backward, with attention over all pairs."""
         return self.forward + self.backward
 
     @property
@@ -52,12 +55,12 @@ class Cost:
 
     @property
     def causal(self) -> float:
-        """Model FLOPs with attention over the pairs that the mask lets through (about half of them)."""
+        """Model FLOPs with attention only over the pairs that the mask allows, about half of all pairs."""
         return self.total - self.masked
 
     @property
     def hardware(self) -> float:
-        """Model FLOPs and recomputed work."""
+        """Model FLOPs plus recomputation: what the hardware computes."""
         return self.total + self.recomputed
 
     def __add__(self, other: Cost) -> Cost:
@@ -78,11 +81,17 @@ class Cost:
 def _part(
     weights: float, attention: float, masked: float, no_grad: float, grad: float, checkpointed: bool = False
 ) -> Cost:
-    """Cost of a part that runs ``no_grad`` times without and ``grad`` times with gradient. It has ``weights`` matrix entries
-    and ``attention`` forward FLOPs per token, ``masked`` of them on hidden pairs.
+    """The cost of one part of the model.
 
-    Attention has no weights: its two products cost four in the backward, all for the inputs. Fused kernels keep no
-    scores and recompute them there, one product of the two; a checkpointed pass is recomputed whole.
+    Attention has no weights, so the backward pass of its two products is four products for the gradients of the inputs.
+    Fused kernels do not store the scores and recompute them, which is one of the two products.
+
+    Args:
+        weights: entries of its weight matrices.
+        attention: forward FLOPs per token of attention.
+        masked: the part of ``attention`` for hidden pairs.
+        no_grad, grad: how often the part runs without and with gradient.
+        checkpointed: the backward pass recomputes the whole forward pass.
     """
     runs = no_grad + 3 * grad
     return Cost(
@@ -96,16 +105,18 @@ def _part(
 
 
 def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointing: bool = False) -> dict[str, Cost]:
-    """FLOPs per token by part, for sequences of ``length`` tokens.
+    """FLOPs per token by part of the model, for sequences of ``length`` tokens.
 
-    ``checkpointing``: backpropagated core iterations keep only their input and run again in the backward.
+    Args:
+        passes: how often each part runs.
+        checkpointing: core passes with gradient keep only their input and are recomputed in the backward pass.
     """
     width, hidden = model.d_model, model.d_mlp
     block = 4 * width * width + 3 * width * hidden
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
     core_layers, clean_layers = passes.core_layers or model.n_core, passes.clean_layers or model.n_core
-    # Keys that a query meets and keys that it may see, on average over positions: its own stream's; and, beside another
-    # stream, that stream's and itself.
+    # (Keys that a query is multiplied with, keys that it may attend to), averaged over positions. With one stream these are
+    # the keys of its own stream. Beside a second stream, they are that stream's keys and its own key.
     plain = length, (length + 1) / 2 if passes.causal else length
     beside = 2 * length, (length + 1) / 2 + 1
 
@@ -115,7 +126,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         return _part(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
     def context(count: float, no_grad: float, grad: float) -> Cost:
-        """A stream that runs for its keys and values: the last block makes only those (one fused product)."""
+        """A stream that runs only for its keys and values. Its last block computes only these, in one fused product."""
         if not count:
             return Cost()
         return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, 0, no_grad, grad)
@@ -127,7 +138,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     if passes.noise_levels:
         share = passes.noise_levels / length
         first = _part(model.d_condition**2, 0, 0, share * core_runs[0], share * core_runs[1])
-        # The Fourier features need no gradient, so the first layer's backward is that of its weights alone.
+        # The Fourier features need no gradient, so the first layer computes only the gradient of its weights.
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * core_layers * 6 * width
         conditioning = first + _part(out, 0, 0, share * core_runs[0], share * core_runs[1])
@@ -135,7 +146,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     injected += _part(adapter, 0, 0, *clean_runs) + _part(adapter, 0, 0, 0, passes.injections_grad)
     head = _part(model.vocab_size * width, 0, 0, *read_runs)
     return {
-        "embedding": Cost(),  # a lookup; its backward adds rows up
+        "embedding": Cost(),  # a lookup, without matrix products
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
         "adapter": injected if passes.tables_grad or model.n_prelude else replace(injected, backward_input=0.0),
         "core": blocks(core_layers, *core_runs, passes.beside, checkpointing) + context(clean_layers, *clean_runs),
@@ -147,7 +158,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
 
 
 def total(parts: dict[str, Cost]) -> Cost:
-    """The sum over parts."""
+    """The sum of the costs of all parts."""
     result = Cost()
     for cost in parts.values():
         result = result + cost
@@ -155,7 +166,7 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 
 def step_cost(config: Config, passes: Passes) -> Cost:
-    """FLOPs per token of a training step."""
+    """FLOPs per token of a training step that runs ``passes``."""
     checkpointing = config.run.activation_checkpointing
     return total(cost_per_token(config.model, config.data.sequence_length, passes, checkpointing))
 
@@ -166,9 +177,10 @@ def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:
 
 
 def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read: bool = True) -> float:
-    """Forward FLOPs of one sequence's pass over positions ``first`` to ``stop`` (exclusive) that follow those in a cache.
+    """Forward FLOPs of running positions ``first`` to ``stop`` (exclusive) of one sequence, with earlier positions cached.
 
-    Attention is counted over all ``stop`` keys for each position. ``read``: whether the last position is read out.
+    Attention is counted over all ``stop`` keys for each position. The head runs only for the last position, and only if
+    ``read`` is True.
     """
     count, width = stop - first, model.d_model
 
@@ -177,18 +189,18 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
         return total(parts).forward - parts["conditioning"].forward
 
     cost = count * each(passes) + stop * cost_per_token(model, stop, passes)["conditioning"].forward
-    if passes.beside:  # a query meets the other stream's keys and those of its own pass
+    if passes.beside:  # a query attends to the other stream's keys and to the keys of its own stream in this call
         layers = (passes.core_layers or model.n_core) * passes.core_no_grad
         cost -= count * layers * 4 * width * (stop - count)
     return cost - (count - read) * 2 * model.vocab_size * width
 
 
 def visited_cost(model: ModelConfig, visits: Mapping[tuple[bool, int], int], reads: int) -> float:
-    """Forward FLOPs of a plain loop that `generation.slot_cache` counted block by block.
+    """Forward FLOPs of a loop without noise levels, from counts of `generation.slot_cache` by block.
 
     Args:
-        visits: number of positions by (whether the block is in the core, keys that the position met).
-        reads: positions that went through the head.
+        visits: (whether the block is in the core, number of keys attended to) -> number of positions.
+        reads: number of positions that went through the head.
     """
     once = Passes(core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, prelude_grad=False)
     cost = reads * cost_per_token(model, 1, once)["head"].forward
@@ -199,23 +211,28 @@ def visited_cost(model: ModelConfig, visits: Mapping[tuple[bool, int], int], rea
     return cost
 
 
-CACHE_POLICIES = "full, last or modulo-S (S slots a layer)"
+CACHE_POLICIES = "full, last or modulo-S (S slots per layer)"
 
 
 def visits_kept(policy: str) -> int | None:
-    """How many visits to a layer a cache policy keeps the keys and values of, for each position; None is all. Raises
-    `UserError` for an unknown policy."""
+    """Number of visits per layer and position whose keys and values a cache policy keeps. None means all.
+
+    Raises:
+        UserError: the policy is unknown.
+    """
     if policy == "full":
         return None
     found = re.fullmatch(r"modulo-([1-9]\d*)", policy)
     if policy != "last" and found is None:
-        raise UserError(f"a cache policy is {CACHE_POLICIES}, not {policy!r}")
+        raise UserError(f"the cache policy must be {CACHE_POLICIES}, not {policy!r}")
     return int(found[1]) if found is not None else 1
 
 
 def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "full") -> int:
-    """How many numbers a key-value cache keeps for each token: a key and a value for each layer and visit of the streams
-    that later positions see."""
+    """Numbers per token in a key-value cache.
+
+    The cache keeps a key and a value for each visit to each layer, in the streams that later positions attend to.
+    """
     core, coda = passes.clean_no_grad or passes.core_no_grad, passes.readouts_no_grad
     most = visits_kept(policy) or max(core, coda)
     in_core = model.n_core * min(core, most)

@@ -1,4 +1,4 @@
-"""A plain Llama of the looped model's shape: the baseline that a user would train with Hugging Face transformers."""
+"""A plain Llama of the same shape as the looped model, from Hugging Face transformers, as a baseline for speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recurrent_db.model.layers import NORM_EPS
 
 
 def build_llama(config: Config) -> nn.Module:
-    """Llama with the looped model's widths, its layers at K = 1, its vocabulary, tied embeddings and fused attention.
+    """A Llama with the looped model's widths and vocabulary, its layers at K = 1, tied embeddings and fused attention.
 
     Raises:
         UserError: transformers is not installed.
@@ -22,7 +22,7 @@ def build_llama(config: Config) -> nn.Module:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        raise UserError("the reference needs pip install transformers; --no-reference leaves it out") from None
+        raise UserError("the Llama reference needs pip install transformers; --no-reference leaves it out") from None
     model = config.model
     shape: dict[str, Any] = {
         "vocab_size": model.vocab_size,
@@ -41,8 +41,13 @@ def build_llama(config: Config) -> nn.Module:
 
 
 def llama_flops(model: nn.Module, tokens_1T: Tensor) -> float:
-    """FLOPs per token of forward and backward, by PyTorch's counter. The counter misses some fused attention kernels, so
-    attention runs without fusion here."""
+    """FLOPs per token of a forward and backward pass, from PyTorch's counter.
+
+    Attention runs without fusion, because the counter misses some fused kernels. Gradients are cleared afterwards.
+
+    Args:
+        tokens_1T: token ids, int64, shape (1, T).
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(input_ids=tokens_1T, labels=tokens_1T).loss.backward()
     model.zero_grad(set_to_none=True)

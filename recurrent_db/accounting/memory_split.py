@@ -1,4 +1,4 @@
-"""Measures a training step's memory: the peak from the allocator's own events, and a split by what holds it."""
+"""Measures the memory of a training step: its peak, and its split into parameters, gradients, activations and so on."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from recurrent_db.optim.ema import EMA
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' elements; of a sharded tensor, this process's part."""
+    """Bytes of the tensors' elements. Of a sharded tensor, only this process's part counts."""
     return sum(t.numel() * t.element_size() for t in map(local, tensors))
 
 
 class MemorySplit:
-    """Bytes by what holds them in this process: parameters, gradients, optimizer, weight average, activations.
+    """Splits this process's memory in bytes: parameters, gradients, optimizer, EMA, activations.
 
-    Activations are what the forward pass of a micro-batch leaves alive for its backward. On CUDA they are the allocator's
-    difference. On the CPU they are the sum over autograd's saved tensors, each storage once, parameters not counted.
-    Buffers inside single operations are not part of the split; the peak has them.
+    Activations are the tensors that the forward pass of a micro-batch keeps for its backward pass. On CUDA they are the
+    growth of the allocated memory. On the CPU they are the sum of autograd's saved tensors, counting each storage once and
+    no parameters. Temporary buffers inside operations are not part of the split, but of the peak.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.activations: dict[int, int] = {}
-        """Bytes by the number of backpropagated iterations: nothing else changes them from step to step."""
+        """Bytes of activations by the number of core passes with gradient. Nothing else changes them between steps."""
         self._own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
         self._constant: dict[str, int] = {}
 
     @contextmanager
     def forward(self, device: torch.device, depth: int) -> Iterator[None]:
-        """Watch the forward pass of a micro-batch, the first one of each ``depth``."""
+        """Context of a micro-batch's forward pass. Measures the first one of each ``depth`` (core passes with gradient)."""
         if depth in self.activations:
             yield
         elif device.type == "cuda":
@@ -46,7 +46,7 @@ class MemorySplit:
 
             def pack(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
-                # Parameters that are gathered for the pass are other tensors than the shards.
+                # FSDP gathers parameters into tensors other than the shards.
                 parameter = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
                 if storage.data_ptr() not in self._own and not parameter:
                     saved[storage.data_ptr()] = storage.nbytes()
@@ -57,8 +57,8 @@ class MemorySplit:
             self.activations[depth] = sum(saved.values())
 
     def row(self, optimizer: torch.optim.Optimizer, ema: EMA | None, depth: int) -> dict[str, int]:
-        """Columns for the metrics, at a step's end. Gradients are as large as the parameters that have them."""
-        if not self._constant.get("memory/optimizer_bytes"):  # the optimizer holds nothing before a step is taken
+        """Columns of metrics.jsonl at the end of a step. Gradients are as large as the parameters that have them."""
+        if not self._constant.get("memory/optimizer_bytes"):  # the optimizer has no state before its first step
             parameters = list(self.model.parameters())
             states = (v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor))
             self._constant = {
@@ -71,10 +71,10 @@ class MemorySplit:
 
 
 def peak_live_bytes(action: Callable[[], object], device: torch.device | None = None) -> int:
-    """Most bytes of tensors that ``action`` holds at once, above what was held before it.
+    """Peak memory in bytes of the tensors that ``action`` allocates, above the memory in use before it.
 
-    On CUDA this is the allocator's peak. On the CPU it is the running sum of the allocator's events, which the profiler
-    records: exact for PyTorch's own tensors, without what libraries allocate for themselves.
+    On CUDA this is the allocator's peak. On the CPU it is the largest running sum of the allocator events that PyTorch's
+    profiler records. This is exact for PyTorch's tensors, but omits memory that libraries allocate themselves.
     """
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

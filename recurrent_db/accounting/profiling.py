@@ -1,9 +1,9 @@
-"""Splits the time of a training step by what its operations do, and by phase.
+"""Splits the time of a training step by groups of operations and by phase.
 
-PyTorch's profiler records the time of every operation without the operations that it called: on a CPU its own, on CUDA
-that of its kernels. Each operation goes into one of `GROUPS` by its name, or by the operation that called it. The
-profiler adds time to each operation, so a small model's many small operations look more expensive than they are; the
-time of a whole step is measured without it.
+PyTorch's profiler records the time of each operation without the operations that it calls: its CPU time on a CPU, the time
+of its kernels on CUDA. Each operation belongs to one of `GROUPS` by its name, or by the name of the operation that called
+it. The profiler slows each operation down, so the many small operations of a small model look more expensive than they
+are. Measure the time of a whole step without the profiler.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ GROUPS = {
     r"|_?(Fused|Scaled)R(MS|ms).*|_SwiGLU.*|_RotatedQKV.*"
     r"|.*Compiled(Fx|Func).*|Torch-Compiled Region.*|triton_.*|.*cpp_fused.*",
 }
-"""Patterns of operation names without their namespace. The first pattern that matches the whole name gives the group;
-names without one are `OTHER`: views, dispatch, autograd's bookkeeping. Code that a compiler fused counts as elementwise,
-whatever norms, softmax or lookups it holds; its matrix products and attention are operations of their own."""
+"""Group -> pattern of operation names without namespace. The first pattern that matches the whole name decides.
+
+Names without a match are `OTHER`: views, dispatch, autograd's bookkeeping. Compiled code counts as elementwise, even if it
+contains norms, softmax or lookups. Its matrix products and attention are separate operations."""
 
 _PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
 _PHASES = ("forward", "backward", "update")
 
 
 def group_of(name: str, callers: tuple[str, ...] = ()) -> str:
-    """The group of an operation; ``callers`` are the names of what called it, nearest first.
+    """The group of an operation.
 
-    Everything inside a range called ``update`` is `OPTIMIZER`. Everything in the linear cross-entropy but its matrix
+    Everything inside a range called ``update`` is `OPTIMIZER`. Everything inside the linear cross-entropy except its matrix
     products is `LOSS`.
+
+    Args:
+        callers: names of the operations that called it, nearest first.
     """
     if "update" in callers or name == "update":
         return OPTIMIZER
@@ -59,23 +63,23 @@ def group_of(name: str, callers: tuple[str, ...] = ()) -> str:
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Seconds of one step by group and by phase, in the profiler's time."""
+    """Seconds of one step by group and by phase, measured under the profiler."""
 
     by_group: dict[str, float]
     by_phase: dict[str, float]
 
     @property
     def outside(self) -> float:
-        """Share of the time that is neither in matrix products nor in attention."""
+        """Share of the time outside matrix products and attention (0 to 1)."""
         total = sum(self.by_group.values())
         return 1 - (self.by_group["matmul"] + self.by_group["attention"]) / total if total else 0.0
 
 
 def time_split(step: Callable[[], object], device: torch.device, steps: int = 2) -> TimeSplit:
-    """Profile ``steps`` calls of ``step``.
+    """Profile ``steps`` calls of ``step``, and return the mean over them.
 
-    The step marks its phases with `torch.profiler.record_function`: ``forward``, ``backward``, ``update``. Operations in
-    none of them count as forward.
+    ``step`` must mark its phases with `torch.profiler.record_function`: ``forward``, ``backward``, ``update``. Operations
+    outside these ranges count as forward.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -90,7 +94,7 @@ def time_split(step: Callable[[], object], device: torch.device, steps: int = 2)
     events: list[Any] = list(profile.events() or [])
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel: its time is also that of the operation which launched it
+            continue  # a kernel, whose time is already in the operation that launched it
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         callers, parent = [], event.cpu_parent
         while parent is not None:
@@ -99,7 +103,7 @@ def time_split(step: Callable[[], object], device: torch.device, steps: int = 2)
         names = [event.name, *callers]
         if "update" in names:
             phase = "update"
-        else:  # on CUDA the backward runs in a thread of its own, outside of the range
+        else:  # on CUDA the backward pass runs in its own thread, outside the range
             back = any(name == "backward" or name.startswith("autograd::engine") for name in names)
             phase = "backward" if back else "forward"
         by_group[group_of(event.name, tuple(callers))] += microseconds / 1e6 / steps

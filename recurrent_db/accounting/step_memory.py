@@ -1,13 +1,13 @@
-"""Predicts the memory of a training step before it is run: how many bytes each part holds at the peak.
+"""Predicts the memory of a training step: the bytes that each part holds at the peak.
 
-`Step.timeline` replays a step in its own order (gather, forward, head, backward, update), block by block. Each event
-holds or drops some bytes of one part; the peak is the largest sum. What a block keeps for its backward is counted tensor
-by tensor from the model's code; of what lives for a moment inside a block, the largest moment counts.
+`Step.timeline` replays a step in order (gather, forward, head, backward, update), block by block. Each event allocates or
+frees bytes of one part, and the peak is the largest sum. The tensors that a block keeps for its backward pass are counted
+one by one from the model's code. Of the temporary tensors inside a block, only their largest sum is counted.
 `benchmarks/speed/footprint.py` measures the same steps on a CPU and prints both.
 
-Sharding follows the trainer. Each block of prelude and coda is a unit of FSDP, gathered for its forward and again for
-its backward. The core is one unit, gathered once and kept until its last backward, whatever K is. Embedding, norms and
-noise embedding are gathered once, in fp32. Gradients are exchanged in the last micro-batch alone.
+Sharding is that of the trainer. Each block of prelude and coda is an FSDP unit, gathered for its forward pass and again for
+its backward pass. The core is one unit, gathered once and kept until its last backward pass, for any K. Embedding, norms
+and noise embedding are gathered once, in fp32. Gradients are exchanged only in the last micro-batch.
 
 Shapes: N tokens of a micro-batch (B sequences of T), D width, M hidden width of the MLP, H heads, V vocabulary.
 """
@@ -30,36 +30,39 @@ PARTS = (
     "parameters", "gradients", "optimizer", "average", "gathered", "activations", "logits and head", "working",
     "communication",
 )  # fmt: skip
-"""What holds memory. ``gathered``: copies of weights to compute with, FSDP's or autocast's. ``working``: what lives for a
-moment inside an operation or until an objective returns. ``communication``: buffers of collectives."""
+"""The parts that memory is split into.
+
+``gathered``: copies of weights made by FSDP or autocast. ``working``: temporary tensors inside operations, and local
+variables of an objective. ``communication``: buffers of collectives."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters by unit of sharding."""
+    """Number of parameters by sharding unit."""
 
     block: int
-    """One block of prelude or coda."""
+    """Parameters of one block of prelude or coda."""
     core: int
-    """Adapter and blocks of the core."""
+    """Parameters of the core's adapter and blocks."""
     rest: int
-    """Embedding, final norm, noise embedding."""
+    """Parameters of embedding, final norm and noise embedding."""
     ends: int
-    """How many blocks prelude and coda have together."""
+    """Number of blocks in prelude and coda together."""
     matrices: int
-    """Entries of all linear layers' weights: what autocast makes half-precision copies of."""
+    """Entries of the weights of all linear layers, which autocast copies to half precision."""
     muon: int
-    """Of these, what Muon updates."""
+    """The part of ``matrices`` that Muon updates."""
     widest: int
     """Entries of the largest matrix."""
 
     @property
     def total(self) -> int:
+        """Parameters of the whole model."""
         return self.ends * self.block + self.core + self.rest
 
     @classmethod
     def of(cls, config: Config) -> Sizes:
-        """From the model itself, on the meta device: nothing is allocated."""
+        """Count the parameters of a configuration's model. It is built on the meta device, without allocating memory."""
         model = build_model(config.model, None, "meta")
         count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
         total, core = count(model), count(model.core)
@@ -77,23 +80,28 @@ class Sizes:
 
 
 class Timeline:
-    """Bytes held by part; remembers the split at the largest sum."""
+    """Bytes held by each part, and the split at the peak."""
 
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()
+        """Current bytes by part."""
         self.peak: dict[str, int] = {}
+        """Bytes by part at the peak."""
         self.largest = 0
+        """Bytes of all parts at the peak."""
 
     def hold(self, part: str, size: float) -> None:
+        """Allocate ``size`` bytes of ``part``."""
         self.held[part] += round(size)
         if (now := sum(self.held.values())) > self.largest:
             self.largest, self.peak = now, dict(self.held)
 
     def drop(self, part: str, size: float) -> None:
+        """Free ``size`` bytes of ``part``."""
         self.held[part] -= round(size)
 
     def pulse(self, part: str, size: float) -> None:
-        """Hold for a moment."""
+        """Allocate ``size`` bytes of ``part`` and free them at once."""
         self.hold(part, size)
         self.drop(part, size)
 
@@ -104,93 +112,109 @@ class Step:
 
     config: Config
     sequences: int
-    """B of a micro-batch."""
+    """Sequences per micro-batch, B."""
     micro_batches: int = 1
+    """Micro-batches per step."""
     passes: Passes = Passes()  # noqa: RUF009
-    """Of the deepest step."""
+    """Passes of the deepest step."""
     mode: Mode = "none"
     shards: int = 1
     """Processes that share one copy of parameters, gradients and optimizer state."""
     half: bool = False
-    """bfloat16 autocast."""
+    """Whether the step uses bfloat16 autocast."""
     cuda: bool = False
+    """Whether the step runs on a GPU."""
     masked: bool = True
-    """Whether a batch's packed documents need a mask (sdpa keeps one; flash and flex keep none to speak of)."""
+    """Whether packed documents need a dense attention mask, as with sdpa. The masks of flash and flex are negligible."""
 
     # -- bytes for each token of a micro-batch ---------------------------------------------------------------------------
 
     @property
     def tokens(self) -> int:
+        """Tokens per micro-batch, N."""
         return self.sequences * self.config.data.sequence_length
 
     @property
     def size(self) -> int:
-        """Bytes of a number in matrix products."""
+        """Bytes per number in matrix products."""
         return 2 if self.half else 4
 
     def _norm(self) -> float:
         return 4 * self.config.model.d_model + 4  # normalised input and its scale, always fp32
 
     def block_saved(self, modulated: bool = False, levels: int = 1, beside: bool = False) -> float:
-        """What one block keeps for its backward, bytes per token: four norms; the inputs of four matrix products; queries
-        and keys (rotated, in one piece) and the fused projection's output, whose last third the values are a view of;
-        attention's log-sum-exp; the MLP's gate and up and their products."""
+        """Bytes per token that one block keeps for its backward pass.
+
+        These are: four norms; the inputs of four matrix products; the rotated queries and keys (one tensor); the output of
+        the fused projection, whose last third holds the values; attention's log-sum-exp; the MLP's gate, up and product.
+
+        Args:
+            modulated: the block is conditioned on noise.
+            levels: noise levels per sequence.
+            beside: the block attends to a second stream.
+        """
         model, a = self.config.model, self.size
         width, hidden = model.d_model, model.d_mlp
-        attention = 7 * width if beside else 6 * width  # beside another stream keys and values are copied together
+        attention = 7 * width if beside else 6 * width  # with a second stream, keys and values are copied together
         saved = 4 * self._norm() + a * (2 * width + attention + 4 * hidden) + 4 * model.n_heads
         if modulated:
-            saved += a * 2 * width  # both branches, for the gates' gradient
+            saved += a * 2 * width  # outputs of both branches, for the gradient of the gates
             if self.cuda:
-                saved += 4 * 2 * width  # PyTorch's own norm keeps its input, and the modulation its result
+                saved += 4 * 2 * width  # PyTorch's own norm keeps its input, and the modulation keeps the norm's result
             if levels > 1:
-                saved += 4 * 4 * width  # scales and gates of each token
+                saved += 4 * 4 * width  # scales and gates for each token
         return saved
 
     def keys_values_saved(self) -> float:
-        """What a block keeps if it makes only keys and values, bytes per token."""
+        """Bytes per token that a block keeps if it computes only keys and values."""
         width, a = self.config.model.d_model, self.size
         return self._norm() + a * (width + 5 * width)
 
     def adapter_saved(self) -> float:
+        """Bytes per token that the adapter keeps for its backward pass."""
         width, a = self.config.model.d_model, self.size
         return {"linear": a * 2 * width, "diagonal": 4 * width + a * width, "add": 0}[self.config.model.injection]
 
     def iteration_saved(self) -> float:
-        """One backpropagated core iteration, bytes per token."""
+        """Bytes per token that one core pass with gradient keeps for its backward pass."""
         passes = self.passes
         modulated = passes.noise_levels > 0
         block = self.block_saved(modulated, passes.noise_levels, passes.beside)
         return self.adapter_saved() + self.config.model.n_core * block
 
     def conditioning_saved(self) -> float:
-        """The noise embedding, bytes: features, hidden layer before and after its activation, and the modulation."""
+        """Bytes that the noise embedding keeps: features, hidden layer before and after its activation, modulation."""
         model, passes = self.config.model, self.passes
         if not passes.noise_levels:
             return 0.0
-        rows = self.sequences * passes.noise_levels
-        return 4.0 * rows * (3 * model.d_condition + 6 * model.n_core * model.d_model)
+        embeddings = self.sequences * passes.noise_levels
+        return 4.0 * embeddings * (3 * model.d_condition + 6 * model.n_core * model.d_model)
 
     def backward_working(self) -> float:
-        """The largest moment of a block's backward, bytes: the gradients of the MLP's gate and up and of their product, and
-        what they are made of. The residual stream's gradients take the place of what the norm before kept."""
+        """Peak of the temporary bytes in a block's backward pass.
+
+        It is reached in the MLP, with the gradients of gate, up and their product, and of a weight. The gradients of the
+        residual stream take the place of tensors that the previous norm has freed.
+        """
         model = self.config.model
         return self.tokens * self.size * 3 * model.d_mlp + 4 * model.d_mlp * model.d_model
 
     def forward_working(self) -> float:
-        """The same of a block's forward without gradient."""
+        """Peak of the temporary bytes per token in a block's forward pass without gradient."""
         model, a = self.config.model, self.size
         return a * 4 * model.d_mlp + 3 * 4 * model.d_model
 
     def clean_saved(self) -> float:
-        """What two-stream conditioning's clean stream keeps for its backward, bytes per token."""
+        """Bytes per token that the clean stream of two-stream conditioning keeps for its backward pass."""
         if not self.passes.clean_grad:
             return 0.0
         return self.adapter_saved() + (self.config.model.n_core - 1) * self.block_saved() + self.keys_values_saved()
 
     def locals(self) -> float:
-        """What an objective holds until it returns, bytes per token: context, state, hidden vectors; for a denoiser noise,
-        clean and noisy target and estimate too."""
+        """Bytes per token of an objective's local variables: context, state and hidden vectors.
+
+        For a denoiser also the noise, the target, the noised target and the estimate.
+        """
         width = self.config.model.d_model
         if self.passes.noise_levels:
             return 4.0 * width * 5 + self.size * width
@@ -199,24 +223,27 @@ class Step:
     # -- bytes of a micro-batch -----------------------------------------------------------------------------------------
 
     def beside_blocks(self) -> float:
-        """What a micro-batch keeps for its backward outside of all blocks, bytes."""
+        """Bytes that a micro-batch keeps for its backward pass outside the blocks."""
         tokens, width = self.tokens, self.config.model.d_model
         kept = 16 * tokens + self.conditioning_saved() + 2 * tokens * self._norm()
         if self.passes.noise_levels:
-            kept += tokens * (4 * width + 12)  # target rows and their norms
+            kept += tokens * (4 * width + 12)  # target embeddings and their norms
         if self.config.run.activation_checkpointing:
-            kept += tokens * 4 * width  # the context, which every iteration's input refers to
+            kept += tokens * 4 * width  # the context, which is an input of every checkpointed pass
         return kept
 
     def mask(self) -> int:
-        """The mask of packed documents, bytes."""
+        """Bytes of the mask of packed documents."""
         data = self.config.data
         if not (self.masked and data.document_mask):
             return 0
         return self.sequences * data.sequence_length**2 * (1 if self.cuda else self.size)
 
     def timeline(self) -> Timeline:
-        """What the step holds from its first micro-batch to its update. Later micro-batches hold what the second holds."""
+        """Replay the step from its first micro-batch to its update.
+
+        At most two micro-batches are replayed, because all later ones hold the same as the second.
+        """
         return _Replay(self).run()
 
 
@@ -230,9 +257,9 @@ class _Replay:
         self.sharded = step.mode in ("fsdp", "hsdp")
         self.part = step.shards if self.sharded else 1
         self.gathered_size = step.size if self.sharded else 4
-        """Bytes of a number in gathered blocks."""
+        """Bytes per number in gathered blocks."""
         self.casts = 2 * self.sizes.matrices if step.half and not self.sharded else 0
-        """Autocast's half-precision copies of the weights."""
+        """Bytes of autocast's half-precision copies of the weights."""
         self.block = tokens * step.block_saved()
         self.iteration = tokens * step.iteration_saved()
         checkpointed = config.run.activation_checkpointing
@@ -257,28 +284,34 @@ class _Replay:
             self.backward(again, last)
             line.drop("activations", self.other)
             line.drop("gathered", self.casts)
-        self.let_go(sizes.rest, 4)
+        self.release(sizes.rest, 4)
         self.update()
         return line
 
-    # -- units of sharding ---------------------------------------------------------------------------------------------
+    # -- sharding units ------------------------------------------------------------------------------------------------
 
     def gather(self, parameters: int, size: int) -> None:
+        """Gather a unit with this many parameters, at ``size`` bytes per number. Does nothing without sharding."""
         if self.part > 1:
             self.line.hold("gathered", size * parameters)
-            self.line.pulse("communication", size * parameters)  # arrives in one piece, and is copied out
+            self.line.pulse("communication", size * parameters)  # received into one buffer and copied from there
 
-    def let_go(self, parameters: int, size: int) -> None:
+    def release(self, parameters: int, size: int) -> None:
+        """Free a gathered unit."""
         if self.part > 1:
             self.line.drop("gathered", size * parameters)
 
     def gather_block(self) -> None:
+        """Gather a block of prelude or coda."""
         size = self.gathered_size * self.sizes.block
         self.gather(self.sizes.block, self.gathered_size)
-        self.line.pulse("gathered", size if self.part > 1 else 0)  # the next one is fetched early
+        self.line.pulse("gathered", size if self.part > 1 else 0)  # FSDP prefetches the next block
 
     def gradients(self, parameters: int, again: bool, last: bool) -> None:
-        """A unit's gradient is complete: added to an earlier micro-batch's, then, sharded, sent away."""
+        """A unit's gradient is complete. Add it to the gradient of earlier micro-batches (``again``).
+
+        In the ``last`` micro-batch, FSDP reduces it to this process's shard.
+        """
         line, part = self.line, self.part
         if again:
             line.drop("gradients", 4 * parameters)
@@ -305,16 +338,16 @@ class _Replay:
         for _ in range(count):
             self.gather_block()
             self.line.hold("activations", self.block)
-            self.let_go(self.sizes.block, self.gathered_size)
+            self.release(self.sizes.block, self.gathered_size)
 
     def head(self) -> None:
-        """The fused cross-entropy: forward, and the gradients of the embedding and of the hidden vectors."""
+        """The fused cross-entropy: its forward pass, and the gradients of the embedding and of the hidden vectors."""
         line, step, tokens = self.line, self.step, self.tokens
         vocabulary, width = self.model.vocab_size, self.model.d_model
         line.hold("working", tokens * step.locals())
         line.hold("gradients", 4 * vocabulary * width)
         line.hold("logits and head", tokens * width * step.size)
-        # Logits and their softmax; of half-precision logits a CPU makes a wide copy first.
+        # Logits and their softmax. On a CPU half-precision logits are first copied to fp32.
         chunk = min(chunk_rows(tokens), tokens) * vocabulary * (10 if step.half and not step.cuda else 8)
         line.pulse("logits and head", chunk + (2 * vocabulary * width if step.half else 0))
         line.drop("working", tokens * step.locals())
@@ -326,7 +359,7 @@ class _Replay:
         self.line.drop("activations", self.clean)
         self.gradients(self.sizes.core, again, last)
         if last:
-            self.let_go(self.sizes.core, self.gathered_size)
+            self.release(self.sizes.core, self.gathered_size)
         self.blocks_backward(self.model.n_prelude, again, last)
         self.line.hold("gradients", 4 * (self.sizes.rest - self.model.vocab_size * self.model.d_model))
         self.gradients(self.sizes.rest, again, last)
@@ -338,7 +371,7 @@ class _Replay:
             self.line.pulse("working", self.step.backward_working())
             self.line.hold("gradients", 4 * self.sizes.block)
             self.line.drop("activations", self.block)
-            self.let_go(self.sizes.block, self.gathered_size)
+            self.release(self.sizes.block, self.gathered_size)
             self.gradients(self.sizes.block, again, last)
 
     def core_backward(self) -> None:
@@ -347,7 +380,7 @@ class _Replay:
             line.drop("activations", self.kept_iteration)
             line.hold("activations", self.iteration)
             for _ in range(n_core):
-                # Later iterations add their gradient to the first one's, by way of one more matrix.
+                # All passes but the first hold one more matrix, whose entries are added to the existing gradient.
                 line.pulse("working", self.step.backward_working() + (4 * self.sizes.widest if index else 0))
                 line.hold("gradients", 0 if index else 4 * self.sizes.core / n_core)
                 line.drop("activations", self.iteration / n_core)
@@ -357,6 +390,6 @@ class _Replay:
         if self.config.optim.ema_decay:
             line.pulse("working", 4 * sizes.total / self.part)
         if sizes.muon:
-            # What a step that may be skipped puts back, Nesterov's sum, and the half-precision matrices of Newton-Schulz.
+            # Copies for undoing a skipped step, Nesterov's sum, and the half-precision matrices of Newton-Schulz.
             line.pulse("working", sizes.widest * (4 * 3 + 2 * 4))
         line.drop("gradients", line.held["gradients"])
