@@ -1,8 +1,8 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later: they set up .venv first, once.
+# The first target that needs it sets up .venv. This requires Python 3.11 or later.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# make setup LOCK=1 installs the versions of requirements.lock, and of nothing else any version that pyproject.toml allows.
+# LOCK=1 installs exactly the versions of requirements.lock. Without it pip chooses versions that pyproject.toml allows.
 LOCK ?=
 PINS := $(if $(LOCK),--constraint requirements.lock)
 VENV := .venv
@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 setup: $(STAMP)
 
-# torch comes first: with it installed, no other package pulls in another build of it.
+# Install torch first, so that no other package pulls in another build of it.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; name it with make PYTHON=python3.x" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
@@ -25,12 +25,12 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
-# As many processes as cores, at most four, each with one thread; what one has not begun another takes, so that none idles at the end.
+# All tests but the long ones, in one process per core, at most four, with one thread each. worksteal moves tests to idle processes.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long" -n logical --maxprocesses 4 --dist worksteal
 
-# The tests of the core that take milliseconds each (pytestmark = pytest.mark.fast): for after each edit. Only the files that
-# hold the mark are imported.
+# Run after each edit: the test files marked with pytestmark = pytest.mark.fast, whose tests take milliseconds each. Only
+# these files are imported.
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "fast and not long" -n logical --maxprocesses 4 --dist worksteal $$(grep -rl --include='test_*.py' '^pytestmark = pytest.mark.fast' tests)
 
@@ -47,23 +47,24 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The site, in site/. --strict: a broken link or an unknown name fails.
+# Builds the documentation site in site/. With --strict a broken link or an unknown name is an error.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Known vulnerabilities of the versions in requirements.lock. It has an environment of its own, so that it changes none of
-# these, and fails (--strict) where the service cannot be asked about one of them.
+# Reports known vulnerabilities of the versions in requirements.lock. It uses its own environment, so that it does not change
+# the installed versions. With --strict it fails if the service does not answer for a package.
 audit:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet "pip-audit>=2.7,<3"
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement requirements.lock
 
-# Writes requirements.lock anew from what is installed; a local build's tag (torch's +cpu) is no part of a version to ask for.
+# Rewrites requirements.lock from the installed packages. Local version tags (torch's +cpu) are removed, because package
+# indexes do not know them.
 lock: $(STAMP)
 	@{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*\)==\([0-9][^+ ]*\).*/\1==\2/p' | sed 's/^\([^=]*\)/\L\1/; :again s/^\([^=]*\)[_.]/\1-/; t again' | LC_ALL=C sort; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-# Rewrites the golden loss curves; only for a change that is meant to change them.
+# Rewrites the golden loss curves. Use it only after a change that is meant to alter them.
 golden: $(STAMP)
 	$(BIN)/python tests/golden/make_golden.py
 

@@ -99,5 +99,5 @@ def test_policies_against_their_definition(options: list[str], k: int) -> None:
 
 def test_a_policy_that_is_none() -> None:
     for word in ("modulo-0", "modulo", "first"):
-        with pytest.raises(UserError, match="a cache policy is full, last or modulo-S"):
+        with pytest.raises(UserError, match="the cache policy must be full, last or modulo-S"):
             Cache(built(["next_token"]), 1, 1, policy=word)

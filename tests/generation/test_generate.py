@@ -171,7 +171,7 @@ def test_generation_under_a_cache_policy(tokenizer: Tokenizer) -> None:
     )
     assert full == both
     assert full != last
-    with pytest.raises(UserError, match="a cache policy is"):
+    with pytest.raises(UserError, match="the cache policy must be"):
         generate(model, tokenizer, "def ", cache_policy="some")
 
 

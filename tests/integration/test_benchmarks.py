@@ -422,4 +422,4 @@ def test_cache_policies(folder: Path, script_here: Run, name: str) -> None:
     assert rows["last"]["bytes_per_token"] < rows["full"]["bytes_per_token"] == rows["modulo-4"]["bytes_per_token"]
     result = script_here("eval/diagnostics/cache_policies.py", *words, "--policies", "full,first")
     assert result.returncode == 2
-    assert "a cache policy is full, last or modulo-S" in result.stderr
+    assert "the cache policy must be full, last or modulo-S" in result.stderr

@@ -139,7 +139,7 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(
     [trainer] = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(trainer), signal.SIGTERM)
     _, said = launcher.communicate(timeout=300)
-    assert (launcher.returncode, said) == (130, "block-1 was stopped; the same call continues\n")
+    assert (launcher.returncode, said) == (130, "block-1 was stopped; the same command continues\n")
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"block-1", "block-1.log"}
     for _ in range(2):  # the second has nothing to do but to join
         again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -152,7 +152,7 @@ def test_a_stopped_owner_stops_the_others_and_the_same_call_goes_on(
     longer = [*command[:3], *options(data, 2, *more, "--budget.steps", 160)]
     told = subprocess.run(longer, env=environment, capture_output=True, text=True, timeout=300)
     assert (told.returncode, told.stderr.count("\n")) == (2, 1)
-    assert f"{tmp_path}/runs/block-1 would train further, and {tmp_path}/runs/block-2 was trained" in told.stderr
+    assert f"{tmp_path}/runs/block-1 has budget left to train, but {tmp_path}/runs/block-2 was trained" in told.stderr
     assert find_checkpoint(tmp_path / "runs/block-1").name == "step-00000150"
     assert train(data, tmp_path / "one", 2, "--blocks.only", 1, *more) == 0
     assert train(data, tmp_path / "two", 2, "--blocks.only", 2, "--init.from", tmp_path / "one", *more) == 0
@@ -170,9 +170,9 @@ def test_mistakes_in_a_launch_are_one_line_before_anything_trains(
         ("runs", [], "0", "BLOCKS_AT_ONCE must be a whole number above 0, got 0"),
         ("runs", [], "two", "BLOCKS_AT_ONCE must be a whole number above 0, got two"),
         ("taken", [], "1", "taken/joined exists and is not a joined run"),
-        ("runs", ["--init.from", tmp_path / "plain"], "1", "init.from and blocks.shared = owned"),
+        ("runs", ["--init.from", tmp_path / "plain"], "1", "init.from needs blocks.shared = frozen"),
         ("runs", ["--blocks.shared", "all"], "1", "needs all blocks in one process"),
-        ("runs", ["--model.n_blocks", 0, "--objective.name", "next_token"], "1", "has no blocks"),
+        ("runs", ["--model.n_blocks", 0, "--objective.name", "next_token"], "1", "is not a model in blocks"),
     ):
         environment = {**os.environ, "PYTHON": quick_python, "PYTHONPATH": str(ROOT), "BLOCKS_AT_ONCE": at_once}
         told = subprocess.run(

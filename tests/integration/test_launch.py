@@ -141,7 +141,7 @@ def test_slurm_saves_and_requeues(tmp_path: Path, number: signal.Signals, saved_
     _, errors = job.communicate(timeout=300)
     assert log.read_text().splitlines() == ["started", "saved", "requeue 41"]
     assert job.returncode == 0, errors
-    assert ("left with status 1" in errors) == (saved_status == "1")
+    assert ("exited with status 1" in errors) == (saved_status == "1")
 
 
 @pytest.mark.parametrize("status", ["0", "3"])

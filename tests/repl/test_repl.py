@@ -380,7 +380,7 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
         ("/sampler diagonal:x", "the sampler must be sequential, speculative"),
         ("/warm maybe", "warm_start must be on or off"),
         ("/adaptive often", "exit must be kl, entropy or latent"),
-        ("/cache some", "a cache policy is full, last or modulo-S"),
+        ("/cache some", "the cache policy must be full, last or modulo-S"),
         ("/compare", "/compare takes two or more values of K"),
         ("/compare 1 2", "type a prompt first"),
         ("/trace", "type a prompt first"),

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Trains each block of a model in a process of its own, and joins them:
+# Train each block of a model in its own process, then join the blocks.
 #
 #   train/launch/blocks.sh [--dry-run] CONFIG.toml RUNS [--dotted.key value ...]
 #
-# --dry-run prints what each block takes, and the commands; it starts nothing.
-# The processes share nothing while they train: no process group, no gradient, no barrier. Block b trains in RUNS/block-b with
-# its log in RUNS/block-b.log; the whole model is RUNS/joined. Where a block owns the embedding (blocks.shared = owned) it is
-# trained first, and the others read it from there as they start; where it is frozen, all start at once.
+# --dry-run prints the cost of each block and the commands, and starts nothing.
 #
-# The same call again continues what was stopped and does not repeat what is done; while a block is not done, none is joined.
-# A joined model that has these blocks stays as it is; one that was evaluated or trained further is moved aside for another.
-# A budget among the options is each block's. To train a block anew, remove its folder.
-# BLOCKS_AT_ONCE=1 trains them one after another, to the same bits. PYTHON names the interpreter.
+# Block b trains in RUNS/block-b and logs to RUNS/block-b.log. The joined model is RUNS/joined. A budget in the options applies
+# to each block. The processes do not communicate while they train. With blocks.shared = owned, the block that owns the
+# embedding is trained first, and the others read the embedding when they start. With frozen, all blocks start at once.
+#
+# The same command again continues stopped blocks and skips finished ones. The blocks are joined when all are finished. An
+# existing RUNS/joined with the same blocks is left unchanged; one that was evaluated or trained further is renamed and kept.
+# To train a block again, remove its folder.
+#
+# Environment:
+#   BLOCKS_AT_ONCE  processes that run at the same time; their number does not change the result. Default: all blocks
+#   PYTHON          interpreter. Default: python
 set -euo pipefail
 
 dry_run=
@@ -20,7 +24,7 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 if [ $# -lt 2 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-    sed -n '2,15s/^# \{0,1\}//p' "$0"
+    sed -n '2,19s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || [ "${1:-}" = -h ] && exit 0 || exit 2
 fi
 config=$1 runs=$2
@@ -32,7 +36,7 @@ if ! [[ ${BLOCKS_AT_ONCE:-1} =~ ^[1-9][0-9]*$ ]]; then
     exit 2
 fi
 if [ -e "$runs/joined" ] && ! [ -e "$runs/joined/blocks.json" ]; then
-    echo "error: $runs/joined exists and is not a joined run: move it away" >&2
+    echo "error: $runs/joined exists and is not a joined run: move or remove it" >&2
     exit 2
 fi
 
@@ -45,40 +49,40 @@ from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
 
 
-def check(config: Config, owner: Path, others: list[Path]) -> None:
-    from recurrent_db.store.checkpoint import Checkpoint  # here, since it loads torch, which takes seconds
+def check_owner(config: Config, owner: Path, others: list[Path]) -> None:
+    from recurrent_db.store.checkpoint import Checkpoint  # imported here because it loads torch, which takes seconds
     from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 
     others = [path for path in others if list_checkpoints(path)]
     if others and list_checkpoints(owner):
         if Checkpoint(find_checkpoint(owner)).training()[0].spent(config.budget) < 1:
             raise UserError(
-                f"{owner} would train further, and {others[0]} was trained on its table as it is: take another folder,"
-                " or remove the other blocks first"
+                f"{owner} has budget left to train, but {others[0]} was trained on its present embedding: use another"
+                " folder, or remove the other blocks first"
             )
 
 
-def say() -> None:
+def check_and_print() -> None:
     config, runs = load_config(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2])
     if not config.model.n_blocks:
-        raise UserError(f"{sys.argv[1]} has no blocks (model.n_blocks is 0)")
+        raise UserError(f"{sys.argv[1]} is not a model in blocks (model.n_blocks is 0)")
     if config.blocks.shared == "all":
-        raise UserError("blocks.shared = all needs all blocks in one process: take owned or frozen")
+        raise UserError("blocks.shared = all needs all blocks in one process: use owned or frozen")
     owner = runs / f"block-{config.blocks.owner}"
     others = [path for path in sorted(runs.glob("block-*/")) if path != owner]
     if config.blocks.shared == "owned":
         if config.init.from_:
-            raise UserError("init.from and blocks.shared = owned: the others start from their owner; take frozen")
+            raise UserError("init.from needs blocks.shared = frozen: with owned, blocks start from the embedding's owner")
         if others:
-            check(config, owner, others)
+            check_owner(config, owner, others)
     print(config.model.n_blocks, config.blocks.shared, config.blocks.owner)
 
 
-run_and_exit(say)
+run_and_exit(check_and_print)
 PYTHON
 ) || exit 2
 if [ -n "$dry_run" ]; then
-    # The table is of the file: options that change the shape are not in it.
+    # The table describes CONFIG alone: it ignores dotted options that change the model's shape.
     "$python" -m recurrent_db flops "$config"
     echo "would run, ${BLOCKS_AT_ONCE:-$n_blocks} at once$([ "$shared" = owned ] && echo ", block $owner first"):"
     for number in $(seq "$n_blocks"); do
@@ -96,14 +100,14 @@ children=()
 stop() {
     kill -TERM "${children[@]}" 2>/dev/null || true
     wait || true
-    echo "stopped; the same call continues" >&2
+    echo "stopped; the same command continues" >&2
     exit 130
 }
 trap stop INT TERM
 
 failed=0 stopped= broken=()
 logs=() starts=()
-block() { # number, more words of the trainer
+block() { # NUMBER [trainer options]: start a block
     local number=$1 log="$runs/block-$1.log"
     shift
     touch "$log"
@@ -113,12 +117,12 @@ block() { # number, more words of the trainer
     children+=($!)
     logs+=("$log")
 }
-finish() { # waits for the oldest child
-    local said
+finish() { # wait for the oldest child
+    local output
     wait "${children[0]}" || failed=1 broken+=("${logs[0]}:${starts[0]}")
-    said=$(tail -c "+${starts[0]}" "${logs[0]}") # of this call
-    # A block that a signal stopped has saved itself and ends well, but is not done.
-    if grep -q '^stopped by signal' <<< "$said"; then failed=1 stopped="${logs[0]}"; fi
+    output=$(tail -c "+${starts[0]}" "${logs[0]}") # only the lines of this command
+    # A block that was stopped by a signal has saved a checkpoint and exits with status 0, but it is not finished.
+    if grep -q '^stopped by signal' <<< "$output"; then failed=1 stopped="${logs[0]}"; fi
     children=("${children[@]:1}") logs=("${logs[@]:1}") starts=("${starts[@]:1}")
 }
 
@@ -136,13 +140,13 @@ for number in $(seq "$n_blocks"); do
 done
 while [ "${#children[@]}" -gt 0 ]; do finish; done
 if [ -n "$stopped" ]; then
-    echo "$(basename "$stopped" .log) was stopped; the same call continues" >&2
+    echo "$(basename "$stopped" .log) was stopped; the same command continues" >&2
     exit 130
 fi
 if [ "$failed" = 1 ]; then
     for entry in "${broken[@]}"; do
-        said=$(tail -c "+${entry##*:}" "${entry%:*}")
-        grep '^error' <<< "$said" >&2 || tail -n 3 <<< "$said" >&2
+        output=$(tail -c "+${entry##*:}" "${entry%:*}")
+        grep '^error' <<< "$output" >&2 || tail -n 3 <<< "$output" >&2
     done
     exit 2
 fi

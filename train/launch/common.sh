@@ -1,8 +1,8 @@
-# What the launchers share; sourced, not run. They set ROOT (this repository).
+# Functions of the launchers. Source this file after setting ROOT to the repository's root.
 
-GPU=${GPU:-H100} # a name of the plan's table
+GPU=${GPU:-H100} # a GPU name that recurrent-db plan knows
 
-# Sourced without arguments of its own, so this is the launcher's first one, and it is gone for the launcher too.
+# $1 is the launcher's own first argument. `shift` removes it for the launcher too.
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then
   dry_run=1
@@ -12,19 +12,19 @@ fi
 PYTHON=${PYTHON:-python}
 PRETRAIN=$ROOT/train/pretrain.py
 
-# A user's mistake is one line and status 2.
+# Report a mistake of the user in one line, and exit with status 2: fail MESSAGE
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# A whole number above zero, or a mistake: need_count NAME VALUE
+# Fail unless VALUE is a whole number above 0: need_count NAME VALUE
 need_count() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be a whole number above 0, got '$2'"
 }
 
-# The plan for so many GPUs, from the arguments that the trainer would get: show_plan GPUS CONFIG [options]
-# --resume and --overwrite say what becomes of a run directory, and nothing about a step.
+# Print the plan for GPUS GPUs and the trainer's arguments: show_plan GPUS CONFIG [options]
+# --resume and --overwrite are left out, because they do not change the plan.
 show_plan() {
   local gpus=$1 words=() word previous=
   shift
@@ -36,7 +36,7 @@ show_plan() {
   echo
 }
 
-# The exact command, quoted so that it can be pasted: show_command WORD...
+# Print a command, quoted so that it can be pasted into a shell: show_command WORD...
 show_command() {
   echo "would run:"
   printf ' %q' "$@"

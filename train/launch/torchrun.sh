@@ -3,22 +3,22 @@
 #
 #   train/launch/torchrun.sh [--dry-run] CONFIG.toml [--dotted.key value ...]
 #
-# --dry-run prints what it would cost (memory per GPU, FLOPs of a step, estimated tokens/s, time for the budget) and the
-# exact command, and starts nothing.
+# --dry-run prints the plan (memory per GPU, FLOPs per step, estimated tokens/s, time for the budget) and the exact command,
+# and starts nothing.
 #
 # Environment:
-#   NPROC         processes, one for each GPU. Default: the GPUs that nvidia-smi lists, 1 where there is none
-#   MAX_RESTARTS  how often torchrun starts all processes again when one dies. Default: 3
-#   GPU           name for the plan (H100, H200, ...). Default: H100
+#   NPROC         number of processes, one per GPU. Default: the GPUs that nvidia-smi lists, or 1
+#   MAX_RESTARTS  how often torchrun restarts all processes when one dies. Default: 3
+#   GPU           GPU name for the plan (H100, H200, ...). Default: H100
 #   PYTHON        interpreter. Default: python
 #
-# torchrun gives every process its RANK, LOCAL_RANK and WORLD_SIZE, and a port to meet at (--standalone picks a free one).
-# With several processes the trainer takes DDP; --parallel.mode fsdp shards parameters, gradients and optimizer state.
-# data.batch_size counts sequences over all processes, so the same command trains the same model on 1 GPU or on 8.
+# torchrun sets RANK, LOCAL_RANK and WORLD_SIZE for every process, and the port at which they meet (--standalone picks a free
+# one). Several processes train with DDP by default; --parallel.mode fsdp shards parameters, gradients and optimizer state.
+# data.batch_size counts the sequences of all processes, so the same command trains the same model on 1 GPU or on 8.
 #
-# A restart by torchrun continues what this job began, from its newest checkpoint. A job started anew needs --resume, which
-# starts afresh where there is no checkpoint yet. A mistake is one line of the trainer's, which torchrun repeats and adds to:
-# --dry-run finds most of them first. Ctrl-C and SIGTERM end the run after the step in flight, with a checkpoint.
+# After a restart by torchrun the job continues from its newest checkpoint. To continue an earlier job, add --resume, which
+# starts at step 0 if there is no checkpoint. The trainer reports a mistake in one line, to which torchrun adds its own output;
+# --dry-run finds most mistakes in advance. Ctrl-C and SIGTERM end the run after the current step, with a checkpoint.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -33,7 +33,7 @@ fi
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 need_count NPROC "$NPROC"
 
-# One thread per process unless asked for more: N processes that each take every core slow each other down.
+# One thread per process by default, because processes that each use all cores slow each other down.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 command=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS"
   "$PRETRAIN" "$@")
