@@ -50,7 +50,7 @@ def test_prompts_are_windows_of_documents() -> None:
     assert set(found) == {("a", 0, 0), ("a", 0, 7), ("a", 2, 0), ("b", 1, 0), ("b", 2, 0), ("b", 2, 7)}
     assert found["a", 0, 7] == ([17, 18, 19], [20, 21, 22, 23])
     assert found["a", 2, 0] == ([2010, 2011, 2012], [2013])
-    with pytest.raises(UserError, match="it has 6 windows of 3 \\+ 4 tokens, and 7 are needed"):
+    with pytest.raises(UserError, match="has 6 windows of 3 \\+ 4 tokens, but 7 are needed"):
         choose_prompts(data, 7, 3, 4)
 
 

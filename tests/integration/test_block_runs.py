@@ -392,7 +392,7 @@ def test_the_comparison_asks_for_its_judge_before_it_trains(
     told = script_here("benchmarks/paper/blocks.py", *places, "--judge", tmp_path / "nowhere")
     assert told.returncode == 2
     assert told.stderr.strip() == (
-        f"error: --judge {tmp_path}/nowhere is not a run directory with a checkpoint (eval/train_judge.py makes one)"
+        f"error: --judge {tmp_path}/nowhere is not a run directory with a checkpoint (make one with eval/train_judge.py)"
     )
     assert not (tmp_path / "work").exists()
 

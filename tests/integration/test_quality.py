@@ -315,7 +315,7 @@ def test_a_run_that_a_signal_ended_is_no_result(data: Path, tmp_path: Path, monk
     quality = planned(data, tmp_path, arms="next_token", rates="1e-3", seeds="0", budget_flops="1e9")
     monkeypatch.setattr(quality.slice, "call", lambda *_: None)
     [run] = quality.pending()
-    with pytest.raises(Exception, match="stopped before its end"):
+    with pytest.raises(Exception, match="was stopped early"):
         quality.do(run, 0)
     assert not list(quality.folder.iterdir())
 

@@ -289,7 +289,7 @@ def test_memory_that_does_not_hold_a_batch(speed: ModuleType) -> None:
         return action
 
     assert speed.fitting(8, needs(3)) == {"batch_size": 2}
-    with pytest.raises(UserError, match="not even one"):
+    with pytest.raises(UserError, match="a single sequence"):
         speed.fitting(8, needs(0))
 
 
