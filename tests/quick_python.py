@@ -41,7 +41,8 @@ if status < 0:
 os._exit(status)
 """
 PRELOADED = ("torch._dynamo", "recurrent_db.training.trainer", "recurrent_db.objectives", "recurrent_db.commands.blocks",
-             "recurrent_db.huggingface.export", "recurrent_db.report.page", "recurrent_db.commands.plan")  # fmt: skip
+             "recurrent_db.huggingface.export", "recurrent_db.report.page", "recurrent_db.commands.plan",
+             "recurrent_db.commands.repl")  # fmt: skip
 
 
 class QuickPython:
@@ -88,7 +89,9 @@ def _child(arguments: list[str], folder: str, environment: dict[str, str], strea
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    sys.stdin = os.fdopen(0, "r", closefd=False)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, "r", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

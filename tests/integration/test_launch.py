@@ -92,11 +92,11 @@ def test_mistakes_are_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_one_process_trains(tmp_path: Path) -> None:
+def test_one_process_trains(tmp_path: Path, quick_python: str) -> None:
     synthetic_data(tmp_path / "data")
     options = ["--data.path", str(tmp_path / "data"), "--run.dir", str(tmp_path / "run"), "--budget.steps", "2"]
     options += ["--eval.points", "0", "--run.device", "cpu", "--data.batch-size", "2", "--data.sequence-length", "32"]
-    done = launch("torchrun.sh", TINY, *options, NPROC="1", MAX_RESTARTS="0")
+    done = launch("torchrun.sh", TINY, *options, NPROC="1", MAX_RESTARTS="0", PYTHON_EXEC=quick_python)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
     assert list((tmp_path / "run/checkpoints").glob("step-*2"))

@@ -52,6 +52,7 @@ from recurrent_db.store.loading import load
 
 WINDOW = 64
 Loaded = tuple[LoopedLM, Tokenizer]
+Command = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -538,8 +539,10 @@ def test_mistakes_of_the_command(options: list[str], word: str) -> None:
 # -- a pipe -------------------------------------------------------------------------------------------------------------
 
 
-def command(run: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "recurrent_db", "repl", str(run), "--device", "cpu", *options]
+@pytest.fixture
+def command(quick_python: str) -> Command:
+    """The words that start a session on a run."""
+    return lambda run, *options: [quick_python, "-m", "recurrent_db", "repl", str(run), "--device", "cpu", *options]
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
@@ -548,7 +551,7 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     return {**kept, **own, **more}
 
 
-def test_pipe(runs: dict[str, Path], loaded: dict[str, Loaded], tmp_path: Path) -> None:
+def test_pipe(command: Command, runs: dict[str, Path], loaded: dict[str, Loaded], tmp_path: Path) -> None:
     long = "word " * 200
     lines = [
         b"def main(", b"", b"caf\xff", b"/nonsense", b"/k 4", b"def main(", b'"""', b"def f():", b"    return", b'"""',
@@ -586,7 +589,7 @@ def test_pipe(runs: dict[str, Path], loaded: dict[str, Loaded], tmp_path: Path) 
     assert out.endswith(parts[4])
 
 
-def test_ctrl_c_while_a_pipe_is_answered(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_ctrl_c_while_a_pipe_is_answered(command: Command, runs: dict[str, Path], tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(runs["next_token"], "--max-new-tokens", "1000000"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path),
@@ -653,7 +656,7 @@ class Terminal:
 
 
 @pytest.fixture
-def at_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+def at_terminal(command: Command, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def start(run: Path, *options: str, **variables: str) -> Terminal:
@@ -747,7 +750,7 @@ def test_terminal_without_prompt_toolkit(
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
-def test_tmux(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_tmux(command: Command, runs: dict[str, Path], tmp_path: Path) -> None:
     """What a screen shows in the end, and Ctrl-C as its keyboard sends it."""
     (tmp_path / "tmux.conf").write_text("set -g history-limit 100000\n")
     socket = ["tmux", "-S", str(tmp_path / "socket"), "-f", str(tmp_path / "tmux.conf")]
