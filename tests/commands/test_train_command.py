@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,14 @@ def test_it_trains_and_continues(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("program", [["train/pretrain.py"], ["-m", "recurrent_db", "train"]], ids=["script", "command"])
-def test_torchrun_starts_it(data: Path, tmp_path: Path, program: list[str]) -> None:
+def test_torchrun_starts_it(data: Path, tmp_path: Path, program: list[str], quick_python: str) -> None:
     """Two processes, whichever way torchrun starts them, end with the losses of one."""
     words = [*MICRO, "--data.path", str(data), "--eval.points", "0", "--budget.steps", "3"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *program]
     done = subprocess.run(
-        [*command, *words, "--run.dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+        [*command, *words, "--run.dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHON_EXEC": quick_python},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert cli.run(["train", *words, "--run.dir", str(tmp_path / "one")]) == 0
     one, two = (

@@ -69,12 +69,6 @@ def torchrun(*options: object) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, options)]
 
 
-@pytest.fixture(autouse=True)
-def workers_start_at_once(monkeypatch: pytest.MonkeyPatch, quick_python: str) -> None:
-    """What torchrun starts has torch imported; torchrun itself is a real process."""
-    monkeypatch.setenv("PYTHON_EXEC", quick_python)
-
-
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
