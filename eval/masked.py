@@ -54,7 +54,11 @@ class Args:
 
 
 def main(args: Args) -> int:
-    parse_ints(f"{args.draws},{args.tokens},{args.batch_size},{args.steps}", "the counts", least=1)
+    parse_ints(
+        f"{args.draws},{args.tokens},{args.batch_size},{args.steps}",
+        "--draws, --tokens, --batch-size and --steps",
+        least=1,
+    )
     parse_ints(str(args.samples), "--samples", least=0)
     if args.json is not None:
         check_output(args.json)

@@ -150,7 +150,11 @@ class Comparison:
                 raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
         [self.budget] = floats(args.budget_flops, "--budget-flops")[:1]
         self.jobs = [Job(name, seed) for seed in parse_ints(args.seeds, "--seeds", 0) for name in names]
-        parse_ints(f"{args.draws},{args.score_tokens},{args.threads},{args.jobs}", "the counts", 1)
+        parse_ints(
+            f"{args.draws},{args.score_tokens},{args.threads},{args.jobs}",
+            "--draws, --score-tokens, --threads and --jobs",
+            1,
+        )
         self.work, self.folder = args.work.resolve(), (args.results / "blocks").resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.slice = Slice(self.work, args.jobs, args.threads, args.minutes)

@@ -115,7 +115,11 @@ def text_metrics(
 
 def main(args: Args) -> int:
     ks = parse_ints(args.k, "--k", least=1)
-    parse_ints(f"{args.draws},{args.batch_size},{args.tokens},{args.prompts}", "the counts", least=1)
+    parse_ints(
+        f"{args.draws},{args.batch_size},{args.tokens},{args.prompts}",
+        "--draws, --batch-size, --tokens and --prompts",
+        least=1,
+    )
     parse_ints(str(args.new_tokens), "--new-tokens", least=4)
     check_output(args.json)
     if args.threads:

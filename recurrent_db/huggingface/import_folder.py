@@ -85,7 +85,7 @@ _HUGINN_SHAPE = {
 def _whole_number(values: dict[str, Any], key: str, source: str, default: Any = None) -> int:
     value = values.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{source}: {key} must be a number, not {str(value)[:80]!r}")
+        raise UserError(f"{source}: {key} must be a whole number, got {str(value)[:80]!r}")
     return value
 
 
