@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 
 from recurrent_db import cli
 from recurrent_db.config import load_config
 
-NAVIGATION = re.findall(r"[ :] ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+NAVIGATION = re.findall(r"[-:] ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in NAVIGATION))
 LANGUAGES = ("sh", "python", "toml", "json", "text")
 REASONS = ("needs a GPU", "needs the network", "needs several machines", "takes minutes")
@@ -80,6 +81,8 @@ SMALL = {
     "lm_eval_cli": {"--limit": "2"},
     "sweep": {"--limit": "2"},
     "generation": {"--prompts": "4", "--prompt-tokens": "8", "--tokens": "8", "--resamples": "4", "--k": "1"},
+    "decode": {"--tokens": "16", "--prompts": "1", "--rows": "1"},
+    "masked": {"--tokens": "256", "--steps": "2"},
     "train_tokenizer": {"--vocab-size": "512", "--max-documents": "40"},
     "prepare_data": {"--max-documents": "40", "--workers": "1"},
 }  # fmt: skip
@@ -141,17 +144,24 @@ class Runner:
         given, _, fed = line.rpartition(" | ")
         fed, _, target = fed.partition(" > ")
         words = shlex.split(fed, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]) and words[1:]:
+            name, _, value = words.pop(0).partition("=")
+            self.patch.setenv(name, value)
+        if words[0].startswith("train/launch/blocks.sh") and "--dry-run" not in words:
+            return self._blocks(words, place)
         if words[0] == "python" and words[1:] and words[1].endswith(".py"):
             script, words = words[1], words[2:]
             name = Path(script).stem
         elif words[0] == "recurrent-db" and words[1:]:
             script, name, words = "", words[1], words[2:]
         else:
-            return self._bash(line, place)
+            self._bash(line, place)
+            return None
         words = smaller(name, words)
         self._make_room(words)
         entered = subprocess.run(["bash", "-c", given], capture_output=True, check=True).stdout if given else b""
         argv = [script, *words] if script else ["recurrent-db", name, *words]
+        threads = torch.get_num_threads()
         with self._streams(argv, entered) as (out, error):
             try:
                 runpy.run_path(script, run_name="__main__") if script else cli.main()
@@ -159,6 +169,7 @@ class Runner:
                 status = stop.code or 0
             else:
                 status = 0
+        torch.set_num_threads(threads)  # a command may choose its own number
         printed, said = (stream.buffer.getvalue().decode() for stream in (out, error))  # type: ignore[attr-defined]
         assert status == 0, f"{place}\nran {shlex.join(argv)}\n{printed[-2000:]}\n{said[-2000:]}"
         if target:
@@ -184,7 +195,18 @@ class Runner:
                 self.there.discard(path)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _bash(self, line: str, place: str) -> None:
+    def _blocks(self, words: list[str], place: str) -> None:
+        """The commands that ``blocks.sh`` would run, one after another."""
+        said = self._bash(shlex.join([words[0], "--dry-run", *words[1:]]), place)
+        _, _, would_run = said.partition("would run")
+        for line in would_run.splitlines()[1:]:
+            self.command(line.strip().replace(sys.executable, "python", 1), place)
+        runs = Path(words[2])
+        parts = [str(path) for path in sorted(runs.glob("block-*"))]
+        self.command(shlex.join(["recurrent-db", "blocks", "join", *parts, str(runs / "joined")]), place)
+
+    def _bash(self, line: str, place: str) -> str:
+        """Run a line by bash; what it prints."""
         tools = self.home / ".tools"
         tools.mkdir(exist_ok=True)
         for name, call in (("python", ""), ("recurrent-db", "-m recurrent_db ")):
@@ -193,3 +215,4 @@ class Runner:
         environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{place}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout

@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from doc_pages import LANGUAGES, PAGES, REASONS, Block, Runner, blocks
-from helpers import MICRO, ROOT
+from doc_pages import LANGUAGES, PAGES, REASONS, Block, Runner, blocks, smaller
+from helpers import ROOT
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.schema import keys
@@ -107,13 +107,13 @@ def template(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokeniz
     shutil.copy(tokenizer_path, home / "books.model")
     shutil.copytree(data_dir, home / "data/books")
     shutil.copytree(data_dir, home / "runs/demo/data")
-    small = [*MICRO, "--budget.steps", "2", "--eval.points", "1", "--eval.tokens", "256"]
+    small = smaller("train", ["--run.threads", "1"])
     for run, objective in {
         "books": "unrolled", "demo/denoise": "denoise", "demo/one_step": "one_step",
         "demo/unrolled": "unrolled", "demo/next_token": "next_token",
     }.items():  # fmt: skip
         options = ["--objective.name", objective, "--data.path", str(home / "data/books")]
-        train(load_config(None, [*small, *options, "--run.dir", str(home / "runs" / run)]))
+        train(load_config(ROOT / "train/configs/tiny.toml", [*small, *options, "--run.dir", str(home / "runs" / run)]))
     return home
 
 
