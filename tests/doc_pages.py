@@ -131,7 +131,8 @@ class Runner:
     def run(self, block: Block) -> None:
         """Run a block. Raises AssertionError with the block's place and the command."""
         if block.language == "python":
-            exec(compile(block.code, str(block), "exec"), self.names)
+            code = re.sub(r"--budget\.\w+ [\d.e]+", "--budget.steps 2 --eval.tokens 256", block.code)
+            exec(compile(code, str(block), "exec"), self.names)
         elif block.language == "toml":
             (self.home / "block.toml").write_text(block.code, encoding="utf-8")
             load_config(self.home / "block.toml")
