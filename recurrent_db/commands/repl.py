@@ -44,8 +44,8 @@ class Args:
     cache_policy: str = "full"
     """Which iterations' keys and values the cache keeps: full, last or modulo-S (recurrent_db/generation/cache.py)."""
     exit: str | None = None
-    """Early exit: kl, entropy or latent, each with a threshold, such as kl:1e-3. A token's iterations stop once they change
-    it less than that. The default runs all K iterations."""
+    """Early exit: kl, entropy or latent, with an optional threshold, such as kl:1e-3. A token's iterations stop when an
+    iteration changes its prediction (latent: its state) by less than the threshold. By default all K iterations run."""
     warm_start: bool = False
     """Start each token's iterations from the last state of the previous token."""
     device: str = "auto"
