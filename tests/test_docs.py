@@ -27,11 +27,8 @@ RUN = [page for page in PAGES if any(block.runs_here for block in blocks(page))]
 # -- the site ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built as `make docs` builds it. A warning ends the build."""
-    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
-    pytest.importorskip("mkdocstrings_handlers.python", reason="the extra `docs` is not installed")
+def build_site(folder: Path) -> list[str]:
+    """Build the site as `make docs` does; its warnings, which end `make docs`."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config as load_site
 
@@ -43,22 +40,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     handler, logger = Warnings(logging.WARNING), logging.getLogger("mkdocs")
     logger.addHandler(handler)
-    folder = tmp_path_factory.mktemp("site")
     try:
         build(load_site(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
     finally:
         logger.removeHandler(handler)
-    assert warnings == []
-    return folder
+    return warnings
 
 
-def test_the_site_asks_nothing_of_the_network(site: Path) -> None:
+def test_the_site(tmp_path: Path) -> None:
+    """It builds without a warning, loads nothing from the network, and its reference has the docstrings."""
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="the extra `docs` is not installed")
+    site = tmp_path / "site"
+    assert build_site(site) == []
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe)\b[^>]*?(?:src|href)="?(https?:[^" >]*)', page.read_text())
         assert loaded == [], page.name
-
-
-def test_the_reference_has_the_docstrings(site: Path) -> None:
     for page, name in {
         "front-door": "recurrent_db.store.loading.load",
         "configuration": "recurrent_db.config.OptimConfig.lr",
