@@ -88,7 +88,7 @@ def test_cut_back_and_continued(options: list[str]) -> None:
     model, tokens, k = built(options), text(), 4
     cache = Cache(model, 2, LENGTH)
     cached(model, cache, tokens[:, :6], [k])
-    other = text(2, 30)[:, 15:]
+    other = text(2, 24)[:, LENGTH:]
     for length in (3, 6, 0):  # other tokens are tried after the prefix, and forgotten
         cache.truncate(length)
         tried = torch.cat((tokens[:, :length], other), dim=1)
