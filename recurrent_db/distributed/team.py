@@ -76,6 +76,16 @@ class _Unit(nn.Module):
         return function()
 
 
+def _plain(model: LoopedLM) -> LoopedLM:
+    """A model for inference, without hooks, that shares the gathered parameters of ``model``."""
+    with torch.device("meta"):
+        plain = LoopedLM(model.config)
+    # Not model.state_dict(): it would shard the parameters again.
+    plain.load_state_dict({**dict(model.named_parameters()), **dict(model.named_buffers())}, assign=True)
+    plain.recurrence, plain.attention, plain.document_mask = model.recurrence, model.attention, model.document_mask
+    return plain.train(model.training).requires_grad_(False)
+
+
 class Team:
     """The processes that train one model, seen from one of them.
 
@@ -352,20 +362,21 @@ class Team:
 
     @contextlib.contextmanager
     def whole(self, model: LoopedLM) -> Iterator[LoopedLM]:
-        """Context in which every process holds all parameters, so that it can call the model without communication."""
+        """Yield a model for inference that holds all parameters on every process and needs no communication.
+
+        With FSDP it is a plain model that shares the gathered parameters. FSDP's hooks do not run in it, so the processes
+        may call it a different number of times. Every process must enter the context.
+        """
         if self.mode != "fsdp":
             yield model
             return
         from torch.distributed.fsdp import FSDPModule
 
         units = [module for module in self._unit.modules() if isinstance(module, FSDPModule)]
-        self._unit.set_reshard_after_forward(False)
         for unit in units:
             unit.unshard()
         try:
-            yield model
+            yield _plain(model)
         finally:
             for unit in units:
                 unit.reshard()
-            for block in (*model.prelude, *model.coda):
-                cast(Any, block).set_reshard_after_forward(True)

@@ -177,8 +177,8 @@ class Trainer:
         )
         yield f"{self.task.describe()}; run directory {self.run_dir}"
         yield from (attention_line, self.peak_note)
-        with self.team.whole(self.model):
-            yield from self.objective.describe(self.model)
+        with self.team.whole(self.model) as model:
+            yield from self.objective.describe(model)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -281,8 +281,8 @@ class Trainer:
         if self.ema is not None:
             self.ema.swap(self.model)
         self.model.eval()
-        with self.autocast(), self.team.whole(self.model):
-            row = self.task.evaluate(self.model, self.objective)
+        with self.autocast(), self.team.whole(self.model) as model:
+            row = self.task.evaluate(model, self.objective)
         self.model.train()
         if self.ema is not None:
             self.ema.swap(self.model)
@@ -442,5 +442,5 @@ class Trainer:
 
     def _norms_by_iteration(self) -> list[float]:
         """RMS of the state after each iteration, for one sequence of the last micro-batch."""
-        with self.autocast(), self.team.whole(self.model):
-            return guard.state_rms(self.model, self.last_micro_batch.tokens_BT, self.config)
+        with self.autocast(), self.team.whole(self.model) as model:
+            return guard.state_rms(model, self.last_micro_batch.tokens_BT, self.config)

@@ -74,6 +74,15 @@ def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: An
         assert [row.get(key) for row in rows(run)] == [row.get(key) for row in rows(alone(kind, 6))], key
 
 
+def test_a_process_without_validation_data_does_not_block_the_others(data: Path, tmp_path: Path) -> None:
+    """One validation sequence for two processes: one of them makes passes of the model that the other does not make."""
+    few = ["--eval.tokens", 32, "--budget.steps", 6]
+    one = train(data, tmp_path / "one", *KINDS["unrolled"], *few)
+    two = train(data, tmp_path / "two", *KINDS["unrolled"], *few, "--parallel.mode", "fsdp",
+                "--parallel.timeout", 60, world=2)  # fmt: skip
+    assert curve(two) == pytest.approx(curve(one), rel=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
