@@ -50,7 +50,7 @@ def counted(
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
-@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 5), (3, 4), (9, 2)])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (0, 3), (3, 2)])
 def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> None:
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
     ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
@@ -73,7 +73,7 @@ def test_full_backpropagation(depth: int) -> None:
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
-@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (3, 4)])
+@pytest.mark.parametrize(("no_grad", "grad"), [(0, 1), (1, 2)])
 def test_checkpointed_iterations_are_counted_as_recomputation(injection: str, no_grad: int, grad: int) -> None:
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
     passes = Passes(core_no_grad=no_grad, core_grad=grad)

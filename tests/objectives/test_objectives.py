@@ -13,7 +13,7 @@ from recurrent_db.denoise.precond import Precond
 from recurrent_db.evaluation.likelihood import token_log_probabilities
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
-from recurrent_db.objectives.denoise import mean_pairwise_cosine
+from recurrent_db.objectives.denoise import mean_pairwise_cosine, noised
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 pytestmark = pytest.mark.fast
@@ -88,6 +88,12 @@ def test_denoise_loss_splits_off_its_next_token_part() -> None:
     assert total / weight == pytest.approx(loss.item(), rel=1e-5)
     config.objective.denoise.atom = 0.0
     assert build_objective(config)(model, batch(), Rng(0, 0), 0.0)[1]["loss_sigma_max"].tolist() == [0.0, 0.0]
+
+
+def test_a_noised_target_is_the_unit_row_and_its_noise() -> None:
+    rows, eps = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), torch.tensor([[[1.0, -1.0], [0.5, 0.0]]])
+    z = noised(rows, eps, torch.tensor([[10.0]]))
+    torch.testing.assert_close(z, torch.tensor([[[10.6, -9.2], [5.0, 1.0]]]))
 
 
 def test_the_noisy_target_fades_with_sigma() -> None:
