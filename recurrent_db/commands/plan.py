@@ -122,7 +122,8 @@ def check_parallel(config: Config, gpus: int) -> None:
 
 
 def run(args: Args) -> int:
-    from recurrent_db.accounting.plan import lines, table
+    from recurrent_db.accounting.plan import table
+    from recurrent_db.accounting.plan_text import lines
 
     planner = make_planner(args)
     if args.json:

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 from recurrent_db import cli
-from recurrent_db.accounting import plan
+from recurrent_db.accounting import plan, plan_text
 from recurrent_db.commands import plan as command
 from recurrent_db.errors import UserError
 
@@ -98,6 +98,6 @@ def test_the_guide_quotes_what_a_plan_prints(monkeypatch: pytest.MonkeyPatch) ->
     assert quoted
     for words, output in quoted:
         args = command.arguments(words.split(), "recurrent-db plan")
-        printed = iter(plan.lines(command.make_planner(args), args.gpus, str(args.config)))
+        printed = iter(plan_text.lines(command.make_planner(args), args.gpus, str(args.config)))
         missing = [line for line in output.splitlines() if line != "..." and line not in printed]  # in the plan's order
         assert missing == []
