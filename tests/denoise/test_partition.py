@@ -265,7 +265,7 @@ def test_one_block_is_built_alone_with_the_values_it_has_among_the_others() -> N
     for name, value in alone.state_dict().items():
         assert torch.equal(value, whole[name])
     assert any(name.startswith("blocks.2.core.blocks.1.") for name in names)
-    with pytest.raises(UserError, match=r"block 2 of 3 alone.*blocks join"):
+    with pytest.raises(UserError, match=r"holds only block 2 of 3, not block 1: .*blocks join"):
         alone.block(1)
     # All of the model's parameters are counted once.
     model = build_model(config.model, None, "meta")

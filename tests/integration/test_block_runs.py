@@ -232,10 +232,10 @@ def test_a_block_alone_says_so_when_others_are_asked_for(frozen_runs: list[Path]
     model, tokenizer = recurrent_db.load(frozen_runs[0], "cpu")
     recurrent_db.generate(model, tokenizer, "ab", k=1, max_new_tokens=2)  # the first is a model at sigma_max
     model, tokenizer = recurrent_db.load(frozen_runs[1], "cpu")
-    with pytest.raises(UserError, match="block 2 of 2 alone"):
+    with pytest.raises(UserError, match="holds only block 2 of 2"):
         recurrent_db.generate(model, tokenizer, "ab", k=2, max_new_tokens=2)
     for run, k in ((frozen_runs[1], 1), (frozen_runs[0], 2)):
-        with pytest.raises(UserError, match=r"block . of 2 alone"):
+        with pytest.raises(UserError, match=r"holds only block . of 2"):
             repl.run(repl.Args(run, k=k, device="cpu"))
 
 
@@ -310,7 +310,7 @@ def test_the_owner_of_the_embedding_is_trained_first(
     assert torch.equal(joined[name], weights(tmp_path / "kept")[name])
     assert not torch.equal(joined[name], before[name])
     assert all(torch.equal(joined[other], before[other]) for other in joined if not other.startswith("blocks.1."))
-    with pytest.raises(UserError, match="block 1 owns: give that block"):
+    with pytest.raises(UserError, match="block 1 does: give the run of block 1"):
         train(data, tmp_path / "lone", 2, "--blocks.only", 2)
     # Nor does one that went on: what it left behind is found out before the other trains further.
     further = ["--budget.steps", 8, "--init.from", tmp_path / "one"]
