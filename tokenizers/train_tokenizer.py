@@ -13,8 +13,9 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from recurrent_db.arguments import run_command
-from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents
+from recurrent_db.arguments import one_line, run_command
+from recurrent_db.data.readers import ReadOptions, ReadReport
+from recurrent_db.data.sources import parse_source, read_documents
 from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.errors import UserError
 
@@ -40,9 +41,12 @@ class Args:
     seed: int = 0
     """Seed of the sample."""
     text_key: str = "text"
-    """Key or column of the text in JSON lines, JSON, parquet and hub data sets."""
+    """Key or column of the text in JSON lines, JSON, parquet, Arrow and hub data sets."""
     document_separator: str | None = None
     """String at which text files are cut into documents. By default a file is one document."""
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out of folders: shell patterns such as '*.json', compared with names and with paths in the
+    folder."""
     overwrite: bool = False
     """Replace an existing model file."""
 
@@ -56,7 +60,7 @@ def main(args: Args) -> None:
     if not nearest.is_dir():
         raise UserError(f"cannot create {args.out}: {nearest} is not a folder")
     report = ReadReport()
-    options = ReadOptions(args.text_key, args.document_separator or None)
+    options = ReadOptions(args.text_key, args.document_separator or None, args.exclude)
 
     def texts() -> Iterator[str]:
         with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
@@ -77,8 +81,8 @@ def main(args: Args) -> None:
         tokenizer.save(args.out)
     except OSError as error:
         raise UserError(f"cannot write {args.out}: {error.strerror or error}") from None
-    if report.note():
-        print(f"note: {report.note()}", file=sys.stderr)
+    if note := report.note():
+        print(f"note: {one_line(note)}", file=sys.stderr)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, {len(model)} bytes, hash {tokenizer.hash}")
 
 

@@ -11,10 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recurrent_db.arguments import run_command
+from recurrent_db.arguments import one_line, run_command
 from recurrent_db.data.prepare import prepare
+from recurrent_db.data.readers import ReadOptions
 from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS
-from recurrent_db.data.sources import ReadOptions
 from recurrent_db.errors import UserError
 
 
@@ -32,8 +32,9 @@ class Args:
     val_source: tuple[str, ...] = ()
     """Validation text, written as in --source. By default the share --holdout of the sources is held out."""
     holdout: float = 0.05
-    """Share of the sources held out for validation (0 to 1), without --val-source. Documents are chosen by a hash of their
-    text, files of stdlib by a hash of their path. In a source of fewer than 64 documents the end of each is held out."""
+    """Share of the sources' text held out for validation (0 to 1), without --val-source. Short documents are held out
+    whole, chosen by a hash of their text, and long documents give their end. Files of stdlib are chosen by a hash of their
+    path."""
     workers: int | None = None
     """Tokenising threads; by default one per core. The output does not depend on it."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
@@ -46,9 +47,12 @@ class Args:
     """I/N reads the I-th of N parts of the sources. A hash of a document's text chooses its part, so the parts share no
     document. Use different parts for a model and for the judge of its text (eval/train_judge.py)."""
     text_key: str = "text"
-    """Key or column of the text in JSON lines, JSON, parquet and hub data sets."""
+    """Key or column of the text in JSON lines, JSON, parquet, Arrow and hub data sets."""
     document_separator: str | None = None
     """String at which text files are cut into documents, such as '<|endoftext|>'. By default a file is one document."""
+    exclude: tuple[str, ...] = ()
+    """Files and folders to leave out of folders: shell patterns such as '*.json', compared with names and with paths in the
+    folder."""
     overwrite: bool = False
     """Replace an existing data directory once the new one is complete."""
 
@@ -72,12 +76,12 @@ def main(args: Args) -> None:
         max_documents=args.max_documents,
         max_bytes=None if args.max_mib is None else max(1, int(args.max_mib * 2**20)),
         part=(int(part[1]), int(part[2])),
-        options=ReadOptions(args.text_key, args.document_separator or None),
+        options=ReadOptions(args.text_key, args.document_separator or None, args.exclude),
         overwrite=args.overwrite,
         progress=True,
     )
     if done.note:
-        print(f"note: {done.note}", file=sys.stderr)
+        print(f"note: {one_line(done.note)}", file=sys.stderr)
     print(done.summary())
 
 

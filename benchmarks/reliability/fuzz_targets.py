@@ -27,7 +27,9 @@ from benchmarks.reliability.fuzz_inputs import altered, as_json, damaged, number
 from recurrent_db.accounting.flops import step_cost
 from recurrent_db.config import Config, config_from_json, load_config, resolve, validate
 from recurrent_db.data import DataWriter, Loader, document, load_tokenizer, open_data, validation_batches
-from recurrent_db.data.sources import ReadOptions, read_documents, split_documents
+from recurrent_db.data.holdout import split_documents
+from recurrent_db.data.readers import ReadOptions
+from recurrent_db.data.sources import read_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates, train
 from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import sealed

@@ -1,14 +1,16 @@
 """Turns text into batches. The pipeline, file by file:
 
 1. ``corpus`` reads the embedded corpus, the Python standard library's sources, as `Document` (id, text).
-2. ``sources`` streams documents from any source (``stdlib``, files, folders, ``hf:NAME``) in bounded memory. It replaces
-   and counts undecodable bytes, and splits documents into "train" and "validation".
-3. ``prepare`` tokenises the documents on all cores and ends each with the end-of-sequence token.
-4. ``shard_writer`` writes a data directory: uint16 or uint32 token files, document boundaries, checksums and the
+2. ``sources`` streams documents from any source (``stdlib``, files, folders, ``hf:NAME``) in bounded memory. ``unpacking``
+   decompresses files, ``readers`` reads text and JSON, and ``tables`` reads parquet, Arrow and the hub. Undecodable bytes
+   are replaced and counted.
+3. ``holdout`` splits documents into "train" and "validation".
+4. ``prepare`` tokenises the documents on all cores and ends each with the end-of-sequence token.
+5. ``shard_writer`` writes a data directory: uint16 or uint32 token files, document boundaries, checksums and the
    tokenizer. ``shards`` checks and reads it.
-5. ``loader`` cuts each source into packed sequences of T tokens, shuffles them by a keyed permutation, mixes the sources
+6. ``loader`` cuts each source into packed sequences of T tokens, shuffles them by a keyed permutation, mixes the sources
    in exact shares, and gives each process its part of a step as a `Batch`.
-6. ``prefetch`` prepares the batches of the next steps in a thread if the device is not the CPU.
+7. ``prefetch`` prepares the batches of the next steps in a thread if the device is not the CPU.
 
 A sample is a function of (seed, position in the run), so the data order needs no saved state.
 """
@@ -17,9 +19,10 @@ from recurrent_db.data.corpus import Document, stdlib_documents
 from recurrent_db.data.loader import Batch, Loader, permute, validation_batches
 from recurrent_db.data.prefetch import prefetch
 from recurrent_db.data.prepare import Prepared, prepare
+from recurrent_db.data.readers import ReadOptions, ReadReport
 from recurrent_db.data.shard_writer import DataWriter
 from recurrent_db.data.shards import TokenData, TokenSource, document, load_tokenizer, open_data, read_manifest
-from recurrent_db.data.sources import ReadOptions, ReadReport, read_documents
+from recurrent_db.data.sources import read_documents
 
 __all__ = [
     "Batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from recurrent_db.data.corpus import Document, hash_share
+from recurrent_db.data.holdout import split_documents
+from recurrent_db.data.readers import ReadOptions, ReadReport
 from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS, DataWriter
 from recurrent_db.data.shards import check_source_name
-from recurrent_db.data.sources import ReadOptions, ReadReport, parse_source, read_documents, split_documents
+from recurrent_db.data.sources import parse_source, read_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates
 from recurrent_db.errors import UserError
 
@@ -40,14 +43,15 @@ class Prepared:
     """UTF-8 bytes of text."""
     seconds: float
     note: str | None
-    """One line about bytes that were replaced and files that were skipped; None if there are none."""
+    """One line about what was replaced, skipped, left out or cut; None if nothing was."""
     manifest: dict[str, Any]
 
     def summary(self) -> str:
-        """One line with the counts and the speed."""
+        """One line with the counts, the share held out and the speed."""
+        share = 100 * self.validation_tokens / self.tokens
         return (
-            f"{self.out}: {self.documents:,} documents, {self.tokens:,} tokens ({self.validation_tokens:,} held out), "
-            f"{self.text_bytes / self.tokens:.2f} bytes per token, {self.seconds:.1f} s, "
+            f"{self.out}: {self.documents:,} documents, {self.tokens:,} tokens ({self.validation_tokens:,} held out, "
+            f"{share:.3g} percent), {self.text_bytes / self.tokens:.2f} bytes per token, {self.seconds:.1f} s, "
             f"{self.text_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s"
         )
 
@@ -118,7 +122,8 @@ def prepare(
         sources: ``stdlib``, files, folders, or ``hf:NAME[:CONFIG[:SPLIT]]``. ``NAME=SOURCE`` gives a source a name.
             Sources without a name together form the source "default".
         tokenizer: a tokenizer, or the path of its model.
-        val_sources: validation text. Without it, the share ``holdout`` (0 to 1) of ``sources`` is held out.
+        val_sources: validation text. Without it, the share ``holdout`` (0 to 1) of ``sources`` is held out
+            (`holdout.split_documents`).
         workers: tokenising threads; None uses all cores.
         shard_tokens: most tokens per shard.
         max_documents, max_bytes: most documents and UTF-8 bytes of text to read from each named source; None is no limit.
@@ -192,10 +197,11 @@ def _items(
     for split, name, locations in jobs:
         left = replace(limit)
         share = holdout if split == "train" and not validation else 0.0
-        for location in locations:
-            texts = read_documents(location, options, report)
+        # Files and folders of one name are split together, so that copies in two of them are not parted.
+        for embedded, group in itertools.groupby(locations, "stdlib".__eq__):
+            texts = itertools.chain.from_iterable(read_documents(location, options, report) for location in group)
             texts = left.take(_of_part(texts, *part) if split == "train" else texts)
-            for side, document in split_documents(location, texts, share):
+            for side, document in split_documents("stdlib" if embedded else "", texts, share):
                 yield (side if share else split), name, document, document.text.encode()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -88,7 +90,7 @@ def test_an_old_directory_is_replaced_only_by_a_complete_one(text: Path, tokeniz
     before = files_of(out)
     with pytest.raises(UserError, match="overwrite"):
         prepare([str(text)], tokenizer, out)
-    (text / "9z.jsonl").write_text("broken", encoding="utf-8")
+    (text / "9z.jsonl").write_text('{"broken', encoding="utf-8")
     with pytest.raises(UserError, match="not a line of JSON"):
         prepare([str(text)], tokenizer, out, overwrite=True)
     assert files_of(out) == before
@@ -221,3 +223,44 @@ def test_a_part_from_the_command_line(text: Path, tokenizer_path: Path, tmp_path
         told = script_here(*base, "--out", tmp_path / "no", "--part", part)
         assert (told.returncode, len(told.stderr.splitlines())) == (2, 1)
         assert message in told.stderr
+
+
+def test_what_is_left_out_is_said(script_here: Script, tokenizer_path: Path, tmp_path: Path) -> None:
+    """Both scripts count null texts, and prepare_data prints the share that it held out."""
+    rows = [{"text": None}, {"text": "line of text\n" * 500}, {"text": " "}, {"text": None}]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "text" / "page.html").write_text("markup", encoding="utf-8")
+    (tmp_path / "text" / "package.json").write_text('{"name": "a",\n "version": 1}\n', encoding="utf-8")
+    (tmp_path / "text" / "old.txt").write_text("an excluded text", encoding="utf-8")
+    common = ("--exclude", "old.*", "archive")
+    base = ["--source", tmp_path / "text", "--tokenizer", tokenizer_path, "--workers", 1, "--holdout", 0.1]
+    done = script_here("train/prepare_data.py", *base, "--out", tmp_path / "data", *common)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"held out, (9\.|10\b|10\.)\S* percent", done.stdout)
+    trained = script_here(
+        "tokenizers/train_tokenizer.py", "--input", tmp_path / "text", "--vocab-size", 300, "--model-type", "char",
+        "--out", tmp_path / "t.model", *common,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    for told in (done.stderr, trained.stderr):
+        assert told.count("\n") == 1
+        for words in ("skipped 3 file(s)", "1 .html", "1 .json without the key 'text'", "1 excluded"):
+            assert words in told
+        assert "left out 2 null text(s); left out 1 empty document(s)" in told
+
+
+def test_marks_of_patterns_in_every_path(script_here: Script, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "a*[b]?::c"
+    (folder / "text[1]").mkdir(parents=True)
+    (folder / "text[1]" / "x*.txt").write_text("line of text\n" * 50, encoding="utf-8")
+    (folder / "text1").mkdir()  # what the name would match as a pattern
+    (folder / "text1" / "x1.txt").write_text("another", encoding="utf-8")
+    tokenizer.save(folder / "t?.model")
+    done = script_here(
+        "train/prepare_data.py", "--source", folder / "text[1]", "--tokenizer", folder / "t?.model",
+        "--out", folder / "data[*]", "--workers", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    parts = [contents(folder / "data[*]", split, tokenizer) for split in ("train", "validation")]
+    assert "".join(itertools.chain(*parts)) == "line of text\n" * 50

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from recurrent_db import load
 from recurrent_db.arguments import MOST_LINE, one_line
 from recurrent_db.config import config_from_json, load_config
-from recurrent_db.data import document, open_data, read_documents, sources
+from recurrent_db.data import ReadOptions, document, open_data, read_documents, readers
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
@@ -471,20 +471,20 @@ def test_json_tables(tmp_path: Path) -> None:
     path.write_text('[{"text": "a"},')
     refused("not JSON", texts)
     path.write_text('{"text": ' + "9" * 5000 + "}")
-    refused("not a line of JSON", texts)
+    refused("not JSON", texts)
 
 
 def test_no_line_fills_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE_CHARACTERS", 1 << 21)
-    monkeypatch.setattr(sources, "MAX_TABLE_CHARACTERS", 1 << 21)
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(readers, "MAX_LINE_CHARACTERS", 1 << 21)
+    monkeypatch.setattr(readers, "MAX_TABLE_CHARACTERS", 1 << 21)
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARACTERS", 1 << 20)
     text = "x" * (5 << 20)
-    for name, words in (("a.jsonl.gz", "line longer than 2 Mi"), ("b.json.gz", "list longer than 2 Mi")):
+    for name, words in (("a.jsonl.gz", "line longer than 2 Mi"), ("b.json.gz", "longer than 2 Mi")):
         content = json.dumps({"text": text}) if name.startswith("a") else json.dumps([{"text": text}])
         (tmp_path / name).write_bytes(gzip.compress(content.encode()))
         refused(words, lambda path=tmp_path / name: list(read_documents(str(path))))
     (tmp_path / "c.txt").write_text(text + "||" + text)
-    parts = list(read_documents(str(tmp_path / "c.txt"), sources.ReadOptions(document_separator="||")))
+    parts = list(read_documents(str(tmp_path / "c.txt"), ReadOptions(document_separator="||")))
     assert "".join(part.text for part in parts) == text + text and max(len(part.text) for part in parts) <= 1 << 20
     # Lines are cut at the blocks' borders nowhere.
     lines = [json.dumps({"text": f"{n} " + "y" * (n % 977)}) for n in range(4000)]
