@@ -171,7 +171,7 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     heap: list[tuple[int, int, int, str]] = []  # (-hash, -order, bytes, chunk): the largest hash is removed first
     total = order = 0
     for text in texts:
-        for chunk in _lines_to_chunks(replace_surrogates(text).replace(SPACE_MARK, " ").replace("\x00", " ")):
+        for chunk in _lines_to_chunks(text):
             order += 1
             draw = int.from_bytes(hashlib.blake2b(f"{seed}/{order}".encode(), digest_size=8).digest(), "big")
             if total >= max_bytes and -heap[0][0] < draw:
@@ -184,23 +184,39 @@ def _sample(texts: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     return [chunk for _, _, _, chunk in sorted(heap, key=lambda item: -item[1])]
 
 
-def _restrict_characters(chunks: list[str], vocab_size: int) -> list[str]:
-    """Replace rare characters by spaces, so that they get no piece of their own and are encoded as bytes.
+RESERVED = "\u2585"
+"""sentencepiece drops every training text with this character. It can only be a piece that is asked for by name."""
+
+
+def _count(texts: Iterable[str], counts: Counter[str]) -> Iterator[str]:
+    for text in texts:
+        counts.update(text)
+        yield text
+
+
+def _frequent_characters(counts: Counter[str], vocab_size: int) -> set[str]:
+    """The characters that get a piece of their own in a vocabulary of longer pieces.
 
     At least half of the remaining pieces are then longer than a character. sentencepiece's own coverage option cannot do
     this for a small vocabulary, because it does not go below 98 percent.
     """
-    counts: Counter[str] = Counter()
-    for chunk in chunks:
-        counts.update(chunk)
     kept: set[str] = set()
     covered, total = 0, counts.total()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: (vocab_size - 260) // 2]:
+    for character, count in _ranked(counts)[: (vocab_size - 260) // 2]:
         kept.add(character)
         covered += count
         if covered >= 0.9995 * total:
             break
-    table = {ord(character): " " for character in counts.keys() - kept}
+    return kept
+
+
+def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _restrict_characters(chunks: list[str], kept: set[str]) -> list[str]:
+    """Replace other characters by spaces, so that they get no piece of their own and are encoded as bytes."""
+    table = {ord(character): " " for chunk in chunks for character in set(chunk) - kept}
     return [chunk if kept.issuperset(chunk) else chunk.translate(table) for chunk in chunks]
 
 
@@ -216,8 +232,8 @@ def train(
     Args:
         texts: documents, read once in order.
         vocab_size: tokens in the vocabulary, including 4 special tokens and 256 byte pieces.
-        model_type: "bpe", "unigram" (slower to train, no better for source code) or "char" (one token per character;
-            ``vocab_size`` is then an upper limit, and the vocabulary may be smaller).
+        model_type: "bpe", "unigram" (slower to train, no better for source code) or "char" (one token for each character of
+            ``texts``, the most frequent first; ``vocab_size`` is then an upper limit, and the vocabulary may be smaller).
         max_bytes: UTF-8 bytes of text to train on, sampled uniformly from ``texts``.
         seed: seed of the sample.
 
@@ -234,19 +250,30 @@ def train(
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and 4 special tokens need {MIN_VOCAB}")
     if max_bytes < 1:
         raise UserError("the tokenizer must be trained on at least 1 byte of text")
-    chunks = _sample(texts, max_bytes, seed)
+    counts: Counter[str] = Counter()
+    # A space mark and a NUL cannot have a piece of their own.
+    cleaned = (replace_surrogates(text).replace(SPACE_MARK, " ").replace("\x00", " ") for text in texts)
+    chunks = _sample(_count(cleaned, counts) if model_type == "char" else cleaned, max_bytes, seed)
     if not any(chunk.strip() for chunk in chunks):
         raise UserError("there is no text to train a tokenizer on")
+    if model_type == "char":
+        kept = {" ", *[character for character, _ in _ranked(counts) if character != " "][: vocab_size - 261]}
+        chunks += _lines_to_chunks("".join(sorted(kept.difference(*chunks))))  # the sample may lack rare characters
+    else:
+        for chunk in chunks:
+            counts.update(chunk)
+        kept = _frequent_characters(counts, vocab_size)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_restrict_characters(chunks, vocab_size)),
+            sentence_iterator=iter(_restrict_characters(chunks, kept - {RESERVED})),
             model_writer=model,
             vocab_size=vocab_size,
             hard_vocab_limit=model_type != "char",
             model_type=model_type,
             character_coverage=1.0,
             required_chars=SPACE_MARK,
+            user_defined_symbols=[RESERVED] if model_type == "char" and RESERVED in kept else [],
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,

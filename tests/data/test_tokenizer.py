@@ -188,3 +188,22 @@ def test_command_line(script: Script, script_here: Script, tmp_path: Path, texts
     assert elsewhere.returncode == 2
     assert elsewhere.stderr.count("\n") == 1
     assert "not a folder" in elsewhere.stderr
+
+
+def test_char_covers_every_character_with_room() -> None:
+    """Rare characters too, those outside the sample, and U+2585, at which sentencepiece drops a text."""
+    odd = "\t\r\n\x01\x7f\x85\u00a0\u0301\u2028\u2047\u2585\ufeff\ufffd\uffff\ue000\U0001f600\U0010ffff"
+    rare = "".join(map(chr, range(0x4E00, 0x5200)))
+    text = "plain text\n" * 3000 + rare + odd
+    characters = set(text)
+    for size, most in ((3000, 1 << 20), (260 + len(characters), 1 << 20), (3000, 2000)):
+        tokenizer = Tokenizer.from_bytes(train([text], size, "char", max_bytes=most))
+        assert tokenizer.vocab_size == 260 + len(characters)
+        assert all(len(ids) == 1 for ids in tokenizer.encode_batch(sorted(characters)))
+    small = Tokenizer.from_bytes(train([text], 300, "char"))
+    assert small.vocab_size == 300
+    assert all(len(small.encode(character)) == 1 for character in "plain text\n")
+
+
+def test_a_reserved_character_drops_no_text() -> None:
+    assert train(["\u2585 some words of a text " * 200], 300) == train(["  some words of a text " * 200], 300)
