@@ -235,7 +235,7 @@ def run_tests(copy: Path, fault: Fault | None = None) -> str:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     told = (copy / "output").read_text(encoding="utf-8", errors="replace")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", told, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", told, re.MULTILINE)
     if status not in (0, 1) and failed is None:
         raise UserError(f"the tests do not run: {told.strip()[-2000:]}")
     return failed[1] if failed is not None else ""
