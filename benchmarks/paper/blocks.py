@@ -148,7 +148,10 @@ class Comparison:
         for name in names:
             if name not in ARMS:
                 raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
-        [self.budget] = floats(args.budget_flops, "--budget-flops")[:1]
+        budgets = floats(args.budget_flops, "--budget-flops")
+        if len(budgets) > 1:
+            raise UserError("--budget-flops takes one budget here")
+        [self.budget] = budgets
         self.jobs = [Job(name, seed) for seed in parse_ints(args.seeds, "--seeds", 0) for name in names]
         parse_ints(
             f"{args.draws},{args.score_tokens},{args.threads},{args.jobs}",

@@ -44,9 +44,8 @@ def level(result: Result) -> float:
 
 
 def collapsed(result: Result) -> bool:
-    """Whether a run has learned no more than the tokens' frequencies. Old results without the entropy count as sound."""
-    floor = result.get("unigram_entropy")
-    return "failed" not in result and floor is not None and level(result) > floor - COLLAPSED
+    """Whether a run has learned no more than the tokens' frequencies."""
+    return "failed" not in result and level(result) > result["unigram_entropy"] - COLLAPSED
 
 
 def sweep_of(rates: dict[float, dict[int, Result]]) -> dict[float, Result]:

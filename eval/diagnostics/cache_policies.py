@@ -98,7 +98,7 @@ def measure(
 
 
 def main(args: Args) -> int:
-    ks, policies = parse_ints(args.k, "--k", least=1), args.policies.split(",")
+    ks, policies = parse_ints(args.k, "--k", least=1), list(dict.fromkeys(args.policies.split(",")))
     for policy in policies:
         visits_kept(policy)
     parse_ints(str(args.batch_size), "--batch-size", least=1)

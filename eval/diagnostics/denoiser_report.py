@@ -215,6 +215,7 @@ def without_nan(value: Any) -> Any:
 def main(args: Args) -> int:
     ks, draws = parse_ints(args.k, "--k", 1), parse_ints(args.draws, "--draws", 1)
     parse_ints(f"{args.batch_size},{args.sigmas}", "--batch-size and --sigmas", 2)
+    parse_ints(str(args.tokens), "--tokens", 1)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
     run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     out = args.json or run / "eval" / "denoiser_report.json"

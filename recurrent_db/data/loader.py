@@ -242,7 +242,9 @@ class Loader:
         return _make_batch(ids, self.data, positions)
 
     def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
-        if self.batch_size % world or not 0 <= rank < world:
+        if not 0 <= rank < world:
+            raise UserError(f"process {rank} is not one of {world} processes, which are counted from 0")
+        if self.batch_size % world:
             raise UserError(f"a batch of {self.batch_size} sequences does not divide evenly among {world} processes")
         share = self.batch_size // world
         start = step * self.batch_size + rank * share

@@ -134,7 +134,7 @@ class TokenSource:
             parts.append(part)
             start, count, shard = start + len(part), count - len(part), shard + 1
         if not parts:
-            return np.empty(0, dtype=np.uint16)
+            return self.arrays[0][:0] if self.arrays else np.empty(0, dtype=np.uint16)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

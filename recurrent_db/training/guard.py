@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ RISE = 0.5
 MOST_ITERATIONS = 32
 """Most iterations over which the state's growth is measured."""
 UNIGRAM_TOKENS = 1 << 22
-"""Most training tokens that the unigram entropy is estimated from."""
+"""Most training tokens of each source that the unigram entropy is estimated from."""
 
 
 def data_seed(config: Config, rollbacks: int) -> int:
@@ -53,13 +53,18 @@ def data_seed(config: Config, rollbacks: int) -> int:
     return config.seed if not rollbacks else key(config.seed, "rollback", rollbacks)
 
 
-def unigram_entropy(data: TokenData) -> float:
-    """Entropy of the token frequencies in nats per token: the loss of a model that knows only these frequencies."""
-    counts = np.zeros(data.vocab_size)
-    for source in data.sources.values():
-        most = max(1, UNIGRAM_TOKENS * source.tokens // max(1, data.tokens))
-        counts += np.bincount(source.read(0, min(most, source.tokens)), minlength=data.vocab_size)[: data.vocab_size]
-    p = counts[counts > 0] / counts.sum()
+def unigram_entropy(data: TokenData, mixture: Mapping[str, float] | None = None) -> float:
+    """Entropy of the token frequencies in nats per token: the loss of a model that knows only these frequencies.
+
+    Sources count by their weights in ``mixture``, or by their sizes without one.
+    """
+    p = np.zeros(data.vocab_size)
+    for name, source in data.sources.items():
+        weight = mixture.get(name, 0) if mixture else source.tokens
+        ids = source.read(0, min(UNIGRAM_TOKENS, source.tokens))
+        if weight and len(ids):
+            p += weight / len(ids) * np.bincount(ids, minlength=data.vocab_size)[: data.vocab_size]
+    p = p[p > 0] / p.sum()
     return float(-(p * np.log(p)).sum())
 
 

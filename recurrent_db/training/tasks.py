@@ -77,7 +77,7 @@ class TextTask:
         self.shards = open_data(data.path, "train", verify=True)
         self.tokenizer = load_tokenizer(data.path)
         self.loader = Loader(self.shards, data.sequence_length, data.batch_size, config.seed, data.mixture or None)
-        self.floor = unigram_entropy(self.shards)
+        self.floor = unigram_entropy(self.shards, data.mixture)
         self.validation = open_data(
             data.val_path or data.path, "validation", expect_tokenizer_hash=self.tokenizer.hash, verify=True
         )

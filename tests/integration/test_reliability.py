@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import open_data
+from recurrent_db.data.shards import TokenData
 from recurrent_db.errors import UserError
 from recurrent_db.files import is_altered, locked, sealed
 from recurrent_db.rng import Rng
@@ -288,6 +289,13 @@ def test_the_unigrams_entropy(data: Path) -> None:
     ids = training.sources["default"].read(0, training.tokens)
     p = np.unique(ids, return_counts=True)[1] / len(ids)
     assert unigram_entropy(training) == pytest.approx(-(p * np.log(p)).sum())
+
+
+def test_the_unigrams_entropy_follows_the_mixture() -> None:
+    data = TokenData.from_arrays({"one": np.zeros(90, dtype=int), "two": np.ones(10, dtype=int)}, 2, 1)
+    assert unigram_entropy(data) == pytest.approx(-(0.9 * np.log(0.9) + 0.1 * np.log(0.1)))
+    assert unigram_entropy(data, {"one": 3.0, "two": 3.0}) == pytest.approx(np.log(2))
+    assert unigram_entropy(data, {"one": 1.0}) == pytest.approx(0)
 
 
 def test_a_rate_far_too_high_is_warned_of(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
