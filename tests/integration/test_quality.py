@@ -288,7 +288,8 @@ def fake_result(run: Any, nll: float, noise: float = 0.0) -> dict[str, Any]:
     return {
         "arm": run.arm, "seed": run.seed, "learning_rate": run.rate, "budget_flops": run.budget, "limit": run.limit,
         "flops": run.budget, "tokens": 10, "steps": 1, "seconds": 1.0, "words": [], "evaluations": [], "best_k": 4,
-        "nll_by_k": {"1": nll + 1, "4": nll}, "nll_best": nll, "unigram_entropy": 99.0, "bits_per_byte_by_k": {"1": 2.0, "4": 1.0},
+        "nll_by_k": {"1": nll + 1, "4": nll}, "nll_best": nll, "bits_per_byte_by_k": {"1": 2.0, "4": 1.0},
+        "unigram_entropy": 99.0,
         "nll_by_sequence": {"1": [nll + 1] * 8, "4": by_sequence},
         "text": {"distinct_2": 0.5, "repetition": 0.1, "held_out_distinct_2": 0.5},
     }  # fmt: skip
