@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
+import glob
 import json
 import logging
 import tempfile
@@ -61,6 +63,20 @@ def _check_rows(path: Path, fields: Sequence[str]) -> None:
         raise UserError(f"{path} has no rows")
 
 
+@functools.cache
+def _links() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="recurrent_db-")
+
+
+def _as_pattern(path: Path) -> str:
+    """``path`` as the library `datasets` must get it, which reads ``* ? [ ]`` as patterns and cuts names at ``::``."""
+    if "::" not in str(path):
+        return glob.escape(str(path))
+    folder = Path(tempfile.mkdtemp(dir=_links().name))
+    (folder / f"rows{path.suffix}").symlink_to(path)
+    return str(folder / f"rows{path.suffix}")
+
+
 def _localize(config: Config, folder: Path, *fields: str) -> Config:
     """Point a task at its data files in ``folder``, as absolute paths. Splits without a file are left out.
 
@@ -75,7 +91,7 @@ def _localize(config: Config, folder: Path, *fields: str) -> Config:
         raise UserError(f"task {config['task']}: no file {wanted} in {folder}")
     for path in there.values():
         _check_rows(path, fields)
-    config["dataset_kwargs"]["data_files"] = {split: str(path) for split, path in there.items()}
+    config["dataset_kwargs"]["data_files"] = {split: _as_pattern(path) for split, path in there.items()}
     for name, split in splits.items():
         if split not in there:
             config[f"{name}_split"] = None

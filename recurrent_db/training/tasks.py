@@ -91,7 +91,14 @@ class TextTask:
             next(validation_batches(self.validation, data.sequence_length, 1, data.sequence_length))
 
     def describe(self) -> str:
-        return f"{self.shards.tokens:,} training tokens, {self.tokens_per_step:,} per step"
+        line = f"{self.shards.tokens:,} training tokens, {self.tokens_per_step:,} per step"
+        settings, length = self.config.eval, self.config.data.sequence_length
+        there = sum(max(0, source.tokens - 1) // length for source in self.validation.sources.values()) * length
+        if settings.points and there < settings.tokens // length * length:
+            line += (
+                f"; the validation split is short: {there:,} tokens are scored, not eval.tokens = {settings.tokens:,}"
+            )
+        return line
 
     def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
         self.loader.seed = seed

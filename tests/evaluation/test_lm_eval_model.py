@@ -286,6 +286,17 @@ def test_same_requests_and_results_as_the_official_tasks(
     assert any(name.startswith("acc,") for name in results[0])
 
 
+@pytest.mark.parametrize("name", ["plain", "a[1]*?", "x::y", "zip::b[c]"])
+def test_folders_of_tasks_that_look_like_patterns(cli: ModuleType, tmp_path: Path, name: str) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra [data] is not installed")
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "lambada_test.jsonl").write_text('{"text": "a passage and its end"}\n')
+    [task] = cli.offline_tasks(["lambada"], folder)
+    rows = datasets.load_dataset("json", cache_dir=str(tmp_path / "cache"), **task["dataset_kwargs"])
+    assert rows["test"]["text"][:] == ["a passage and its end"]
+
+
 def test_shared_benchmarks_make_the_harness_prompts(cli: ModuleType, shared: Path, tmp_path: Path) -> None:
     folder = shared / "data" / "benchmarks"
     if not folder.is_dir():
