@@ -278,5 +278,5 @@ def test_a_text_of_a_batch_is_its_request_alone(tokenizer: Tokenizer) -> None:
         assert generate(model, tokenizer, prompt, k=2, max_new_tokens=6, request=number) == together[number]
     assert generate_texts(model, tokenizer, prompts[:2], k=2, max_new_tokens=6, requests=[6, 7]) == together[6:8]
     assert together[0] != together[3]
-    with pytest.raises(UserError, match="as many as"):
+    with pytest.raises(UserError, match="one number per prompt"):
         generate_texts(model, tokenizer, prompts, requests=[1])
