@@ -1,8 +1,8 @@
 """Command-line parsing, shared by all commands: typed arguments, one-line errors, exit status 2.
 
 A command is a dataclass of arguments and a function. ``run_command(Args, main)`` parses the arguments, runs the function,
-and prints a user's mistake as one line on standard error. tyro does the parsing; its multi-line errors are folded into one
-line.
+and prints a user's mistake as one line on standard error. Numbers, lists and bounds are those of `schema`. tyro does the
+rest of the parsing; its multi-line errors are folded into one line.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from recurrent_db.errors import UserError
+from recurrent_db.schema import Section, check_bounds, expand_paths, from_words, plain_type
 
 Args = TypeVar("Args")
 
@@ -49,18 +51,91 @@ def fold_error_box(text: str) -> str:
             section.append(line)
         elif line.startswith("--"):
             hints.append(line.split()[0])
-    folded = " ".join(message) or "bad arguments"
+    folded = re.sub(r"^Error parsing (\S+): takes", r"\1 takes", " ".join(message)) or "bad arguments"
+    folded = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", folded)
     return folded + (f"; did you mean {' or '.join(hints[:2])}?" if hints else "")
 
 
-def _flags(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The boolean options of a dataclass and of the dataclasses inside it, as typed on the command line."""
+def _options(kind: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """The options of a dataclass and of the dataclasses inside it, as typed on the command line, and their types."""
     for name, hint in typing.get_type_hints(kind).items():
         option = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            yield from _flags(typing.cast(type, hint), option + ".")
-        elif hint is bool:
-            yield option
+            yield from _options(typing.cast(type, hint), option + ".")
+        else:
+            yield option, hint
+
+
+_NUMBERS = re.compile(r"[][,.0-9_eE+-]*[0-9][][,.0-9_eE+-]*")
+"""A part of a list of numbers."""
+
+
+def _is_number_list(kind: Any) -> bool:
+    kind = plain_type(kind)
+    return get_origin(kind) in (list, tuple) and plain_type(get_args(kind)[0]) in (int, float)
+
+
+def _regular(kind: type, given: Sequence[str]) -> list[str]:
+    """The words of a command line, with ``true`` after each flag that has no value and each list of numbers in one word."""
+    options, words = dict(_options(kind)), list[str]()
+    value: int | None = None
+    """Index in ``words`` of the list of numbers that the next word may continue."""
+    for word, following in itertools.zip_longest(given, given[1:], fillvalue="--"):
+        if value is not None and value < len(words):
+            if _NUMBERS.fullmatch(word):
+                words[value] += f",{word}"
+                continue
+            value = None
+        words.append(word)
+        option, equals, _ = word.partition("=")
+        hint = options.get(option.replace("_", "-"))
+        if hint is bool and not equals and following.startswith("-"):
+            words.append("true")
+        elif word.startswith("--"):
+            value = len(words) - bool(equals) if _is_number_list(hint) else None
+    return words
+
+
+def _spec(kind: Any) -> PrimitiveConstructorSpec[Any]:
+    """How tyro reads and shows a value that `schema.from_words` understands."""
+
+    def shown(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [f"{name}={number}" for name, number in value.items()]
+        if isinstance(value, list | tuple):
+            return [",".join(map(str, value))] if value else []
+        return [str(value).lower() if isinstance(value, bool) else str(value)]
+
+    def metavar(kind: Any) -> str:
+        kind = plain_type(kind)
+        inside = get_args(kind)
+        if get_origin(kind) is Literal:
+            return "{" + ",".join(map(str, inside)) + "}"
+        if get_origin(kind) in (list, tuple):
+            return f"{metavar(inside[0])},..."
+        if get_origin(kind) is dict:
+            return f"NAME={metavar(inside[1])},..."
+        return {bool: "{true,false}", str: "NAME"}.get(kind, kind.__name__.upper())
+
+    nargs: Any = "*" if get_origin(plain_type(kind)) is dict else 1
+    return PrimitiveConstructorSpec(nargs, metavar(kind), lambda words: from_words(words, kind), lambda _: True, shown)
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Numbers, flags, choices, tables and lists of numbers or choices. tyro reads the rest."""
+    kind = plain_type(info.type)
+    item = plain_type(get_args(kind)[0]) if get_origin(kind) in (list, tuple) else kind
+    if item in (int, float, bool) or get_origin(item) in (Literal, dict):
+        return _spec(info.type)
+    return None
+
+
+Names = Annotated[tuple[str, ...], _spec(tuple[str, ...])]
+"""Type of an option that takes names separated by commas."""
 
 
 @functools.cache
@@ -100,10 +175,11 @@ def parse(
 ) -> Args:
     """Parse command-line arguments into the dataclass ``kind``.
 
-    Booleans are written ``--flag``, ``--flag true`` or ``--flag false``. ``--help`` prints the help and exits with status 0.
+    Flags are written ``--flag``, ``--flag true`` or ``--flag false``; numbers ``16384``, ``16_384`` or ``1.6e4``; lists of
+    numbers ``1,4`` or ``1 4``. ``~`` in a path is the home directory. ``--help`` prints the help and exits with status 0.
 
     Args:
-        kind: the dataclass.
+        kind: the dataclass. The bounds of its fields are checked, except in a `Section`, which is checked as a whole later.
         argv: the arguments; ``sys.argv[1:]`` by default.
         default: values of options that are not given, instead of the dataclass's defaults.
         prog: the program's name in ``--help``.
@@ -111,22 +187,22 @@ def parse(
     Raises:
         UserError: an option is unknown, a value is invalid, or an argument is missing; one line.
     """
-    given = sys.argv[1:] if argv is None else list(argv)
-    flags = set(_flags(kind))
-    words = []
-    for word, following in itertools.zip_longest(given, given[1:], fillvalue="--"):
-        words.append({"true": "True", "false": "False"}.get(word, word))
-        if word.replace("_", "-") in flags and following.startswith("-"):
-            words.append("True")
+    words = _regular(kind, sys.argv[1:] if argv is None else argv)
     stderr = io.StringIO()
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr), _quick_sources():
-            return tyro.cli(kind, args=words, prog=prog, config=(tyro.conf.FlagConversionOff,), **options)
+            args = tyro.cli(
+                kind, args=words, prog=prog, config=(tyro.conf.FlagConversionOff,), registry=_REGISTRY, **options
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(fold_error_box(stderr.getvalue())) from None
+    expand_paths(args)
+    if not isinstance(args, Section):
+        check_bounds(args, "--")
+    return args
 
 
 OTHERS_WAIT = 20.0

@@ -17,11 +17,13 @@ import tyro
 
 from recurrent_db.arguments import parse
 from recurrent_db.errors import UserError
+from recurrent_db.files import expand_user
 from recurrent_db.objective_config import OBJECTIVE_NAMES, ObjectiveConfig
 from recurrent_db.schema import (
     Count,
     Hidden,
     NotNegative,
+    PathText,
     Positive,
     PositiveInt,
     Section,
@@ -145,9 +147,9 @@ class BlocksConfig(Section):
 class DataConfig(Section):
     """Training and validation data: token shards made by train/prepare_data.py."""
 
-    path: str = ""
+    path: PathText = ""
     """Folder of token shards to train on."""
-    val_path: str = ""
+    val_path: PathText = ""
     """Folder whose validation split is scored; empty uses data.path."""
     mixture: dict[str, NotNegative] = field(default_factory=dict)
     """Weight of each source in the training data. The weights need not sum to 1. Empty draws sources in proportion to their
@@ -232,7 +234,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """Where a run is stored, what it runs on, and how often it writes."""
 
-    dir: str = ""
+    dir: PathText = ""
     """Run directory. It must not exist unless --resume or --overwrite is given."""
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1, or auto (cuda if available, else cpu)."""
@@ -290,7 +292,7 @@ class ParallelConfig(Section):
 class InitConfig(Section):
     """The weights that training starts from."""
 
-    from_: Annotated[str, tyro.conf.arg(name="from")] = ""
+    from_: Annotated[PathText, tyro.conf.arg(name="from")] = ""
     """Run directory or checkpoint to load the initial weights from; empty draws them at random from the seed."""
 
 
@@ -352,7 +354,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = (), prog: st
     Raises:
         UserError: a key is unknown or a value is invalid; one line that names the key.
     """
-    config = from_dict(Config, read_toml(Path(path))) if path else Config()
+    config = from_dict(Config, read_toml(Path(expand_user(str(path))))) if path else Config()
     config = parse(Config, list(overrides), default=config, prog=prog)
     resolve(config)
     validate(config)

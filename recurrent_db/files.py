@@ -18,6 +18,11 @@ from typing import Any
 from recurrent_db.errors import UserError
 
 
+def expand_user(path: str) -> str:
+    """Replace a leading ``~`` or ``~user`` by the home directory, as a shell does. An unknown user's stays as it is."""
+    return os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises for an unknown user
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
@@ -42,7 +47,7 @@ def read_json(path: Path) -> Any:
             if len(raw) > MOST_JSON_BYTES:
                 raise ValueError(f"larger than {MOST_JSON_BYTES >> 20} MiB")
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -62,8 +62,8 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     [
         ("[optim]\nlearnrate = 1", "unknown config key 'optim.learnrate'"),
         ("[optin]\nlr = 1", "did you mean 'optim'?"),
-        ('[model]\nd_model = "wide"', "model.d_model = 'wide' must be of type int"),
-        ("[model]\nd_model = true", "must be of type int"),
+        ('[model]\nd_model = "wide"', "model.d_model must be a whole number, got 'wide'"),
+        ("[model]\nd_model = true", "model.d_model must be a whole number, got True"),
         ("[objective.one_step]\natom = 0.1", "did you mean 'objective.denoise.atom'?"),
         ("[model]\nlr = 0.1", "did you mean 'optim.lr'?"),
         ('[objective]\nname = "denoyse"', "did you mean 'denoise'?"),
@@ -99,8 +99,19 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, message:
     [
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
         (["--optim.lr", "fast"], "optim.lr"),
-        (["--objective.name", "denoyse"], "Expected one of"),
-        (["--optim.lr"], "optim.lr"),
+        (["--objective.name", "denoyse"], "--objective.name takes one of one_step, denoise,"),
+        (["--objective.name", "denoyse"], "got 'denoyse'; did you mean 'denoise'?"),
+        (["--optim.lr"], "--optim.lr needs a value"),
+        (["--optim.lr", "fast"], "--optim.lr takes a number, got 'fast'"),
+        (["--eval.tokens", "1.5"], "--eval.tokens takes a whole number, got '1.5'"),
+        (["--eval.tokens", "inf"], "--eval.tokens takes a whole number, got 'inf'"),
+        (["--eval.k", "1,x"], "--eval.k takes whole numbers, separated by commas, got '1,x'"),
+        (["--eval.k", "--seed", "1"], "--eval.k needs a value"),
+        (["--data.mixture", "prose"], "--data.mixture takes pairs NAME=VALUE of a name and a number"),
+        (["--run.compile", "maybe"], "--run.compile takes true or false, got 'maybe'"),
+        (["--optim.lr", "nan"], "optim.lr must be above 0, got nan"),
+        (["--seed", "9223372036854775808"], "seed must fit into 64 bits"),
+        (["--seed", "-1e20"], "seed must fit into 64 bits"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str) -> None:
@@ -108,6 +119,44 @@ def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: st
         load_config(None, words)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["100000", "100_000", "1e5", "1E+5", "100000.0", "+1_0e4"])
+def test_whole_numbers_have_one_form_in_files_and_options(tmp_path: Path, word: str) -> None:
+    (tmp_path / "c.toml").write_text(f"[eval]\ntokens = {word}")
+    assert load_config(tmp_path / "c.toml") == load_config(None, ["--eval.tokens", word])
+    assert load_config(None, [f"--eval.tokens={word}"]).eval.tokens == 100_000
+
+
+@pytest.mark.parametrize("words", ["1,8", "1 8", "1, 8", "[1, 8]", "1,8,", "1 8e0"])
+def test_a_list_is_separated_by_commas_or_spaces(words: str) -> None:
+    assert load_config(None, ["--eval.k", *words.split(), "--seed", "3"]).eval.k == [1, 8]
+    assert load_config(None, ["--eval.k", words]).eval.k == [1, 8]
+    assert load_config(None, ["--seed", "3", *f"--eval.k={words}".split()]).eval.k == [1, 8]
+
+
+def test_a_table_on_the_command_line() -> None:
+    for words in (["prose=0.7,code=3e-1"], ["prose=0.7", "code=0.3"], ["prose", "0.7", "code", "0.3"]):
+        assert load_config(None, ["--data.mixture", *words]).data.mixture == {"prose": 0.7, "code": 0.3}
+
+
+def test_home_directories_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a shell: a leading ~, and nothing else."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (
+        '[run]\ndir = "~/runs/$USER/*"\n[data]\npath = "~"\nval_path = "a/~/b"\n[init]\nfrom = "~nobody-of-this-name/x"'
+    )
+    (tmp_path / "c.toml").write_text(text)
+    config = load_config("~/c.toml", ["--data.val_path=~/val"])
+    assert (config.run.dir, config.data.path) == (f"{tmp_path}/runs/$USER/*", str(tmp_path))
+    assert (config.data.val_path, config.init.from_) == (f"{tmp_path}/val", "~nobody-of-this-name/x")
+    assert load_config(tmp_path / "c.toml").data.val_path == "a/~/b"
+    assert load_config(None).run.dir == ""
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("seed = 3\r\n", encoding="utf-8-sig")
+    assert load_config(tmp_path / "c.toml").seed == 3
 
 
 def test_missing_file_is_one_line(tmp_path: Path) -> None:
