@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 import recurrent_db
-from recurrent_db.arguments import run_command
+from recurrent_db.arguments import listed, run_command
 from recurrent_db.data import load_tokenizer, open_data
 from recurrent_db.data.ngram import bigram_nll, unigram_nll
 from recurrent_db.files import write_atomic
+from recurrent_db.schema import Positive, PositiveInt
 from recurrent_db.store.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -45,13 +46,13 @@ class Args:
 
     out: Path = Path("runs/demo")
     """Output folder. An earlier demo in it is replaced."""
-    flops: float = 5.0e12
+    flops: Positive = 5.0e12
     """Training budget of each arm, in model FLOPs."""
     vocab_size: int = 2048
     """Vocabulary size of the tokenizer."""
-    k: str = "1,2,4,8,16,32"
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
     """Values of K (core iterations) to score, separated by commas."""
-    score_tokens: int = 16384
+    score_tokens: PositiveInt = 16384
     """Number of held-out tokens to score."""
     seed: int = 0
     """Seed of the runs."""
@@ -79,7 +80,7 @@ def progress_lines(what: str, state: Callable[[], str] | None = None) -> Iterato
         thread.join()
 
 
-def spent(run: Path, flops: float) -> str:
+def spent(run: Path, flops: Positive) -> str:
     """Share of the budget that a training run has spent so far, and its loss."""
     rows = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if not rows:
@@ -185,7 +186,7 @@ def main(args: Args) -> int:
         )  # fmt: skip
     for arm in ARMS:
         command(
-            "eval/depth_curve.py", out / arm, "--data", data, "--k", args.k, "--tokens", args.score_tokens,
+            "eval/depth_curve.py", out / arm, "--data", data, "--k", listed(args.k), "--tokens", args.score_tokens,
             "--draws", 2, "--json", out / arm / "eval/depth_curve.json", what=f"{arm}, NLL by K",
         )  # fmt: skip
     run = out / SAMPLED

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
+from recurrent_db.arguments import run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -32,6 +32,7 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import Count, PositiveInt
 from recurrent_db.store.loading import load_with_config
 
 STATE_SEQUENCES = 8
@@ -46,16 +47,16 @@ class Args:
     """Run directory or checkpoint folder."""
     data: Path
     """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations), separated by commas."""
-    draws: int = 4
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations)."""
+    draws: PositiveInt = 4
     """Noise draws in a likelihood."""
     likelihood: Literal["mixture", "bound"] = "mixture"
     """How a denoiser's draws are combined: mixture averages the likelihoods of the read-outs; bound gives the
     importance-sampling bound of an ancestral walk with a sampled bridge."""
-    tokens: int = 65536
+    tokens: Count = 65536
     """Number of held-out tokens to score, spread evenly over the split; 0 scores all of it."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences in a batch."""
     seed: int = 0
     """Seed of the noise."""
@@ -94,9 +95,7 @@ def state_rms_by_iteration(model: LoopedLM, batches: Iterable[Batch], k: int, se
 
 
 def main(args: Args) -> int:
-    ks = parse_ints(args.k, "--k", least=1)
-    parse_ints(f"{args.draws},{args.batch_size}", "--draws and --batch-size", least=1)
-    parse_ints(str(args.tokens), "--tokens", least=0)
+    ks = sorted(set(args.k))
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(

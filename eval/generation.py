@@ -23,14 +23,14 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from recurrent_db.accounting.flops import inference_cost
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import Names, run_command
 from recurrent_db.config import Config
 from recurrent_db.data import document, load_tokenizer, open_data
 from recurrent_db.data.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ from recurrent_db.evaluation.text_metrics import (
 )
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.schema import Count, PositiveInt, at_least
 from recurrent_db.store.loading import load_with_config
 
 FEATURES = {
@@ -81,27 +82,27 @@ class Args:
     data: Path
     """Folder made by train/prepare_data.py. Prompts and real continuations come from its validation split, the unigram
     baseline's frequencies from its training split."""
-    k: str = "1,8"
-    """Values of K (core iterations), separated by commas."""
-    decodings: str = "t=1,p=0.95,greedy"
-    """Decodings, separated by commas: greedy, t=TEMPERATURE, p=TOP_P or t=TEMPERATURE:p=TOP_P."""
-    bridge: str = ""
-    """Bridges to try for a denoiser's walk, separated by commas (soft, hard, sample, state). The default is the run's own.
+    k: tuple[PositiveInt, ...] = (1, 8)
+    """Values of K (core iterations)."""
+    decodings: Names = ("t=1", "p=0.95", "greedy")
+    """Decodings: greedy, t=TEMPERATURE, p=TOP_P or t=TEMPERATURE:p=TOP_P."""
+    bridge: tuple[Literal["soft", "hard", "sample", "state"], ...] = ()
+    """Bridges to try for a denoiser's walk. The default is the run's own.
     K = 1 uses no bridge."""
-    sampler: str = ""
-    """Samplers to try for a denoiser's walk, separated by commas (euler, heun, ancestral). The default is the run's own."""
-    prompts: int = 200
+    sampler: tuple[Literal["euler", "heun", "ancestral"], ...] = ()
+    """Samplers to try for a denoiser's walk. The default is the run's own."""
+    prompts: Annotated[int, at_least(4)] = 200
     """Number of held-out prompts. Twice as many windows of held-out text are needed, to compare real text with real text."""
-    prompt_tokens: int = 32
+    prompt_tokens: PositiveInt = 32
     """Length of a prompt, in tokens."""
-    tokens: int = 50
+    tokens: PositiveInt = 50
     """Longest continuation, in tokens; the end of a document ends it earlier. A run with another tokenizer than the data's
     generates as many of its own tokens as the real continuations have on average."""
-    each: int = 5
+    each: PositiveInt = 5
     """Continuations of each prompt. Greedy decoding makes one if the model starts from no noise."""
-    resamples: int = 200
+    resamples: Count = 200
     """Half samples of the prompts, from which the intervals are computed; 0 computes none."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Texts in a batch."""
     seed: int = 0
     """Seed of the choice of prompts, of the tokens and of the noise."""
@@ -117,19 +118,9 @@ class Args:
 # Settings to try, and the check of the judge
 
 
-def chosen_words(text: str, option: str, known: tuple[str, ...]) -> list[str]:
-    """Split a comma-separated option. Raises UserError for a value that is not in ``known``."""
-    chosen = list(dict.fromkeys(text.split(","))) if text else []
-    for word in chosen:
-        if word not in known:
-            raise UserError(f"{option}: unknown value {word!r}; choose from {', '.join(known)}")
-    return chosen
-
-
 def settings(args: Args, model: LoopedLM, ks: list[int]) -> list[tuple[int, WalkChoices]]:
     """The settings to try, as pairs (K, choices of the walk). A walk with K = 1 has no step, so it has no choices."""
-    bridges = chosen_words(args.bridge, "--bridge", ("soft", "hard", "sample", "state"))
-    samplers = chosen_words(args.sampler, "--sampler", ("euler", "heun", "ancestral"))
+    bridges, samplers = dict.fromkeys(args.bridge), dict.fromkeys(args.sampler)
     walk = model.recurrence.walk
     if walk is None:
         if bridges or samplers:
@@ -299,14 +290,10 @@ def table(rows: list[Row]) -> str:
 
 
 def main(args: Args) -> int:
-    ks = parse_ints(args.k, "--k", least=1)
-    decodings = list(dict.fromkeys(args.decodings.split(",")))
+    ks = sorted(set(args.k))
+    decodings = list(dict.fromkeys(args.decodings))
     for word in decodings:
         parse_decoding(word)
-    sizes = f"{args.prompt_tokens},{args.tokens},{args.each},{args.batch_size}"
-    parse_ints(sizes, "--prompt-tokens, --tokens, --each and --batch-size", least=1)
-    parse_ints(str(args.prompts), "--prompts", least=4)
-    parse_ints(f"{args.resamples},{args.seed}", "--resamples and --seed", least=0)
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)

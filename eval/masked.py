@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
+from recurrent_db.arguments import run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -24,6 +24,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.masked import Masked, unmask
+from recurrent_db.schema import Count, PositiveInt
 from recurrent_db.store.loading import load_with_config
 
 
@@ -35,15 +36,15 @@ class Args:
     """Run directory or checkpoint folder."""
     data: Path
     """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
-    draws: int = 16
+    draws: PositiveInt = 16
     """Number of diffusion times drawn for each block and sequence."""
-    tokens: int = 65536
+    tokens: PositiveInt = 65536
     """Number of held-out tokens to score, spread evenly over the split."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences in a batch."""
-    samples: int = 2
+    samples: Count = 2
     """Number of sequences to sample; 0 samples none."""
-    steps: int = 128
+    steps: PositiveInt = 128
     """Steps of the reverse process for a sample."""
     seed: int = 0
     """Seed of times, masks and samples."""
@@ -54,12 +55,6 @@ class Args:
 
 
 def main(args: Args) -> int:
-    parse_ints(
-        f"{args.draws},{args.tokens},{args.batch_size},{args.steps}",
-        "--draws, --tokens, --batch-size and --steps",
-        least=1,
-    )
-    parse_ints(str(args.samples), "--samples", least=0)
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)

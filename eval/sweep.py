@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder
 from sweep_tables import BASELINES, Row, Table, compare, group_table, plot, text
 
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import Names, run_command
 from recurrent_db.data import open_data
 from recurrent_db.data.ngram import unigram_log_p
 from recurrent_db.data.shards import MANIFEST
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.accuracy import Accuracy, Floats, credit
 from recurrent_db.files import check_output, write_atomic
+from recurrent_db.schema import Count, PositiveInt, at_least
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -53,22 +54,22 @@ class Args:
     """Run directory or checkpoint folder."""
     data: Path
     """Folder with the tasks' files: benchmark JSONL, or for the heldout tasks a folder made by train/prepare_data.py."""
-    tasks: str = "arc_easy,piqa,blimp"
-    """Task names, separated by commas: arc_easy, piqa, blimp, blimp_PARADIGM, blimp_*, lambada, heldout_cloze,
+    tasks: Names = ("arc_easy", "piqa", "blimp")
+    """Task names: arc_easy, piqa, blimp, blimp_PARADIGM, blimp_*, lambada, heldout_cloze,
     heldout_last_word."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations), separated by commas."""
-    untrained_k: int | None = None
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations)."""
+    untrained_k: Annotated[int | None, at_least(1)] = None
     """K of the untrained model; the smallest of --k by default."""
     counts: Path | None = None
     """Data directory whose training tokens the unigram model counts. By default the run's own, or else --data."""
-    draws: int = 1
+    draws: PositiveInt = 1
     """Noise draws averaged in a likelihood."""
     sigma: float | None = None
     """Noise level at which a denoiser's inference starts; the run's sigma_max by default."""
-    limit: int | None = None
+    limit: Annotated[int | None, at_least(1)] = None
     """Largest number of items of each task; all by default."""
-    fewshot: int = 0
+    fewshot: Count = 0
     """Number of solved examples before each question. BLiMP always has none."""
     batch_size: str = "auto"
     """Sequences in a batch, or auto."""
@@ -214,17 +215,10 @@ class Sweep:
 
 def check(args: Args) -> tuple[list[int], list[str]]:
     """Values of K and names of tasks. Raises UserError for options that are wrong on their face."""
-    ks = parse_ints(args.k, "--k", least=1)
-    numbers = (("--untrained-k", args.untrained_k, 1), ("--limit", args.limit, 1), ("--fewshot", args.fewshot, 0))
-    for option, value, least in numbers:
-        if value is not None:
-            parse_ints(str(value), option, least)
-    names = [name for name in args.tasks.split(",") if name]
+    ks, names = sorted(set(args.k)), list(args.tasks)
     for name in names:
         if maker(name) is None:
             raise UserError(f"--tasks {name}: not an offline task; choose from {', '.join(OFFLINE)}")
-    if not names:
-        raise UserError("--tasks names no task")
     if args.plot is not None and args.plot.suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
     for path in (args.json, args.plot):

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -96,6 +96,11 @@ def _regular(kind: type, given: Sequence[str]) -> list[str]:
     return words
 
 
+def listed(values: Iterable[float | str]) -> str:
+    """The values of a list as one word of a command line."""
+    return ",".join(map(str, values))
+
+
 def _spec(kind: Any) -> PrimitiveConstructorSpec[Any]:
     """How tyro reads and shows a value that `schema.from_words` understands."""
 
@@ -103,7 +108,7 @@ def _spec(kind: Any) -> PrimitiveConstructorSpec[Any]:
         if isinstance(value, dict):
             return [f"{name}={number}" for name, number in value.items()]
         if isinstance(value, list | tuple):
-            return [",".join(map(str, value))] if value else []
+            return [listed(value)] if value else []
         return [str(value).lower() if isinstance(value, bool) else str(value)]
 
     def metavar(kind: Any) -> str:

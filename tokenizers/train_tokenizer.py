@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
@@ -18,6 +18,7 @@ from recurrent_db.data.readers import ReadOptions, ReadReport
 from recurrent_db.data.sources import parse_source, read_documents
 from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.errors import UserError
+from recurrent_db.schema import above, at_least, at_most
 
 
 @dataclass
@@ -34,9 +35,9 @@ class Args:
     model_type: Literal["bpe", "unigram", "char"] = "bpe"
     """Type of sentencepiece model. unigram takes about 20 times longer to train. char has one token per character of the
     text, at most --vocab-size tokens in all, for models that are measured in bits per character."""
-    max_mib: float = 8.0
+    max_mib: Annotated[float, above(0), at_most(2**40)] = 8.0
     """MiB of text to train on, sampled uniformly from the inputs."""
-    max_documents: int | None = None
+    max_documents: Annotated[int | None, at_least(1)] = None
     """Most documents to read from each input; by default all."""
     seed: int = 0
     """Seed of the sample."""
@@ -72,8 +73,6 @@ def main(args: Args) -> None:
                     bar.update(len(document.text))
                     yield document.text
 
-    if not 0 < args.max_mib < 2**40:
-        raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     model = train(texts(), args.vocab_size, args.model_type, int(args.max_mib * 2**20), args.seed)
     tokenizer = Tokenizer.from_bytes(model)
     try:

@@ -10,12 +10,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from recurrent_db.arguments import one_line, run_command
 from recurrent_db.data.prepare import prepare
 from recurrent_db.data.readers import ReadOptions
 from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS
 from recurrent_db.errors import UserError
+from recurrent_db.schema import above, at_least, at_most
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Args:
     """Tokenising threads; by default one per core. The output does not depend on it."""
     shard_tokens: int = DEFAULT_SHARD_TOKENS
     """Most tokens per shard file."""
-    max_documents: int | None = None
+    max_documents: Annotated[int | None, at_least(1)] = None
     """Most documents to read from each named source; by default all."""
-    max_mib: float | None = None
+    max_mib: Annotated[float | None, above(0), at_most(2**40)] = None
     """Most MiB of text to read from each named source; by default all."""
     part: str = "1/1"
     """I/N reads the I-th of N parts of the sources. A hash of a document's text chooses its part, so the parts share no
@@ -58,8 +60,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if args.max_mib is not None and not 0 < args.max_mib < 2**40:
-        raise UserError(f"--max-mib must be above 0, not {args.max_mib}")
     if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
         raise UserError("--source is given twice: list all sources after one --source")
     part = re.fullmatch(r"(\d+)/(\d+)", args.part)

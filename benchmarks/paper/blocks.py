@@ -34,14 +34,14 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from benchmarks.quality.runs import complete, dotted, floats
+from benchmarks.quality.runs import complete, dotted
 from benchmarks.slices import ROOT, Slice
 from recurrent_db.accounting.memory_split import peak_live_bytes
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import Names, run_command
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, open_data, read_manifest
 from recurrent_db.errors import UserError
@@ -51,6 +51,7 @@ from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.block_choice import freeze_shared
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
+from recurrent_db.schema import Count, Positive, PositiveInt, at_least
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
@@ -85,34 +86,34 @@ class Args:
     data: Path | None = None
     """Folder made by train/prepare_data.py. Its training split is the corpus; its validation split is scored. Masked arms
     need a character tokenizer."""
-    arms: str = ""
-    """Arms to run, separated by commas. The default is all arms that are not masked."""
-    seeds: str = "0,1"
-    """Seeds, separated by commas."""
+    arms: Names = ()
+    """Arms to run. The default is all arms that are not masked."""
+    seeds: tuple[Count, ...] = (0, 1)
+    """Seeds."""
     config: Path = ROOT / "train/configs/gpt-blocks.toml"
     """Configuration with the model's shape; gpt-blocks-768.toml has the paper's."""
     masked_config: Path = ROOT / "train/configs/masked-blocks.toml"
     """Configuration with the shape of the masked arms."""
-    budget_flops: str = "3e13"
+    budget_flops: Positive = 3e13
     """Training budget of an arm over all its blocks, in model FLOPs."""
     options: str = ""
     """Additional configuration keys for every run, e.g. "optim.lr=1e-3 model.d_model=64". Use separate --work and --results
     folders for them."""
-    draws: int = 16
+    draws: PositiveInt = 16
     """Noise draws averaged in a likelihood; diffusion times per block and sequence for masked arms."""
-    score_tokens: int = 32_768
+    score_tokens: PositiveInt = 32_768
     """Number of held-out tokens to score."""
     judge: Path | None = None
     """Run directory of a judge, made by eval/train_judge.py. Without it, generative perplexity and MAUVE are left out."""
-    minutes: float | None = None
+    minutes: Annotated[float | None, at_least(0)] = None
     """Time limit in minutes. Jobs that would not finish in time are not started. 0 only prints the existing results."""
     work: Path = ROOT / "runs/blocks"
     """Folder for run directories and logs."""
     results: Path = ROOT / "benchmarks/results"
     """Folder for the results."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each run."""
-    jobs: int = 1
+    jobs: PositiveInt = 1
     """Number of arms to run in parallel."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
@@ -144,20 +145,12 @@ class Comparison:
             raise UserError(
                 f"--judge {args.judge} is not a run directory with a checkpoint (make one with eval/train_judge.py)"
             )
-        names = args.arms.split(",") if args.arms else [name for name, arm in ARMS.items() if not arm.masked]
+        names = args.arms or [name for name, arm in ARMS.items() if not arm.masked]
         for name in names:
             if name not in ARMS:
                 raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
-        budgets = floats(args.budget_flops, "--budget-flops")
-        if len(budgets) > 1:
-            raise UserError("--budget-flops takes one budget here")
-        [self.budget] = budgets
-        self.jobs = [Job(name, seed) for seed in parse_ints(args.seeds, "--seeds", 0) for name in names]
-        parse_ints(
-            f"{args.draws},{args.score_tokens},{args.threads},{args.jobs}",
-            "--draws, --score-tokens, --threads and --jobs",
-            1,
-        )
+        self.budget = args.budget_flops
+        self.jobs = [Job(name, seed) for seed in sorted(set(args.seeds)) for name in names]
         self.work, self.folder = args.work.resolve(), (args.results / "blocks").resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.slice = Slice(self.work, args.jobs, args.threads, args.minutes)

@@ -23,12 +23,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import listed, run_command
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.text_metrics import cells, heading, rank
 from recurrent_db.files import write_atomic
+from recurrent_db.schema import Count, PositiveInt, above
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
@@ -76,13 +77,13 @@ class Args:
     """Folder for the runs and RESULT.json."""
     size: Literal["cpu", "gpu"] = "cpu"
     """Model shape and number of tokens."""
-    seeds: str = "0"
-    """Seeds, separated by commas."""
-    tokens: float | None = None
+    seeds: tuple[Count, ...] = (0,)
+    """Seeds."""
+    tokens: Annotated[float | None, above(0)] = None
     """N, the training tokens of the `unrolled` arm. The default depends on --size."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations) to score, separated by commas."""
-    draws: int = 4
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations) to score."""
+    draws: PositiveInt = 4
     """Noise draws averaged in a likelihood."""
     judge_data: Path | None = None
     """Folder prepared from other documents than --data (train/prepare_data.py --part). A judge is trained in OUT/judge."""
@@ -117,7 +118,7 @@ def complete(run: Path, tokens: float) -> bool:
     )
 
 
-def scored_already(curve: Path, checkpoint: Path, ks: list[str], draws: int) -> bool:
+def scored_already(curve: Path, checkpoint: Path, ks: list[str], draws: PositiveInt) -> bool:
     """Whether a depth curve belongs to this checkpoint, these K and this number of draws (1 for models without noise)."""
     if not curve.exists():
         return False
@@ -173,10 +174,10 @@ def arm(args: Args, name: str, seed: int, judge: Path | None) -> dict[str, Any]:
             "--objective.unrolled.truncation", 8, "--run.checkpoint_every", 100, *size["options"], "--resume",
         )  # fmt: skip
     curve = run / "eval" / "depth_curve.json"
-    ks = [str(k) for k in parse_ints(args.k, "--k", 1)]
+    ks = [str(k) for k in sorted(set(args.k))]
     if not scored_already(curve, list_checkpoints(run)[-1], ks, args.draws):
         call(
-            "eval/depth_curve.py", run, "--data", args.data, "--k", args.k, "--draws", args.draws,
+            "eval/depth_curve.py", run, "--data", args.data, "--k", listed(args.k), "--draws", args.draws,
             "--tokens", size["score_tokens"], "--json", curve,
         )  # fmt: skip
     last, scored = read_metrics(run / "metrics.jsonl")[-1], json.loads(curve.read_text())
@@ -230,7 +231,7 @@ def text_table(arms: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main(args: Args) -> int:
-    seeds = parse_ints(args.seeds, "--seeds", 0)
+    seeds = sorted(set(args.seeds))
     args.out, args.data = args.out.resolve(), args.data.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / "RESULT.json").exists():  # keep the seeds of earlier calls in the table

@@ -24,16 +24,16 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from benchmarks.quality import tables
 from benchmarks.quality.plot import plot
-from benchmarks.quality.runs import complete, contradiction, dotted, floats, identity, limit_corpus, middle_first
+from benchmarks.quality.runs import complete, contradiction, dotted, identity, limit_corpus, middle_first
 from benchmarks.quality.tables import FLAT, Result, is_flat
 from benchmarks.slices import ROOT, Failed, Slice
 from recurrent_db.accounting.flops import inference_cost, step_cost
 from recurrent_db.accounting.hardware import choose_device
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import Names, listed, run_command
 from recurrent_db.config import Config, config_from_json, load_config
 from recurrent_db.data import load_tokenizer, open_data, read_manifest
 from recurrent_db.errors import UserError
@@ -41,6 +41,7 @@ from recurrent_db.files import check_output, write_atomic
 from recurrent_db.objectives import build_objective
 from recurrent_db.report.runs import evaluations
 from recurrent_db.rng import Rng
+from recurrent_db.schema import Count, Positive, PositiveInt, at_least
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
 
@@ -78,16 +79,16 @@ ARMS: dict[str, list[str]] = {
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "config": "tiny.toml", "budget": 7e12, "rates": "3e-3,6e-3,1.2e-2", "score_tokens": 16_384, "options": [],
-        "arms": ",".join(ARMS),
+        "config": "tiny.toml", "budget": 7e12, "rates": (3e-3, 6e-3, 1.2e-2), "score_tokens": 16_384, "options": [],
+        "arms": list(ARMS),
     },
     # 16,384 tokens a step. A short budget then has enough steps, and enough of them are warm-up (docs/notebook.md).
     # Four arms, three rates and a second seed are 16 runs and 6.4e16 FLOPs. This takes under 25 minutes if training runs at
     # 60 TFLOP/s and starting and scoring a run takes 25 seconds. It is not yet measured.
     "gpu": {
-        "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": "3e-4,6e-4,1.2e-3", "score_tokens": 131_072,
+        "config": "pythia-70m-looped.toml", "budget": 4e15, "rates": (3e-4, 6e-4, 1.2e-3), "score_tokens": 131_072,
         "options": ["--data.batch_size", "64", "--schedule.warmup", "0.2"],
-        "arms": "next_token,unrolled-4-2-diagonal,one_step,one_step-first-iteration",
+        "arms": ["next_token", "unrolled-4-2-diagonal", "one_step", "one_step-first-iteration"],
     },
 }  # fmt: skip
 EVAL = ["--eval.points", "5", "--eval.k", "1", "4", "--eval.tokens", "8192"]
@@ -108,41 +109,41 @@ class Args:
     """Folder made by train/prepare_data.py. Its training split is the corpus; its validation split is scored."""
     size: Literal["tiny", "gpu"] = "tiny"
     """Model size: train/configs/tiny.toml for a CPU, pythia-70m-looped.toml for a GPU."""
-    arms: str = ""
-    """Arms to run, separated by commas. The default depends on the size; for tiny it is all arms."""
-    seeds: str = "0,1"
-    """Seeds, separated by commas. The smallest one sweeps the learning rates; the others use the best rate."""
-    rates: str = ""
-    """Peak learning rates to try, separated by commas. The default is three rates that suit the size."""
-    budget_flops: str = ""
+    arms: Names = ()
+    """Arms to run. The default depends on the size; for tiny it is all arms."""
+    seeds: tuple[Count, ...] = (0, 1)
+    """Seeds. The smallest one sweeps the learning rates; the others use the best rate."""
+    rates: tuple[Positive, ...] = ()
+    """Peak learning rates to try. The default is three rates that suit the size."""
+    budget_flops: tuple[Positive, ...] = ()
     """Training budget of a run, in model FLOPs. Several, separated by commas, also give the FLOPs to reach a level. The
     default suits the size."""
-    data_limited: int = 0
+    data_limited: Count = 0
     """Train on this many first tokens of the corpus only. The flat arm's budget is doubled until its held-out NLL stops
     falling. The other arms then run at its best budget and the next one. 0 uses the whole corpus and --budget-flops."""
-    reach: str = ""
+    reach: tuple[Positive, ...] = ()
     """Levels of NLL in nats per token, separated by commas, for which FLOPs to reach them are computed. The default is the
     final NLL of the best unrolled arm."""
     options: str = ""
     """Additional configuration keys for every run, e.g. "optim.weight_decay=0.3 data.batch_size=16". Use separate --work and
     --results folders for them."""
-    minutes: float | None = None
+    minutes: Annotated[float | None, at_least(0)] = None
     """Time limit in minutes. Runs that would not finish in time are not started. 0 only merges results."""
     work: Path | None = None
     """Folder for run directories and logs; runs/quality-SIZE by default."""
     results: Path = ROOT / "benchmarks/results"
     """Folder for the results."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each run."""
-    jobs: int = 0
+    jobs: Count = 0
     """Number of parallel runs. 0: as many as fit on the cores, or one on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations) to score, separated by commas."""
-    draws: int = 2
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations) to score."""
+    draws: PositiveInt = 2
     """Noise draws averaged in a likelihood."""
-    score_tokens: int = 0
+    score_tokens: Count = 0
     """Number of held-out tokens to score at the end of a run; 0 uses the size's default."""
     plot: Path | None = None
     """File for a figure (.svg, .png or .pdf). It shows the arms at the budget with the most arms and, for several budgets,
@@ -166,9 +167,8 @@ class Run:
         return f"{self.arm}-seed{self.seed}-lr{self.rate:g}-flops{self.budget:g}{limited}"
 
 
-def choose_arms(text: str) -> list[str]:
+def choose_arms(names: Sequence[str]) -> list[str]:
     """Check names of arms, and return them in the table's order."""
-    names = text.split(",")
     for name in names:
         if name not in ARMS:
             raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
@@ -181,17 +181,10 @@ class Quality:
     def __init__(self, args: Args) -> None:
         self.args, size = args, SIZES[args.size]
         self.arms = choose_arms(args.arms or size["arms"])
-        self.seeds = parse_ints(args.seeds, "--seeds", 0)
-        self.rates = floats(args.rates or size["rates"], "--rates")
-        self.budgets = floats(args.budget_flops or str(size["budget"]), "--budget-flops")
-        self.levels = floats(args.reach, "--reach") if args.reach else []
-        self.ks = parse_ints(args.k, "--k", 1)
-        parse_ints(f"{args.threads},{args.draws}", "--threads and --draws", 1)
-        parse_ints(
-            f"{args.jobs},{args.score_tokens},{args.data_limited}", "--jobs, --score-tokens and --data-limited", 0
-        )
-        if args.minutes is not None and not 0 <= args.minutes < math.inf:
-            raise UserError(f"--minutes must be 0 or more, got {args.minutes}")
+        self.seeds = sorted(set(args.seeds))
+        self.rates = sorted(set(args.rates or size["rates"]))
+        self.budgets = sorted(set(args.budget_flops or [size["budget"]]))
+        self.levels, self.ks = sorted(set(args.reach)), sorted(set(args.k))
         self.config = ROOT / "train/configs" / size["config"]
         self.score_tokens = args.score_tokens or size["score_tokens"]
         self.options = [*size["options"], *dotted(args.options)]
@@ -268,7 +261,7 @@ class Quality:
             trained = time.monotonic()
             self.slice.call(
                 log, lock, "benchmarks/quality/score.py", directory, "--data", self.data, "--json", score,
-                "--k", self.args.k, "--tokens", self.score_tokens, "--draws", self.args.draws,
+                "--k", listed(self.ks), "--tokens", self.score_tokens, "--draws", self.args.draws,
                 "--threads", self.args.threads, "--device", self.args.device,
             )  # fmt: skip
         except Failed as error:

@@ -3,7 +3,6 @@ corpora."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,6 @@ from recurrent_db.errors import UserError
 from recurrent_db.schema import to_dict
 from recurrent_db.store.folder import list_checkpoints
 from recurrent_db.store.metrics import read_metrics
-
-
-def floats(text: str, option: str) -> list[float]:
-    """Parse numbers above 0, separated by commas. Returns them in rising order without repeats."""
-    try:
-        values = sorted({float(word) for word in text.split(",")})
-    except ValueError:
-        raise UserError(f"{option} takes numbers separated by commas, got {text!r}") from None
-    if not all(0 < value < math.inf for value in values):
-        raise UserError(f"{option} must be above 0, got {text}")
-    return values
 
 
 def dotted(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recurrent_db.accounting.flops import inference_cost
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import run_command
 from recurrent_db.data import Batch, open_data, validation_batches
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import token_log_probabilities
@@ -34,6 +34,7 @@ from recurrent_db.generation.generate import stream
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.model import LoopedLM
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import Count, NotNegative, PositiveInt, at_least
 from recurrent_db.store.loading import load_with_config
 from recurrent_db.training.guard import unigram_entropy
 
@@ -51,21 +52,21 @@ class Args:
     """Folder made by train/prepare_data.py. Its validation split is scored and continued."""
     json: Path
     """File for the result."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations), separated by commas."""
-    draws: int = 2
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations)."""
+    draws: PositiveInt = 2
     """Noise draws averaged in a likelihood."""
-    tokens: int = 32768
+    tokens: PositiveInt = 32768
     """Number of held-out tokens to score, spread evenly over the split."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences in a batch."""
-    prompts: int = 32
+    prompts: PositiveInt = 32
     """Number of held-out prompts to continue. Each is a quarter of a training sequence."""
-    new_tokens: int = 64
+    new_tokens: Annotated[int, at_least(4)] = 64
     """Length of a continuation, in tokens. Prompt and continuation are at most a training sequence."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Temperature of the samples; 1 is the model's own distribution."""
-    threads: int = 0
+    threads: Count = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
@@ -73,7 +74,7 @@ class Args:
 
 @torch.no_grad()
 def nll_by_sequence(
-    model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int], draws: int, bound: bool = False
+    model: LoopedLM, batches: Iterable[Batch], ks: Sequence[int], draws: PositiveInt, bound: bool = False
 ) -> dict[int, list[float]]:
     """Mean NLL of each sequence in nats per token, by K: of the mixture over draws, or the bound (`denoise.bound`)."""
     device, rng = model.embedding.weight.device, Rng(0, EVALUATION_STEP)
@@ -114,13 +115,7 @@ def text_metrics(
 
 
 def main(args: Args) -> int:
-    ks = parse_ints(args.k, "--k", least=1)
-    parse_ints(
-        f"{args.draws},{args.batch_size},{args.tokens},{args.prompts}",
-        "--draws, --batch-size, --tokens and --prompts",
-        least=1,
-    )
-    parse_ints(str(args.new_tokens), "--new-tokens", least=4)
+    ks = sorted(set(args.k))
     check_output(args.json)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -16,58 +16,58 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks share code
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.quality.compare import ARMS, choose_arms
-from benchmarks.quality.runs import contradiction, floats, identity, middle_first
+from benchmarks.quality.runs import contradiction, identity, middle_first
 from benchmarks.quality.tables import Result, by_rate, sweep_of
 from benchmarks.reasoning.run import task_config
 from benchmarks.reasoning.tasks import TASKS
 from benchmarks.slices import ROOT, Failed, Slice
 from recurrent_db.accounting.hardware import choose_device
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import Names, listed, run_command
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
+from recurrent_db.schema import Count, Positive, PositiveInt, at_least
 
 
 @dataclass
 class Args:
     """Train all arms on tasks that need depth, at equal FLOPs, and print accuracy by K."""
 
-    tasks: str = "s5-generators,p-hop"
+    tasks: Names = ("s5-generators", "p-hop")
     """Tasks, separated by commas: s5, s5-generators, p-hop. s5 needs more FLOPs, to learn all 14,400 products first."""
-    arms: str = ""
+    arms: Names = ()
     """Arms to run, separated by commas; all by default."""
-    seeds: str = "0,1"
-    """Seeds, separated by commas. The smallest one sweeps the learning rates; the others use the best rate."""
-    rates: str = "5e-4,1e-3,2e-3"
-    """Peak learning rates to try, separated by commas."""
-    budget_flops: float = 2e13
+    seeds: tuple[Count, ...] = (0, 1)
+    """Seeds. The smallest one sweeps the learning rates; the others use the best rate."""
+    rates: tuple[Positive, ...] = (5e-4, 1e-3, 2e-3)
+    """Peak learning rates to try."""
+    budget_flops: Positive = 2e13
     """Training budget of a run, in model FLOPs."""
     options: str = ""
     """Additional configuration keys for every run, e.g. "model.n_core=1". Use a separate --results folder for them."""
-    minutes: float | None = None
+    minutes: Annotated[float | None, at_least(0)] = None
     """Time limit in minutes. Runs that would not finish in time are not started. 0 only merges results."""
     work: Path = ROOT / "runs/reasoning"
     """Folder for logs and measured rates."""
     results: Path = ROOT / "benchmarks/results"
     """Folder for the results."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads of each run."""
-    jobs: int = 0
+    jobs: Count = 0
     """Number of parallel runs. 0: as many as fit on the cores, or one on a GPU."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations) to score, separated by commas."""
-    draws: int = 2
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations) to score."""
+    draws: PositiveInt = 2
     """Noise draws whose probabilities are averaged."""
-    samples: int = 2048
+    samples: PositiveInt = 2048
     """Number of held-out samples to score."""
 
 
@@ -90,17 +90,11 @@ class Reasoning:
     """The comparison of one call of this script."""
 
     def __init__(self, args: Args) -> None:
-        self.args, self.arms, self.tasks = args, choose_arms(args.arms or ",".join(ARMS)), args.tasks.split(",")
+        self.args, self.arms, self.tasks = args, choose_arms(args.arms or list(ARMS)), args.tasks
         for task in self.tasks:
             if task not in TASKS:
                 raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-        self.seeds, self.rates = parse_ints(args.seeds, "--seeds", 0), floats(args.rates, "--rates")
-        self.ks = parse_ints(args.k, "--k", 1)
-        parse_ints(f"{args.threads},{args.draws},{args.samples}", "--threads, --draws and --samples", 1)
-        if args.minutes is not None and not 0 <= args.minutes < math.inf:
-            raise UserError(f"--minutes must be 0 or more, got {args.minutes}")
-        if not 0 < args.budget_flops < math.inf:
-            raise UserError(f"--budget-flops must be above 0, got {args.budget_flops}")
+        self.seeds, self.rates, self.ks = sorted(set(args.seeds)), sorted(set(args.rates)), sorted(set(args.k))
         one = choose_device(args.device).type == "cuda"
         jobs = args.jobs or (1 if one else max(1, (os.cpu_count() or 1) // args.threads))
         self.slice = Slice(args.work.resolve(), jobs, args.threads, args.minutes, resumable=False)
@@ -150,7 +144,7 @@ class Reasoning:
         return [
             "benchmarks/reasoning/run.py", "--task", run.task, "--arm", run.arm, "--seed", run.seed,
             "--rate", f"{run.rate:g}",
-            "--budget-flops", f"{run.budget:g}", "--json", out, "--k", self.args.k, "--draws", self.args.draws,
+            "--budget-flops", f"{run.budget:g}", "--json", out, "--k", listed(self.ks), "--draws", self.args.draws,
             "--samples", self.args.samples, "--threads", self.args.threads, "--device", self.args.device,
             *([f"--options={self.args.options}"] if self.args.options else []),
         ]  # fmt: skip

@@ -35,7 +35,7 @@ from benchmarks.reasoning.tasks import TASKS, Task
 from benchmarks.slices import ROOT
 from recurrent_db.accounting.flops import step_cost
 from recurrent_db.accounting.hardware import choose_device
-from recurrent_db.arguments import parse_ints, run_command
+from recurrent_db.arguments import run_command
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
@@ -46,6 +46,7 @@ from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import Count, Positive, PositiveInt
 from recurrent_db.training.guard import MOST_SKIPPED
 
 
@@ -61,27 +62,27 @@ class Args:
     """File for the result."""
     seed: int = 0
     """Seed of weights, training samples and noise."""
-    rate: float = 2e-3
+    rate: Positive = 2e-3
     """Peak learning rate."""
-    budget_flops: float = 2e13
+    budget_flops: Positive = 2e13
     """Training budget, in model FLOPs."""
-    steps: int = 0
+    steps: Count = 0
     """End after this many optimizer steps; 0 ends at the budget. Used to measure speed."""
     options: str = ""
     """Additional configuration keys, e.g. "model.n_core=1"."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations) to score, separated by commas."""
-    draws: int = 2
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations) to score."""
+    draws: PositiveInt = 2
     """Noise draws whose probabilities are averaged."""
-    samples: int = 2048
+    samples: PositiveInt = 2048
     """Number of held-out samples to score."""
-    threads: int = 0
+    threads: Count = 0
     """CPU threads; 0 keeps PyTorch's choice."""
     device: str = "auto"
     """cpu, cuda, cuda:N or auto."""
 
 
-def task_config(task: Task, arm: str, options: str, seed: int, rate: float, budget: float) -> Config:
+def task_config(task: Task, arm: str, options: str, seed: int, rate: Positive, budget: float) -> Config:
     """The configuration `tiny` with the task's vocabulary and length, and 16 samples a step."""
     if arm not in ARMS:
         raise UserError(f"unknown arm {arm!r}; choose from {', '.join(ARMS)}")
@@ -141,7 +142,13 @@ def train(
 
 @torch.no_grad()
 def accuracy(
-    model: LoopedLM, task: Task, ks: Sequence[int], samples: int, draws: int, device: torch.device, at_once: int = 256
+    model: LoopedLM,
+    task: Task,
+    ks: Sequence[int],
+    samples: int,
+    draws: PositiveInt,
+    device: torch.device,
+    at_once: int = 256,
 ) -> dict[str, Any]:
     """Accuracy (share of positions whose most likely answer is right) by K and group, and by K and position; and NLL by K in
     nats per position."""
@@ -183,8 +190,7 @@ def accuracy(
 def main(args: Args) -> int:
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}; choose from {', '.join(TASKS)}")
-    ks = parse_ints(args.k, "--k", 1)
-    parse_ints(f"{args.draws},{args.samples}", "--draws and --samples", 1)
+    ks = sorted(set(args.k))
     check_output(args.json)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -28,12 +28,13 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from benchmarks.reliability.reliability import write_rows
 from recurrent_db.arguments import run_command
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
+from recurrent_db.schema import PositiveInt, at_least
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = [
@@ -51,11 +52,11 @@ class Args:
 
     data: Path
     """Data directory for training, made by train/prepare_data.py."""
-    steps: int = 20_000
+    steps: Annotated[int, at_least(500)] = 20_000
     """Number of optimizer steps; at least 500."""
     objective: str = "next_token"
     """Objective of the run."""
-    evaluations: int = 50
+    evaluations: PositiveInt = 50
     """Number of evaluations, evenly spaced."""
     seed: int = 0
     """Seed of the run."""
@@ -178,8 +179,6 @@ def measure(args: Args, run: Path, folder: Path) -> dict[str, Any]:
 
 
 def main(args: Args) -> None:
-    if args.steps < 500:
-        raise UserError(f"--steps must be 500 or more to have a start and an end, got {args.steps}")
     if args.json:
         check_output(args.json)
     with tempfile.TemporaryDirectory() as folder:

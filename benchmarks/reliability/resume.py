@@ -50,6 +50,7 @@ from recurrent_db.data import tokenizer as tokenizers
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
+from recurrent_db.schema import PositiveInt
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.training import trainer
 
@@ -67,11 +68,11 @@ TIMES = {"peak_flops", "seconds", "tokens_per_s", "mfu", "hfu", "peak_memory_byt
 class Args:
     """Kill -9 at random moments, resume, and compare with an undisturbed run."""
 
-    moments: int = 100
+    moments: PositiveInt = 100
     """Number of moments."""
     seed: int = 0
     """Seed of the moments."""
-    workers: int = 2
+    workers: PositiveInt = 2
     """Moments in parallel."""
     json: Path | None = None
     """File for the counts."""
@@ -385,8 +386,6 @@ def _kind(number: int) -> tuple[str, str]:
 
 
 def main(args: Args) -> int:
-    if args.moments < 1 or args.workers < 1:
-        raise UserError("--moments and --workers must be 1 or more")
     if args.json:
         check_output(args.json)
     with tempfile.TemporaryDirectory() as folder:

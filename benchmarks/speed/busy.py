@@ -28,12 +28,12 @@ from tqdm import tqdm
 from recurrent_db.arguments import run_command
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
-from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import Rng
+from recurrent_db.schema import Positive, PositiveInt
 
 CONFIG = Path(__file__).parents[2] / "train/configs/tiny.toml"
 VOCABULARY = 2048
@@ -45,13 +45,13 @@ POLICIES = {"the runtime's own": None, "passive": "PASSIVE"}
 class Args:
     """Compare training on an idle and a busy machine, with and without the package's wait policy."""
 
-    seconds: float = 5.0
+    seconds: Positive = 5.0
     """Training time of each measurement, in seconds."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Measurements of each row, taken in turns. The median is reported."""
-    threads: int = 2
+    threads: PositiveInt = 2
     """Threads of the training process."""
-    busy: int = 2
+    busy: PositiveInt = 2
     """Number of other busy processes."""
     json: Path | None = None
     """File for the rows."""
@@ -136,8 +136,6 @@ def compare(args: Args) -> list[Row]:
 
 
 def main(args: Args) -> int:
-    if min(args.seconds, args.rounds, args.threads, args.busy) <= 0:
-        raise UserError("--seconds, --rounds, --threads and --busy must be above 0")
     if args.json is not None:
         check_output(args.json)
     load = os.getloadavg()[0]

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from benchmarks.speed.decode_samplers import Candidate, compare, prompts_of, table
 from recurrent_db.accounting.flops import inference_cost
 from recurrent_db.accounting.hardware import choose_device, environment
-from recurrent_db.arguments import run_command
+from recurrent_db.arguments import Names, run_command
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
@@ -48,6 +48,7 @@ from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import NotNegative, Positive, PositiveInt, at_least
 from recurrent_db.store.loading import load_with_config
 
 EVERY = 16
@@ -61,19 +62,19 @@ class Args:
 
     config: Path = Path(__file__).parents[2] / "train/configs/pythia-70m-looped.toml"
     """TOML configuration with the model's shape."""
-    objectives: str = "unrolled,denoise"
-    """Objectives whose inference is measured, separated by commas."""
-    vocab_size: int = 2048
+    objectives: Names = ("unrolled", "denoise")
+    """Objectives whose inference is measured."""
+    vocab_size: PositiveInt = 2048
     """Vocabulary size if the configuration takes it from a tokenizer."""
-    k: int = 8
+    k: PositiveInt = 8
     """Core iterations per token."""
-    tokens: int = 256
+    tokens: Annotated[int, at_least(EVERY)] = 256
     """Tokens to generate after a prompt of one token; at most the model's window."""
-    rows: int = 16
+    rows: PositiveInt = 16
     """Number of texts in the batch."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto."""
-    threads: int = 1
+    threads: PositiveInt = 1
     """CPU threads."""
     json: Path | None = None
     """File for the rows."""
@@ -81,15 +82,15 @@ class Args:
     """Run directory or checkpoint folder whose samplers are compared."""
     data: Path | None = None
     """With --run: folder made by train/prepare_data.py whose held-out text gives the prompts; the run's own by default."""
-    methods: str = "speculative,diagonal,diagonal-unverified,kl,entropy,latent,kl+warm"
-    """With --run: samplers (recurrent_db/generation/samplers.py) and exits (generation/adaptive.py), separated by commas."""
-    prompts: int = 8
+    methods: Names = ("speculative", "diagonal", "diagonal-unverified", "kl", "entropy", "latent", "kl+warm")
+    """With --run: samplers (recurrent_db/generation/samplers.py) and exits (generation/adaptive.py)."""
+    prompts: PositiveInt = 8
     """With --run: number of prompts that are continued one by one."""
-    prompt_tokens: int = 32
+    prompt_tokens: PositiveInt = 32
     """With --run: length of a prompt, in tokens."""
-    temperature: float = 0.0
+    temperature: NotNegative = 0.0
     """With --run: sampling temperature; 0 is greedy."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """With --run: above 1 prevents greedy text from repeating itself, where every draft would be accepted."""
 
 
@@ -197,9 +198,7 @@ def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
     )
-    candidates = [Candidate.parse(word, options) for word in args.methods.split(",")]
-    if min(args.prompts, args.prompt_tokens) < 1:
-        raise UserError("--prompts and --prompt-tokens must be 1 or more")
+    candidates = [Candidate.parse(word, options) for word in args.methods]
     model, tokenizer, config, checkpoint = load_with_config(run, args.device)
     data, count = str(args.data or config.data.path), max(args.prompts, args.rows)
     prompts = prompts_of(data, tokenizer.hash, config.data.sequence_length, count, args.prompt_tokens)
@@ -214,8 +213,6 @@ def samplers(args: Args, run: Path) -> list[dict[str, Any]]:
 
 
 def main(args: Args) -> None:
-    if min(args.k, args.rows) < 1 or args.tokens < EVERY or args.threads < 1:
-        raise UserError(f"--k, --rows and --threads must be 1 or more, and --tokens {EVERY} or more")
     if args.json is not None:
         check_output(args.json)
     torch.set_num_threads(args.threads)
@@ -233,7 +230,7 @@ def fresh_models(args: Args) -> list[dict[str, Any]]:
         f"{'GFLOP/s':>9}{'cache MiB':>11}{f'{args.rows} rows, tokens/s':>20}"
     )
     rows = []
-    for objective in args.objectives.split(","):
+    for objective in args.objectives:
         row = measure(args, objective)
         rows.append(row)
         each = 1e3 / args.tokens

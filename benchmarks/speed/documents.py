@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -23,12 +24,12 @@ from recurrent_db.accounting.hardware import choose_device, environment
 from recurrent_db.arguments import run_command
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch
-from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import Rng
+from recurrent_db.schema import Count, PositiveInt, at_least
 
 ROWS = {
     "next_token": ["--objective.name", "next_token"],
@@ -44,13 +45,13 @@ class Args:
 
     config: Path = Path(__file__).parents[2] / "train/configs/tiny.toml"
     """TOML configuration with the model's shape."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Vocabulary size if the configuration takes it from a tokenizer."""
-    batch_size: int = 0
+    batch_size: Count = 0
     """Sequences in a step; 0 uses the configuration's micro-batch."""
-    length: float = 60.0
+    length: Annotated[float, at_least(1)] = 60.0
     """Mean length of a document in tokens, with a geometric distribution."""
-    pairs: int = 30
+    pairs: Annotated[int, at_least(2)] = 30
     """Number of timed pairs of steps for each row."""
     attention: str = "auto"
     """Attention back end: sdpa, flex, flash or auto."""
@@ -97,8 +98,6 @@ def make_step(args: Args, name: str, device: torch.device) -> Callable[[bool], f
 
 
 def main(args: Args) -> int:
-    if args.length < 1 or args.pairs < 2 or args.batch_size < 0:
-        raise UserError("--length must be at least 1, --pairs at least 2, --batch-size 0 or more")
     if args.json is not None:
         check_output(args.json)
     device = choose_device(args.device)

@@ -32,6 +32,7 @@ from recurrent_db.arguments import run_command
 from recurrent_db.config import load_config
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_output, write_atomic
+from recurrent_db.schema import PositiveInt
 
 ROOT = Path(__file__).resolve().parents[2]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -43,11 +44,11 @@ class Args:
 
     config: Path = ROOT / "train/configs/looped-1b.toml"
     """TOML configuration whose layers are measured."""
-    tokens: int = 8192
+    tokens: PositiveInt = 8192
     """Rows of each product; a multiple of 16."""
-    repetitions: int = 15
+    repetitions: PositiveInt = 15
     """Pairs of timings for each layer."""
-    calls: int = 10
+    calls: PositiveInt = 10
     """Calls per timing."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
@@ -84,7 +85,7 @@ def training_products(x_NI: Tensor, w_OI: Tensor, dy_NO: Tensor, float8: bool) -
 
 
 def main(args: Args) -> int:
-    if args.tokens < 16 or args.tokens % 16:
+    if args.tokens % 16:
         raise UserError(f"--tokens must be a multiple of 16, got {args.tokens}")
     if args.json is not None:
         check_output(args.json)

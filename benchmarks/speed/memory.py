@@ -32,6 +32,7 @@ from recurrent_db.files import write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import PositiveInt
 
 CPU = torch.device("cpu")
 
@@ -53,11 +54,11 @@ class Args:
 
     config: Path = Path(__file__).parents[2] / "train/configs/tiny.toml"
     """TOML configuration with the model's shape."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Vocabulary size if the configuration takes it from a tokenizer."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Sequences in the step."""
-    repetitions: int = 7
+    repetitions: PositiveInt = 7
     """Timed repetitions of each row, interleaved."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, or auto. On CUDA the forward pass uses bfloat16 autocast, as in training."""

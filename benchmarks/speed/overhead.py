@@ -23,12 +23,12 @@ from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.arguments import run_command
 from recurrent_db.config import load_config
 from recurrent_db.data import Loader, open_data
-from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.model import build_model
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, update_flops
 from recurrent_db.rng import Rng
+from recurrent_db.schema import PositiveInt
 from recurrent_db.store.train_state import TrainState
 
 CONFIG = Path(__file__).parents[2] / "train/configs/tiny.toml"
@@ -42,7 +42,7 @@ class Args:
 
     data: Path
     """Data directory to read batches from."""
-    steps: int = 9
+    steps: PositiveInt = 9
     """Steps that are timed; reading and counting are timed eleven times as often."""
     json: Path | None = None
     """File to write the result to."""
@@ -94,8 +94,6 @@ def measure(data: Path, steps: int) -> dict[str, float]:
 
 
 def main(args: Args) -> int:
-    if args.steps < 1:
-        raise UserError(f"--steps must be 1 or more, got {args.steps}")
     seconds = measure(args.data, args.steps)
     shares = {name: seconds[name] / seconds["step"] for name in LIMITS}
     for name, share in shares.items():

@@ -42,7 +42,7 @@ from recurrent_db.accounting.hardware import attainable_flops, choose_device, en
 from recurrent_db.accounting.llama_reference import build_llama, llama_flops
 from recurrent_db.accounting.memory_split import peak_live_bytes
 from recurrent_db.accounting.profiling import TimeSplit, time_split
-from recurrent_db.arguments import run_command
+from recurrent_db.arguments import Names, run_command
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
@@ -53,6 +53,7 @@ from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer
 from recurrent_db.rng import Rng
+from recurrent_db.schema import Count, NotNegative
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "train/configs"
@@ -74,30 +75,30 @@ CORE_DEPTH = 8
 class Args:
     """Measure training steps: tokens and FLOPs per second, memory, and time by part, beside a plain Llama."""
 
-    presets: str = ""
-    """Names of configurations in train/configs, separated by commas. The default is tiny and pythia-70m-looped on a CPU,
+    presets: Names = ()
+    """Names of configurations in train/configs. The default is tiny and pythia-70m-looped on a CPU,
     pythia-70m-looped and looped-1b on a GPU."""
-    objectives: str = ",".join(OBJECTIVES)
-    """Objectives to measure, separated by commas: next_token, denoise, denoise-two-stream, unrolled."""
-    backends: str = "sdpa"
-    """Attention back ends, separated by commas."""
+    objectives: Names = tuple(OBJECTIVES)
+    """Objectives to measure: next_token, denoise, denoise-two-stream, unrolled."""
+    backends: Names = ("sdpa",)
+    """Attention back ends."""
     compile: Literal["none", "compiled", "both"] = "none"
     """Eager, torch.compile for both models, or both modes one after the other."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of both models. auto is bfloat16 autocast on CUDA, float32 elsewhere. Weights are always float32."""
-    threads: int = 0
+    threads: Count = 0
     """CPU threads; 0 keeps PyTorch's choice."""
-    batch_size: int = 0
+    batch_size: Count = 0
     """Sequences in a step; 0 uses the preset's for the device. Halved for both models if it does not fit in memory."""
-    length: int = 0
+    length: Count = 0
     """Tokens in a sequence; 0 uses the preset's, or 1,024 on a GPU."""
-    warmup: int = 0
+    warmup: Count = 0
     """Untimed first steps of each model; 0 means 3, or 2 with --quick."""
-    repetitions: int = 0
+    repetitions: Count = 0
     """Timed repetitions of each model, in turns; 0 means 7, or 5 with --quick."""
-    seconds: float = 0.0
+    seconds: NotNegative = 0.0
     """Minimum length of a repetition in seconds, for which short steps are repeated; 0 means 0.3, or 0.1 with --quick."""
     seed: int = 0
     """Seed of weights, tokens and noise."""
@@ -396,14 +397,14 @@ def settings(args: Args) -> list[Setting]:
     device = choose_device(args.device)
     bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    presets = args.presets or ("tiny" if args.quick else ",".join(BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"])))
+    presets = args.presets or (["tiny"] if args.quick else list(BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"])))
     known = {"presets": sorted(p.stem for p in CONFIGS.glob("*.toml")), "objectives": list(OBJECTIVES)}
     for option, words in (("presets", presets), ("objectives", args.objectives)):
-        for word in words.split(","):
+        for word in words:
             if word not in known[option]:
                 raise UserError(f"--{option}: unknown {word!r}; choose from {', '.join(known[option])}")
     modes = {"none": [False], "compiled": [True], "both": [False, True]}[args.compile]
-    every = itertools.product(presets.split(","), args.backends.split(","), modes)
+    every = itertools.product(presets, args.backends, modes)
     until = time.perf_counter() + 25 if args.quick else math.inf
     return [Setting(args, preset, backend, mode, device, dtype, until) for preset, backend, mode in every]
 
@@ -419,7 +420,7 @@ def run(args: Args, result: dict[str, Any]) -> None:
     for setting in every:
         best: dict[Any, Any] = {}
         reference = None if args.no_reference else reference_arm(setting)
-        for name in args.objectives.split(","):
+        for name in args.objectives:
             row = fitting(setting.batch_size, partial(measure, setting, name, reference, best))
             result["rows"].append(row)
             note(f"{setting}: {name} {row['tokens_per_s']:,.0f} tokens/s" + (
@@ -454,8 +455,6 @@ def main(args: Args) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler's messages on standard error
     for option, full, quick in (("warmup", 3, 2), ("repetitions", 7, 5), ("seconds", 0.3, 0.1)):
         given = getattr(args, option)
-        if given < 0:
-            raise UserError(f"--{option} must be 0 or more, got {given}")
         setattr(args, option, given or (quick if args.quick else full))
     if args.threads:
         torch.set_num_threads(args.threads)

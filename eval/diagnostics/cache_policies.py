@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
+from recurrent_db.arguments import Names, run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -32,6 +32,7 @@ from recurrent_db.generation.cache import Cache
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import Count, PositiveInt
 from recurrent_db.store.loading import load_with_config
 
 
@@ -43,13 +44,13 @@ class Args:
     """Run directory or checkpoint folder."""
     data: Path
     """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
-    k: str = "4,8,16"
-    """Values of K (core iterations), separated by commas."""
-    policies: str = "full,modulo-4,modulo-2,last"
-    """Cache policies, separated by commas. The others are compared with the first."""
-    tokens: int = 16384
+    k: tuple[PositiveInt, ...] = (4, 8, 16)
+    """Values of K (core iterations)."""
+    policies: Names = ("full", "modulo-4", "modulo-2", "last")
+    """Cache policies. The others are compared with the first."""
+    tokens: Count = 16384
     """Number of held-out tokens to score, spread evenly over the split; 0 scores all of it."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Windows in a batch."""
     seed: int = 0
     """Seed of the noise."""
@@ -98,11 +99,9 @@ def measure(
 
 
 def main(args: Args) -> int:
-    ks, policies = parse_ints(args.k, "--k", least=1), list(dict.fromkeys(args.policies.split(",")))
+    ks, policies = sorted(set(args.k)), list(dict.fromkeys(args.policies))
     for policy in policies:
         visits_kept(policy)
-    parse_ints(str(args.batch_size), "--batch-size", least=1)
-    parse_ints(str(args.tokens), "--tokens", least=0)
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)

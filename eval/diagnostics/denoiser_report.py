@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
+from recurrent_db.arguments import run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -33,6 +33,7 @@ from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.objectives.base import cross_entropy
 from recurrent_db.objectives.denoise import mean_pairwise_cosine
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import PositiveInt, at_least
 from recurrent_db.store.loading import load_with_config
 
 
@@ -46,15 +47,15 @@ class Args:
     """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
     control: Path | None = None
     """A flat `next_token` run to score for comparison."""
-    k: str = "1,2,4,8,16,32"
-    """Values of K (core iterations), separated by commas."""
-    draws: str = "1,4,16"
-    """Numbers M of noise draws averaged in a likelihood, separated by commas."""
-    sigmas: int = 12
+    k: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16, 32)
+    """Values of K (core iterations)."""
+    draws: tuple[PositiveInt, ...] = (1, 4, 16)
+    """Numbers M of noise draws averaged in a likelihood."""
+    sigmas: Annotated[int, at_least(2)] = 12
     """Number of noise levels in nll_by_sigma, equally spaced in ln sigma."""
-    tokens: int = 4096
+    tokens: PositiveInt = 4096
     """Number of held-out tokens to score, spread evenly over the split."""
-    batch_size: int = 8
+    batch_size: Annotated[int, at_least(2)] = 8
     """Sequences in a batch, at least 2. Contexts and states are shuffled within a batch."""
     seed: int = 0
     """Seed of the noise."""
@@ -213,9 +214,7 @@ def without_nan(value: Any) -> Any:
 
 @torch.no_grad()
 def main(args: Args) -> int:
-    ks, draws = parse_ints(args.k, "--k", 1), parse_ints(args.draws, "--draws", 1)
-    parse_ints(f"{args.batch_size},{args.sigmas}", "--batch-size and --sigmas", 2)
-    parse_ints(str(args.tokens), "--tokens", 1)
+    ks, draws = sorted(set(args.k)), sorted(set(args.draws))
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)
     run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     out = args.json or run / "eval" / "denoiser_report.json"

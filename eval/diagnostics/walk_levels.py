@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from recurrent_db.arguments import parse_ints, run_command  # before torch: sets how idle threads wait
+from recurrent_db.arguments import run_command  # before torch: sets how idle threads wait
 
 # isort: split
 import torch
@@ -37,6 +37,7 @@ from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.recurrence.walk import DenoiseWalk
 from recurrent_db.rng import EVALUATION_STEP, Rng
+from recurrent_db.schema import PositiveInt
 from recurrent_db.store.loading import load_with_config
 
 
@@ -48,11 +49,11 @@ class Args:
     """Run directory or checkpoint folder of a denoiser with a walk: denoise, denoise_paper or joined blocks."""
     data: Path
     """Folder made by train/prepare_data.py with the run's tokenizer. Its validation split is scored."""
-    k: int = 4
+    k: PositiveInt = 4
     """Number of noise levels of the walk."""
-    tokens: int = 16384
+    tokens: PositiveInt = 16384
     """Number of held-out tokens to score, spread evenly over the split."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Sequences in a batch."""
     seed: int = 0
     """Seed of the noise."""
@@ -114,7 +115,6 @@ def levels(model: LoopedLM, walk: DenoiseWalk, batches: Iterable[Batch], k: int,
 
 
 def main(args: Args) -> int:
-    parse_ints(f"{args.k},{args.tokens},{args.batch_size}", "--k, --tokens and --batch-size", least=1)
     if args.json is not None:
         check_output(args.json)
     model, tokenizer, config, checkpoint = load_with_config(args.run, args.device)

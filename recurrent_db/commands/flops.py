@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import tyro
 
 from recurrent_db.arguments import parse
 from recurrent_db.config import Config, load_config
-from recurrent_db.errors import UserError
+from recurrent_db.schema import Positive, PositiveInt
 
 
 @dataclass
@@ -25,11 +24,11 @@ class Args:
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
-    epochs_ratio: float = 3.0
+    epochs_ratio: Positive = 3.0
     """Tokens that `denoise` trains on per token of `unrolled`. The default is the paper's 15 epochs against 5."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Vocabulary size in tokens, used if the config leaves it to the tokenizer."""
-    cache_bytes: int = 2
+    cache_bytes: PositiveInt = 2
     """Bytes per number in the key-value cache. The default is bfloat16."""
     json: bool = False
     """Print JSON instead of tables."""
@@ -42,10 +41,6 @@ def arguments(words: list[str], prog: str) -> Args:
 def run(args: Args) -> int:
     from recurrent_db.objectives.cost_table import blocks_lines, lines
 
-    for option, value in (("--epochs-ratio", args.epochs_ratio), ("--cache-bytes", args.cache_bytes),
-                          ("--vocab-size", args.vocab_size)):  # fmt: skip
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{option} must be above 0, got {value}")
     config = load_config(args.config)
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     if args.json:
@@ -59,7 +54,7 @@ def run(args: Args) -> int:
     return 0
 
 
-def table(config: Config, epochs_ratio: float, cache_bytes: int) -> dict[str, Any]:
+def table(config: Config, epochs_ratio: Positive, cache_bytes: int) -> dict[str, Any]:
     """FLOPs of each objective and of inference by K. The layers of a model in blocks are counted as its core."""
     from recurrent_db.objectives.cost_table import flops_table
     from recurrent_db.objectives.costs import inference_passes, skip_core_phase, training_passes

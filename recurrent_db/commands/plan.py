@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +12,13 @@ import tyro
 from recurrent_db.arguments import parse
 from recurrent_db.config import Config, load_config
 from recurrent_db.errors import UserError
+from recurrent_db.schema import PositiveInt, above, at_most
 
 if TYPE_CHECKING:
     from recurrent_db.accounting.plan import Planner
+
+
+PositiveShare = Annotated[float, above(0), at_most(1)]
 
 
 @dataclass
@@ -27,21 +30,21 @@ class Args:
 
     config: Annotated[Path, tyro.conf.Positional]
     """TOML configuration."""
-    gpus: int
+    gpus: PositiveInt
     """Number of GPUs over all nodes."""
     gpu: str
     """Name of the GPU: H100, H200, B200, A100, ..."""
-    mfu: float = 0.4
+    mfu: PositiveShare = 0.4
     """Share of the GPU's bf16 peak that a step reaches while it does not wait for the network (0 to 1)."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """GPUs in one node, joined by the faster links."""
-    intra_node: float | None = None
+    intra_node: Annotated[float | None, above(0)] = None
     """Bandwidth of a GPU's links within its node, in GB/s one way. The default is the GPU's published value."""
-    inter_node: float | None = None
+    inter_node: Annotated[float | None, above(0)] = None
     """Bandwidth of a GPU's share of its node's network, in GB/s one way. The default is a common value for the GPU."""
-    link_utilisation: float = 0.8
+    link_utilisation: PositiveShare = 0.8
     """Share of a link's line rate that collectives reach (0 to 1)."""
-    vocab_size: int = 2048
+    vocab_size: PositiveInt = 2048
     """Vocabulary size in tokens, used if the config leaves it to the tokenizer."""
     json: bool = False
     """Print JSON instead of tables."""
@@ -76,7 +79,6 @@ def make_planner(args: Args) -> Planner:
     from recurrent_db.accounting.plan import DRAWS, Cluster, Network, Planner, find_gpu
     from recurrent_db.objectives import build_objective, drawn_passes
 
-    check(args)
     name, gpu, peak = find_gpu(args.gpu)
     config = load_config(args.config, list(args.overrides))
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
@@ -90,20 +92,6 @@ def make_planner(args: Args) -> Planner:
         drawn=drawn_passes(config, DRAWS),
         inference=build_objective(config).recurrence.passes,
     )
-
-
-def check(args: Args) -> None:
-    """Raise `UserError` for an option out of range."""
-    if args.gpus < 1:
-        raise UserError(f"--gpus must be 1 or more, got {args.gpus}")
-    for option, value in (
-        ("--mfu", args.mfu), ("--link-utilisation", args.link_utilisation), ("--intra-node", args.intra_node),
-        ("--inter-node", args.inter_node), ("--gpus-per-node", args.gpus_per_node), ("--vocab-size", args.vocab_size),
-    ):  # fmt: skip
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{option} must be above 0, got {value}")
-    if max(args.mfu, args.link_utilisation) > 1:
-        raise UserError("--mfu and --link-utilisation are shares and must be at most 1")
 
 
 def check_parallel(config: Config, gpus: int) -> None:
