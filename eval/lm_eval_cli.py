@@ -55,6 +55,7 @@ from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, ta
 
 from recurrent_db.arguments import run_and_exit
 from recurrent_db.errors import UserError
+from recurrent_db.files import expand_user
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
     """Parse the harness's options and --data. Raises UserError, in one line, where the harness would print its usage."""
     ours = _Parser(add_help=False, allow_abbrev=False)
-    ours.add_argument("--data", type=Path)
+    ours.add_argument("--data", type=lambda text: Path(expand_user(text)))
     known, rest = ours.parse_known_args(list(argv))
     try:
         from lm_eval._cli import HarnessCLI

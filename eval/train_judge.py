@@ -20,6 +20,7 @@ from recurrent_db.commands.train import arguments
 from recurrent_db.data import read_manifest
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.judge import check_apart, record, write_record
+from recurrent_db.files import expand_user
 from recurrent_db.training.trainer import train
 
 
@@ -35,7 +36,7 @@ def take_apart_from(words: list[str]) -> tuple[list[Path], list[str]]:
         value = value if equals else next(given, "")
         if not value or value.startswith("--"):
             raise UserError("--apart-from needs a data directory")
-        others.append(Path(value))
+        others.append(Path(expand_user(value)))
     return others, rest
 
 

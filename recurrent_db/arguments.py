@@ -269,23 +269,3 @@ def run_and_exit(action: Callable[[], int | None]) -> NoReturn:
 def run_command(kind: type[Args], main: Callable[[Args], int | None]) -> NoReturn:
     """Parse the command line into ``kind``, run ``main`` on it and exit."""
     run_and_exit(lambda: main(parse(kind)))
-
-
-def parse_ints(text: str, option: str, least: int) -> list[int]:
-    """Parse integers separated by commas. Returns them in rising order without repeats.
-
-    Args:
-        text: the option's value.
-        option: the option's name, for error messages.
-        least: smallest integer allowed.
-
-    Raises:
-        UserError: ``text`` is anything else, or an integer is below ``least``.
-    """
-    try:
-        values = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        raise UserError(f"{option} takes whole numbers separated by commas, got {text!r}") from None
-    if values[0] < least:
-        raise UserError(f"{option} must be {least} or more, got {values[0]}")
-    return values

@@ -372,7 +372,7 @@ def config_from_json(text: str, source: str) -> Config:
         UserError: ``text`` is not JSON or not a valid configuration.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}") from None
     if not isinstance(values, dict):

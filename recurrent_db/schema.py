@@ -66,7 +66,7 @@ def at_most(high: float) -> Bound:
 
 
 Positive = Annotated[float, above(0)]
-PositiveInt = Annotated[int, above(0)]
+PositiveInt = Annotated[int, at_least(1)]
 NotNegative = Annotated[float, at_least(0)]
 Count = Annotated[int, at_least(0)]
 Share = Annotated[float, Bound(lambda value: 0 <= value <= 1, "in [0, 1]")]

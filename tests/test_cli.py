@@ -22,8 +22,8 @@ CONFIGS = Path(__file__).parents[1] / "train/configs"
         (["flops", "nowhere.toml"], "no config file"),
         (["flops", str(CONFIGS / "tiny.toml"), "--epochs-ratio", "0"], "above 0"),
         (["flops", str(CONFIGS / "tiny.toml"), "--epochs-ratio", "nan"], "--epochs-ratio must be above 0"),
-        (["flops", str(CONFIGS / "tiny.toml"), "--cache-bytes", "-2"], "--cache-bytes must be above 0"),
-        (["flops", str(CONFIGS / "tiny.toml"), "--vocab-size", "0"], "--vocab-size must be above 0"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--cache-bytes", "-2"], "--cache-bytes must be 1 or more, got -2"),
+        (["flops", str(CONFIGS / "tiny.toml"), "--vocab-size", "0"], "--vocab-size must be 1 or more"),
         (["report", "nowhere"], "nowhere"),
     ],
 )

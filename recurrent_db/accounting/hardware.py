@@ -65,17 +65,21 @@ def choose_device(name: str) -> torch.device:
     """The device called ``name``: "cpu", "cuda", "cuda:N", or "auto" (CUDA if available).
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: this machine has no such device, or this project does not support it. Apple's mps is not supported,
+            because it has no float64, in which noise levels, rotary angles and likelihoods are computed.
     """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"run.device = {name!r} is not a device; use cpu, cuda, cuda:N or auto") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"run.device = {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+        return torch.device("cuda" if found else "cpu")
+    if name == "cpu":
+        return torch.device(name)
+    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", name):
+        reason = "has no float64, so it is not supported" if name.startswith("mps") else "is not supported"
+        raise UserError(f"device {name!r} {reason}: use cpu, cuda, cuda:N or auto")
+    index = int(name.partition(":")[2] or 0)
+    if index >= found:
+        raise UserError(f"device {name!r} does not exist: this machine has {found} CUDA devices")
+    return torch.device(name)
 
 
 def measured_matmul_flops(size: int = 768, seconds: float = 0.15) -> float:

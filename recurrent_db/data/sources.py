@@ -48,6 +48,7 @@ from recurrent_db.data.readers import (
 from recurrent_db.data.tables import read_hub, read_table
 from recurrent_db.data.unpacking import COMPRESSED_SUFFIXES
 from recurrent_db.errors import UserError
+from recurrent_db.files import expand_user
 from recurrent_db.files import read_json as read_json_file
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
@@ -56,12 +57,12 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 def parse_source(source: str) -> tuple[str, str]:
     """Split "NAME=LOCATION" into (name, location). The name of a source without one is "default".
 
-    The path of an existing file is taken as a location even if it contains "=".
+    The path of an existing file is taken as a location even if it contains "=". ``~`` is the home directory.
     """
     match = _NAMED.fullmatch(source)
     if match and not Path(source).exists():
-        return match[1], match[2]
-    return "default", source
+        return match[1], expand_user(match[2])
+    return "default", expand_user(source)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_db.errors import UserError
+from recurrent_db.files import expand_user
 from recurrent_db.generation.options import GenerationOptions
+from recurrent_db.schema import MOST_INTEGER, from_words
 
 DTYPES = ("float32", "bfloat16")
 GENERATION_ARGUMENTS = ("k", "seed", "sampler", "exit")
@@ -82,16 +84,19 @@ class ModelArguments:
         for name, kind in (("checkpoint", str), ("sampler", str), ("exit", str), ("device", str), ("cache", Path)):
             if values.get(name) is not None:
                 values[name] = kind(str(values[name]))
+        for name in ("checkpoint", "cache"):
+            if values.get(name) is not None:
+                values[name] = type(values[name])(expand_user(str(values[name])))
         chosen = {name: values.pop(name) for name in GENERATION_ARGUMENTS if name in values}
         return cls(**values, options=GenerationOptions(temperature=0.0, **chosen))
 
 
 def _whole_number(name: str, value: Any, least: int) -> int:
     try:
-        number = int(str(value))
+        number: int = from_words([str(value)], int)
     except ValueError:
         number = least - 1
-    if number < least:
+    if not least <= number <= MOST_INTEGER:
         raise UserError(f"model argument {name} must be a whole number of {least} or more, got {value!r}")
     return number
 

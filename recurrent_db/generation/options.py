@@ -13,6 +13,7 @@ from typing import Any
 
 from recurrent_db.accounting.flops import visits_kept
 from recurrent_db.errors import UserError
+from recurrent_db.schema import MOST_INTEGER
 
 SAMPLERS = {"sequential": (), "speculative": (2, 8), "diagonal": (0,), "diagonal-unverified": (0,)}
 """Each sampler's name and the defaults of the numbers that may follow it. 0 means a value derived from K."""
@@ -105,6 +106,8 @@ class GenerationOptions:
         for name in ("k", "top_k", "max_new_tokens", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name} must be a whole number, got {getattr(self, name)!r}")
+            if abs(getattr(self, name)) > MOST_INTEGER:
+                raise UserError(f"{name} must fit into 64 bits")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             if not isinstance(getattr(self, name), Real):
                 raise UserError(f"{name} must be a number, got {getattr(self, name)!r}")

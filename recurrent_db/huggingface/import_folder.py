@@ -57,7 +57,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `UserError` for anything else."""
     try:
         _check_size(path)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except (ValueError, RecursionError):

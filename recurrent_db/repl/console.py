@@ -175,7 +175,8 @@ class PlainLines:
 
     def __init__(self) -> None:
         self._asks = is_terminal(sys.stdin)
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+        encoding = "utf-8" if self._asks else "utf-8-sig"  # a piped file may begin with a byte order mark
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")  # type: ignore[union-attr]
 
     def answering(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.files import check_output, write_atomic
+from recurrent_db.files import check_output, expand_user, write_atomic
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.generation.samplers import check_served
 from recurrent_db.model.looped import LoopedLM
@@ -38,6 +38,7 @@ from recurrent_db.repl.console import (
 )
 from recurrent_db.repl.reply import Reply, bytes_shown, check_memory, make_reply
 from recurrent_db.repl.trace import label, table, trace
+from recurrent_db.schema import from_words
 
 # ---------------------------------------------------------------------------------------------------------------
 # Commands
@@ -123,9 +124,9 @@ def check(options: GenerationOptions, model: LoopedLM | None = None) -> None:
 
 def _parsed(parse: Callable[[str], Any], word: str, name: str) -> Any:
     try:
-        return parse(word)
-    except ValueError:
-        raise UserError(f"{name} takes a {'whole number' if parse is int else 'number'}, got {word!r}") from None
+        return from_words([word], parse) if parse in (int, float) else parse(word)
+    except ValueError as error:
+        raise UserError(f"{name} {error}") from None
 
 
 class Session:
@@ -238,7 +239,7 @@ class Session:
         if not words:
             raise UserError("/compare takes two or more values of K, for example /compare 1 4 16")
         asked = self._asked()
-        each = [replace(self.options, k=_parsed(int, word, "/compare")) for word in dict.fromkeys(words)]
+        each = [replace(self.options, k=k) for k in dict.fromkeys(_parsed(int, word, "/compare") for word in words)]
         for options in each:  # check all of them before any text is generated
             check_memory(self.model, len(asked.prompt_ids), options)
         replies: list[Reply] = []
@@ -315,12 +316,12 @@ class Session:
         if not self.replies:
             raise UserError("there is no text to save yet")
         try:
-            path = Path(rest).expanduser().absolute()
+            path = Path(expand_user(rest)).absolute()
             if path.exists() and path not in self._saved:
                 raise UserError(f"{rest} already exists: choose another name")
             check_output(path)
             write_atomic(path, self._as_json() if path.suffix == ".json" else self._as_text())
-        except (ValueError, RuntimeError) as error:  # an invalid path, or an unknown user's home directory
+        except ValueError as error:  # an invalid path
             raise UserError(f"cannot write {rest!r}: {error}") from None
         self._saved.add(path)
         remark(f"saved {len(self.replies)} texts to {path}")

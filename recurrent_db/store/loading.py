@@ -12,6 +12,7 @@ from recurrent_db.accounting.hardware import choose_device
 from recurrent_db.config import Config, validate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
+from recurrent_db.files import expand_user
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.blocks_lm import BlocksLM, plain_weights
 from recurrent_db.objectives import Objective, build_objective, load_objective_state
@@ -45,7 +46,8 @@ def load_with_config(
         walk: settings of a denoiser's walk that replace the run's own: ``bridge``, ``sampler``, ``grid`` of
             objective_config.DenoiseConfig. None values keep the run's own.
     """
-    checkpoint = Checkpoint(find_checkpoint(Path(path)))
+    target = choose_device(str(device))
+    checkpoint = Checkpoint(find_checkpoint(Path(expand_user(str(path)))))
     config = checkpoint.config()
     chosen = {name: value for name, value in (walk or {}).items() if value is not None}
     if chosen:
@@ -63,7 +65,6 @@ def load_with_config(
     load_weights(model, weights, source)
     model.recurrence = trained_objective(checkpoint, config).recurrence
     model.document_mask = config.data.document_mask
-    target = choose_device(device) if isinstance(device, str) else device
     return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import micro_config, synthetic_data
 
-from recurrent_db.accounting.hardware import EnergyMeter, UpdateClock, peak_flops, table_peak_flops
+from recurrent_db.accounting.hardware import EnergyMeter, UpdateClock, choose_device, peak_flops, table_peak_flops
+from recurrent_db.errors import UserError
 from recurrent_db.store.metrics import read_metrics
 from recurrent_db.training import trainer
 
@@ -186,3 +187,20 @@ def test_the_updates_share_is_the_devices_and_is_read_at_log_intervals(monkeypat
     assert clock.share() == pytest.approx(3 / 4)
     assert Event.waited == 2
     assert (clock.update_seconds, clock.step_seconds) == pytest.approx((8, 24))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mps", "mps:0", "xpu", "meta", "hpu", "privateuseone", "xla", "vulkan", "cpu:1", "cuda:99", "cuda:-1", "cuda:",
+        "cuda:0:0", "cuda:99999999999999999999", "CUDA", "cpu ", "gpu", "0", "", "cuda:\u0661",
+    ],
+)  # fmt: skip
+def test_other_devices_are_refused_in_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"^device .* (not supported: use cpu, cuda|does not exist: this machine has)"):
+        choose_device(name)
+
+
+def test_devices_of_this_machine() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["--gpus", "8", "--gpu", "H2000"], "did you mean H200"),
-        (["--gpus", "0", "--gpu", "H200"], "--gpus must be 1 or more"),
+        (["--gpus", "0", "--gpu", "H200"], "--gpus must be 1 or more, got 0"),
         (["--gpus", "3", "--gpu", "H200"], "is not a multiple of 3 GPUs"),
         (["--gpus", "8", "--gpu", "H200", "--mfu", "1.5"], "at most 1"),
         (["--gpus", "8", "--gpu", "H200", "--mfu", "0"], "--mfu must be above 0"),

@@ -278,7 +278,7 @@ def test_data_that_are_gone_cannot_be_checked(folder: Path, script_here: Run) ->
     [
         (["--k", "0"], "--k must be 1 or more"),
         (["--decodings", "beam"], "a decoding is greedy"),
-        (["--bridge", "rope"], "unknown value 'rope'; choose from soft"),
+        (["--bridge", "rope"], "--bridge takes some of soft, hard, sample, state, separated by commas, got 'rope'"),
         (["--prompts", "3"], "--prompts must be 4 or more"),
         (["--prompts", "100000"], "windows of 8 + 12 tokens"),
         (["--tokens", "25"], "the judge's context has 32"),

@@ -113,7 +113,7 @@ def test_a_users_mistakes(
         (["--objectives", "denois"], "choose from next_token, denoise"),
         (["--backends", "magic", "--quick", "--no-reference"], "magic"),
         (["--repetitions", "-1"], "--repetitions must be 0 or more"),
-        (["--compile", "maybe"], "invalid choice"),
+        (["--compile", "maybe"], "--compile takes one of none, compiled, both, got 'maybe'"),
         (["--markdown", tmp_path / "none.md"], "does not exist"),
         (["--load", tmp_path / "other.json"], "other.json is not a file that --json"),
         (["--load", tmp_path / "none.json"], "No such file"),
