@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.files import check_output, expand_user, write_atomic
+from recurrent_db.files import check_output, write_atomic
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.generation.samplers import check_served
 from recurrent_db.model.looped import LoopedLM
@@ -316,12 +316,12 @@ class Session:
         if not self.replies:
             raise UserError("there is no text to save yet")
         try:
-            path = Path(expand_user(rest)).absolute()
+            path = Path(rest).expanduser().absolute()
             if path.exists() and path not in self._saved:
                 raise UserError(f"{rest} already exists: choose another name")
             check_output(path)
             write_atomic(path, self._as_json() if path.suffix == ".json" else self._as_text())
-        except ValueError as error:  # an invalid path
+        except (ValueError, RuntimeError) as error:  # an invalid path, or an unknown user's home directory
             raise UserError(f"cannot write {rest!r}: {error}") from None
         self._saved.add(path)
         remark(f"saved {len(self.replies)} texts to {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,12 @@ def test_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_of_the_command(options: list[str], word: str) -> None:
     with pytest.raises(UserError, match=word):
         cli.run(["repl", "nowhere", *options])
+
+
+def test_a_piped_file_may_begin_with_a_byte_order_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffone\n\ufefftwo\n".encode())))
+    reader = PlainLines()
+    assert [reader.read(), reader.read()] == ["one", "\ufefftwo"]
 
 
 def test_plain_lines_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
