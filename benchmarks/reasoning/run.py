@@ -44,7 +44,7 @@ from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.recurrence import NoiseSource
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless
-from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale, middle_of_step
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.schema import Count, Positive, PositiveInt
 from recurrent_db.training.guard import MOST_SKIPPED
@@ -119,7 +119,7 @@ def train(
         rng = Rng(config.seed, step)
         passes = objective.passes(rng, progress)
         spent = cost_of(passes).total * tokens
-        middle = budget_progress(config.budget, flops + spent / 2, 0, 0, 0)
+        middle = middle_of_step(progress, budget_progress(config.budget, flops + spent / 2, 0, 0, 0))
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * learning_rate_scale(config.schedule, middle)
         batch = batch_of(task, rng, step * config.data.batch_size, config.data.batch_size, "train").to(device)

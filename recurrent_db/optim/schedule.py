@@ -25,6 +25,17 @@ def learning_rate_scale(schedule: ScheduleConfig, progress: float) -> float:
     return left / DECAY
 
 
+def middle_of_step(before: float, half_way: float) -> float:
+    """The share of the budget at which a step takes its learning rate, so that the last step does not have rate 0.
+
+    Args:
+        before: share spent before the step, below 1.
+        half_way: share spent after half of the step. It is above 1 for a last step that mostly exceeds the budget; the
+            middle of the part within the budget counts then.
+    """
+    return min(half_way, (before + 1) / 2)
+
+
 def budget_progress(budget: BudgetConfig, flops: float, tokens: float, steps: float, seconds: float) -> float:
     """Share of the budget spent: the largest over all limits that are set; 0 without limits. Training stops at 1."""
     spent = {"flops": flops, "tokens": tokens, "steps": steps, "seconds": seconds}

@@ -41,7 +41,7 @@ from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Metrics, build_objective, load_objective_state
 from recurrent_db.optim.ema import EMA
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless, update_flops
-from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale, middle_of_step
 from recurrent_db.rng import Rng
 from recurrent_db.store.checkpoint import build_saver, load_checkpoint
 from recurrent_db.store.loading import check_owner, start_from
@@ -203,9 +203,9 @@ class Trainer:
             rng = Rng(self.data_seed, self.state.step)
             passes = objective.passes(rng, self.progress)
             cost, tokens = self.cost_of(passes), task.tokens_per_step
-            # Take the learning rate at the middle of the step, so that neither the first nor the last step has rate 0.
-            middle = self._progress_after(cost.total * tokens / 2, tokens / 2, 0.5)
-            lr = config.optim.lr * learning_rate_scale(config.schedule, middle)
+            # At the middle of the step no rate is 0, except the first one's if budget.seconds is the only limit.
+            half_way = self._progress_after(cost.total * tokens / 2, tokens / 2, 0.5)
+            lr = config.optim.lr * learning_rate_scale(config.schedule, middle_of_step(self.progress, half_way))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
 

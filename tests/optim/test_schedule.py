@@ -10,7 +10,7 @@ from torch import nn
 
 from recurrent_db.config import BudgetConfig, ScheduleConfig
 from recurrent_db.optim.ema import EMA
-from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
+from recurrent_db.optim.schedule import budget_progress, learning_rate_scale, middle_of_step
 
 pytestmark = pytest.mark.fast
 
@@ -32,6 +32,19 @@ def test_the_end_of_each_schedule() -> None:
     assert rates("constant") == [1, 1, 1, 1]
     assert rates("wsd") == pytest.approx([1, 1, 0.5, 0])  # the last 30 percent fall in a line
     assert rates("cosine") == pytest.approx([0.5 * (1 + math.cos(math.pi * p)) for p in (0.5, 0.7, 0.85, 1.0)])
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("steps", [0.3, 1.0, 1.01, 10.0, 10.2, 10.7])
+def test_no_step_has_rate_0(name: str, steps: float) -> None:
+    """Also not a last step of which less than half fits into the budget. Other steps take the rate at their middle."""
+    budget, schedule, step = BudgetConfig(steps=steps), ScheduleConfig(name=name, warmup=0.1), 0
+    while (before := budget_progress(budget, 0, 0, step, 0)) < 1:
+        half_way = budget_progress(budget, 0, 0, step + 0.5, 0)
+        middle = middle_of_step(before, half_way)
+        assert learning_rate_scale(schedule, middle) > 0
+        assert step + 1 > steps or middle == half_way
+        step += 1
 
 
 def test_progress_is_that_of_the_limit_nearest_to_its_end() -> None:

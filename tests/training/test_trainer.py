@@ -490,6 +490,14 @@ def test_mistakes(script_here: Run, data: Path, tmp_path: Path, options: list[st
                                *([] if first else options))  # fmt: skip
 
 
+def test_no_step_has_rate_0(data: Path, tmp_path: Path) -> None:
+    """The budget ends early in the fourth step."""
+    train(data, tmp_path / "run", "--budget.steps", 3.2)
+    rates = [row["lr"] for row in rows(tmp_path / "run")]
+    assert len(rates) == 4
+    assert min(rates) > 0
+
+
 def test_missing_settings_are_named(script_here: Run, data: Path, tmp_path: Path) -> None:
     assert "no budget is set" in complain(script_here, *words(data, tmp_path / "run"))
     assert "data.path is not set" in complain(script_here, "--run.dir", tmp_path / "run", "--budget.steps", 1)
