@@ -6,9 +6,10 @@ The harness passes numbers either as numbers or as the strings that the user typ
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class ModelArguments:
             if values.get(name) is not None:
                 values[name] = _whole_number(name, values[name], least)
         if "prefix_reuse" in values:
-            values["prefix_reuse"] = _truth("prefix_reuse", values["prefix_reuse"])
+            values["prefix_reuse"] = _truth("model argument prefix_reuse", values["prefix_reuse"])
         if values.get("dtype", "float32") not in DTYPES:
             raise UserError(f"model argument dtype must be one of {', '.join(DTYPES)}, got {values['dtype']!r}")
         for name, kind in (("checkpoint", str), ("sampler", str), ("exit", str), ("device", str), ("cache", Path)):
@@ -103,49 +104,103 @@ def _whole_number(name: str, value: Any, least: int) -> int:
 
 def _truth(name: str, value: Any) -> bool:
     if str(value).lower() not in ("true", "false"):
-        raise UserError(f"model argument {name} must be true or false, got {value!r}")
+        raise UserError(f"{name} must be true or false, got {value!r}")
     return str(value).lower() == "true"
 
 
-def request_options(given: dict[str, Any]) -> dict[str, Any]:
-    """A request's generation options under the harness's names, with numbers converted. They are part of an answer's key.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The harness's names for the largest number of new tokens."""
+DEFAULT_LIMIT = 256
+"""Largest number of new tokens of a task that sets none, as in the harness."""
+NUMBERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Options with the same name here and in the harness."""
+WITHOUT_EFFECT = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "typical_p": 1,
+}
+"""Options that are not supported, and the value that switches each of them off. Tasks of the harness set some of them so."""
+
+
+def request_options(given: Mapping[str, Any], task: str | None = None) -> dict[str, Any]:
+    """A request's generation options under the names of `GenerationOptions`, as JSON. They are part of an answer's key.
+
+    ``max_length``, which limits prompt and text together, keeps its name: `limit_length` resolves it.
 
     Raises:
-        UserError: an option is invalid. It comes from the task's file.
+        UserError: an option is not supported or its value is invalid. It comes from the task's file or from --gen_kwargs.
     """
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     try:
-        options: dict[str, Any] = dict(normalize_gen_kwargs(given))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            if options.get(name) is not None:
-                options[name] = float(options[name])
-        if options.get("top_k") is not None:
-            options["top_k"] = int(options["top_k"])
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"generation options of the task {given}: {error}") from None
-    if options["max_gen_toks"] < 0:
-        raise UserError(
-            f"generation options of the task: max_gen_toks must be 0 or more, got {options['max_gen_toks']}"
-        )
-    options["until"] = [stop for stop in options["until"] if stop is not None]
-    if not all(isinstance(stop, str) for stop in options["until"]):
-        raise UserError(
-            f"generation options of the task: until must be text or a list of texts, got {options['until']}"
-        )
+        return _request_options({name: value for name, value in given.items() if value is not None})
+    except UserError as error:
+        raise UserError(f"generation options{f' of task {task}' if task else ''}: {error}") from None
+
+
+def _request_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("until", "do_sample", "max_length", *LIMITS, *NUMBERS)
+    for name, value in given.items():
+        if name not in known and WITHOUT_EFFECT.get(name) != value:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            hint = f"did you mean {near[0]}?" if near else f"supported: {', '.join(known)}"
+            raise UserError(f"{name} = {value!r} is not supported; {hint}")
+    options: dict[str, Any] = {name: _number(name, given[name]) for name in NUMBERS if name in given}
+    GenerationOptions().changed(**options)  # refuses values out of range, also where greedy decoding needs none of them
+    # Sampling without a temperature is sampling from the model's own distribution.
+    sampled = _truth("do_sample", given.get("do_sample", options.get("temperature", 0) > 0))
+    options["temperature"] = options.get("temperature", 1.0) if sampled else 0.0
+    limits = {name: _count(name, given[name], 0) for name in LIMITS if name in given}
+    if len(set(limits.values())) > 1:
+        raise UserError(f"{' and '.join(limits)} differ, but they all limit the new tokens: set only one of them")
+    if "max_length" in given:
+        options["max_length"] = _count("max_length", given["max_length"], 1)
+    if limits or "max_length" not in given:
+        options["max_new_tokens"] = next(iter(limits.values()), DEFAULT_LIMIT)
+    until = given.get("until", [])
+    options["stop"] = [stop for stop in ([until] if isinstance(until, str) else _listed(until)) if stop is not None]
+    if not all(isinstance(stop, str) for stop in options["stop"]):
+        raise UserError(f"until must be a text or a list of texts, got {until!r}")
     return options
 
 
-def with_request_options(options: GenerationOptions, request: dict[str, Any]) -> GenerationOptions:
-    """``options`` with the request's own (from `request_options`). Raises `UserError` for a value out of range."""
-    return replace(
-        options,
-        # Sampling without a temperature is sampling from the model's own distribution.
-        temperature=float(request.get("temperature", 1.0)) if request["do_sample"] else 0.0,
-        top_k=int(request.get("top_k") or 0),
-        top_p=float(request.get("top_p") or 1.0),
-        min_p=float(request.get("min_p") or 0.0),
-        repetition_penalty=float(request.get("repetition_penalty") or 1.0),
-        max_new_tokens=request["max_gen_toks"],
-        stop=tuple(request["until"]),
-    )
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _number(name: str, value: Any) -> float:
+    if name == "top_k":
+        return _count(name, value, 0)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{name} must be a number, got {value!r}") from None
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not (number >= least and number.is_integer()):
+        raise UserError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    return int(number)
+
+
+def limit_length(options: Mapping[str, Any], prompt_tokens: int, task: str | None = None) -> dict[str, Any]:
+    """`request_options` with ``max_length`` turned into a limit of new tokens. Raises `UserError` if it leaves no room."""
+    if "max_length" not in options:
+        return dict(options)
+    limited = dict(options)
+    room = limited.pop("max_length") - prompt_tokens
+    if room < 1:
+        raise UserError(
+            f"generation options{f' of task {task}' if task else ''}: max_length = {options['max_length']} leaves no room"
+            f" after a prompt of {prompt_tokens} tokens: raise it, or set max_gen_toks instead"
+        )
+    limited["max_new_tokens"] = min(room, limited.get("max_new_tokens", room))
+    return limited

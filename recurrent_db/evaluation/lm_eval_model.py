@@ -35,7 +35,7 @@ from recurrent_db.denoise.noise import Below
 from recurrent_db.distributed.work_sharing import Processes
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.answer_cache import AnswerCache, fingerprint
-from recurrent_db.evaluation.lm_eval_arguments import ModelArguments, request_options, with_request_options
+from recurrent_db.evaluation.lm_eval_arguments import ModelArguments, limit_length, request_options
 from recurrent_db.evaluation.window_scorer import Result, Window, WindowScorer
 from recurrent_db.generation.generate import BATCH_SIZE, complete
 from recurrent_db.generation.samplers import check_served
@@ -289,16 +289,21 @@ class RecurrentDBLM(TemplateLM):
         """Continue each context until the first stop string, the end of the document or ``max_gen_toks``.
 
         The stop string is left out. Decoding is greedy unless the task sets ``do_sample`` or a temperature. ``top_k``,
-        ``top_p``, ``min_p`` and ``repetition_penalty`` apply. Each repeat of a sampled request gets other random draws.
+        ``top_p``, ``min_p``, ``repetition_penalty`` and ``max_length`` apply. Each repeat of a sampled request gets other
+        random draws. All options are checked before the first text.
+
+        Raises:
+            UserError: an option is not supported or out of range.
         """
         repeats: Counter[tuple[str, str]] = Counter()
         names = []
         asked: dict[tuple[str, str, int], tuple[str, dict[str, Any]]] = {}
         for request in requests:
             context, given = request.args
-            options = request_options(given)
+            options = request_options(given, request.task_name)
+            options = limit_length(options, len(self._prompt(context)), request.task_name)
             content = (context, repr(sorted(given.items())))
-            names.append((*content, repeats[content] if options["do_sample"] else 0))
+            names.append((*content, repeats[content] if options["temperature"] > 0 else 0))
             repeats[content] += 1
             asked.setdefault(names[-1], (context, options))
         # Sorted by options and length, so that batches are uniform and every process gets some of each length.
@@ -312,6 +317,10 @@ class RecurrentDBLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, done[name])
         return [done[name] for name in names]
 
+    def _prompt(self, context: str) -> list[int]:
+        """Token ids of the prompt: the end of the context, or the document separator for an empty one."""
+        return self.tok_encode(context)[-self.max_length :] or [self.eot_token_id]
+
     def _texts(self, asked: Sequence[tuple[str, dict[str, Any], int]], progress: Callable[[int], object]) -> list[str]:
         """Continuations of (context, options, number of the repeat), stored or new. Equal options share batches."""
         texts: dict[int, str] = {}
@@ -319,7 +328,7 @@ class RecurrentDBLM(TemplateLM):
         todo: dict[str, list[int]] = {}
         answers = self.scorer.answers
         for number, (context, options, repeat) in enumerate(asked):
-            prompts.append(self.tok_encode(context) or [self.eot_token_id])
+            prompts.append(self._prompt(context))
             kept = answers.get(["text", prompts[-1], options, repeat]) if answers else None
             if isinstance(kept, str):
                 texts[number] = kept
@@ -358,7 +367,7 @@ class RecurrentDBLM(TemplateLM):
         return texts // 2
 
     def _generate(self, prompts: list[list[int]], request: dict[str, Any], keys: list[int]) -> list[str]:
-        options, cut = with_request_options(self.options, request), [prompt[-self.max_length :] for prompt in prompts]
+        options = replace(self.options, **request)
         with self._autocast():
-            texts = complete(self.model, self.tokenizer, cut, options, keys, batch_size=len(prompts))
+            texts = complete(self.model, self.tokenizer, prompts, options, keys, batch_size=len(prompts))
         return list(map(str, texts))

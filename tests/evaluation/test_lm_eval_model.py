@@ -32,6 +32,7 @@ from recurrent_db.data.tokenizer import Tokenizer  # noqa: E402
 from recurrent_db.errors import UserError  # noqa: E402
 from recurrent_db.evaluation.heldout_task import heldout_items, heldout_passages, write_heldout_task  # noqa: E402
 from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM  # noqa: E402
+from recurrent_db.generation.options import GenerationOptions  # noqa: E402
 from recurrent_db.rng import key  # noqa: E402
 
 OFFICIAL = Path(lm_eval.__file__).parent / "tasks"
@@ -172,6 +173,73 @@ def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> 
     assert lm.generate_until(requests("generate_until", ("", tight)), disable_tqdm=True)[0] == first[4]
     with pytest.raises(UserError, match="top_p"):
         lm.generate_until(requests("generate_until", ("x", {**sampled, "top_p": 2.0})), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"num_beams": 3}, "num_beams = 3 is not supported"),
+        ({"no_repeat_ngram_size": 4}, "no_repeat_ngram_size = 4 is not supported"),
+        ({"bad_words_ids": [[1]]}, "bad_words_ids"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"seed": 3}, "seed = 3 is not supported"),
+        ({"temprature": 0.5}, "did you mean temperature"),
+        ({"stop": ["x"]}, "supported: until"),
+        ({"max_gen_toks": 2.5}, "max_gen_toks must be a whole number of 0 or more, got 2.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number"),
+        ({"max_tokens": True}, "max_tokens must be a whole number"),
+        ({"max_gen_toks": 4, "max_new_tokens": 5}, "max_gen_toks and max_new_tokens differ"),
+        ({"max_length": 2}, "max_length = 2 leaves no room after a prompt of"),
+        ({"max_length": "long"}, "max_length must be a whole number"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": -1, "do_sample": False}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"top_k": 1.5}, "top_k must be a whole number"),
+        ({"min_p": 7}, "min_p must be between 0 and 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"do_sample": "maybe"}, "do_sample must be true or false, got 'maybe'"),
+        ({"until": 5}, "until must be a text or a list of texts, got 5"),
+    ],
+)
+def test_generation_options_that_cannot_be_kept_are_refused_by_name(
+    runs: Path, options: dict[str, Any], expected: str
+) -> None:
+    lm = RecurrentDBLM(str(runs / "next_token"), k=1)
+    asked = requests("generate_until", ("import os", {"max_gen_toks": 1}), ("import os", options))
+    asked[1].task_name = "mine"
+    with pytest.raises(UserError) as error:
+        lm.generate_until(asked, disable_tqdm=True)
+    assert str(error.value).startswith("generation options of task mine: ")
+    assert expected in str(error.value)
+
+
+def test_every_supported_generation_option_is_kept(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = RecurrentDBLM(str(runs / "next_token"), k=1)
+    seen: list[GenerationOptions] = []
+    monkeypatch.setattr(
+        "recurrent_db.evaluation.lm_eval_model.complete",
+        lambda model, tokenizer, prompts, options, keys, batch_size: seen.append(options) or [""] * len(prompts),
+    )
+
+    def kept(**options: Any) -> GenerationOptions:
+        lm.generate_until(requests("generate_until", ("import os", options)), disable_tqdm=True)
+        return seen.pop()
+
+    prompt = len(lm.tok_encode("import os"))
+    assert kept() == lm.options.changed(max_new_tokens=256, stop=[])
+    assert kept(max_new_tokens="7").max_new_tokens == kept(max_tokens=7.0, max_completion_tokens=7).max_new_tokens == 7
+    assert kept(max_length=prompt + 5).max_new_tokens == 5
+    assert kept(max_length=prompt + 5, max_gen_toks=3).max_new_tokens == 3
+    assert kept(max_length=999, max_gen_toks=999).max_new_tokens == 999 - prompt
+    assert kept(do_sample=True).temperature == 1
+    assert kept(temperature=0.7).temperature == 0.7
+    assert kept(do_sample=False, temperature=0.7).temperature == 0  # as the harness documents
+    filters = {"top_k": 3, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.3, "temperature": 2.0}
+    assert kept(**filters) == lm.options.changed(max_new_tokens=256, stop=[], **filters)
+    assert kept(until=["a", None]).stop == kept(until="a").stop == ["a"]
+    neutral = {"num_beams": 1, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "top_p": None, "top_k": 0}
+    assert kept(**neutral) == kept()
 
 
 def test_generation_by_another_sampler(runs: Path, tmp_path: Path) -> None:
