@@ -40,24 +40,21 @@ import argparse
 import contextlib
 import difflib
 import io
-import itertools
 import json
 import logging
 import logging.handlers
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, task_name
 
 from recurrent_db.arguments import run_and_exit
 from recurrent_db.errors import UserError
 from recurrent_db.files import expand_user
-
-T = TypeVar("T")
 
 MODEL = "recurrent_db"
 
@@ -164,16 +161,6 @@ def quiet_harness() -> Iterator[None]:
         logger.removeHandler(held)
 
 
-def harness_errors(action: Callable[[], T], *kinds: type[Exception]) -> T:
-    """Run ``action`` and turn exceptions of these kinds, which the harness raises for user errors, into UserError."""
-    try:
-        return action()
-    except kinds as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        hint = ": fewer examples than --num_fewshot" if "larger than population" in str(message) else ""
-        raise UserError(f"lm-eval: {message}{hint}") from None
-
-
 def _is_word(name: bytes, content: bytes) -> bool:
     return name in content and re.search(rb"(?<![\w.-])" + re.escape(name) + rb"(?![\w.-])", content) is not None
 
@@ -187,8 +174,8 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
     import lm_eval
 
     missing = {name for name in names if re.fullmatch(r"[\w.-]+", name) and not Path(name).exists()}
-    roots = [Path(lm_eval.__file__).parent / "tasks", *([Path(include_path)] if include_path else [])]
-    for folder, _, files in itertools.chain.from_iterable(map(os.walk, roots)):
+    missing -= check_files(missing, include_path)
+    for folder, _, files in os.walk(Path(lm_eval.__file__).parent / "tasks"):
         if not missing:
             return
         for file in files:
@@ -197,6 +184,38 @@ def check_names(names: Sequence[str], include_path: str | None) -> None:
                 missing -= {name for name in missing if _is_word(name.encode(), content)}
     if missing:
         raise UserError("lm-eval: Tasks not found: " + ", ".join(name for name in names if name in missing))
+
+
+def check_files(names: set[str], include_path: str | None) -> set[str]:
+    """Read the files of ``include_path`` in which some of ``names`` occur, and return these names.
+
+    The harness leaves out a file that it cannot read, and the second file that defines a task.
+
+    Raises:
+        UserError: such a file is no valid task file, or two of them define the same task.
+    """
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    from recurrent_db.evaluation.lm_eval_tasks import user_errors
+
+    found: set[str] = set()
+    files: dict[str, Path] = {}
+    for path in TaskIndex._iter_yaml_files(Path(include_path)) if include_path else ():
+        content = path.read_bytes()
+        if not (here := {name for name in names if _is_word(name.encode(), content)}):
+            continue
+        found |= here
+        defined: dict[str, Any] = {}
+        with user_errors():
+            config = load_yaml(path, resolve_func=False)
+            if {"task", "group", "class"} & config.keys():  # otherwise other files include it
+                TaskIndex.process_cfg(config, path, defined)
+        for name in [name for name, entry in defined.items() if entry.yaml_path and name in names]:
+            if name in files:
+                raise UserError(f"task {name} is defined twice, in {files[name]} and {path}")
+            files[name] = path
+    return found
 
 
 def check_numbers(config: Any) -> None:
@@ -293,12 +312,21 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     import recurrent_db.evaluation.lm_eval_model  # noqa: F401  registers recurrent_db
+    from recurrent_db.evaluation.lm_eval_tasks import checked_tasks, user_errors
 
-    def configure() -> Any:
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
+    mistakes: tuple[type[Exception], ...] = (
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        ConnectionError,
+        FileNotFoundError,
+        datasets.exceptions.DatasetsError,
+    )
+    with user_errors(*mistakes):
         fill_defaults(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})
-        return EvaluatorConfig.from_cli(args)
-
-    config = harness_errors(configure, ValueError, TypeError, FileNotFoundError)
+        config = EvaluatorConfig.from_cli(args)
     check_numbers(config)
     check_output(config.output_path)
     given = [config.tasks] if isinstance(config.tasks, str) else config.tasks
@@ -307,27 +335,20 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         raise UserError("--tasks names no task; the offline tasks are " + ", ".join(OFFLINE))
     offline = offline_tasks(names, data)
     services = (config.wandb_args, config.trackio_args, config.hf_hub_log_args, config.include_path)
-    mistakes: tuple[type[Exception], ...] = (
-        ValueError,
-        KeyError,
-        ConnectionError,
-        FileNotFoundError,
-        datasets.exceptions.DatasetsError,
-    )
-    if config.samples:
-        mistakes += (AssertionError,)  # raised by the harness for sample indices beyond the task's
     with task_folder(offline) as folder:
         config.tasks = args.tasks = chosen(names, offline)
         if offline and set(config.tasks) <= set(map(task_name, offline)) and not any(services):
             datasets.config.HF_DATASETS_CACHE = folder / "cache"
-            harness_errors(lambda: evaluate(config, folder), *mistakes)
+            with user_errors(*mistakes), checked_tasks(config.model == MODEL):
+                evaluate(config, folder)
             return
         if offline:
             args.include_path = [*([config.include_path] if config.include_path else []), str(folder)]
             logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # our tasks replace its own on purpose
         try:
             check_names([name for name in names if data is None or not maker(name)], config.include_path)
-            harness_errors(lambda: args.func(args), *mistakes)
+            with user_errors(*mistakes), checked_tasks(config.model == MODEL):
+                args.func(args)
         except UserError as error:
             local = [name for name in names if maker(name)] if data is None else []
             near = difflib.get_close_matches(next((n for n in names if not maker(n)), ""), OFFLINE, n=1)
@@ -341,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "run":
             run(args, data)
         else:
+            if args.command == "validate":
+                check_files(set(args.tasks.split(",")), args.include_path)
             args.func(args)
     return 0
 
