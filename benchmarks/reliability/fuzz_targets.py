@@ -525,10 +525,16 @@ class Imports:
 
 
 class Corpora:
-    """Text, JSON Lines and JSON lists, plain and compressed. The tokenizer restores every document."""
+    """Text, JSON lines and other JSON, plain and compressed, by name and in a folder. The tokenizer restores every
+    document."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.tokenizer = folder, tiny_tokenizer()
+        self.inner, self.tokenizer = folder / "texts", tiny_tokenizer()
+        self.packers: dict[str, Callable[[bytes], bytes]] = {".gz": lambda raw: gzip.compress(raw, 1)}
+        with contextlib.suppress(ImportError):
+            from zstandard import ZstdCompressor
+
+            self.packers[".zst"] = ZstdCompressor(1).compress
 
     def case(self, rng: random.Random) -> None:
         options = ReadOptions(
@@ -541,33 +547,37 @@ class Corpora:
             lines = [
                 json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in (rows if isinstance(rows, list) else [rows])
             ]
-            raw, suffix = "\n".join(lines).encode("utf-8", errors="surrogatepass"), rng.choice((".jsonl", ".ndjson"))
+            raw = rng.choice(("\n", "\n", "", " \r\n")).join(lines).encode("utf-8", errors="surrogatepass")
+            suffix = rng.choice((".jsonl", ".ndjson", ".json", ".JSON"))
+            if suffix.lower() == ".json" and rng.random() < 0.5:
+                raw = json.dumps(rows, indent=rng.choice((None, 1))).encode()
         else:
             raw, suffix = text(rng, 400).encode("utf-8", errors="surrogatepass"), rng.choice((".txt", ".md", ".py", ""))
         if rng.random() < 0.4:
             raw = damaged(rng, raw)
-        if rng.random() < 0.1:
-            raw, suffix = gzip.compress(raw, 1), suffix + ".gz"
+        if rng.random() < 0.2:
+            packed, pack = rng.choice(sorted(self.packers.items()))
+            raw, suffix = pack(raw), suffix + packed
             raw = damaged(rng, raw, 1) if rng.random() < 0.5 else raw
-        path = self.folder / f"corpus{suffix}"
+        shutil.rmtree(self.inner, ignore_errors=True)
+        self.inner.mkdir()
+        path = self.inner / f"{rng.choice(('corpus', 'a*b', '[c]', 'x::y'))}{suffix}"
         put(path, raw)
-        documents = read_documents(str(path), options)
+        documents = read_documents(str(path if rng.random() < 0.8 else self.inner), options)
         for _, found in split_documents(str(path), documents, rng.choice((0.0, 0.05, 0.5))):
             clean = replace_surrogates(found.text)
             assert self.tokenizer.decode(self.tokenizer.encode(clean)) == clean, "the tokenizer loses text"
 
 
 class Tables:
-    """Parquet and JSON tables, read with the library `datasets`."""
+    """Parquet, Arrow and JSON tables."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("HF_DATASETS_CACHE", str(folder / "cache"))
         self.folder = folder
-        self.parquet = []
+        self.parquet, self.arrow = [], []
         for columns in (
             {"text": ["a", "b c", None]},
             {"text": [["a"], ["b"], None]},
@@ -578,10 +588,18 @@ class Tables:
                 sink = io.BytesIO()
                 pq.write_table(pa.table(columns), sink, compression=compression)
                 self.parquet.append(sink.getvalue())
+            for make in (pa.ipc.new_stream, pa.ipc.new_file):
+                sink, table = io.BytesIO(), pa.table(columns)
+                with make(sink, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=2)
+                self.arrow.append(sink.getvalue())
 
     def case(self, rng: random.Random) -> None:
-        if rng.random() < 0.7:
+        kind = rng.random()
+        if kind < 0.4:
             raw, name = damaged(rng, rng.choice(self.parquet)), "table.parquet"
+        elif kind < 0.8:
+            raw, name = damaged(rng, rng.choice(self.arrow)), "table.arrow"
         else:
             raw, name = said(rng, [{"text": text(rng)}, {"text": "b"}]), "table.json"
         put(self.folder / name, raw)
