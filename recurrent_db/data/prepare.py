@@ -199,8 +199,8 @@ def _items(
         share = holdout if split == "train" and not validation else 0.0
         # Files and folders of one name are split together, so that copies in two of them are not parted.
         for embedded, group in itertools.groupby(locations, "stdlib".__eq__):
-            texts = itertools.chain.from_iterable(read_documents(location, options, report) for location in group)
-            texts = left.take(_of_part(texts, *part) if split == "train" else texts)
+            every = itertools.chain.from_iterable(read_documents(location, options, report) for location in group)
+            texts = left.take(_of_part(every, *part) if split == "train" else every)
             for side, document in split_documents("stdlib" if embedded else "", texts, share):
                 yield (side if share else split), name, document, document.text.encode()
 

@@ -220,6 +220,26 @@ def _restrict_characters(chunks: list[str], kept: set[str]) -> list[str]:
     return [chunk if kept.issuperset(chunk) else chunk.translate(table) for chunk in chunks]
 
 
+def _chunks_and_characters(
+    texts: Iterable[str], vocab_size: int, model_type: str, max_bytes: int, seed: int
+) -> tuple[list[str], set[str]]:
+    """A sample of ``texts``, and the characters that get a piece of their own."""
+    counts: Counter[str] = Counter()
+    # A space mark and a NUL cannot have a piece of their own.
+    cleaned = (replace_surrogates(text).replace(SPACE_MARK, " ").replace("\x00", " ") for text in texts)
+    chunks = _sample(_count(cleaned, counts) if model_type == "char" else cleaned, max_bytes, seed)
+    if not any(chunk.strip() for chunk in chunks):
+        raise UserError("there is no text to train a tokenizer on")
+    if model_type == "char":
+        kept = {" ", *[character for character, _ in _ranked(counts) if character != " "][: vocab_size - 261]}
+        chunks += _lines_to_chunks("".join(sorted(kept.difference(*chunks))))  # the sample may lack rare characters
+    else:
+        for chunk in chunks:
+            counts.update(chunk)
+        kept = _frequent_characters(counts, vocab_size)
+    return chunks, kept
+
+
 def train(
     texts: Iterable[str],
     vocab_size: int,
@@ -250,19 +270,7 @@ def train(
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and 4 special tokens need {MIN_VOCAB}")
     if max_bytes < 1:
         raise UserError("the tokenizer must be trained on at least 1 byte of text")
-    counts: Counter[str] = Counter()
-    # A space mark and a NUL cannot have a piece of their own.
-    cleaned = (replace_surrogates(text).replace(SPACE_MARK, " ").replace("\x00", " ") for text in texts)
-    chunks = _sample(_count(cleaned, counts) if model_type == "char" else cleaned, max_bytes, seed)
-    if not any(chunk.strip() for chunk in chunks):
-        raise UserError("there is no text to train a tokenizer on")
-    if model_type == "char":
-        kept = {" ", *[character for character, _ in _ranked(counts) if character != " "][: vocab_size - 261]}
-        chunks += _lines_to_chunks("".join(sorted(kept.difference(*chunks))))  # the sample may lack rare characters
-    else:
-        for chunk in chunks:
-            counts.update(chunk)
-        kept = _frequent_characters(counts, vocab_size)
+    chunks, kept = _chunks_and_characters(texts, vocab_size, model_type, max_bytes, seed)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
