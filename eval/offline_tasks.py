@@ -19,7 +19,7 @@ import glob
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,70 @@ def _read_yaml(file: str, **values: str) -> Config:
     return yaml.safe_load(text)
 
 
-def _check_rows(path: Path, fields: Sequence[str]) -> None:
-    """Raise UserError unless the file is JSONL with at least one object, all with ``fields``. Empty lines are skipped."""
+Row = Mapping[str, Any]
+Check = Callable[[Row], str | None]
+"""What is wrong with a row that has all fields; None if nothing is."""
+
+
+def _no_text(row: Row, *fields: str) -> str | None:
+    wrong = next((field for field in fields if not isinstance(row[field], str) or not row[field]), None)
+    return wrong and f"{wrong} must be a text, got {row[wrong]!r}"
+
+
+def _no_choice(choices: Any, label: Any) -> str | None:
+    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
+        return f"choices must be a list of texts, got {choices!r}"
+    if isinstance(label, bool) or not isinstance(label, int) or label not in range(len(choices)):
+        return f"label must be a whole number from 0 to {len(choices) - 1}, which names a choice, got {label!r}"
+    return None
+
+
+def _check_arc(row: Row) -> str | None:
+    choices, answer = row["choices"], row["answerKey"]
+    if not isinstance(choices, dict) or not isinstance(labels := choices.get("label"), list):
+        return f"choices must hold the lists text and label, got {choices!r}"
+    if answer not in labels:
+        return f"answerKey must be one of {', '.join(map(str, labels))}, got {answer!r}"
+    right = labels.index(answer)
+    if isinstance(choices.get("text"), list) and len(choices["text"]) != len(labels):
+        return f"choices have {len(choices['text'])} texts but {len(labels)} labels"
+    return _no_text(row, "question") or _no_choice(choices.get("text"), right)
+
+
+def _check_piqa(row: Row) -> str | None:
+    return _no_text(row, "goal", "sol1", "sol2") or _no_choice([row["sol1"], row["sol2"]], row["label"])
+
+
+def _check_blimp(row: Row) -> str | None:
+    return _no_text(row, "sentence_good", "sentence_bad")
+
+
+def _check_last_word(row: Row) -> str | None:
+    if (wrong := _no_text(row, "text")) is None and not row["text"].split(" ")[-1].strip():
+        return f"text must end with a word, got {row['text'][-20:]!r}"
+    return wrong
+
+
+def _check_cloze(row: Row) -> str | None:
+    return _no_text(row, "context") or _no_choice(row["choices"], row["label"])
+
+
+FIELDS: dict[Check, tuple[str, ...]] = {
+    _check_arc: ("question", "choices", "answerKey"),
+    _check_piqa: ("goal", "sol1", "sol2", "label"),
+    _check_blimp: ("sentence_good", "sentence_bad"),
+    _check_last_word: ("text",),
+    _check_cloze: ("context", "choices", "label"),
+}
+"""The fields of a task's rows, by the check of their values."""
+
+
+def _check_rows(path: Path, check: Check) -> None:
+    """Raise UserError unless the file is JSONL with at least one object, and all have the fields and values of ``check``.
+
+    Empty lines are skipped. A label that names no choice, such as the -1 of hidden test labels, would count as a wrong
+    answer of every model.
+    """
     rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -56,8 +118,10 @@ def _check_rows(path: Path, fields: Sequence[str]) -> None:
                 row = None
             if not isinstance(row, dict):
                 raise UserError(f"{path} is not JSONL: its line {number} is not a JSON object")
-            if missing := [field for field in fields if field not in row]:
+            if missing := [field for field in FIELDS[check] if field not in row]:
                 raise UserError(f"{path}, line {number}: missing {', '.join(missing)}")
+            if wrong := check(row):
+                raise UserError(f"{path}, line {number}: {wrong}")
             rows += 1
     if not rows:
         raise UserError(f"{path} has no rows")
@@ -77,11 +141,11 @@ def _as_pattern(path: Path) -> str:
     return str(folder / f"rows{path.suffix}")
 
 
-def _localize(config: Config, folder: Path, *fields: str) -> Config:
+def _localize(config: Config, folder: Path, check: Check) -> Config:
     """Point a task at its data files in ``folder``, as absolute paths. Splits without a file are left out.
 
     Raises:
-        UserError: there is no file to evaluate on, or a file lacks ``fields``.
+        UserError: there is no file to evaluate on, or a file's rows do not pass ``check``.
     """
     files: dict[str, str] = config["dataset_kwargs"]["data_files"]
     there = {split: (folder / name).resolve() for split, name in files.items() if (folder / name).is_file()}
@@ -90,7 +154,7 @@ def _localize(config: Config, folder: Path, *fields: str) -> Config:
         wanted = " or ".join(files[s] for n, s in splits.items() if s in files and n != "training")
         raise UserError(f"task {config['task']}: no file {wanted} in {folder}")
     for path in there.values():
-        _check_rows(path, fields)
+        _check_rows(path, check)
     config["dataset_kwargs"]["data_files"] = {split: _as_pattern(path) for split, path in there.items()}
     for name, split in splits.items():
         if split not in there:
@@ -105,7 +169,7 @@ def _blimp(folder: Path, wanted: str) -> list[Config]:
     if not chosen:
         what = wanted.removeprefix("blimp_") if wanted.startswith("blimp_") else "*"
         raise UserError(f"task {wanted}: no file blimp/{what}.jsonl in {folder}")
-    tasks = [_localize(_read_yaml("blimp", name=name), folder, "sentence_good", "sentence_bad") for name in chosen]
+    tasks = [_localize(_read_yaml("blimp", name=name), folder, _check_blimp) for name in chosen]
     if wanted != "blimp":
         return tasks
     if len(names) < PARADIGMS:
@@ -114,27 +178,27 @@ def _blimp(folder: Path, wanted: str) -> list[Config]:
 
 
 def _arc_easy(folder: Path, wanted: str) -> list[Config]:
-    return [_localize(_read_yaml("arc_easy"), folder, "question", "choices", "answerKey")]
+    return [_localize(_read_yaml("arc_easy"), folder, _check_arc)]
 
 
 def _piqa(folder: Path, wanted: str) -> list[Config]:
-    return [_localize(_read_yaml("piqa"), folder, "goal", "sol1", "sol2", "label")]
+    return [_localize(_read_yaml("piqa"), folder, _check_piqa)]
 
 
 def _lambada(folder: Path, wanted: str) -> list[Config]:
-    return [_localize(_read_yaml("lambada"), folder, "text")]
+    return [_localize(_read_yaml("lambada"), folder, _check_last_word)]
 
 
 def _heldout_cloze(folder: Path, wanted: str) -> list[Config]:
     path = write_heldout_task(folder, wanted)
-    return [_localize(_read_yaml("heldout_cloze"), path.parent, "context", "choices", "label")]
+    return [_localize(_read_yaml("heldout_cloze"), path.parent, _check_cloze)]
 
 
 def _heldout_last_word(folder: Path, wanted: str) -> list[Config]:
     path = write_heldout_task(folder, wanted)
     config = _read_yaml("lambada")
     config.update(task=wanted, test_split=None, dataset_kwargs={"data_files": {"validation": path.name}})
-    return [_localize(config, path.parent, "text")]
+    return [_localize(config, path.parent, _check_last_word)]
 
 
 HELDOUT = {"heldout_cloze": _heldout_cloze, "heldout_last_word": _heldout_last_word}

@@ -235,6 +235,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
     except ImportError as error:
         raise UserError(f'the lm-eval harness is not installed ({error}): pip install "recurrent-db[eval]"') from None
     from recurrent_db.evaluation.lm_eval_model import RecurrentDBLM
+    from recurrent_db.evaluation.lm_eval_tasks import checked_tasks, user_errors
 
     configs = offline_tasks(names, args.data)
 
@@ -248,7 +249,7 @@ def sweep(args: Args, ks: list[int], names: list[str]) -> tuple[RecurrentDBLM, l
     counts = token_counts(args, lm)
     if counts is None:
         lm._warn("no unigram row: the run's training data are not in %s (give --counts DIR)", lm.run_config.data.path)
-    with task_folder(configs) as folder:
+    with task_folder(configs) as folder, user_errors(datasets.exceptions.DatasetsError), checked_tasks():
         datasets.config.HF_DATASETS_CACHE = folder / "cache"
         loaded = TaskManager(include_path=str(folder), include_defaults=False).load(chosen(names, configs))
         tasks: dict[str, Task] = loaded["tasks"]

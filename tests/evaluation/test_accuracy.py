@@ -196,7 +196,14 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "eval")
     good = {"--tasks": "arc_easy", "--data": here / "files", "--limit": 1, "--k": 1}
+    (tmp_path / "hidden").mkdir()
+    hidden = {"goal": "Cut", "sol1": "bread", "sol2": "water", "label": -1}
+    (tmp_path / "hidden/piqa_validation.jsonl").write_text(json.dumps(hidden) + "\n")
     cases: list[tuple[dict[str, object], str]] = [
+        (
+            {"--tasks": "piqa", "--data": tmp_path / "hidden"},
+            "piqa_validation.jsonl, line 1: label must be a whole number",
+        ),
         ({"--k": "0"}, "--k must be 1 or more"),
         ({"--k": "1,x"}, "--k takes whole numbers"),
         ({"--untrained-k": 0}, "--untrained-k must be 1 or more"),
@@ -217,6 +224,8 @@ def test_mistakes_are_one_line(
         assert done.returncode == 2, (change, done.stdout)
         assert expected in done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
+    done = script_here("eval/sweep.py", here / "run", *(w for pair in good.items() for w in pair), "--fewshot", 99)
+    assert (done.returncode, "there are fewer examples than" in done.stderr.splitlines()[-1]) == (2, True)
     done = script_here("eval/sweep.py", here / "files", "--data", here / "files", "--tasks", "arc_easy")
     assert (done.returncode, "holds no checkpoint" in done.stderr) == (2, True)
 

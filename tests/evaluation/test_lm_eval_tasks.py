@@ -205,6 +205,98 @@ def test_any_value_of_any_field_runs_or_is_a_mistake(
         assert str(error).strip()
 
 
+# -- local benchmark files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("eval/offline_tasks.py")
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "arc_easy": {
+        "question": "Which melts?",
+        "choices": {"text": ["ice", "sand"], "label": ["A", "B"]},
+        "answerKey": "A",
+    },
+    "piqa": {"goal": "Cut bread", "sol1": "Use a knife.", "sol2": "Use a spoon.", "label": 0},
+    "blimp_pair": {"sentence_good": "She sleeps.", "sentence_bad": "She sleep."},
+    "lambada": {"text": "The cat saw the cat"},
+}
+FILES = {"arc_easy": "arc_easy_test", "piqa": "piqa_validation", "blimp_pair": "blimp/pair", "lambada": "lambada_test"}
+
+
+def write_rows(folder: Path, task: str, *rows: dict[str, Any]) -> Path:
+    path = folder / f"{FILES[task]}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) + "\n" for row in rows))  # an empty line between two rows
+    return path
+
+
+@pytest.mark.parametrize(
+    "task, change, expected",
+    [
+        ("piqa", {"label": -1}, "label must be a whole number from 0 to 1, which names a choice, got -1"),
+        ("piqa", {"label": 2}, "label must be a whole number"),
+        ("piqa", {"label": "0"}, "got '0'"),
+        ("piqa", {"label": None}, "got None"),
+        ("piqa", {"label": True}, "got True"),
+        ("piqa", {"label": 0.5}, "got 0.5"),
+        ("piqa", {"sol2": ""}, "sol2 must be a text, got ''"),
+        ("piqa", {"goal": 3}, "goal must be a text, got 3"),
+        ("arc_easy", {"answerKey": ""}, "answerKey must be one of A, B, got ''"),
+        ("arc_easy", {"answerKey": "C"}, "answerKey must be one of A, B, got 'C'"),
+        ("arc_easy", {"choices": ["ice", "sand"]}, "choices must hold the lists text and label"),
+        ("arc_easy", {"choices": {"text": ["ice"], "label": ["A", "B"]}}, "choices have 1 texts but 2 labels"),
+        ("arc_easy", {"choices": {"text": ["ice", ""], "label": ["A", "B"]}}, "choices must be a list of texts"),
+        ("arc_easy", {"choices": {"text": None, "label": ["A", "B"]}}, "choices must be a list of texts, got None"),
+        ("arc_easy", {"choices": {"text": [], "label": []}}, "answerKey must be one of"),
+        ("blimp_pair", {"sentence_bad": ""}, "sentence_bad must be a text"),
+        ("lambada", {"text": "The cat saw "}, "text must end with a word, got 'The cat saw '"),
+        ("lambada", {"text": ["The"]}, "text must be a text"),
+    ],
+)
+def test_a_value_that_no_model_can_get_right_is_refused(
+    offline: ModuleType, tmp_path: Path, task: str, change: dict[str, Any], expected: str
+) -> None:
+    write_rows(tmp_path, task, GOOD[task])
+    assert [config["task"] for config in offline.offline_tasks([task], tmp_path)] == [task]
+    path = write_rows(tmp_path, task, GOOD[task], {**GOOD[task], **change})
+    with pytest.raises(UserError) as error:
+        offline.offline_tasks([task], tmp_path)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert expected in str(error.value)
+
+
+def test_items_from_held_out_text_pass_their_check(offline: ModuleType) -> None:
+    item = {"context": "One\n", "choices": ["two", "three"], "label": 1}
+    assert offline._check_cloze(item) is None
+    assert "from 0 to 1" in offline._check_cloze({**item, "label": 2})
+    assert "list of texts" in offline._check_cloze({**item, "choices": ["two", 3]})
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "label"]), inner),
+)
+
+
+@given(st.sampled_from(sorted(GOOD)), st.data())
+def test_any_value_is_a_row_of_the_task_or_is_told(task: str, data: st.DataObject) -> None:
+    offline = load_script("eval/offline_tasks.py")
+    check = {"arc_easy": offline._check_arc, "piqa": offline._check_piqa, "lambada": offline._check_last_word}
+    row = dict(GOOD[task])
+    field = data.draw(st.sampled_from(sorted(row)))
+    row[field] = data.draw(ANY_JSON)
+    wrong = check.get(task, offline._check_blimp)(row)
+    if field == "label":
+        assert (wrong is None) == (type(row["label"]) is int and row["label"] in (0, 1))
+    elif field == "answerKey":
+        assert (wrong is None) == (row["answerKey"] in ("A", "B"))
+    else:
+        assert wrong is None or field in wrong or "choices" in wrong or "answerKey" in wrong
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
