@@ -209,7 +209,7 @@ def test_mistakes_are_one_line(
         ({"--untrained-k": 0}, "--untrained-k must be 1 or more"),
         ({"--limit": 0}, "--limit must be 1 or more"),
         ({"--tasks": "hellaswag"}, "not an offline task"),
-        ({"--tasks": ","}, "names no task"),
+        ({"--tasks": ","}, "--tasks takes names, separated by commas, got ','"),
         ({"--data": here / "nowhere"}, "no such folder"),
         ({"--tasks": "heldout_cloze"}, "manifest.json"),
         ({"--sigma": 99}, "at most its sigma_max = 20"),

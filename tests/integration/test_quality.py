@@ -153,8 +153,8 @@ def test_quality_end_to_end(data: Path, tmp_path: Path, script_here: Script) -> 
     # One of them was killed on its way: it goes on from its checkpoint.
     quality = module("quality/compare")
     args = quality.Args(
-        data, arms="next_token,denoise", options=OPTIONS, rates="1e-2", budget_flops="1e9", k="1,2", score_tokens=512,
-        work=tmp_path / "work", results=tmp_path / "results", device="cpu",
+        data, arms=("next_token", "denoise"), options=OPTIONS, rates=(1e-2,), budget_flops=(1e9,), k=(1, 2),
+        score_tokens=512, work=tmp_path / "work", results=tmp_path / "results", device="cpu",
     )  # fmt: skip
     [flat, _] = quality.Quality(args).pending()
     words = quality.Quality(args).words(flat)
@@ -313,7 +313,7 @@ def planned(data: Path, tmp_path: Path, **options: Any) -> Any:
 
 def test_a_run_that_a_signal_ended_is_no_result(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer then saves and exits with status 0, short of its budget."""
-    quality = planned(data, tmp_path, arms="next_token", rates="1e-3", seeds="0", budget_flops="1e9")
+    quality = planned(data, tmp_path, arms=("next_token",), rates=(1e-3,), seeds=(0,), budget_flops=(1e9,))
     monkeypatch.setattr(quality.slice, "call", lambda *_: None)
     [run] = quality.pending()
     with pytest.raises(Exception, match="was stopped early"):
@@ -323,7 +323,12 @@ def test_a_run_that_a_signal_ended_is_no_result(data: Path, tmp_path: Path, monk
 
 def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tmp_path: Path) -> None:
     quality = planned(
-        data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3,4e-3", seeds="0,1,2", budget_flops="1e9,2e9"
+        data,
+        tmp_path,
+        arms=("next_token", "denoise"),
+        rates=(1e-3, 2e-3, 4e-3),
+        seeds=(0, 1, 2),
+        budget_flops=(1e9, 2e9),
     )
     best = {"next_token": 2e-3, "denoise": 4e-3}
     order = play(quality, lambda run: 3 + abs(math.log(run.rate / best[run.arm])))
@@ -341,7 +346,9 @@ def test_the_sweep_is_the_same_and_other_seeds_take_the_best_rate(data: Path, tm
 
 
 def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_path: Path) -> None:
-    quality = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3,2e-3", seeds="0,1", data_limited=4096)
+    quality = planned(
+        data, tmp_path, arms=("next_token", "denoise"), rates=(1e-3, 2e-3), seeds=(0, 1), data_limited=4096
+    )
     ladder = quality.ladder()
     assert ladder[1] == pytest.approx(2 * ladder[0], rel=0.01)
     curve = dict(zip(ladder, (3.0, 2.5, 2.3, 2.297, 2.4, 2.6, 2.7), strict=True))  # the fourth fell by too little
@@ -358,7 +365,7 @@ def test_data_limited_trains_until_the_flat_arm_stops_falling(data: Path, tmp_pa
     swept = json.loads((tmp_path / "results/quality-tiny-data4096.json").read_text())["sweep"]
     assert (swept["runs"], swept["reported_runs"]) == (12, 4)
     assert swept["flops"] == pytest.approx(2 * sum(ladder[:4]) + 4 * ladder[3])
-    risen = planned(data, tmp_path, arms="next_token,denoise", rates="1e-3", seeds="0", data_limited=4096)
+    risen = planned(data, tmp_path, arms=("next_token", "denoise"), rates=(1e-3,), seeds=(0,), data_limited=4096)
     curve[ladder[3]] = 2.35
     order = play(risen, lambda run: curve[run.budget] + (run.arm == "denoise") * 0.1)
     assert {run.budget for run in order if run.arm == "denoise"} == {ladder[2], ladder[3]}
