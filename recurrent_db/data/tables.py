@@ -123,8 +123,11 @@ def read_hub(location: str, options: ReadOptions, report: ReadReport) -> Iterato
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     _check_hub(name)
     try:
-        rows = datasets.load_dataset(name, config or None, split=part or "train", streaming=True)
-        for number, row in enumerate(rows):
+        builder = datasets.load_dataset_builder(name, config or None)
+        # By default a parquet reader takes as many rows at once as the first row group has, even if it has none.
+        if getattr(builder.config, "batch_size", _BATCH_ROWS) is None:
+            builder.config.batch_size = _BATCH_ROWS
+        for number, row in enumerate(builder.as_streaming_dataset(split=part or "train")):
             if (text := text_of(row, location, options, report)) is not None:
                 yield f"{name}#{number}", text
     except UserError:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_damaged_compressed_files(tmp_path: Path, suffix: str) -> None:
     for raw in (whole, whole * 2, whole + bytes(512), whole + packed(suffix, b"") + whole):
         path.write_bytes(raw)
         assert "".join(read(path)) in (TEXT, TEXT * 2)
-    rng = __import__("random").Random(0)
+    rng = random.Random(0)
     broken = [whole[:end] for end in range(0, len(whole), 7)]
     broken += [whole + whole[:-1], whole + b"garbage", b"plain text", whole + whole[1:]]
     for _ in range(40):
@@ -87,8 +88,8 @@ def test_damaged_tables(tmp_path: Path, make: Any) -> None:
 
 
 def test_columns_of_tables(tmp_path: Path) -> None:
-    import_arrow = pytest.importorskip("pyarrow", reason="the extra [data] is not installed")
-    words = import_arrow.array(["a", None, "a"]).dictionary_encode()
+    arrow = pytest.importorskip("pyarrow", reason="the extra [data] is not installed")
+    words = arrow.array(["a", None, "a"]).dictionary_encode()
     (tmp_path / "a.parquet").write_bytes(parquet_bytes({"n": [1, 2, 3], "text.x": words}))
     report = ReadReport()
     found = list(read_documents(str(tmp_path / "a.parquet"), ReadOptions("text.x"), report))
@@ -199,3 +200,17 @@ def test_a_data_set_that_the_library_saves(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["one", None, "two"]})
     rows.save_to_disk(str(tmp_path / "saved"), num_shards=2)
     assert read(tmp_path / "saved") == ["one", "two"]
+
+
+def test_an_empty_shard_of_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="the extra [data] is not installed")
+    arrow = pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    Path("someone").mkdir()
+    rows = arrow.array(["one", None, "two"])
+    Path("someone/a.parquet").write_bytes(parquet_bytes({"text": rows[:0]}))
+    Path("someone/b.parquet").write_bytes(parquet_bytes({"text": rows}))
+    assert [one.text for one in read_documents("hf:someone")] == ["one", "two"]
+    Path("some[1]").mkdir()
+    with pytest.raises(UserError, match="without hf:"):
+        read(Path("hf:some[1]"))
