@@ -64,9 +64,12 @@ lock: $(STAMP)
 	@{ sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*\)==\([0-9][^+ ]*\).*/\1==\2/p' | sed 's/^\([^=]*\)/\L\1/; :again s/^\([^=]*\)[_.]/\1-/; t again' | LC_ALL=C sort; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-# Rewrites the golden loss curves. Use it only after a change that is meant to alter them.
+# Records the golden loss curves that are missing. NAME=denoise rewrites that curve and ALL=1 rewrites every curve; do so only
+# after a change that is meant to alter them. Both are unset here, so that variables of the shell do not count.
+NAME :=
+ALL :=
 golden: $(STAMP)
-	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/golden/make_golden.py $(NAME) $(if $(ALL),--all)
 
 clean:
 	rm -rf $(VENV) .venv-audit runs site

@@ -7,10 +7,14 @@ that name. It reads the section's class attributes before the model is built, an
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from recurrent_db.errors import UserError
 from recurrent_db.schema import Hidden, NotNegative, Positive, Section, Share, above, at_least, at_most, need
@@ -197,10 +201,20 @@ class Objectives(Section):
 
 OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(Objectives))
 
+
+def _name_help() -> str:
+    """The help of `objective.name`: the first sentence of each section's docstring."""
+    kinds = typing.get_type_hints(Objectives)
+    docs = {name: " ".join((inspect.getdoc(kinds[name]) or "").split()) for name in OBJECTIVE_NAMES}
+    return "How the model is trained. " + " ".join(
+        f"{name}: {re.split(r'[.] ', doc)[0].rstrip('.')}." for name, doc in docs.items()
+    )
+
+
 if TYPE_CHECKING:
     ObjectiveName = str
 else:
-    ObjectiveName = Literal[OBJECTIVE_NAMES]
+    ObjectiveName = Annotated[Literal[OBJECTIVE_NAMES], tyro.conf.arg(help=_name_help())]
 
 
 @dataclass
@@ -208,10 +222,7 @@ class ObjectiveConfig(Objectives):
     """The objective: how the model is trained."""
 
     name: ObjectiveName = OBJECTIVE_NAMES[0]
-    """How the model is trained. one_step: next-token training, then extra iterations, each with gradient through one core
-    pass. denoise: name the next token from its embedding with noise, in one core pass. denoise_paper: denoise with the
-    paper's constants. unrolled: Huginn's backpropagation through iterations. next_token: one core pass, the flat control.
-    masked: masked diffusion, not autoregressive; needs model.n_blocks."""
+    """How the model is trained: the name of an objective's section. ``--help`` describes each of them."""
 
     @property
     def own(self) -> ObjectiveSection:

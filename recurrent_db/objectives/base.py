@@ -1,8 +1,7 @@
 """The contract of an objective, and functions that objectives share.
 
 An objective defines how a model is trained: what a step computes, its loss, and how many FLOPs it takes. Other code never
-compares an objective's name. To add one, write ``objectives/NAME.py`` with a function ``build(config)``, a section ``NAME``
-in `objective_config.Objectives`, and a test.
+compares an objective's name. docs/adding-an-objective.md shows how to add one.
 
 The trainer calls the objective once for each micro-batch:
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import micro_config, micro_model
+from helpers import OBJECTIVES, micro_config, micro_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -148,29 +148,28 @@ def test_two_streams(injection: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["next_token"],
-        *(["unrolled", "--objective.unrolled.truncation", t] for t in ("2", "0")),
-        ["one_step"],  # its first step, which runs none of the core's blocks
+        *([name] for name in OBJECTIVES),
+        ["unrolled", "--objective.unrolled.truncation", "0"],
         ["one_step", "--objective.one_step.skip_core", "0"],
         ["one_step", "--objective.one_step.next_token_share", "0"],
         ["denoise_paper"],
-        ["denoise"],
         ["denoise", "--objective.denoise.conditioning", "two-stream"],
     ],
     ids="-".join,
 )
-@pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
-def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], injection: str) -> None:
-    """The objective itself, forward and backward, against the counter, at several realised depths."""
+@pytest.mark.parametrize(("injection", "steps"), [("linear", 4), ("diagonal", 1), ("add", 1)])
+def test_what_an_objective_says_it_runs_is_what_it_runs(options: list[str], injection: str, steps: int) -> None:
+    """The objective itself, forward and backward, against the counter, at several draws and points of the budget."""
     config = micro_config("--objective.name", *options, "--model.injection", injection)
     model, objective = micro_model(config)
     length = config.data.sequence_length
     ids = torch.randint(61, (2, length + 1))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:]), torch.arange(2))
-    for step in range(2 if options[0] in ("unrolled", "one_step") else 1):
+    for step, progress in enumerate((0.0, 0.5, 0.95, 1.0)[:steps]):
+        objective.grow(model, progress)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            objective(model, batch, Rng(0, step), 0.0)[0].backward()
-        ours = step_cost(config, objective.passes(Rng(0, step), 0.0)).total
+            objective(model, batch, Rng(0, step), progress)[0].backward()
+        ours = step_cost(config, objective.passes(Rng(0, step), progress)).total
         assert ours == pytest.approx(counter.get_total_flops() / (2 * length), rel=1e-3)
 
 

@@ -1,7 +1,11 @@
-"""Write the golden loss curves: 20 steps of each objective on seeded synthetic tokens, CPU, one thread."""
+"""Write the golden loss curves: 20 steps of each objective on seeded synthetic tokens, CPU, one thread.
+
+Without arguments it writes the curves that are missing. Named curves are rewritten, and with ``--all`` every curve.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -31,8 +35,22 @@ def curve(objective: str, folder: Path) -> dict[str, list[float | None]]:
     return {name: [row.get(name) for row in rows] for name in COLUMNS}
 
 
-if __name__ == "__main__":
+def main(words: list[str] | None = None, folder: Path = HERE) -> None:
+    parser = argparse.ArgumentParser(description="Record golden loss curves, by default the missing ones.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"curves to rewrite, of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--all", action="store_true", help="rewrite every curve")
+    args = parser.parse_args(words)
+    if unknown := sorted(set(args.names) - set(OBJECTIVES)):
+        parser.error(f"not in OBJECTIVES of tests/helpers.py: {', '.join(unknown)}")
+    missing = [name for name in OBJECTIVES if not (folder / f"{name}.json").exists()]
+    chosen = OBJECTIVES if args.all else args.names or missing
     with tempfile.TemporaryDirectory() as scratch:
-        for name in OBJECTIVES:
-            (HERE / f"{name}.json").write_text(json.dumps(curve(name, Path(scratch)), indent=1) + "\n")
+        for name in chosen:
+            (folder / f"{name}.json").write_text(json.dumps(curve(name, Path(scratch)), indent=1) + "\n")
             print(f"wrote {name}.json")
+    if not chosen:
+        print("no curve is missing; name the curves to rewrite, or rewrite every one with --all (make golden ALL=1)")
+
+
+if __name__ == "__main__":
+    main()

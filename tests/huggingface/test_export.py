@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from helpers import OBJECTIVES, make_checkpoint
+from helpers import OBJECTIVES, make_checkpoint, micro_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +26,7 @@ from recurrent_db.huggingface.export import MODEL_CODE, TOKENIZER_CODE, export
 from recurrent_db.huggingface.import_folder import import_folder
 from recurrent_db.model import LoopedLM
 from recurrent_db.model.recurrence import NoiseSource
+from recurrent_db.objectives import build_objective
 from recurrent_db.optim.ema import EMA
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.rng import EVALUATION_STEP, Rng
@@ -144,9 +145,9 @@ def test_greedy_generation_equals_ours(exported: dict[str, tuple[Path, Path]], n
 def test_k_and_seed_have_defaults_that_export_sets(
     exported: dict[str, tuple[Path, Path]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    assert {name: from_hf(exported[name][1]).config.num_recurrence for name in OBJECTIVES} == {
-        "next_token": 1, "unrolled": 4, "one_step": 3, "denoise": 1,
-    }  # fmt: skip
+    defaults = {name: build_objective(micro_config("--objective.name", name)).default_k for name in OBJECTIVES}
+    assert {name: from_hf(exported[name][1]).config.num_recurrence for name in OBJECTIVES} == defaults
+    assert (defaults["unrolled"], defaults["one_step"]) == (4, 3)
     export(exported["unrolled"][0], tmp_path / "x", k=3, seed=7)
     model, theirs, ids = recurrent_db.load(exported["unrolled"][0], "cpu")[0], from_hf(tmp_path / "x"), some_ids(300)
     with torch.inference_mode():

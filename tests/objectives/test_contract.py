@@ -70,6 +70,10 @@ def test_every_name_has_its_file(name: str) -> None:
 PAGE = (ROOT / "docs/adding-an-objective.md").read_text(encoding="utf-8")
 
 
+HELPERS = (ROOT / "tests/helpers.py").read_text(encoding="utf-8")
+TESTS_OF_EVERY_OBJECTIVE = ("tests/objectives/test_objectives.py", "tests/accounting/test_flops.py")
+
+
 def code_of_page(title: str) -> str:
     """The block of docs/adding-an-objective.md under this title."""
     [code] = re.findall(rf'```python title="{re.escape(title)}"\n(.*?)```', PAGE, re.DOTALL)
@@ -82,7 +86,7 @@ import pytest
 import recurrent_db
 from recurrent_db import cli
 
-words, evaluation, test = json.loads(sys.argv[1])
+words, evaluation, tests = json.loads(sys.argv[1])
 train = ["train", *words, "--eval.points", "1"]
 assert cli.run([*train, "--budget.steps", "3"]) == 0
 assert cli.run([*train, "--budget.steps", "6", "--resume"]) == 0
@@ -94,13 +98,13 @@ except SystemExit as stop:
 assert cli.run(["export", "run", "--to", "hf", "out"]) == 0
 model, tokenizer = recurrent_db.load("run", "cpu")
 assert recurrent_db.generate(model, tokenizer, "a", k=2, max_new_tokens=3)
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", test]))
+raise SystemExit(pytest.main(["-v", "-p", "no:cacheprovider", "-k", "deep_supervision", *tests]))
 """
 
 
 def test_a_new_objective_is_one_file_and_a_section(tmp_path: Path) -> None:
-    """The example of the documentation is trained, continued, scored by K, exported and generated from, and passes its own
-    test, in a copy of the package."""
+    """The example of the documentation is trained, continued, scored by K, exported and generated from, in a copy of the
+    package. It passes its own test, and those that cover every objective."""
     package = tmp_path / "copy/recurrent_db"
     shutil.copytree(ROOT / "recurrent_db", package, ignore=shutil.ignore_patterns("__pycache__"))
     config = package / "objective_config.py"
@@ -114,20 +118,29 @@ def test_a_new_objective_is_one_file_and_a_section(tmp_path: Path) -> None:
     config.write_text(text, encoding="utf-8")
     code = code_of_page("recurrent_db/objectives/deep_supervision.py")
     (package / "objectives/deep_supervision.py").write_text(code, encoding="utf-8")
-    test = tmp_path / "test_deep_supervision.py"
-    test.write_text(code_of_page("tests/objectives/test_deep_supervision.py"), encoding="utf-8")
-
     data, name = synthetic_data(tmp_path / "data"), "deep_supervision"
+    own_test = "tests/objectives/test_deep_supervision.py"
+    changed = {
+        own_test: code_of_page(own_test),
+        "tests/helpers.py": HELPERS.replace("\nOBJECTIVES = (", f'\nOBJECTIVES = ("{name}", '),
+        **{test: (ROOT / test).read_text(encoding="utf-8") for test in TESTS_OF_EVERY_OBJECTIVE},
+    }
+    for path, code in changed.items():
+        (tmp_path / "copy" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / path).write_text(code, encoding="utf-8")
+    tests = [str(tmp_path / "copy" / test) for test in (own_test, *TESTS_OF_EVERY_OBJECTIVE)]
+
     words = [*MICRO, "--objective.name", name, f"--objective.{name}.iterations", "3", "--data.path", str(data)]
     evaluation = [str(ROOT / "eval/depth_curve.py"), "run", "--k", "1,2,3", "--data", str(data)]
     evaluation += ["--tokens", "256", "--json", "k.json"]
-    arguments = json.dumps([[*words, "--run.dir", "run"], evaluation, str(test)])
+    arguments = json.dumps([[*words, "--run.dir", "run"], evaluation, tests])
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, arguments], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'copy'}{os.pathsep}{ROOT / 'tests'}"}, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'copy'}{os.pathsep}{tmp_path / 'copy/tests'}"}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    passed = re.findall(r"(test_\w+\.py)::\S+ PASSED", done.stdout)
+    assert set(passed) == {Path(test).name for test in tests}
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["eval/nll_k2"] > 0 and rows[-1]["loss_last"] > 0
