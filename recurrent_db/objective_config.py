@@ -202,7 +202,7 @@ class Objectives(Section):
 OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(Objectives))
 
 
-def _name_help() -> str:
+def name_help() -> str:
     """The help of `objective.name`: the first sentence of each section's docstring."""
     kinds = typing.get_type_hints(Objectives)
     docs = {name: " ".join((inspect.getdoc(kinds[name]) or "").split()) for name in OBJECTIVE_NAMES}
@@ -214,7 +214,7 @@ def _name_help() -> str:
 if TYPE_CHECKING:
     ObjectiveName = str
 else:
-    ObjectiveName = Annotated[Literal[OBJECTIVE_NAMES], tyro.conf.arg(help=_name_help())]
+    ObjectiveName = Annotated[Literal[OBJECTIVE_NAMES], tyro.conf.arg(help=name_help())]
 
 
 @dataclass

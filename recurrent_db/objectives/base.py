@@ -55,7 +55,8 @@ class Objective:
     """Whether the core's layers have been trained so far. A property may change it during a run."""
 
     def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
-        """Compute the loss of one micro-batch, in nats per token, and the metrics to log. See the module's docstring."""
+        """Compute the loss of one micro-batch, in nats per token, and the metrics to log. The docstring of
+        `recurrent_db.objectives.base` describes both."""
         raise NotImplementedError
 
     def passes(self, rng: Rng, progress: float) -> Passes:

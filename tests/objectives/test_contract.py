@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import MICRO, ROOT, micro_config, synthetic_data
 
-from recurrent_db.objective_config import OBJECTIVE_NAMES
+from recurrent_db.objective_config import OBJECTIVE_NAMES, name_help
 from recurrent_db.objectives import build_objective
 
 OWN_ROOMS = ("objectives", "recurrence")
@@ -65,6 +65,12 @@ def test_every_name_has_its_file(name: str) -> None:
     objective = build_objective(micro_config("--objective.name", name, *blocks))
     assert objective.default_k >= 1
     assert objective.recurrence.loop is None or objective.recurrence.walk is None
+
+
+def test_the_help_describes_every_objective() -> None:
+    described = re.findall(r"(\w+): `?(\w+)", name_help())
+    assert [name for name, _ in described if name in OBJECTIVE_NAMES] == list(OBJECTIVE_NAMES)
+    assert not any(word.endswith("Config") for _, word in described)  # what dataclass makes up without a docstring
 
 
 PAGE = (ROOT / "docs/adding-an-objective.md").read_text(encoding="utf-8")

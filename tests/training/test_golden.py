@@ -15,6 +15,7 @@ import pytest
 from helpers import OBJECTIVES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+import make_golden
 from make_golden import COLUMNS, STEPS, curve
 
 pytestmark = pytest.mark.fast
@@ -31,3 +32,23 @@ def test_golden_curve(objective: str, tmp_path: Path) -> None:
             if a is not None:
                 assert math.isclose(a, b, rel_tol=2e-4), f"{name} at step {step}: {a} against {b}"
     assert golden["loss"][-1] < golden["loss"][0] - 0.3
+
+
+def test_a_recorded_curve_is_rewritten_on_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_golden, "curve", lambda name, scratch: {"loss": [1.0]})
+    first, second = OBJECTIVES[:2]
+
+    def written(*words: str) -> set[str]:
+        for path in tmp_path.glob("*.json"):
+            path.write_text("recorded")
+        make_golden.main(list(words), tmp_path)
+        return {path.stem for path in tmp_path.glob("*.json") if path.read_text() != "recorded"}
+
+    assert written() == set(OBJECTIVES)
+    (tmp_path / f"{first}.json").unlink()
+    assert written() == {first}
+    assert written() == set()
+    assert written(second) == {second}
+    assert written("--all") == set(OBJECTIVES)
+    with pytest.raises(SystemExit):
+        written("unknown")
