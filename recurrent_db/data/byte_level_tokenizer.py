@@ -24,14 +24,15 @@ _WRAPPED = b'{"format": "recurrent_db: '
 def wrap(tokenizer_json: dict[str, Any], eos_id: int, bos_id: int | None, pad_id: int | None) -> bytes:
     """The bytes of a tokenizer as checkpoints and data directories store it.
 
-    A missing ``bos_id`` or ``pad_id`` is set to ``eos_id``: the project never uses these two tokens.
+    A missing ``bos_id`` or ``pad_id`` is set to ``eos_id``: the project never uses these two tokens. The post-processor is
+    left out, because it adds special tokens to a text.
     """
     ids = {
         "eos_id": eos_id,
         "bos_id": eos_id if bos_id is None else bos_id,
         "pad_id": eos_id if pad_id is None else pad_id,
     }
-    return json.dumps({"format": FORMAT, **ids, "tokenizer": tokenizer_json}).encode()
+    return json.dumps({"format": FORMAT, **ids, "tokenizer": {**tokenizer_json, "post_processor": None}}).encode()
 
 
 def is_wrapped(model_bytes: bytes) -> bool:

@@ -43,6 +43,25 @@ def _segments(text: str) -> Iterator[str | None]:
             yield part[start:]
 
 
+def with_tokens(model_bytes: bytes, tokens: Sequence[tuple[str, bool]]) -> bytes:
+    """A model with more tokens after its own: name, and whether the token is special. No text is encoded to a special token,
+    and it stands for no bytes. Any other token is found wherever its name is in a text."""
+
+    def field(number: int, content: bytes) -> bytes:
+        size, head = len(content), bytearray([number << 3 | 2])
+        while size > 127:
+            head.append(size & 127 | 128)
+            size >>= 7
+        return bytes([*head, size]) + content
+
+    # ModelProto.pieces (field 1) = {piece (field 1), type (field 3): CONTROL = 3 or USER_DEFINED = 4}. Protocol buffers join
+    # the parts of a repeated field.
+    control, user_defined = b"\x18\x03", b"\x18\x04"
+    return model_bytes + b"".join(
+        field(1, field(1, name.encode()) + (control if special else user_defined)) for name, special in tokens
+    )
+
+
 def load(model_bytes: bytes, name: str) -> Backend:
     """Build a back end from the bytes of a sentencepiece model file. ``name`` is its name in error messages.
 

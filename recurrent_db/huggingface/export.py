@@ -28,7 +28,7 @@ from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.loading import trained_objective
 
 MODEL_TYPE = "recurrent_db"
-MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py")
+MODEL_CODE = ("configuration_recurrent_db.py", "modeling_recurrent_db.py", "layers_recurrent_db.py")
 TOKENIZER_CODE = "tokenization_recurrent_db.py"
 """Code files from `huggingface.exported`. The last is only for sentencepiece models; transformers has classes for others."""
 
@@ -58,6 +58,11 @@ SHAPE = {
 """Keys of config.json, each with the corresponding field of `config.ModelConfig`."""
 
 
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the special tokens. A text begins after an end-of-text token in training, so that is its first token too."""
+    return {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
 def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int, seed: int) -> dict[str, Any]:
     """``config.json`` of the exported folder, without the key ``run``.
 
@@ -65,7 +70,7 @@ def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int
         UserError: the exported code does not implement the denoiser's walk.
     """
     model, walk = config.model, objective.recurrence.walk
-    configuration, modeling = (name.removesuffix(".py") for name in MODEL_CODE)
+    configuration, modeling = (name.removesuffix(".py") for name in MODEL_CODE[:2])
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["RecurrentDBForCausalLM"],
@@ -80,9 +85,7 @@ def hf_config(config: Config, objective: Objective, tokenizer: Tokenizer, k: int
         "initial_state": "noise" if walk else objective.recurrence.loop.initial,
         "seed": seed,
         "walk": _walk_keys(walk) if walk else None,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
+        **_special_ids(tokenizer),
         "use_cache": True,
     }
 
@@ -101,9 +104,9 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         by_id = {index: token for token, index in spec["model"]["vocab"].items()}
         by_id |= {token["id"]: token["content"] for token in spec["added_tokens"]}
         settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"],
-            **{f"{name}_token": by_id[getattr(tokenizer, f"{name}_id")] for name in ("bos", "eos", "pad")},
+            "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            **{name.removesuffix("_id"): by_id[index] for name, index in _special_ids(tokenizer).items()},
         }  # fmt: skip
         files["tokenizer.json"] = json.dumps(spec).encode()
     else:  # the exported class has its settings built in
@@ -146,11 +149,12 @@ def export(run: Path, folder: Path, k: int = 0, seed: int = 0) -> Path:
         raise UserError(f"{run} is a model in blocks, which cannot be exported")
     objective = trained_objective(checkpoint, config)
     values = hf_config(config, objective, tokenizer, k, seed)
-    values["run"] = {"config": _without_paths(config), "objective": objective.state_dict()}
-    generation = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    values["run"] = {
+        "config": _without_paths(config), "objective": objective.state_dict(), "bos_token_id": tokenizer.bos_id,
+    }  # fmt: skip
     files = {
         "config.json": json.dumps(values, indent=1).encode(),
-        "generation_config.json": json.dumps(generation, indent=1).encode(),
+        "generation_config.json": json.dumps(_special_ids(tokenizer), indent=1).encode(),
         **{name: _code(name) for name in MODEL_CODE},
         **_tokenizer_files(tokenizer),
     }

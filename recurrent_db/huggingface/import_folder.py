@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,10 +30,11 @@ from tqdm import tqdm
 
 from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, validate
 from recurrent_db.data.byte_level_tokenizer import wrap
+from recurrent_db.data.sentencepiece_tokenizer import SPACE_MARK, with_tokens
 from recurrent_db.data.tokenizer import Tokenizer, check_lossless
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
-from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE
+from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE, hf_config
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.layers import NORM_EPS, ROPE_BASE, rope_table
 from recurrent_db.objectives import build_objective, load_objective_state, unrolled
@@ -163,8 +165,8 @@ class Weights:
                     raise UserError(f"{folder}: {name} is in {self.files[name].name} and in {file}")
                 if len(shape) > MOST_DIMENSIONS:
                     raise UserError(f"{folder / file}: {name} has {len(shape)} dimensions")
-                if dtype not in ("F32", "BF16", "F16"):
-                    raise UserError(f"{folder / file}: {name} has type {dtype}; supported are F32, BF16 and F16")
+                if dtype not in ("F64", "F32", "BF16", "F16"):
+                    raise UserError(f"{folder / file}: {name} has type {dtype}; supported are F64, F32, BF16 and F16")
                 self.files[name], self.shapes[name] = folder / file, shape
         if listed is not None and listed != {name: path.name for name, path in self.files.items()}:
             odd = min(name for name in listed.keys() | self.files.keys()
@@ -251,21 +253,63 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
 # Tokenizer
 
 
-def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
+def _content(token: Any) -> Any:
+    """The text of a token in a tokenizer's settings."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_tokens(plain: Tokenizer, settings: dict[str, Any], source: str) -> list[tuple[str, bool]]:
+    """Tokens that transformers added to a sentencepiece model: name, and whether it is special.
+
+    Raises:
+        UserError: the tokens do not follow the model's, or this project's tokenizer cannot do the same with a text.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_proto=plain.model_bytes)
+    entries = settings.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict) or not all(
+        re.fullmatch("[0-9]{1,9}", index) and isinstance(entry, dict) and isinstance(_content(entry), str)
+        for index, entry in entries.items()
+    ):
+        raise UserError(f"{source}: added_tokens_decoder does not map ids to tokens")
+    eos = _content(settings.get("eos_token", model.id_to_piece(plain.eos_id)))
+    if eos != model.id_to_piece(plain.eos_id):
+        said = f"{source}: the end-of-text token was changed to {str(eos)[:80]!r}"
+        raise UserError(f"{said}, but the model's own is {model.id_to_piece(plain.eos_id)!r}: import needs the latter")
+    added: list[tuple[str, bool]] = []
+    for index, entry in sorted((int(index), entry) for index, entry in entries.items()):
+        name, special = entry["content"], bool(entry.get("special"))
+        shown = f"{source}: the added token {name[:80]!r} (id {index})"
+        if index < plain.vocab_size:
+            if model.id_to_piece(index) != name or not plain.decode_bytes([index]) == b"":
+                raise UserError(f"{shown} replaces a token of the vocabulary, which cannot be imported")
+        elif index != plain.vocab_size + len(added):
+            raise UserError(f"{shown} does not follow the last token, {plain.vocab_size + len(added) - 1}")
+        elif not special and (any(entry.get(key) for key in ("lstrip", "rstrip", "single_word")) or SPACE_MARK in name):
+            raise UserError(f"{shown} needs lstrip, rstrip, single_word or U+2581, which cannot be imported")
+        else:
+            added.append((name, special))
+    return added
+
+
+def read_tokenizer(folder: Path, values: dict[str, Any], rows: int = 0) -> Tokenizer:
     """The tokenizer of a folder: ``tokenizer.model`` if it exists, else ``tokenizer.json``. The latter's special tokens are
-    named in ``tokenizer_config.json`` or in ``config.json`` (``values``). Raises `UserError` if there is no usable one."""
+    named in ``tokenizer_config.json`` or in ``config.json`` (``values``). Special tokens are added until there are ``rows``
+    tokens. Raises `UserError` if there is no usable tokenizer."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    source = folder / "tokenizer_config.json"
+    settings = _read_json(source) if source.exists() else {}
     if model.exists():
         _check_size(model)
-        return Tokenizer(model)
+        plain = Tokenizer(model)
+        added = _added_tokens(plain, settings, str(source))
+        added += [(f"<row {index}>", True) for index in range(plain.vocab_size + len(added), rows)]
+        return Tokenizer.from_bytes(with_tokens(plain.model_bytes, added), str(model)) if added else plain
     if not fast.exists():
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json")
     spec = _read_json(fast)
-    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
 
     def find(name: str) -> int | None:
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
+        token = _content(settings.get(f"{name}_token"))
         if isinstance(token, str):
             added = spec.get("added_tokens")
             for entry in added if isinstance(added, list) else []:
@@ -281,7 +325,18 @@ def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
     eos = find("eos")
     if eos is None:
         raise UserError(f"{folder}: neither tokenizer_config.json nor config.json names the end-of-text token")
-    return Tokenizer.from_bytes(wrap(spec, eos, find("bos"), find("pad")), str(fast))
+    exported = values.get("run")  # the exported bos token is the end-of-text token
+    bos = exported.get("bos_token_id") if isinstance(exported, dict) else None
+    ids = eos, bos if isinstance(bos, int) else find("bos"), find("pad")
+    tokenizer = Tokenizer.from_bytes(wrap(spec, *ids), str(fast))
+    if tokenizer.vocab_size < rows:
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        spec["added_tokens"] += [
+            {"id": index, "content": f"<row {index}>", "special": True, **flags}
+            for index in range(tokenizer.vocab_size, rows)
+        ]
+        tokenizer = Tokenizer.from_bytes(wrap(spec, *ids), str(fast))
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +357,7 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         raise UserError(f"no folder {folder}")
     source = str(folder / "config.json")
     values = _read_json(folder / "config.json")
-    kind, state = values.get("model_type"), {}
+    kind, state, resized = values.get("model_type"), {}, 0
     if kind == "huginn_raven":
         config = huginn_config(values, source)
     elif kind == MODEL_TYPE:
@@ -310,17 +365,27 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
         if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
             raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
         config, state = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {})
+        rows = _whole_number(values, "vocab_size", source, config.model.vocab_size)
+        if rows > config.model.vocab_size:  # transformers added rows for new tokens
+            config.model.vocab_size = resized = rows
         for theirs, ours in SHAPE.items():  # transformers leaves some keys out when it saves a folder again
             if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
                 said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
                 raise UserError(f"{said}, but run.config.model.{ours} is {getattr(config.model, ours)!r}")
+        validate(config)
     else:
         raise UserError(f"{source}: model_type must be {MODEL_TYPE} or huginn_raven, got {str(kind)[:80]!r}")
-    tokenizer = read_tokenizer(folder, values)
+    tokenizer = read_tokenizer(folder, values, resized)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{source}: the embedding has {config.model.vocab_size} rows for {tokenizer.vocab_size} tokens")
     objective = build_objective(config)
     load_objective_state(objective, state, source)
+    if kind == MODEL_TYPE:
+        expected = hf_config(config, objective, tokenizer, 0, 0)
+        for key in ("initial_state", "noise_features", "walk"):
+            if values.get(key, expected[key]) != expected[key]:
+                said = f"{source}: {key} is {str(values[key])[:80]!r}"
+                raise UserError(f"{said}, but the exported run needs {str(expected[key])[:80]!r}")
     model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     config.run.dir = str(run)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,15 @@ import pytest
 import sentencepiece
 import torch
 from helpers import OBJECTIVES, make_checkpoint, micro_config
+from hf_helpers import bpe, from_hf, hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import recurrent_db
 from recurrent_db.cli import run
-from recurrent_db.data.tokenizer import HOSTILE_TEXTS, Tokenizer
+from recurrent_db.data.byte_level_tokenizer import wrap
+from recurrent_db.data.tokenizer import HOSTILE_TEXTS, Tokenizer, replace_surrogates
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import MODEL_CODE, TOKENIZER_CODE, export
 from recurrent_db.huggingface.import_folder import import_folder
@@ -48,15 +49,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies a folder's code before it runs it: not into the user's home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", [*sys.path])
-        yield
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, tuple[Path, Path]]:
     """Run and exported folder of each variant."""
@@ -69,18 +61,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
     return result
 
 
-def from_hf(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-
-def hf_tokenizer(folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-
-
 @torch.inference_mode()
 def logits(model: LoopedLM, ids_BT: Tensor, k: int, seed: int = 0) -> Tensor:
-    """Ours, of sequences that are requests 0, 1, ..."""
-    requests = torch.arange(len(ids_BT))
+    """Ours, with the noise of request 0 for each sequence."""
+    requests = torch.zeros(len(ids_BT), dtype=torch.int64)
     noise = NoiseSource(Rng(seed, EVALUATION_STEP), requests, model.config.max_seq_len)
     [(_, hidden)] = model.recurrence.hidden(model, ids_BT, model.encode(ids_BT), [k], noise)
     return model.logits(hidden)
@@ -103,8 +87,9 @@ def test_exported_and_imported_again_gives_the_same_logits_bit_for_bit(
     model, tokenizer = recurrent_db.load(run_dir, "cpu")
     theirs = from_hf(folder)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "configuration_recurrent_db.py", "generation_config.json", "model.safetensors",
-        "modeling_recurrent_db.py", "tokenization_recurrent_db.py", "tokenizer.model", "tokenizer_config.json",
+        "config.json", "configuration_recurrent_db.py", "generation_config.json", "layers_recurrent_db.py",
+        "model.safetensors", "modeling_recurrent_db.py", "tokenization_recurrent_db.py", "tokenizer.model",
+        "tokenizer_config.json",
     }  # fmt: skip
     import_folder(folder, tmp_path / "back")
     back, same_tokenizer = recurrent_db.load(tmp_path / "back", "cpu")
@@ -123,14 +108,16 @@ def test_exported_and_imported_again_gives_the_same_logits_bit_for_bit(
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("k", [1, 3])
 def test_greedy_generation_equals_ours(exported: dict[str, tuple[Path, Path]], name: str, k: int) -> None:
-    """A batch with padding, and each prompt alone."""
+    """A batch with padding and an empty prompt, and each prompt alone."""
     run_dir, folder = exported[name]
     model, tokenizer = recurrent_db.load(run_dir, "cpu")
     theirs, hf = from_hf(folder), hf_tokenizer(folder)
-    prompts = ["def main(", "x"]
+    prompts = ["def main(", "x", ""]
     new = 16
     assert max(len(tokenizer.encode(p)) for p in prompts) + new <= WINDOW
-    ours = recurrent_db.generate_texts(model, tokenizer, prompts, k=k, max_new_tokens=new, temperature=0)
+    ours = recurrent_db.generate_texts(
+        model, tokenizer, prompts, requests=[0, 0, 0], k=k, max_new_tokens=new, temperature=0
+    )
 
     def generated(batch: list[str]) -> list[str]:
         inputs = hf(batch, return_tensors="pt", padding=True)
@@ -138,7 +125,10 @@ def test_greedy_generation_equals_ours(exported: dict[str, tuple[Path, Path]], n
         return hf.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     assert generated(prompts) == ours
-    assert generated(prompts[:1]) == ours[:1]
+    for prompt, text in zip(prompts, ours, strict=True):
+        assert generated([prompt]) == [text]
+    from_nothing = theirs.generate(max_new_tokens=new, do_sample=False, num_recurrence=k)
+    assert hf.batch_decode(from_nothing, skip_special_tokens=True) == ours[2:]
     assert len(ours[0]) > 4
 
 
@@ -221,7 +211,7 @@ def test_the_code_in_a_folder_needs_nothing_of_this_package(exported: dict[str, 
     assert {f"{node.module}.py" for node in imported_from if node.level} <= set(MODEL_CODE)  # files of the folder
     imports |= {node.module or "." for node in imported_from if not node.level}
     assert {name.split(".")[0] for name in imports} <= {
-        "__future__", "collections", "dataclasses", "hashlib", "itertools", "math", "numpy", "pathlib", "re",
+        "__future__", "collections", "dataclasses", "functools", "hashlib", "itertools", "math", "numpy", "pathlib", "re",
         "sentencepiece", "torch", "transformers", "typing",
     }  # fmt: skip
 
@@ -261,14 +251,33 @@ def tokenizers(
     return [(tokenizer, hf_tokenizer(exported["next_token"][1])), (foreign, hf_tokenizer(root / "out"))]
 
 
+@pytest.fixture(scope="module")
+def byte_level_export(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a run with a byte-level tokenizer whose own file puts a token before each text."""
+    root, spec = tmp_path_factory.mktemp("byte-level"), bpe(texts)
+    piece = {"Sequence": {"id": "A", "type_id": 0}}
+    spec["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [piece],
+        "single": [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, piece],
+        "special_tokens": {"<|begin|>": {"id": "<|begin|>", "ids": [1], "tokens": ["<|begin|>"]}},
+    }  # fmt: skip
+    tokenizer = Tokenizer.from_bytes(wrap(spec, 0, 1, 2))
+    export(make_checkpoint(root / "run", tokenizer, "next_token", WINDOW), root / "out")
+    return root / "out"
+
+
 @given(HOSTILE)
 @settings(deadline=None, max_examples=300)
 def test_the_exported_tokenizer_gives_our_ids(tokenizers: list[tuple[Tokenizer, Any]], text: str) -> None:
     for ours, hf in tokenizers:
         ids = ours.encode(text)
-        assert hf(text)["input_ids"] == ids
-        assert hf.encode(text) == ids
+        assert hf(text, split_special_tokens=True)["input_ids"] == ids
+        assert hf.encode(text, split_special_tokens=True) == ids
         assert hf.decode(ids) == ours.decode(ids)
+        if not any(token in text for token in hf.all_special_tokens):
+            assert hf(text)["input_ids"] == ids
+        shown = replace_surrogates(text)
+        assert hf.decode(hf(text)["input_ids"]) == shown
 
 
 def test_the_exported_tokenizer_on_listed_texts_and_special_tokens(
@@ -276,13 +285,132 @@ def test_the_exported_tokenizer_on_listed_texts_and_special_tokens(
 ) -> None:
     hf = hf_tokenizer(exported["next_token"][1])
     texts = [*HOSTILE_TEXTS, "\ud800 lone", "line of text\n" * 15_000]
-    assert hf(texts)["input_ids"] == [tokenizer.encode(text) for text in texts]
-    assert (hf.eos_token_id, hf.pad_token_id, hf.bos_token_id) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id)
+    assert hf(texts, split_special_tokens=True)["input_ids"] == [tokenizer.encode(text) for text in texts]
+    assert hf("<unk><s>")["input_ids"] == tokenizer.encode("<unk><s>")
+    assert hf("a</s>")["input_ids"] == [*tokenizer.encode("a"), tokenizer.eos_id]
+    assert (hf.eos_token_id, hf.pad_token_id, hf.bos_token_id) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_id)
     assert len(hf) == hf.vocab_size == tokenizer.vocab_size
     ids = [*tokenizer.encode("a"), tokenizer.eos_id]
     assert (hf.decode(ids), hf.decode(ids, skip_special_tokens=True)) == ("a</s>", "a")
+    every = range(tokenizer.vocab_size)
+    assert hf.decode(list(every), skip_special_tokens=True) == tokenizer.decode(every)
     hf.save_pretrained(tmp_path / "again")
     assert hf_tokenizer(tmp_path / "again")(texts)["input_ids"] == hf(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_tokens_that_a_user_adds_are_found_in_texts(
+    exported: dict[str, tuple[Path, Path]], byte_level_export: Path, byte_level: bool, tmp_path: Path
+) -> None:
+    """Also in a chat template, after saving, and as another end-of-text token."""
+    hf = hf_tokenizer(byte_level_export if byte_level else exported["next_token"][1])
+    size, eos = len(hf), hf.eos_token
+    assert hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]}) == 2
+    assert hf.add_tokens(["zorbl"]) == 1
+    hf.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    hi = hf("hi")["input_ids"]
+    wanted = [size, *hi, hf.eos_token_id, size + 1, size + 2, *hi, hf.eos_token_id]
+    chat = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "zorblhi"}]
+    hf.save_pretrained(tmp_path / "saved")
+    for each in (hf, hf_tokenizer(tmp_path / "saved")):
+        assert len(each) == size + 3
+        assert each(f"<|user|>hi{eos}<|bot|>zorblhi{eos}")["input_ids"] == wanted
+        assert each.apply_chat_template(chat, return_dict=True)["input_ids"] == wanted
+        assert each.decode(wanted) == f"<|user|>hi{eos}<|bot|>zorblhi{eos}"
+        assert each.decode(wanted, skip_special_tokens=True) == "hizorblhi"
+        assert size not in each("<|user|>", split_special_tokens=True)["input_ids"]
+    hf.add_special_tokens({"eos_token": "<|stop|>"})
+    assert hf("hi<|stop|>")["input_ids"] == [*hi, size + 3] == [*hi, hf.eos_token_id]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that transformers changed
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_a_model_with_added_tokens_comes_back(
+    exported: dict[str, tuple[Path, Path]], byte_level_export: Path, byte_level: bool, tmp_path: Path
+) -> None:
+    """Special ones, an ordinary one, and rows that fill up to a multiple of 8. Then once more, out and back."""
+    folder = byte_level_export if byte_level else exported["next_token"][1]
+    theirs, hf = from_hf(folder), hf_tokenizer(folder)
+    size = len(hf)
+    hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+    hf.add_tokens(["zorbl", "\u00e9" * 80])  # the latter's name has more than 127 bytes
+    theirs.resize_token_embeddings(len(hf), pad_to_multiple_of=8)
+    theirs.save_pretrained(tmp_path / "saved", max_shard_size="60KB")
+    hf.save_pretrained(tmp_path / "saved")
+    import_folder(tmp_path / "saved", tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "again")
+    import_folder(tmp_path / "again", tmp_path / "back")
+    models = [recurrent_db.load(tmp_path / name, "cpu") for name in ("run", "back")]
+    rows = theirs.config.vocab_size
+    assert rows == size + 8
+    ids = torch.randint(rows, (2, 20), generator=torch.Generator().manual_seed(0))
+    text = "a zorbl import" + "\u00e9" * 80
+    for model, tokenizer in models:
+        assert tokenizer.vocab_size == model.config.vocab_size == rows
+        assert tokenizer.hash == models[0][1].hash
+        assert tokenizer.encode(text) == hf(text)["input_ids"]
+        assert {size + 2, size + 3} < set(tokenizer.encode(text))
+        assert tokenizer.decode([*tokenizer.encode(text), size, size + 1, rows - 1]) == text
+        assert size not in tokenizer.encode("<|user|>")  # a text cannot hold a special token here
+        assert tokenizer.decode(tokenizer.encode("<|user|>")) == "<|user|>"
+        with torch.inference_mode():
+            assert torch.equal(logits(model, ids, 1), theirs(ids).logits)
+        assert isinstance(recurrent_db.generate(model, tokenizer, "zorbl", max_new_tokens=20, temperature=9), str)
+    again = hf_tokenizer(tmp_path / "again")
+    assert again("<|user|>zorbl")["input_ids"] == [size, size + 2]
+    assert again.decode([size, size + 2], skip_special_tokens=True) == "zorbl"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_model_of_another_dtype_comes_back(
+    exported: dict[str, tuple[Path, Path]], dtype: str, tmp_path: Path
+) -> None:
+    theirs = from_hf(exported["denoise"][1]).to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "saved")
+    hf_tokenizer(exported["denoise"][1]).save_pretrained(tmp_path / "saved")
+    import_folder(tmp_path / "saved", tmp_path / "run")
+    back = recurrent_db.load(tmp_path / "run", "cpu")[0]
+    assert all(torch.equal(value, theirs.state_dict()[name].float()) for name, value in back.state_dict().items())
+
+
+def _other_end(theirs: Any, hf: Any) -> None:
+    hf.add_special_tokens({"eos_token": "<|stop|>"})
+    theirs.resize_token_embeddings(len(hf))
+
+
+def _stripping(theirs: Any, hf: Any) -> None:
+    hf.add_tokens([transformers.AddedToken("zorbl", lstrip=True)])
+    theirs.resize_token_embeddings(len(hf))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (_other_end, r"the end-of-text token was changed to '<\|stop\|>'"),
+        (_stripping, "the added token 'zorbl' .* needs lstrip"),
+        (lambda theirs, hf: hf.add_tokens(["zorbl"]), "the embedding has 512 rows for 513 tokens"),
+        (lambda theirs, hf: hf.add_special_tokens({"additional_special_tokens": ["e"]}),
+         "the added token 'e' .* replaces a token"),
+        (lambda theirs, hf: theirs.resize_token_embeddings(500), "vocab_size is '500', but run.config.model.vocab_size"),
+        (lambda theirs, hf: setattr(theirs.config, "initial_state", "zeros"), "initial_state is 'zeros', but"),
+        (lambda theirs, hf: theirs.config.walk.update(bridge="state"), "walk is .*, but the exported run needs"),
+        (lambda theirs, hf: theirs.register_parameter("extra", torch.nn.Parameter(torch.zeros(1))), "unknown weight: extra"),
+    ],
+)  # fmt: skip
+def test_changes_that_cannot_come_back_are_one_line(
+    exported: dict[str, tuple[Path, Path]], change: Callable[[Any, Any], Any], match: str, tmp_path: Path
+) -> None:
+    theirs, hf = from_hf(exported["denoise"][1]), hf_tokenizer(exported["denoise"][1])
+    change(theirs, hf)
+    theirs.save_pretrained(tmp_path / "saved")
+    hf.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=match) as error:
+        import_folder(tmp_path / "saved", tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,12 +15,14 @@ class RecurrentDBConfig(PretrainedConfig):
         num_recurrence: number of core iterations K.
         initial_state: zeros, random or noise.
         seed: seed of random and noise starts.
+        use_cache: whether the model returns keys and values unless a call says otherwise.
         walk: for ``noise``: sd, mute, bridge, grid, and the log-normal distribution of the noise level (sigma_min,
             sigma_max, p_mean, p_std).
         run: configuration of the exported run; not used here.
     """
 
     model_type = "recurrent_db"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 (Trainer leaves them out of its results)
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class RecurrentDBConfig(PretrainedConfig):
         num_recurrence: int = 1,
         initial_state: str = "zeros",
         seed: int = 0,
+        use_cache: bool = True,
         walk: dict[str, Any] | None = None,
         run: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -47,7 +50,7 @@ class RecurrentDBConfig(PretrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.injection, self.noise_features = injection, noise_features
         self.num_recurrence, self.initial_state, self.seed = num_recurrence, initial_state, seed
-        self.walk, self.run = walk, run
+        self.use_cache, self.walk, self.run = use_cache, walk, run
         self.initializer_range = math.sqrt(2 / (5 * hidden_size))
         kwargs["num_hidden_layers"] = n_prelude + n_core + n_coda
         # The head has no weight of its own, because it uses the embedding's.

@@ -1,8 +1,12 @@
 """The tokenizer of a recurrent_db model for Hugging Face transformers: a lossless sentencepiece model with byte fallback.
 
 Encoding and decoding restores any text byte for byte, and gives the same ids as in training. The model's own normalisation
-is switched off, a literal U+2581 (sentencepiece's mark for a space) is encoded as bytes, and text that looks like a special
-token stays text. This file needs only sentencepiece and transformers.
+is switched off, and a literal U+2581 (sentencepiece's mark for a space) is encoded as bytes.
+
+As everywhere in transformers, the special tokens are found in a text: the end-of-text token, the padding token, and tokens
+that were added later. ``tokenizer(text, split_special_tokens=True)`` encodes them as ordinary text, as in training. Other
+text that looks like a special token, such as ``<unk>``, is always ordinary text. This file needs only sentencepiece and
+transformers.
 """
 
 from __future__ import annotations
@@ -50,18 +54,17 @@ class RecurrentDBTokenizer(PreTrainedTokenizer):
         self.vocab_file, self.model_bytes = vocab_file, Path(vocab_file).read_bytes()
         sentencepiece.set_min_log_level(3)
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + IDENTITY_NORMALIZER)
-        special = {
-            name: self.sp.id_to_piece(index)
-            for name, index in (("unk", self.sp.unk_id()), ("bos", self.sp.bos_id()), ("eos", self.sp.eos_id()))
-            if index >= 0
-        }
-        special["pad"] = self.sp.id_to_piece(self.sp.pad_id()) if self.sp.pad_id() >= 0 else special["eos"]
-        for name, piece in special.items():
-            kwargs.setdefault(f"{name}_token", piece)
-        for name, value in (("padding_side", "left"), ("split_special_tokens", True),
-                            ("clean_up_tokenization_spaces", False)):  # fmt: skip
+        eos, pad = self.sp.eos_id(), self.sp.pad_id()
+        # In training every text begins after an end-of-text token.
+        for name, index in (("bos", eos), ("eos", eos), ("pad", pad if pad >= 0 else eos)):
+            kwargs.setdefault(f"{name}_token", self.sp.id_to_piece(index))
+        for name, value in (("padding_side", "left"), ("clean_up_tokenization_spaces", False)):
             kwargs.setdefault(name, value)
         super().__init__(**kwargs)
+        # Special tokens that were added to the model itself. Those of every model stay ordinary text, except the above.
+        known = (self.sp.bos_id(), eos, pad)
+        own = [i for i in range(self.vocab_size) if self.sp.is_control(i) and i not in known]
+        self.add_tokens([self.sp.id_to_piece(i) for i in own], special_tokens=True)
 
     @property
     def vocab_size(self) -> int:
@@ -101,6 +104,8 @@ class RecurrentDBTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if skip_special_tokens:  # also those that the model has and this class does not name
+            ids = [i for i in ids if i >= self.vocab_size or not (self.sp.is_control(i) or self.sp.is_unknown(i))]
         return self.convert_tokens_to_string(self.convert_ids_to_tokens(ids, skip_special_tokens))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
