@@ -34,9 +34,11 @@ from recurrent_db.schema import (
     at_most,
     check,
     check_bounds,
+    expand_paths,
     from_dict,
     need,
     read_toml,
+    to_dict,
 )
 
 
@@ -341,6 +343,18 @@ def validate(config: Config) -> None:
     """Check each value's bounds and the sections against each other. Raises `UserError`, one line."""
     check_bounds(config)
     check(config, config)
+
+
+def check_readable(config: Config) -> None:
+    """Check a configuration made in Python as a file is checked, so that its run can be read again. Expands ``~`` in paths.
+
+    Raises:
+        UserError: a value is invalid; one line that names the key.
+    """
+    expand_paths(config)
+    again = from_dict(Config, to_dict(config))
+    resolve(again)
+    validate(again)
 
 
 def load_config(path: Path | str | None, overrides: Sequence[str] = (), prog: str | None = None) -> Config:

@@ -229,7 +229,7 @@ def _value(value: Any, kind: Any) -> Any:
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Literal and value in inside:
         return value
-    if origin in (list, tuple) and isinstance(value, list):
+    if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(_value(item, inside[0]) for item in value)
     if origin is dict and isinstance(value, dict):
         return {str(name): _value(item, inside[1]) for name, item in value.items()}

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 import tyro
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recurrent_db.arguments import Names, parse
 from recurrent_db.config import Config, config_from_json, load_config
+from recurrent_db.data.sources import parse_source
 from recurrent_db.errors import UserError
+from recurrent_db.evaluation.lm_eval_arguments import ModelArguments
 from recurrent_db.schema import Count, PositiveInt, Share, at_least, keys, to_dict
+from recurrent_db.store.loading import load
 
 pytestmark = pytest.mark.fast
 
@@ -104,6 +108,27 @@ def test_a_mistake_names_the_option_and_what_it_takes(words: list[str], message:
     with pytest.raises(UserError, match="^" + re.escape(message)) as error:
         read("RUN", *words)
     assert "\n" not in str(error.value)
+
+
+def test_home_directories_where_no_shell_expands_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_source("books=~/books") == ("books", f"{tmp_path}/books")
+    assert parse_source("~/books") == ("default", f"{tmp_path}/books")
+    found = ModelArguments.parse({"checkpoint": "~/run", "cache": "~/answers", "k": "1e1", "batch_size": "1_0"})
+    assert (found.checkpoint, found.cache, found.options.k, found.batch_size) == (
+        f"{tmp_path}/run",
+        tmp_path / "answers",
+        10,
+        10,
+    )
+    with pytest.raises(UserError, match=f"no run directory or checkpoint {tmp_path}/nowhere"):
+        load("~/nowhere", device="cpu")
+    with pytest.raises(UserError, match="device 'meta' is not supported"):
+        load("~/nowhere", device=torch.device("meta"))
+
+
+def test_a_saved_configuration_may_begin_with_a_byte_order_mark() -> None:
+    assert config_from_json('\ufeff{"seed": 3}', "config.json").seed == 3
 
 
 NUMBERS = st.one_of(

@@ -191,6 +191,25 @@ class ConfigFiles:
             build_model(model, None, "meta")
 
 
+FORMS = (
+    "1e3",
+    "1_000",
+    "2.0",
+    "1.5",
+    "1,4",
+    "[1, 4]",
+    "1 4",
+    "a=1,b=2",
+    "nan",
+    "-inf",
+    "1e400",
+    "None",
+    "~/x",
+    "99999999999999999999",
+)
+"""Values as a user may write them."""
+
+
 class Overrides:
     """Dotted options of the trainer, and options of other commands."""
 
@@ -214,7 +233,9 @@ class Overrides:
                 option = text(rng) if rng.random() < 0.3 else option[: rng.randrange(len(option))]
             words.append(option)
             for _ in range(rng.choice((0, 1, 1, 1, 1, 2))):
-                words.append(text(rng) if rng.random() < 0.4 else str(number(rng)))
+                words.append(
+                    text(rng) if rng.random() < 0.4 else rng.choice((*FORMS, str(number(rng)), str(number(rng))))
+                )
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 config = load_config(None, words)

@@ -30,7 +30,7 @@ from recurrent_db.accounting.hardware import (
     peak_note,
 )
 from recurrent_db.accounting.memory_split import MemorySplit
-from recurrent_db.config import Config
+from recurrent_db.config import Config, check_readable
 from recurrent_db.data import Batch
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
@@ -70,6 +70,7 @@ def train(config: Config, resume: str = "", overwrite: bool = False) -> int:
     Raises:
         UserError: a setting is wrong, a file cannot be used, or the run has diverged.
     """
+    check_readable(config)
     with contextlib.ExitStack() as held:
         return Trainer(config, resume, overwrite, held).run()
 

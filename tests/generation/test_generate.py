@@ -231,6 +231,7 @@ def test_generation_stops_at_a_string(tokenizer: Tokenizer) -> None:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"temperature": math.inf}, "temperature"),
         ({"k": 2.5}, "k must be a whole number, got 2.5"),
+        ({"seed": 1 << 64}, "seed must fit into 64 bits"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ({"sampler": None}, "sampler must be a string, got None"),
         ({"stop": "end"}, "stop must be a list of strings"),

@@ -490,6 +490,19 @@ def test_mistakes(script_here: Run, data: Path, tmp_path: Path, options: list[st
                                *([] if first else options))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("", "seed", 1 << 64), ("run", "keep", 1.5), ("optim", "lr", math.nan)]
+)
+def test_a_configuration_that_cannot_be_read_again_is_not_trained(
+    data: Path, tmp_path: Path, section: str, key: str, value: object
+) -> None:
+    config = load_config(None, words(data, tmp_path / "run", "--budget.steps", 1))
+    setattr(getattr(config, section) if section else config, key, value)
+    with pytest.raises(UserError, match=f"{key} must"):
+        trainer.train(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_step_has_rate_0(data: Path, tmp_path: Path) -> None:
     """The budget ends early in the fourth step."""
     train(data, tmp_path / "run", "--budget.steps", 3.2)
