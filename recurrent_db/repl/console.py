@@ -272,14 +272,22 @@ def open_lines(words: Sequence[str]) -> Lines:
 
 
 class Interrupts:
-    """Ctrl-C raises KeyboardInterrupt once inside `allowed` and is ignored elsewhere, so it never ends the program."""
+    """At a terminal, Ctrl-C raises KeyboardInterrupt once inside `allowed` and is ignored elsewhere, so it never ends the
+    program. In a pipe it always raises KeyboardInterrupt, and `check` raises it again after a text that it stopped."""
 
     def __init__(self) -> None:
         self._armed = False
+        self._ends = not is_terminal(sys.stdin)
+        self._came = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._armed:
-            self._armed = False
+        if self._armed or self._ends:
+            self._armed, self._came = False, True
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if an interrupt came that must end the program."""
+        if self._ends and self._came:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager

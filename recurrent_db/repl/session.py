@@ -143,7 +143,11 @@ class Session:
         self._interrupts = Interrupts()
 
     def run(self, lines: Lines) -> None:
-        """Answer lines until the input ends or the user leaves."""
+        """Answer lines until the input ends or the user leaves.
+
+        Raises:
+            KeyboardInterrupt: the input is not a terminal, and an interrupt came.
+        """
         with self._interrupts.installed(), lines.answering():
             while not self.done:
                 try:
@@ -152,11 +156,13 @@ class Session:
                 except EOFError:
                     return
                 except KeyboardInterrupt:
+                    self._interrupts.check()
                     remark("leave with /quit or Ctrl-D")
                 except UserError as error:
                     complain(str(error))
                 else:
                     self.answer(text)
+                    self._interrupts.check()
 
     def answer(self, text: str) -> None:
         """Answer a prompt, or run commands, one per line. Any error is reported in one line."""
@@ -172,6 +178,7 @@ class Session:
                 else:
                     self._prompt(text)
         except KeyboardInterrupt:
+            self._interrupts.check()
             remark("stopped")
         except UserError as error:
             complain(str(error))
@@ -217,6 +224,7 @@ class Session:
         self.last, writer = [], Utf8Writer()
         reply = self._reply(text, ids, self.options, writer.add)
         writer.end()
+        self._interrupts.check()
         self.last = [reply]
         if reply.ended == "stopped":
             remark(f"stopped after {len(reply.ids)} tokens")

@@ -312,7 +312,8 @@ def test_stopping(session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(session.last) == 1
 
 
-def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
+def test_ctrl_c_is_heard_once_and_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recurrent_db.repl.console.is_terminal", lambda stream: True)
     interrupts = Interrupts()
     before = signal.getsignal(signal.SIGINT)
     with interrupts.installed():
@@ -326,7 +327,19 @@ def test_ctrl_c_is_heard_once_and_only_where_it_may() -> None:
                 time.sleep(1)
             except KeyboardInterrupt:
                 os.kill(os.getpid(), signal.SIGINT)
+        interrupts.check()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_a_pipe_is_heard_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recurrent_db.repl.console.is_terminal", lambda stream: False)
+    interrupts = Interrupts()
+    interrupts.check()
+    with interrupts.installed(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------

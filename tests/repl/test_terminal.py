@@ -78,20 +78,25 @@ def test_pipe(command: Command, runs: dict[str, Path], loaded: dict[str, Loaded]
     assert out.endswith(parts[4])
 
 
-def test_ctrl_c_while_a_pipe_is_answered(command: Command, runs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [b"def main(\n/k 3\n", b"", b"def main(\n/max 4\n"], ids=["text", "waiting", "more"])
+def test_ctrl_c_in_a_pipe_ends_the_session(
+    command: Command, runs: dict[str, Path], tmp_path: Path, lines: bytes
+) -> None:
     process = subprocess.Popen(
         command(runs["next_token"], "--max-new-tokens", "1000000"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path),
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(b"def main(\n/k 3\n")
+    process.stdin.write(b"/max 3\nthe\n/max 1000000\n" + lines)
     process.stdin.flush()
-    assert process.stdout.read(20)
+    assert process.stdout.read(20 if lines else 1)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(b"/quit\nnever read", timeout=120)
-    assert process.returncode == 0
-    assert re.fullmatch(r"stopped after \d+ tokens\nk = 3\n", told.decode())
+    out, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert told.decode().splitlines()[-1] == "interrupted"
+    assert b"stopped" not in told
+    assert out.endswith(b"\n") or not lines
 
 
 # -- terminals -----------------------------------------------------------------------------------------------------------
