@@ -38,6 +38,7 @@ from recurrent_db.accounting.hardware import git_commit
 from recurrent_db.arguments import MOST_LINE, one_line, run_command
 from recurrent_db.errors import UserError
 from recurrent_db.files import read_json, write_atomic
+from recurrent_db.schema import Count, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 10.0
@@ -256,7 +257,7 @@ class FuzzArgs:
     """Try hostile input on all code that reads untrusted files or text. The exit status is 1 if a case ends in anything but
     a result or a `UserError`."""
 
-    cases: int = 10_000
+    cases: PositiveInt = 10_000
     """Number of cases, over all targets (more for fast ones) or for the one target."""
     target: str = "all"
     """One target, or all. --target list prints their names."""
@@ -264,9 +265,9 @@ class FuzzArgs:
     """Source of the cases."""
     seed: int = 0
     """Seed of the cases."""
-    first: int = 0
+    first: Count = 0
     """Number of the first case."""
-    jobs: int = 1
+    jobs: PositiveInt = 1
     """Targets in parallel."""
     json: bool = False
     """Print JSON instead of a table."""
@@ -522,8 +523,6 @@ def main(args: FuzzArgs) -> int:
         return 0
     if args.target != "all" and args.target not in SHARES:
         raise UserError(f"unknown target {args.target!r}; choose from all, {', '.join(SHARES)}")
-    if args.cases < 1 or args.first < 0 or args.jobs < 1:
-        raise UserError("--cases and --jobs must be 1 or more, --first 0 or more")
     if args.markdown is not None and not args.markdown.is_file():
         raise UserError(f"--markdown: {args.markdown} does not exist")
     if args.load:
