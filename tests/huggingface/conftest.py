@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """transformers copies a folder's code before it runs it."""
     with pytest.MonkeyPatch.context() as patch:

@@ -285,7 +285,8 @@ def test_the_exported_tokenizer_on_listed_texts_and_special_tokens(
 ) -> None:
     hf = hf_tokenizer(exported["next_token"][1])
     texts = [*HOSTILE_TEXTS, "\ud800 lone", "line of text\n" * 15_000]
-    assert hf(texts, split_special_tokens=True)["input_ids"] == [tokenizer.encode(text) for text in texts]
+    # One by one: in lists transformers 4 forgets split_special_tokens.
+    assert [hf(text, split_special_tokens=True)["input_ids"] for text in texts] == tokenizer.encode_batch(texts)
     assert hf("<unk><s>")["input_ids"] == tokenizer.encode("<unk><s>")
     assert hf("a</s>")["input_ids"] == [*tokenizer.encode("a"), tokenizer.eos_id]
     assert (hf.eos_token_id, hf.pad_token_id, hf.bos_token_id) == (tokenizer.eos_id, tokenizer.pad_id, tokenizer.eos_id)

@@ -152,7 +152,7 @@ def test_forms_of_input_and_output(theirs: Any) -> None:
         ({"attention_mask": torch.ones(2, 8)}, r"attention_mask must have shape .*\(2, 9\)"),
         ({"attention_mask": torch.ones(2, 1, 9, 9)}, "attention_mask must have shape"),
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}, "position_ids start anew"),
-        ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "DynamicCache, got tuple"),
+        ({"past_key_values": ((torch.zeros(1), torch.zeros(1)),)}, "DynamicCache.*, got tuple"),
         ({"labels": torch.ones(2, 9).long(), "logits_to_keep": 1}, "labels need the logits of all positions"),
         ({"head_mask": torch.ones(2)}, "no argument head_mask"),
         ({"token_type_ids": torch.ones(2, 9)}, "no argument token_type_ids"),
@@ -194,6 +194,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(theirs: Any, reentrant:
     finally:
         theirs.gradient_checkpointing_disable()
         theirs.eval()
+
+
+def test_caches_of_a_fixed_size_are_refused(theirs: Any) -> None:
+    with pytest.raises(ValueError, match="a cache that grows"):
+        theirs.generate(some_ids(1, 4), max_new_tokens=2, cache_implementation="static")
 
 
 def test_a_cache_is_returned_by_default_as_in_transformers(theirs: Any) -> None:

@@ -87,11 +87,12 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         mask = kwargs.get("attention_mask")
         if prompts is not None and "inputs_embeds" not in kwargs:
             if prompts.shape[1] == 0:
-                start_B1 = torch.full((len(prompts), 1), self.config.bos_token_id, device=self.device)
-                kwargs["inputs_embeds"] = self.embedding(start_B1).detach()
-                kwargs["attention_mask"] = torch.ones_like(start_B1)
+                # After padding, because transformers 4 gives the model a single embedding again in each step.
+                start_B2 = torch.full((len(prompts), 2), self.config.bos_token_id, device=self.device)
+                kwargs["inputs_embeds"] = self.embedding(start_B2).detach()
+                kwargs["attention_mask"] = torch.tensor([0, 1], device=self.device).repeat(len(prompts), 1)
                 if kwargs.get("max_length") is not None:
-                    kwargs["max_length"] += 1  # transformers subtracts the length of inputs_embeds
+                    kwargs["max_length"] += 2  # transformers subtracts the length of inputs_embeds
                 prompts = None
             elif mask is not None and not bool(mask.any(-1).all()):
                 empty_B = ~mask.any(-1)
@@ -262,8 +263,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         if 0 in given.shape[:2]:
             raise ValueError(f"the input is empty: begin a text with bos_token_id = {self.config.bos_token_id}")
-        if past is not None and not hasattr(past, "get_seq_length"):
-            raise ValueError(f"the cache must be a DynamicCache, got {type(past).__name__}")
+        if past is not None and (not hasattr(past, "get_seq_length") or getattr(past, "is_compileable", False)):
+            raise ValueError(f"this model needs a cache that grows (DynamicCache), got {type(past).__name__}")
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep out")
 
