@@ -91,8 +91,10 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
                 start_B2 = torch.full((len(prompts), 2), self.config.bos_token_id, device=self.device)
                 kwargs["inputs_embeds"] = self.embedding(start_B2).detach()
                 kwargs["attention_mask"] = torch.tensor([0, 1], device=self.device).repeat(len(prompts), 1)
-                if kwargs.get("max_length") is not None:
-                    kwargs["max_length"] += 2  # transformers subtracts the length of inputs_embeds
+                # Versions of transformers differ in whether max_length counts embeddings.
+                length = kwargs.pop("max_length", None)
+                if length is not None and kwargs.get("max_new_tokens") is None:
+                    kwargs["max_new_tokens"] = length
                 prompts = None
             elif mask is not None and not bool(mask.any(-1).all()):
                 empty_B = ~mask.any(-1)
