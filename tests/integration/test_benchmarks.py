@@ -326,8 +326,8 @@ def test_the_demo_prints_lines_of_progress(
     state = functools.partial(demo.spent, folder / "unrolled", 2 * last["flops"])
     demo.command("-c", "import time; time.sleep(1)", what="unrolled", state=state)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("unrolled: ")]
-    assert 2 <= len(lines) <= 10
-    assert all(re.fullmatch(rf"unrolled: 50% of the budget, loss {last['loss']:.3f}, \d s", line) for line in lines)
+    assert len(lines) >= 2
+    assert all(re.fullmatch(rf"unrolled: 50% of the budget, loss {last['loss']:.3f}, \d+ s", line) for line in lines)
     assert demo.spent(folder / "no run", 1.0) == "0% of the budget"
     monkeypatch.setattr(demo.sys.stderr, "isatty", lambda: True)
     demo.command("-c", "import time; time.sleep(0.5)", what="unrolled")

@@ -119,7 +119,7 @@ def test_jobs_of_another_process_are_left_to_it(tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_one_line(tmp_path: Path) -> None:
     slices = module("slices")
-    with pytest.raises(UserError, match=r"^a: error: no luck \(status 2; all of it: .*log\)$"):
+    with pytest.raises(UserError, match=r"^a: error: no luck \(status 2; full output: .*log\)$"):
         run_slice(slices, slices.Slice(tmp_path), [Piece("a")], "-c", "raise SystemExit(print('error: no luck') or 2)")
 
 
