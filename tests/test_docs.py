@@ -64,7 +64,7 @@ def test_the_site(tmp_path: Path) -> None:
         "generation": "recurrent_db.generation.options.GenerationOptions.top_p",
         "evaluation": "recurrent_db.evaluation.likelihood.score",
         "accounting": "recurrent_db.accounting.flops.step_cost",
-        "blocks": "recurrent_db.denoise.partition.convert",
+        "blocks": "recurrent_db.denoise.convert.convert",
         "data": "recurrent_db.data.loader.Loader.batch",
     }.items():
         assert f'id="{name}"' in (site / f"reference/{page}.html").read_text(encoding="utf-8"), page

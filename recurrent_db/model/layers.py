@@ -384,9 +384,10 @@ class NoiseEmbedding(nn.Module):
         self.hidden = Linear(hidden, hidden)
         self.out = Linear(hidden, n_blocks * parts * dim)
 
-    def forward(self, c_noise_Bs: Tensor) -> list[tuple[Tensor, ...]]:
-        """c_noise: fp32 (B, 1) for one level per sequence, or (B, T) for one per token. Returns for each layer a tuple of
-        ``parts`` tensors, (B, 1, D) or (B, T, D)."""
+    def forward(self, c_noise_Bs: Tensor, beside: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """c_noise: fp32 (B, 1) for one level per sequence, or (B, T) for one per token. ``beside``: embedding of another
+        condition, added before the hidden layer's SiLU. Returns for each layer a tuple of ``parts`` tensors, (B, 1, D) or
+        (B, T, D)."""
         # Frequencies from 1/4 to 64 cycles per unit of c_noise resolve both its range (about 3) and 0.1 in ln sigma.
         half = self.n_features // 2
         rates = torch.exp(torch.linspace(math.log(0.25), math.log(64.0), half, device=c_noise_Bs.device))
@@ -397,7 +398,8 @@ class NoiseEmbedding(nn.Module):
         device_type = c_noise_Bs.device.type
         # Noise conditioning stays fp32 under autocast. The meta device has no autocast.
         with torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext():
-            flat = self.out(F.silu(self.hidden(features.to(self.hidden.weight.dtype))))
+            hidden = self.hidden(features.to(self.hidden.weight.dtype))
+            flat = self.out(F.silu(hidden if beside is None else hidden + beside))
         return [block.chunk(self.parts, dim=-1) for block in flat.chunk(self.n_blocks, dim=-1)]
 
 

@@ -1,4 +1,4 @@
-"""Blocks that train alone: who has which noise, the conversion, the language model in blocks."""
+"""Blocks that train alone: who has which noise, the language model in blocks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import BLOCKS, ROOT, batch, blocks_config, micro_config, micro_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +19,7 @@ from recurrent_db import cli
 from recurrent_db.accounting.flops import cost_per_token, step_cost, total
 from recurrent_db.config import load_config
 from recurrent_db.denoise.noise import LogNormal, LogUniform
-from recurrent_db.denoise.partition import Partition, convert, split_layers
+from recurrent_db.denoise.partition import Partition, split_layers
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import draw_log_probabilities, token_log_probabilities
 from recurrent_db.generation.generate import stream
@@ -97,87 +95,6 @@ def test_split_of_layers() -> None:
     for bad in ((2, 3, ()), (6, 2, (1, 4)), (6, 2, (6, 0)), (6, 0, ())):
         with pytest.raises(UserError):
             split_layers(*bad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Any residual stack
-
-
-class Residual(nn.Module):
-    def __init__(self, width: int, hidden: int = 16) -> None:
-        super().__init__()
-        self.into, self.out = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        return x + self.out(torch.tanh(self.into(x + shift)))
-
-
-def test_the_documents_conversion_trains_its_block_alone() -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/blocks.md").read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    trained = [any(p.grad is not None for p in block.parameters()) for block in names["blocks"].blocks]
-    assert trained == [False, True, False, False]
-    assert names["samples"].shape == (16, 64)
-
-
-def test_a_fresh_conversion_computes_what_the_layers_compute() -> None:
-    torch.manual_seed(0)
-    layers = [Residual(3) for _ in range(5)]
-    blocks = convert(layers, 2, LAW, width=3, sd=0.5, layers=[2, 3])
-    z, sigma = torch.randn(4, 7, 3), torch.full((4,), 0.7)
-    for number, part in ((1, layers[:2]), (2, layers[2:])):
-        expected = blocks.precond.view(z, sigma[:, None, None])
-        for layer in part:
-            expected = layer(expected, 0.25)
-        expected = blocks.precond.combine(z, expected, sigma[:, None, None])
-        torch.testing.assert_close(blocks.denoise(number, z, sigma, 0.25), expected)
-    assert [layer is blocks.block(2).layers[i] for i, layer in enumerate(layers[2:])] == [True] * 3
-
-
-def test_mistakes_in_a_conversion_are_errors() -> None:
-    blocks = convert([nn.Identity() for _ in range(4)], 4, LAW, width=3, sd=0.5)
-    y, u = torch.randn(2, 3), torch.rand(2)
-    for number in (0, -1, 5):  # blocks are counted from 1
-        for use in (
-            lambda n: blocks.loss(n, y, u, y),
-            lambda n: blocks.draw(n, u),
-            blocks.partition.range_of,
-            blocks.block,
-        ):
-            with pytest.raises(ValueError, match=f"no block {number}: blocks are counted from 1 to 4"):
-                use(number)
-    for sd in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match="sd, the data's standard deviation"):
-            convert([nn.Identity()], 1, LAW, width=3, sd=sd)
-    with pytest.raises(ValueError, match=r"must keep its input's shape: \(2, 3\) became \(2, 1\)"):
-        convert([nn.Linear(3, 1)], 1, LAW, width=3, sd=0.5).loss(1, y, u, y)
-
-
-def test_a_block_trains_alone_and_the_walk_of_blocks_finds_the_data() -> None:
-    """Two points on a line: each block is trained by itself, the other's weights never move, and the walk ends on both."""
-    torch.manual_seed(0)
-    law = LogNormal(-0.4, 1.2, 0.02, 10.0)
-    blocks = convert([Residual(1, 32) for _ in range(4)], 2, law, width=1, sd=1.0, gamma=0.1)
-    generator = torch.Generator().manual_seed(1)
-    for number in (1, 2):
-        before = {name: p.clone() for name, p in blocks.named_parameters()}
-        optimizer = torch.optim.Adam(blocks.block(number).parameters(), lr=1e-2)
-        for _ in range(400):
-            y = torch.randint(2, (128, 1), generator=generator) * 2.0 - 1.0
-            u, eps = torch.rand(128, generator=generator), torch.randn(128, 1, generator=generator)
-            optimizer.zero_grad()
-            blocks.loss(number, y, u, eps).backward()
-            optimizer.step()
-        moved = {name.split(".")[1] for name, p in blocks.named_parameters() if not torch.equal(p, before[name])}
-        assert moved == {str(number - 1)}
-    samples = blocks.walk(torch.randn(512, 1, generator=generator), 16)[:, 0]
-    assert 0.35 < (samples > 0).double().mean() < 0.65
-    assert (samples.abs() - 1).abs().mean() < 0.15
-    draws = blocks.draw(1, torch.rand(1000, generator=generator))
-    low, high = blocks.partition.range_of(1)
-    assert low <= draws.min()
-    assert draws.max() <= high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
