@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; name it with make PYTHON=python3.x" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PINS) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[data,eval,hf,wandb,mauve,repl,docs,dev]"
+	$(BIN)/python -m pip install --quiet $(PINS) --editable ".[data,eval,hf,wandb,mauve,vision,repl,docs,dev]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recurrent_db.data.shards import MANIFEST
+from recurrent_db.data.directory import MANIFEST
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.heldout_task import write_heldout_task
 

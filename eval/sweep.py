@@ -33,8 +33,8 @@ from sweep_tables import BASELINES, Row, Table, compare, group_table, plot, text
 
 from recurrent_db.arguments import Names, run_command
 from recurrent_db.data import open_data
+from recurrent_db.data.directory import MANIFEST
 from recurrent_db.data.ngram import unigram_log_p
-from recurrent_db.data.shards import MANIFEST
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.accuracy import Accuracy, Floats, credit
 from recurrent_db.files import check_output, write_atomic

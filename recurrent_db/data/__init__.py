@@ -12,13 +12,20 @@
    in exact shares, and gives each process its part of a step as a `Batch`.
 7. ``prefetch`` prepares the batches of the next steps in a thread if the device is not the CPU.
 
+Images take a way of their own, of the same form: ``image_sources`` reads and decodes them, ``prepare_images`` checks and
+splits them, ``image_shards`` writes and reads their data directory, and ``image_loader`` shuffles and augments them.
+``directory`` is what both kinds of data directory share.
+
 A sample is a function of (seed, position in the run), so the data order needs no saved state.
 """
 
 from recurrent_db.data.corpus import Document, stdlib_documents
-from recurrent_db.data.loader import Batch, Loader, permute, validation_batches
+from recurrent_db.data.image_loader import ImageBatch, ImageLoader, image_batches
+from recurrent_db.data.image_shards import ImageData, open_images
+from recurrent_db.data.loader import Batch, Loader, StepLoader, permute, validation_batches
 from recurrent_db.data.prefetch import prefetch
 from recurrent_db.data.prepare import Prepared, prepare
+from recurrent_db.data.prepare_images import PreparedImages, prepare_images
 from recurrent_db.data.readers import ReadOptions, ReadReport
 from recurrent_db.data.shard_writer import DataWriter
 from recurrent_db.data.shards import TokenData, TokenSource, document, load_tokenizer, open_data, read_manifest
@@ -28,18 +35,26 @@ __all__ = [
     "Batch",
     "DataWriter",
     "Document",
+    "ImageBatch",
+    "ImageData",
+    "ImageLoader",
     "Loader",
     "Prepared",
+    "PreparedImages",
     "ReadOptions",
     "ReadReport",
+    "StepLoader",
     "TokenData",
     "TokenSource",
     "document",
+    "image_batches",
     "load_tokenizer",
     "open_data",
+    "open_images",
     "permute",
     "prefetch",
     "prepare",
+    "prepare_images",
     "read_documents",
     "read_manifest",
     "stdlib_documents",

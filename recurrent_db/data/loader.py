@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import overload
+from typing import Generic, Protocol, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -123,7 +123,8 @@ def permute(index: int | np.ndarray, n: int, key: int) -> int | np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _epoch_key(seed: int, source: str, epoch: int) -> int:
+def epoch_key(seed: int, source: str, epoch: int) -> int:
+    """The key of the permutation of one epoch of a source."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{source}/{epoch}".encode()).digest()[:8], "big")
 
 
@@ -162,7 +163,69 @@ def _make_batch(ids: np.ndarray, data: TokenData, positions: np.ndarray) -> Batc
     )
 
 
-class Loader:
+class DeviceBatch(Protocol):
+    """A batch that can be moved to a device."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The batch on ``device``."""
+
+    def pin(self) -> Self:
+        """The batch in pinned memory."""
+
+
+AnyBatch = TypeVar("AnyBatch", bound=DeviceBatch)
+
+
+class StepLoader(Generic[AnyBatch]):
+    """Batches of a run, addressed by optimizer step. The base of loaders without a state to save.
+
+    Args:
+        batch_size: samples per optimizer step, over all processes.
+        seed: seed of the data order.
+    """
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+
+    def gather(self, positions: np.ndarray) -> AnyBatch:
+        """The samples at ``positions`` (n,) of the run."""
+        raise NotImplementedError
+
+    def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        if not 0 <= rank < world:
+            raise UserError(f"process {rank} is not one of {world} processes, which are counted from 0")
+        if self.batch_size % world:
+            raise UserError(f"a batch of {self.batch_size} samples does not divide evenly among {world} processes")
+        share = self.batch_size // world
+        start = step * self.batch_size + rank * share
+        return start, start + share
+
+    def batch(self, step: int, rank: int = 0, world: int = 1, micro: tuple[int, int] | None = None) -> AnyBatch:
+        """The part of process ``rank`` in the batch of optimizer step ``step``.
+
+        The whole batch is the samples step * batch_size to (step + 1) * batch_size (exclusive).
+
+        Args:
+            micro: (start, stop) of a micro-batch within the part; None is all of it.
+
+        Raises:
+            UserError: ``batch_size`` is not a multiple of ``world``, or ``rank`` is out of range.
+        """
+        start, stop = self._range(step, rank, world)
+        if micro is not None:
+            start, stop = start + micro[0], min(stop, start + micro[1])
+        return self.gather(np.arange(start, stop, dtype=np.int64))
+
+    def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world: int = 1) -> Iterator[AnyBatch]:
+        """`batch` in micro-batches of ``micro_batch_size`` samples. The last one may be smaller."""
+        if micro_batch_size < 1:
+            raise UserError("the micro-batch size must be at least 1")
+        start, stop = self._range(step, rank, world)
+        for begin in range(0, stop - start, micro_batch_size):
+            yield self.batch(step, rank, world, (begin, begin + micro_batch_size))
+
+
+class Loader(StepLoader[Batch]):
     """Batches of a run, addressed by optimizer step. It has no state to save.
 
     Args:
@@ -188,7 +251,8 @@ class Loader:
     ) -> None:
         if sequence_length < 1 or batch_size < 1:
             raise UserError("the sequence length and the batch size must be at least 1")
-        self.data, self.sequence_length, self.batch_size, self.seed = data, sequence_length, batch_size, seed
+        super().__init__(batch_size, seed)
+        self.data, self.sequence_length = data, sequence_length
         sizes = {name: max(0, (source.tokens - 1) // sequence_length) for name, source in data.sources.items()}
         weights: dict[str, int] | dict[str, float] = sizes
         if mixture:
@@ -228,51 +292,19 @@ class Loader:
             sequence[mine] = n % self.sequences[number]
             for e in np.unique(epoch[mine]):
                 which = mine[epoch[mine] == e]
-                key = _epoch_key(self.seed, self.names[number], int(e))
+                key = epoch_key(self.seed, self.names[number], int(e))
                 sequence[which] = permute(sequence[which], self.sequences[number], key)
             left, rank = left[~taken], (rank - drawn)[~taken]
         return source, epoch, sequence
 
-    def _gather(self, positions: np.ndarray) -> Batch:
+    def gather(self, positions: np.ndarray) -> Batch:
+        """The sequences at ``positions`` (n,) of the run."""
         T = self.sequence_length
         source, _, sequence = self.locate(positions)
         ids = np.empty((len(positions), T + 1), dtype=np.int64)
         for target, number, j in zip(ids, source.tolist(), sequence.tolist(), strict=True):
             target[:] = self.data.sources[self.names[number]].read(j * T, T + 1)
         return _make_batch(ids, self.data, positions)
-
-    def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
-        if not 0 <= rank < world:
-            raise UserError(f"process {rank} is not one of {world} processes, which are counted from 0")
-        if self.batch_size % world:
-            raise UserError(f"a batch of {self.batch_size} sequences does not divide evenly among {world} processes")
-        share = self.batch_size // world
-        start = step * self.batch_size + rank * share
-        return start, start + share
-
-    def batch(self, step: int, rank: int = 0, world: int = 1, micro: tuple[int, int] | None = None) -> Batch:
-        """The part of process ``rank`` in the batch of optimizer step ``step``.
-
-        The whole batch is the samples step * batch_size to (step + 1) * batch_size (exclusive).
-
-        Args:
-            micro: (start, stop) of a micro-batch within the part; None is all of it.
-
-        Raises:
-            UserError: ``batch_size`` is not a multiple of ``world``, or ``rank`` is out of range.
-        """
-        start, stop = self._range(step, rank, world)
-        if micro is not None:
-            start, stop = start + micro[0], min(stop, start + micro[1])
-        return self._gather(np.arange(start, stop, dtype=np.int64))
-
-    def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """`batch` in micro-batches of ``micro_batch_size`` sequences. The last one may be smaller."""
-        if micro_batch_size < 1:
-            raise UserError("the micro-batch size must be at least 1")
-        start, stop = self._range(step, rank, world)
-        for begin in range(0, stop - start, micro_batch_size):
-            yield self.batch(step, rank, world, (begin, begin + micro_batch_size))
 
     def epochs(self, step: int) -> float:
         """Epochs after ``step`` optimizer steps: sequences drawn divided by the sequences in all sources used."""

@@ -9,24 +9,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from recurrent_db.data.loader import Batch, Loader
+from recurrent_db.data.loader import AnyBatch, StepLoader
 
 STEPS_AHEAD = 2
 """Number of steps whose batches are prepared in advance."""
 
 
 def prefetch(
-    loader: Loader,
+    loader: StepLoader[AnyBatch],
     first_step: int,
     micro_batch_size: int,
     device: torch.device,
     thread: bool | None = None,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Iterable[Batch]]:
+) -> Iterator[Iterable[AnyBatch]]:
     """For each optimizer step from ``first_step`` on, yield its micro-batches on ``device``.
 
-    They are those of `Loader.micro_batches`. An error of the loader is raised at the step whose batch failed.
+    They are those of `StepLoader.micro_batches`. An error of the loader is raised at the step whose batch failed.
 
     Args:
         thread: prepare the next `STEPS_AHEAD` steps in a thread, for CUDA in pinned memory, from which copies do not wait.
@@ -40,12 +40,12 @@ def prefetch(
         for step in itertools.count(first_step):
             yield (micro.to(device) for micro in loader.micro_batches(step, micro_batch_size, rank, world))
 
-    def prepare(step: int) -> list[Batch]:
+    def prepare(step: int) -> list[AnyBatch]:
         batches = list(loader.micro_batches(step, micro_batch_size, rank, world))
         return [micro.pin() for micro in batches] if device.type == "cuda" else batches
 
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        ahead: deque[Future[list[Batch]]] = deque()
+        ahead: deque[Future[list[AnyBatch]]] = deque()
         for step in itertools.count(first_step):
             ahead.append(pool.submit(prepare, step))
             if len(ahead) > STEPS_AHEAD:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from recurrent_db.data.directory import NewDirectory
 from recurrent_db.data.shards import (
     FORMAT,
     FORMAT_VERSION,
-    MANIFEST,
     SPLITS,
     TOKENIZER_FILE,
     check_source_name,
@@ -25,7 +23,7 @@ from recurrent_db.data.shards import (
 )
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, sealed
+from recurrent_db.files import file_digest
 
 DEFAULT_SHARD_TOKENS = 64_000_000
 
@@ -89,15 +87,12 @@ class _SourceWriter:
 
 
 class DataWriter:
-    """Builds a data directory as a context manager. Without a call of `commit` it leaves ``out`` unchanged.
-
-    A process that is killed leaves its unfinished ``.NAME.partial-PID`` beside ``out``, which may be deleted.
+    """Builds a data directory as a context manager, as `directory.NewDirectory` says.
 
     Args:
-        out: the directory to create. Missing parents are created too.
+        out, overwrite: as in `directory.NewDirectory`.
         tokenizer: the tokenizer of the documents' tokens; it is saved with them.
         shard_tokens: most tokens per shard. A longer document has a shard of its own.
-        overwrite: replace an existing data directory once the new one is complete. Any other folder is refused.
 
     Raises:
         UserError: ``out`` exists or cannot be created, or ``shard_tokens`` is below 1.
@@ -112,32 +107,20 @@ class DataWriter:
     ) -> None:
         if shard_tokens < 1:
             raise UserError("the number of tokens per shard must be at least 1")
-        self.out = Path(os.path.realpath(out))
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
-        self.overwrite = overwrite
         self._writers: dict[tuple[str, str], _SourceWriter] = {}
-        check_target(self.out, overwrite)
-        self._partial = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.mkdir()
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"cannot create {self.out}: {error.filename} is not a folder") from None
-        except OSError as error:
-            raise UserError(f"cannot create {self.out}: {error.strerror or error}") from None
+        self._directory = NewDirectory(out, overwrite)
 
     def __enter__(self) -> DataWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         for writer in self._writers.values():
             if writer.file is not None:
                 with contextlib.suppress(OSError):  # on a full disk the flush fails again
                     writer.file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._directory.__exit__(*failure)
 
     def add(self, split: str, source: str, identity: str, text: bytes, ids: Sequence[int]) -> int:
         """Append one document.
@@ -159,7 +142,7 @@ class DataWriter:
         if writer is None:
             check_source_name(source)
             dtype = token_dtype(self.tokenizer.vocab_size)
-            writer = _SourceWriter(self._partial, f"{split}-{source}", dtype, self.shard_tokens)
+            writer = _SourceWriter(self._directory.folder, f"{split}-{source}", dtype, self.shard_tokens)
             self._writers[split, source] = writer
         tokens = np.empty(len(ids) + 1, dtype=writer.dtype)
         tokens[:-1] = ids
@@ -189,36 +172,6 @@ class DataWriter:
             "splits": splits,
             "reading": dict(reading or {}),
         }
-        self.tokenizer.save(self._partial / TOKENIZER_FILE)
-        with (self._partial / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(sealed(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        check_target(self.out, self.overwrite)  # check again: another process may have created it
-        old = self.out.with_name(f".{self.out.name}.replaced-{os.getpid()}")
-        if self.out.exists():
-            self.out.rename(old)
-        try:
-            self._partial.rename(self.out)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                old.rename(self.out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        self.tokenizer.save(self._directory.folder / TOKENIZER_FILE)
+        self._directory.commit(manifest)
         return manifest
-
-
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise UserError unless ``out`` may be written.
-
-    It must not exist, or, with ``overwrite``, it must be a data directory or an empty folder.
-    """
-    try:
-        present = out.exists()
-        replaceable = present and out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
-    except OSError as error:
-        raise UserError(f"cannot create {out}: {error.strerror or error}") from None
-    if present and not overwrite:
-        raise UserError(f"{out} exists already: choose another --out, or replace it with --overwrite True")
-    if present and not replaceable:
-        raise UserError(f"{out} exists and is not a data directory (no {MANIFEST} in it): not replaced")

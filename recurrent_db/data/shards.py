@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
+from recurrent_db.data.directory import MANIFEST, check_digest, check_size, is_count, path_inside, read_format
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.errors import UserError
-from recurrent_db.files import file_digest, is_altered, is_inside, read_json
+from recurrent_db.files import is_altered
 
 FORMAT = "recurrent_db.tokens"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "validation")
 PIECE = 1 << 22
@@ -191,32 +191,16 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: the manifest is missing, unreadable, or not of this format and version.
     """
-    path = Path(directory) / MANIFEST
-    try:
-        manifest = read_json(path)
-    except OSError as error:
-        if not Path(directory).is_dir():
-            raise UserError(f"{directory}: no such data directory; make one with train/prepare_data.py") from None
-        raise UserError(f"{path}: {error.strerror or error}; was this made by train/prepare_data.py?") from None
-    except ValueError:
-        raise UserError(f"{path}: damaged: not JSON") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: not a manifest of token shards")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise UserError(f"{path}: version {manifest.get('version')!r}, but this program reads {FORMAT_VERSION}")
+    manifest = read_format(directory, FORMAT, FORMAT_VERSION, "token shards", "train/prepare_data.py")
     problem = _problem(manifest)
     if problem:
-        raise UserError(f"{path}: damaged: {problem}")
+        raise UserError(f"{Path(directory) / MANIFEST}: damaged: {problem}")
     return manifest
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with the keys and types of a manifest; None if they are right."""
-    if not _is_count(manifest.get("vocab_size")) or not _is_count(manifest.get("eos_id")):
+    if not is_count(manifest.get("vocab_size")) or not is_count(manifest.get("eos_id")):
         return "vocab_size and eos_id must be numbers"
     if manifest.get("dtype") not in ("uint16", "uint32"):
         return f"dtype {manifest.get('dtype')!r} is neither uint16 nor uint32"
@@ -237,22 +221,9 @@ def _problem(manifest: dict[str, Any]) -> str | None:
                 texts = ("file", "sha256", "offsets_file", "offsets_sha256")
                 if not isinstance(shard, dict) or not all(isinstance(shard.get(key), str) for key in texts):
                     return f"a shard of {split}.{name} lacks its files and checksums"
-                if not all(_is_count(shard.get(key)) for key in ("tokens", "documents", "bytes")):
+                if not all(is_count(shard.get(key)) for key in ("tokens", "documents", "bytes")):
                     return f"a shard of {split}.{name} lacks its sizes"
     return None
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """``directory / name``. Raises `UserError` if it is outside ``directory``: a manifest may be malicious."""
-    outside = Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(directory / name, directory)
-    if outside or not name.isprintable():
-        raise UserError(f"{directory / MANIFEST}: file name {name[:200]!r} points outside the data directory")
-    return (directory / name).resolve()
-
-
-def _check_sum(path: Path, expected: str) -> None:
-    if file_digest(path) != expected:
-        raise UserError(f"{path}: damaged: its SHA-256 is not the manifest's; prepare the data again")
 
 
 _NPY_HEADER = re.compile(
@@ -279,16 +250,12 @@ def _open_offsets(path: Path) -> FileArray | None:
 def _open_shard(
     directory: Path, shard: dict[str, Any], dtype: np.dtype[Any], vocab_size: int, verify: bool
 ) -> tuple[FileArray, FileArray]:
-    path, offsets_path = _inside(directory, shard["file"]), _inside(directory, shard["offsets_file"])
-    expected = shard["tokens"] * dtype.itemsize
+    path, offsets_path = path_inside(directory, shard["file"]), path_inside(directory, shard["offsets_file"])
     try:
-        actual = path.stat().st_size
-        if actual != expected:
-            state = "truncated" if actual < expected else "too long"
-            raise UserError(f"{path}: {state}: {actual} bytes instead of {expected}; prepare the data again")
+        check_size(path, shard["tokens"] * dtype.itemsize)
         if verify:
-            _check_sum(path, shard["sha256"])
-            _check_sum(offsets_path, shard["offsets_sha256"])
+            check_digest(path, shard["sha256"])
+            check_digest(offsets_path, shard["offsets_sha256"])
         tokens = FileArray(path, dtype, shard["tokens"])
         offsets = _open_offsets(offsets_path)
     except OSError as error:
@@ -348,7 +315,7 @@ def open_data(
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a data directory. Raises UserError if it is missing or differs from the manifest's."""
     manifest = read_manifest(directory)
-    path = _inside(Path(directory), manifest["tokenizer"]["file"])
+    path = path_inside(Path(directory), manifest["tokenizer"]["file"])
     tokenizer = Tokenizer(path)
     if tokenizer.hash != manifest["tokenizer"]["hash"]:
         raise UserError(f"{path}: damaged: not the tokenizer that made these data (hash {tokenizer.hash})")

@@ -114,8 +114,14 @@ def _excluded(relative: PurePath, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(candidate, pattern) for pattern in cleaned for candidate in candidates)
 
 
-def _files_of(folder: Path, options: ReadOptions, report: ReadReport) -> list[tuple[str, Path]]:
-    """The files of a folder that are read, with their paths in it, in the order of these paths."""
+def files_of(
+    folder: Path, options: ReadOptions, report: ReadReport, suffixes: tuple[str, ...] = KNOWN_SUFFIXES
+) -> list[tuple[str, Path]]:
+    """The files of a folder with these suffixes, with their paths in it, in the order of these paths.
+
+    Raises:
+        UserError: a folder cannot be read, or lacks a file that its ``state.json`` names.
+    """
     found = []
     for parent, names in _folders(folder, report):
         saved = _saved_files(parent, names)
@@ -128,7 +134,7 @@ def _files_of(folder: Path, options: ReadOptions, report: ReadReport) -> list[tu
                 report.skip("excluded", path)
             elif not path.is_file():
                 report.skip("broken link(s) or special file(s)", path)
-            elif kind not in KNOWN_SUFFIXES:
+            elif kind not in suffixes:
                 packed = path.suffix.lower() if path.suffix.lower() in COMPRESSED_SUFFIXES else ""
                 report.skip(f"{kind}{packed}" if kind or packed else "without a suffix", path)
             elif saved is not None and name not in saved:
@@ -178,7 +184,7 @@ def _read(location: str, options: ReadOptions, report: ReadReport) -> Iterator[t
         return
     path = Path(location)
     if path.is_dir():
-        files = _files_of(path, options, report)
+        files = files_of(path, options, report)
         if not files:
             note = f"; {report.note()}" if report.skipped else ""
             raise UserError(f"{location}: this folder has no file of a known kind ({' '.join(KNOWN_SUFFIXES)}){note}")

@@ -9,13 +9,15 @@ import os
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from recurrent_db.data.readers import ReadOptions, ReadReport, text_of
 from recurrent_db.data.unpacking import COMPRESSED_SUFFIXES
 from recurrent_db.errors import UserError
+
+Item = TypeVar("Item")
 
 _BATCH_ROWS = 1024
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -37,11 +39,11 @@ def read_table(path: Path, name: str, options: ReadOptions, report: ReadReport) 
                 if (found := text_of({options.text_key: text}, str(path), options, report)) is not None:
                     yield f"{name}#{number}", found
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except UserError:
         raise
     except Exception as error:  # pyarrow raises many types; all mean that the input is unreadable
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _check_column(names: list[str], where: str, options: ReadOptions) -> None:
@@ -81,7 +83,8 @@ def _arrow_texts(file: IO[bytes], where: str, options: ReadOptions) -> Iterator[
             yield from column.to_pylist()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300]
 
@@ -109,8 +112,12 @@ def _check_hub(name: str) -> None:
         raise UserError(f"hf:{name}: cannot reach {host} (no network?); give local files instead") from None
 
 
-def read_hub(location: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
-    """The documents of ``hf:NAME[:CONFIG[:SPLIT]]``, as (id, text)."""
+def open_hub(location: str, what: Callable[[Any], Iterator[Item]]) -> Iterator[Item]:
+    """Stream ``what(data set)`` of ``hf:NAME[:CONFIG[:SPLIT]]``. The data set is an ``IterableDataset``.
+
+    Raises:
+        UserError: while reading, if the library is missing, or the data set cannot be read.
+    """
     name, _, rest = location.removeprefix("hf:").partition(":")
     config, _, part = rest.partition(":")
     if not name:
@@ -127,10 +134,20 @@ def read_hub(location: str, options: ReadOptions, report: ReadReport) -> Iterato
         # By default a parquet reader takes as many rows at once as the first row group has, even if it has none.
         if getattr(builder.config, "batch_size", _BATCH_ROWS) is None:
             builder.config.batch_size = _BATCH_ROWS
-        for number, row in enumerate(builder.as_streaming_dataset(split=part or "train")):
-            if (text := text_of(row, location, options, report)) is not None:
-                yield f"{name}#{number}", text
+        yield from what(builder.as_streaming_dataset(split=part or "train"))
     except UserError:
         raise
     except Exception as error:  # the library and its readers raise many types; all mean that the input is unreadable
-        raise UserError(f"cannot read {location}: {_first_line(error)}") from None
+        raise UserError(f"cannot read {location}: {first_line(error)}") from None
+
+
+def read_hub(location: str, options: ReadOptions, report: ReadReport) -> Iterator[tuple[str, str]]:
+    """The documents of ``hf:NAME[:CONFIG[:SPLIT]]``, as (id, text)."""
+    name = location.removeprefix("hf:").partition(":")[0]
+
+    def texts(rows: Any) -> Iterator[tuple[str, str]]:
+        for number, row in enumerate(rows):
+            if (text := text_of(row, location, options, report)) is not None:
+                yield f"{name}#{number}", text
+
+    yield from open_hub(location, texts)
