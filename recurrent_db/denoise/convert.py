@@ -335,8 +335,11 @@ def convert(
     Raises:
         UserError: the layers cannot be converted or split this way, or an option is out of range.
     """
+    _check(isinstance(network, Iterable), f"network must be a list of layers, got {type(network).__name__}")
     stack = list(network)
     _check(0 < sd < math.inf, f"sd, the data's standard deviation, must be above 0, got {sd}")
+    _check(noise.sigma_min > 0, f"the lowest noise level must be above 0, got {noise.sigma_min}")
+    _check(0 <= gamma < math.inf, f"gamma, the overlap, must be at least 0, got {gamma}")
     _check(shared in SHARED, f"shared must be one of {', '.join(SHARED)}, got {shared!r}")
     _check(modulation in ("layers", "norms"), f"modulation must be layers or norms, got {modulation!r}")
     _check(classes >= 0, f"classes must be at least 0, got {classes}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recurrent_db.denoise.convert import DiffusionBlocks, convert
 from recurrent_db.denoise.frame import Frame
-from recurrent_db.denoise.noise import LogNormal
+from recurrent_db.denoise.noise import LogNormal, Uniform
 from recurrent_db.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -519,6 +519,9 @@ def test_a_layer_that_moves_its_channels_itself_is_right() -> None:
         ({"sd": -1.0}, "sd, the data's standard deviation"),
         ({"sd": math.nan}, "sd, the data's standard deviation"),
         ({"sd": math.inf}, "sd, the data's standard deviation"),
+        ({"noise": Uniform(0.0, 1.0)}, "the lowest noise level must be above 0, got 0.0"),
+        ({"gamma": -0.1}, "gamma, the overlap, must be at least 0, got -0.1"),
+        ({"network": nn.Identity()}, "network must be a list of layers, got Identity"),
         ({"n_blocks": 3}, "2 layers cannot be cut into 3 blocks"),
         ({"n_blocks": 0}, "2 layers cannot be cut into 0 blocks"),
         ({"shared": "mine"}, "shared must be one of owned, frozen, all, got 'mine'"),
@@ -538,7 +541,7 @@ def test_a_layer_that_moves_its_channels_itself_is_right() -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     layers = [Residual(WIDTH), Residual(WIDTH)]
     with pytest.raises(UserError, match=message) as error:
-        convert(layers, **{"n_blocks": 2, "noise": LAW, "width": WIDTH, "sd": 0.5, **options})
+        convert(**{"network": layers, "n_blocks": 2, "noise": LAW, "width": WIDTH, "sd": 0.5, **options})
     one_line(error)
 
 
