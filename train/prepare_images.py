@@ -39,8 +39,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
-        raise UserError("--source is given twice: list all sources after one --source")
+    for option in ("--source", "--test-source"):
+        if sum(word == option or word.startswith(f"{option}=") for word in sys.argv) > 1:
+            raise UserError(f"{option} is given twice: list all sources after one {option}")
     done = prepare_images(
         args.source,
         args.out,

@@ -12,6 +12,7 @@ The splits are "train", "validation" and "test". `directory` says how a director
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -115,7 +116,8 @@ class ImageWriter:
     def __exit__(self, *failure: object) -> None:
         for split in self._splits.values():
             if split.labels:
-                split.file.close()
+                with contextlib.suppress(OSError):  # on a full disk the flush fails again
+                    split.file.close()
         self._directory.__exit__(*failure)
 
     def add(self, split: str, pixels: bytes, label: int) -> None:
@@ -252,6 +254,8 @@ def problem_of_classes(names: Any) -> str | None:
         return "the class names are not a list of texts"
     if len(names) > MOST_CLASSES:
         return f"{len(names)} classes, but at most {MOST_CLASSES} are possible"
+    if unprintable := [name for name in names if not name.isprintable()]:
+        return f"class name {unprintable[0][:200]!a} has unprintable characters"
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         return f"two classes are named {repeated[0][:200]!r}"
     return None

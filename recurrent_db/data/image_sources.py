@@ -91,7 +91,10 @@ def read_images(location: str, options: ImageOptions, report: ReadReport) -> Ite
 
 
 def _folder_images(folder: Path, report: ReadReport) -> Iterator[RawImage]:
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from None
     if not folders:
         raise UserError(f"{folder}: no folder in it: put the images of each class in a folder with the class's name")
     classes = checked_classes([path.name for path in folders], str(folder))
@@ -100,8 +103,12 @@ def _folder_images(folder: Path, report: ReadReport) -> Iterator[RawImage]:
         if not files:
             raise UserError(f"{path}: no image in the folder of this class ({' '.join(SUFFIXES)})")
         for _, file in files:
-            with file.open("rb") as opened:
-                yield RawImage(str(file), opened.read(MOST_BYTES + 1), label, classes)
+            try:
+                with file.open("rb") as opened:
+                    raw = opened.read(MOST_BYTES + 1)
+            except OSError as error:
+                raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+            yield RawImage(str(file), raw, label, classes)
 
 
 def _parquet_images(path: Path, options: ImageOptions) -> Iterator[RawImage]:
@@ -180,9 +187,11 @@ def _row_image(image: Any, label: Any, classes: tuple[str, ...] | None, where: s
         raise UserError(f"{where}: no label in column {options.label_key!r}")
     if not isinstance(label, int) or isinstance(label, bool):
         raise UserError(f"{where}: label {str(label)[:200]!r} is not an integer")
-    most = MOST_CLASSES if classes is None else len(classes)
-    if not 0 <= label < most:
-        raise UserError(f"{where}: label {label} is outside 0 to {most - 1}, the labels of {most} classes")
+    if label < 0:
+        raise UserError(f"{where}: label {label} is negative")
+    if label >= (most := MOST_CLASSES if classes is None else len(classes)):
+        reason = f"at most {most} classes are possible" if classes is None else f"there are {most} classes"
+        raise UserError(f"{where}: label {label}, but {reason}; labels are counted from 0")
     return RawImage(where, raw, label, classes)
 
 

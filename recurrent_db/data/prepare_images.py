@@ -110,8 +110,8 @@ def prepare_images(
         UserError: an argument is wrong, an input cannot be read, there is no image, or ``out`` cannot be written. ``out``
             is then unchanged.
     """
-    if not sources:
-        raise UserError("no source is given")
+    if not sources or not all((*sources, *test_sources)):
+        raise UserError("no source is given, or one is empty")
     if not 0 <= holdout < 1:
         raise UserError(f"holdout must be at least 0 and below 1, not {holdout}")
     if shard_images < 1:

@@ -228,9 +228,9 @@ def test_bad_images_are_named(image: Any, message: str, tmp_path: Path) -> None:
     ("labels", "message"),
     [
         ([0, None, 1], r"row 1: no label"),
-        ([0, 1, -1], "row 2: label -1 is outside 0 to 1"),
-        ([0, 2, 1], "row 1: label 2 is outside 0 to 1"),
-        ([0, 2**40, 1], "row 1: label 1099511627776 is outside"),
+        ([0, 1, -1], "row 2: label -1 is negative"),
+        ([0, 2, 1], "row 1: label 2, but there are 2 classes"),
+        ([0, 2**40, 1], "row 1: label 1099511627776, but"),
         ([0.0, 1.0, 1.0], r"row 0: label '0\.0' is not an integer"),
         (["a", "b", "a"], "row 0: label 'a' is not an integer"),
         ([True, False, True], "row 0: label 'True' is not an integer"),
@@ -242,7 +242,7 @@ def test_bad_labels_are_named(labels: list[Any], message: str, tmp_path: Path) -
         prepare_images([str(source)], tmp_path / "out", holdout=0)
     if labels[1] == 2**40:  # also without class names
         source = write_table(tmp_path / "s.parquet", [GOOD] * 3, labels, {})
-        with pytest.raises(UserError, match="outside 0 to 65535"):
+        with pytest.raises(UserError, match="at most 65536 classes are possible"):
             prepare_images([str(source)], tmp_path / "out", holdout=0)
 
 
@@ -255,6 +255,7 @@ def test_bad_labels_are_named(labels: list[Any], message: str, tmp_path: Path) -
         ({}, "has no class names"),
         (hugging_face(["even", "even"]), "two classes are named 'even'"),
         ({"classes": ""}, "not a list of texts"),
+        ({"classes": "even\n\x1b[31modd"}, "unprintable"),
     ],
 )
 def test_classes_of_two_sources_that_differ(metadata: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -304,6 +305,8 @@ def test_python_callers_mistakes(tmp_path: Path) -> None:
     source = str(write_noise(tmp_path / "s.parquet", 3))
     for options, message in (
         ({"sources": []}, "no source"),
+        ({"sources": [""]}, "no source"),
+        ({"test_sources": [source, ""]}, "no source"),
         ({"holdout": 1.0}, "holdout must be"),
         ({"shard_images": 0}, "images per shard"),
         ({"holdout": 1e-9}, "left for validation"),
@@ -563,6 +566,7 @@ def test_command_line(script_here: Script, tmp_path: Path) -> None:
         ((), "exists already"),
         (("--overwrite", "--label-key", "fine"), "no column 'fine'"),
         (("--source", source), "given twice"),
+        (("--test-source", source, "--test-source", source), "given twice"),
         (("--holdout", "nan"), "holdout"),
     ):
         failed = script_here(*run, *words)
