@@ -49,8 +49,8 @@ STANDSTILL = 300.0
 """Seconds without a finished case after which a process counts as hanging; four times as many before the first case."""
 SHARES = {
     "config": 0.25, "overrides": 0.001, "manifest": 0.05, "shards": 0.03, "checkpoint": 0.006, "safetensors": 0.14,
-    "tokenizer": 0.15, "import": 0.006, "corpus": 0.177, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
-    "run_files": 0.02,
+    "tokenizer": 0.15, "import": 0.006, "corpus": 0.127, "tables": 0.008, "repl": 0.006, "lm_eval": 0.006, "answers": 0.15,
+    "run_files": 0.02, "images": 0.03, "image_data": 0.02,
 }  # fmt: skip
 """Share of all cases for each target; slow targets get fewer. The shares sum to one."""
 

@@ -26,8 +26,19 @@ from safetensors.torch import load, save
 from benchmarks.reliability.fuzz_inputs import altered, as_json, damaged, number, text, value
 from recurrent_db.accounting.flops import step_cost
 from recurrent_db.config import Config, config_from_json, load_config, resolve, validate
-from recurrent_db.data import DataWriter, Loader, document, load_tokenizer, open_data, validation_batches
+from recurrent_db.data import (
+    DataWriter,
+    ImageLoader,
+    Loader,
+    document,
+    load_tokenizer,
+    open_data,
+    open_images,
+    validation_batches,
+)
 from recurrent_db.data.holdout import split_documents
+from recurrent_db.data.image_shards import ImageWriter
+from recurrent_db.data.image_sources import RawImage, decode
 from recurrent_db.data.readers import ReadOptions
 from recurrent_db.data.sources import read_documents
 from recurrent_db.data.tokenizer import Tokenizer, replace_surrogates, train
@@ -837,6 +848,61 @@ class RunFiles:
         merge_baselines([self.run], None)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+class Images:
+    """Damaged PNG, JPEG, WebP, BMP and PPM files. An accepted one gives RGB pixels."""
+
+    def __init__(self, folder: Path) -> None:
+        from PIL import Image
+
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+        self.good: dict[str, bytes] = {}
+        for kind in ("PNG", "JPEG", "WEBP", "BMP", "PPM"):
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, kind)
+            self.good[kind] = stream.getvalue()
+
+    def case(self, rng: random.Random) -> None:
+        kind = rng.choice(list(self.good))
+        raw = damaged(rng, self.good[kind])
+        found = decode(RawImage("image", raw, 0, None), convert=rng.random() < 0.5)
+        assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3
+
+
+class ImageDirectories:
+    """``manifest.json`` and shards of a data directory of images. An accepted one gives batches of labels inside its
+    classes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        images = np.random.default_rng(0).integers(0, 256, (8, 5, 7, 3), np.uint8)
+        with ImageWriter(self.data, shard_images=3) as writer:
+            for number, image in enumerate(images):
+                writer.add("train", image.tobytes(), number % 2)
+            writer.commit((5, 7), ("even", "odd"), {})
+        self.good = {path.name: path.read_bytes() for path in self.data.iterdir()}
+        self.manifest = json.loads(self.good["manifest.json"])
+
+    def case(self, rng: random.Random) -> None:
+        for name, raw in self.good.items():
+            put(self.data / name, raw)
+        name = rng.choice(("manifest.json", rng.choice(list(self.good))))
+        if name == "manifest.json":
+            raw = said(rng, self.manifest)
+            if rng.random() < 0.7:  # correct the digest, so that the content is read
+                with contextlib.suppress(ValueError, RecursionError):
+                    raw = resealed(json.loads(raw))
+        else:
+            raw = damaged(rng, self.good[name])
+        put(self.data / name, raw)
+        train_split = open_images(self.data, "train", verify=rng.random() < 0.5)
+        batch = ImageLoader(train_split, 2, rng.randrange(3), flip=True, crop_padding=1).batch(rng.randrange(5))
+        assert int(batch.labels_B.min()) >= 0 and int(batch.labels_B.max()) < len(train_split.classes)
+
+
 TARGETS: dict[str, Callable[[Path], Any]] = {
     "config": ConfigFiles,
     "overrides": Overrides,
@@ -852,5 +918,7 @@ TARGETS: dict[str, Callable[[Path], Any]] = {
     "lm_eval": Harness,
     "answers": AnswerFiles,
     "run_files": RunFiles,
+    "images": Images,
+    "image_data": ImageDirectories,
 }
 """Targets by name. The class is called with the folder that it may write to."""

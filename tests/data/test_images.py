@@ -134,6 +134,11 @@ def test_the_hub(tmp_path: Path) -> None:
     for name, source in (("hub", f"hf:{tmp_path / 'set'}"), ("file", str(path))):
         assert prepare_images([source], tmp_path / name, holdout=0).classes == tuple(NAMES)
     assert pixels_of(tmp_path / "hub", "train") == pixels_of(tmp_path / "file", "train")
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.png").write_bytes(encoded(noise(1)[0]))
+    with pytest.raises(UserError, match=r"row 0: no bytes .*give a folder of images without hf:"):
+        prepare_images([f"hf:{tmp_path / 'photos'}"], tmp_path / "out")
 
 
 def test_other_columns(tmp_path: Path) -> None:
