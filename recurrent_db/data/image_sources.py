@@ -98,11 +98,14 @@ def _folder_images(folder: Path, report: ReadReport) -> Iterator[RawImage]:
     if not folders:
         raise UserError(f"{folder}: no folder in it: put the images of each class in a folder with the class's name")
     classes = checked_classes([path.name for path in folders], str(folder))
+    class_of: dict[Path, str] = {}
     for label, path in enumerate(folders):
         files = files_of(path, ReadOptions(), report, SUFFIXES)
         if not files:
             raise UserError(f"{path}: no image in the folder of this class ({' '.join(SUFFIXES)})")
         for _, file in files:
+            if (other := class_of.setdefault(file.resolve(), path.name)) != path.name:
+                raise UserError(f"{file}: a link puts this image of class {other} into class {path.name} too")
             try:
                 with file.open("rb") as opened:
                     raw = opened.read(MOST_BYTES + 1)

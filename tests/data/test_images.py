@@ -277,6 +277,15 @@ def test_a_test_label_without_a_training_class(tmp_path: Path) -> None:
         prepare_images([str(first)], tmp_path / "out", test_sources=[str(other)], holdout=0)
 
 
+def test_a_link_that_puts_an_image_into_two_classes_is_refused(tmp_path: Path) -> None:
+    for name, pixels in zip(("cat", "dog"), noise(2), strict=True):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        (tmp_path / "source" / name / "0.png").write_bytes(encoded(pixels))
+    (tmp_path / "source/dog/all").symlink_to("..")
+    with pytest.raises(UserError, match="a link puts this image of class cat into class dog too"):
+        prepare_images([str(tmp_path / "source")], tmp_path / "out", holdout=0)
+
+
 def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat/1.png").write_bytes(GOOD)
