@@ -11,7 +11,14 @@ import pytest
 import torch
 from helpers import micro_config, synthetic_data
 
-from recurrent_db.accounting.hardware import EnergyMeter, UpdateClock, choose_device, peak_flops, table_peak_flops
+from recurrent_db.accounting.hardware import (
+    EnergyMeter,
+    UpdateClock,
+    choose_device,
+    measured_matmul_flops,
+    peak_flops,
+    table_peak_flops,
+)
 from recurrent_db.errors import UserError
 from recurrent_db.store.metrics import read_metrics
 from recurrent_db.training import trainer
@@ -204,3 +211,8 @@ def test_other_devices_are_refused_in_one_line(name: str) -> None:
 def test_devices_of_this_machine() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_busy_machine_has_a_measured_peak_too() -> None:
+    """Even if the time is up before the first product."""
+    assert measured_matmul_flops(size=8, seconds=0.0) > 0
