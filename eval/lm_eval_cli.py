@@ -209,6 +209,7 @@ def check_files(names: set[str], include_path: str | None) -> set[str]:
         defined: dict[str, Any] = {}
         with user_errors():
             config = load_yaml(path, resolve_func=False)
+            check_keys(path)
             if {"task", "group", "class"} & config.keys():  # otherwise other files include it
                 TaskIndex.process_cfg(config, path, defined)
         for name in [name for name, entry in defined.items() if entry.yaml_path and name in names]:
@@ -216,6 +217,23 @@ def check_files(names: set[str], include_path: str | None) -> set[str]:
                 raise UserError(f"task {name} is defined twice, in {files[name]} and {path}")
             files[name] = path
     return found
+
+
+def check_keys(path: Path) -> None:
+    """Raise UserError if a mapping of a YAML file has a key twice. The harness takes the last one."""
+    import yaml
+
+    todo = [yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            for place, key in enumerate(keys):
+                if key in keys[:place]:
+                    raise UserError(f"{path}: the field {key} is there twice")
+            todo += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
 
 
 def check_numbers(config: Any) -> None:

@@ -67,6 +67,8 @@ def _check_arc(row: Row) -> str | None:
         return f"choices must hold the lists text and label, got {choices!r}"
     if answer not in labels:
         return f"answerKey must be one of {', '.join(map(str, labels))}, got {answer!r}"
+    if labels.count(answer) > 1:
+        return f"choices have the label {answer!r} twice"
     right = labels.index(answer)
     if isinstance(choices.get("text"), list) and len(choices["text"]) != len(labels):
         return f"choices have {len(choices['text'])} texts but {len(labels)} labels"
@@ -78,7 +80,11 @@ def _check_piqa(row: Row) -> str | None:
 
 
 def _check_blimp(row: Row) -> str | None:
-    return _no_text(row, "sentence_good", "sentence_bad")
+    if (wrong := _no_text(row, "sentence_good", "sentence_bad")) is None and row["sentence_good"] == row[
+        "sentence_bad"
+    ]:
+        return "sentence_good and sentence_bad are the same"
+    return wrong
 
 
 def _check_last_word(row: Row) -> str | None:
@@ -113,8 +119,8 @@ def _check_rows(path: Path, check: Check) -> None:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise UserError(f"{path} is not JSONL: its line {number} is not a JSON object")

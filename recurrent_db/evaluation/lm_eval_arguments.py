@@ -143,8 +143,8 @@ def request_options(given: Mapping[str, Any], task: str | None = None) -> dict[s
 def _request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     known = ("until", "do_sample", "max_length", *LIMITS, *NUMBERS)
     for name, value in given.items():
-        if name not in known and WITHOUT_EFFECT.get(name) != value:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and (WITHOUT_EFFECT.get(name) != value or isinstance(value, bool)):
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]}?" if near else f"supported: {', '.join(known)}"
             raise UserError(f"{name} = {value!r} is not supported; {hint}")
     options: dict[str, Any] = {name: _number(name, given[name]) for name in NUMBERS if name in given}
@@ -186,7 +186,7 @@ def _count(name: str, value: Any, least: int) -> int:
         number = math.nan if isinstance(value, bool) else float(value)
     except (ValueError, TypeError, OverflowError):
         number = math.nan
-    if not (number >= least and number.is_integer()):
+    if not (least <= number <= MOST_INTEGER and number.is_integer()):
         raise UserError(f"{name} must be a whole number of {least} or more, got {value!r}")
     return int(number)
 

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from numbers import Integral
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.lm_eval_arguments import request_options
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
 
 # Modules of the harness that work on nothing but tasks. Everything calls its `utils`.
@@ -55,7 +56,9 @@ _FIELD_OF_VARIABLE = {
     "filter_config": "filter_list",
     "metric_config": "metric_list",
 }
-_TYPES: dict[str, type] = {"None": type(None), "str": str, "int": int, "bool": bool, "list": list, "dict": dict}
+_TYPES: dict[str, type] = {
+    "None": type(None), "str": str, "int": int, "bool": bool, "list": list, "dict": dict, "Callable": FunctionType
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +99,8 @@ class _Place:
         self.error, self.task = error, None
         self.name = self.file = self.field = ""
         self.config: Mapping[str, Any] = {}
+        self.overrides: Mapping[str, Any] = {}  # fields of a task that the group ``self.group`` sets
+        self.group = ("", "")
         self.doc, self.row = None, None
         for frame in frames:
             function, values = frame.f_code.co_name, frame.f_locals
@@ -113,8 +118,16 @@ class _Place:
                 self.config = values.get("cfg", {})
             elif function == "_build_group":
                 self.config = {**values["raw_cfg"], "task": values["group_name"]}
-            if function in ("load_yaml", "process_cfg"):
+            elif function == "_build_group_members" and isinstance(overrides := values.get("item_overrides"), dict):
+                entry = values["registry"].get(values["group_name"])
+                self.group, self.overrides = (values["group_name"], str(entry.yaml_path) if entry else ""), overrides
+            if function == "process_cfg":
                 self.file = str(values["path"])
+            elif function == "load_yaml" and not (self.field == "include" and isinstance(error, OSError)):
+                self.file, self.field = str(values["path"]), "include" if "includes" in values else ""
+            if str(frame.f_globals["__name__"]) == "lm_eval.config.group":
+                self.field = "aggregate_metric_list"
+                continue
             if function == "__init__" and "test_doc" not in values:
                 self.field = next((field for word, field in _FIELD_OF_VARIABLE.items() if word in values), self.field)
             elif function.startswith("doc_to_") or function in _FIELD_OF_FUNCTION:
@@ -128,6 +141,9 @@ class _Place:
 
     def message(self) -> str:
         said = self._mistake() or (f"{self.field}: " if self.field else "") + _sentence(self.error)
+        word = re.match(r"(?:unknown field )?(\w+)", said)
+        if word and word[1] in self.overrides:
+            self.name, self.file = self.group
         return _located(said, self.name, self.file, self.row)
 
     def _mistake(self) -> str | None:
@@ -135,10 +151,11 @@ class _Place:
         if word := re.search(r"unexpected keyword argument '(\w+)'", str(self.error)):
             if self.field == "dataset_path":
                 return f"dataset_kwargs: unknown option {word[1]}"
+            if self.field == "aggregate_metric_list":
+                return f"aggregate_metric_list: unknown option {word[1]}"
             return _unknown_field(word[1])
         try:
-            if isinstance(self.error, TypeError | AttributeError):
-                check_types(self.config)
+            check_types(self.config)
             if self.task is None or self.task.config is None:
                 return None
             check_metrics(self.task)
@@ -152,7 +169,7 @@ class _Place:
             return (
                 f"there is no task {member!r}, which the group {group} names" if member else "dataset_path is missing"
             )
-        if self.field == "dataset_path" and config.dataset_kwargs:
+        if self.field == "dataset_path" and config.dataset_kwargs and repr(config.dataset_path) not in str(self.error):
             self.field = "dataset_kwargs"
         splits = getattr(self.task, "dataset", None)
         if isinstance(self.error, KeyError) and self.field.endswith("_split") and isinstance(splits, Mapping):
@@ -197,7 +214,11 @@ def _sentence(error: BaseException) -> str:
         return f"the data cannot be read: {_sentence(cause)}"
     if isinstance(error, StopIteration):  # as datasets reports an empty file
         return "the data have no rows"
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # of YAML
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', None) or 'invalid YAML'}"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no file {error.filename}"
+    message = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if "larger than population" in message:
         return "there are fewer examples than --num_fewshot (--fewshot) asks for"
     if isinstance(error, KeyError) and " " not in message:
@@ -229,7 +250,11 @@ def checked_tasks(ours: bool = True) -> Iterator[None]:
 
     def load_quietly(manager: TaskManager, *arguments: Any) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints the type of a field that is missing
-            return load(manager, *arguments)
+            loaded = load(manager, *arguments)
+        for name, group in loaded["groups"].items():
+            entry = manager.task_index.get(name)
+            check_group(group, f"{entry.yaml_path}, group {name}" if entry and entry.yaml_path else f"group {name}")
+        return loaded
 
     Task.build_all_requests, TaskManager.load = build_and_check, load_quietly
     try:
@@ -244,8 +269,10 @@ def check_task(task: ConfigurableTask, ours: bool = True) -> None:
     try:
         check_metrics(task)
         _check_filters(task)
-        if not isinstance(task.config.repeats, int) or task.config.repeats < 1:
-            raise UserError(f"repeats must be a whole number of 1 or more, got {task.config.repeats!r}")
+        for field, least in (("repeats", 1), ("num_fewshot", 0)):
+            number = getattr(task.config, field)
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
+                raise UserError(f"{field} must be a whole number of {least} or more, got {number!r}")
         if ours and task.OUTPUT_TYPE == "generate_until":
             request_options(task.instances[0].args[1])
         docs = {instance.doc_id: instance.doc for instance in task.instances}
@@ -257,19 +284,48 @@ def check_task(task: ConfigurableTask, ours: bool = True) -> None:
         raise UserError(_located(str(error), *_source(vars(task.config)), row)) from None
 
 
+def check_group(group: Group, place: str) -> None:
+    """Raise `UserError`, naming ``place``, for a group without tasks or one that averages what none of its tasks has."""
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.config.group import AggMetricConfig
+
+    tasks = group.get_all_tasks()
+    if not tasks:
+        raise UserError(f"{place}: task must be a list of at least one task")
+    if any(type(task) is not ConfigurableTask for task in tasks):
+        return  # others do not say what their metrics are
+    metrics = {metric for task in tasks for metric in task.aggregation()}
+    filters = {ensemble.name for task in tasks for ensemble in task._filters}
+    for entry in group.aggregate_metric_list or []:
+        if not isinstance(entry, AggMetricConfig):
+            raise UserError(f"{place}: aggregate_metric_list must be a list of entries with metric, got {entry!r}")
+        for what, asked, known in (("metric", [entry.metric], metrics), ("filter", entry.filter_list or [], filters)):
+            if missing := [word for word in asked if word not in known]:
+                raise UserError(f"{place}: aggregate_metric_list: no task has the {what} {missing[0]!r}")
+
+
 def check_types(config: Mapping[str, Any]) -> None:
     """Raise `UserError` for a field whose value has another type than the harness declares for it."""
+    from lm_eval.api.task import ALL_OUTPUT_TYPES
     from lm_eval.config.task import TaskConfig
 
     for field in fields(TaskConfig):
         names = str(field.type).split(" | ")
         value = config.get(field.name, field.default)
+        if field.name.startswith("doc_to_") or callable(value):  # more types are in use than are declared
+            continue
         if set(names) <= _TYPES.keys() and not isinstance(value, tuple(_TYPES[name] for name in names)):
-            raise UserError(f"{field.name} must be {' or '.join(names)}, got {value!r}")
+            raise UserError(
+                f"{field.name} must be {' or '.join(names).replace('Callable', 'a function')}, got {value!r}"
+            )
+    if (kind := config.get("output_type", "generate_until")) not in ALL_OUTPUT_TYPES:
+        raise UserError(f"output_type must be one of {', '.join(ALL_OUTPUT_TYPES)}, got {kind!r}")
 
 
 def check_metrics(task: ConfigurableTask) -> None:
     """Raise `UserError` for a metric or an aggregation that does not exist. The harness leaves such a metric out."""
+    if task.config.metric_list == []:
+        raise UserError("metric_list names no metric")
     for name, metric in getattr(task, "_metric_fn_list", {}).items():
         if metric is None and task.config.process_results is None:
             raise UserError(f"metric_list: unknown metric {name!r}")
@@ -328,6 +384,8 @@ def check_row(task: ConfigurableTask, doc: Any) -> None:
     for label in named if isinstance(named, list) and named else [named]:
         by_text = many and isinstance(label, str) and label in choices
         by_number = isinstance(label, Integral) and label in range(len(choices))
+        if isinstance(getattr(task.config, field), bool):  # YAML's yes, no, true and false: numbers to the harness
+            by_text = by_number = False
         if not (by_text or by_number):
             raise UserError(f"{field} names none of the {len(choices)} choices: {label!r}")
 

@@ -179,6 +179,8 @@ def test_generation_is_greedy_unless_asked(runs: Path, tokenizer: Tokenizer) -> 
     "options, expected",
     [
         ({"num_beams": 3}, "num_beams = 3 is not supported"),
+        ({"num_beams": True}, "num_beams = True is not supported"),
+        ({5: 4}, "5 = 4 is not supported"),
         ({"no_repeat_ngram_size": 4}, "no_repeat_ngram_size = 4 is not supported"),
         ({"bad_words_ids": [[1]]}, "bad_words_ids"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),

@@ -93,7 +93,7 @@ def evaluate(folder: Path, lm: Stub) -> dict[str, Any]:
     with user_errors(ValueError, KeyError), checked_tasks():
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         done = lm_eval.simple_evaluate(lm, tasks=["mine"], task_manager=manager, bootstrap_iters=0)
-        results: dict[str, Any] = done["results"]["mine"]
+        results: dict[str, Any] = (done["results"] | done.get("groups", {}))["mine"]
         return results
 
 
@@ -129,6 +129,11 @@ def test_good_tasks_run(tmp_path: Path, config: dict[str, Any]) -> None:
         (CHOOSE, {"test_split": "dev"}, ROWS, "test_split: the data have no split 'dev', only test"),
         (CHOOSE, {"fewshot_split": "dev"}, ROWS, "fewshot_split: the data have no split 'dev', only test"),
         (CHOOSE, {"test_split": None}, ROWS, "test_split: "),
+        (CHOOSE, {"test_split": 5}, ROWS, "test_split must be str or None, got 5"),
+        (CHOOSE, {"doc_to_target": True}, ROWS, "doc_to_target names none of the 2 choices: True"),
+        (CHOOSE, {"output_type": 5}, ROWS, "output_type must be one of loglikelihood, multiple_choice"),
+        (CHOOSE, {"metric_list": []}, ROWS, "metric_list names no metric"),
+        (CHOOSE, {"dataset_path": "jsom"}, ROWS, "dataset_path: "),
         (CHOOSE, {"metric_list": [{"metric": "accuraccy"}]}, ROWS, "metric_list: unknown metric 'accuraccy'"),
         (CHOOSE, {"metric_list": [{**METRIC, "metric": "accuraccy"}]}, ROWS, "metric_list: unknown metric 'accuraccy'"),
         (CHOOSE, {"metric_list": [{**METRIC, "aggregation": "avg"}]}, ROWS, "'acc' needs a known aggregation"),
@@ -138,11 +143,15 @@ def test_good_tasks_run(tmp_path: Path, config: dict[str, Any]) -> None:
         (CHOOSE, {"dataset_kwargs": {"data_files": {"test": "/no/such.jsonl"}}}, ROWS, "dataset_kwargs: Unable to find"),
         (CHOOSE, {}, [], "dataset_kwargs: the data have no rows"),
         (CHOOSE, {"target_delimiter": 5}, ROWS, "target_delimiter must be str, got 5"),
+        (CHOOSE, {"num_fewshot": -1}, ROWS, "num_fewshot must be a whole number of 0 or more, got -1"),
+        (CHOOSE, {"num_fewshot": 1.5, "fewshot_split": "test"}, ROWS, "num_fewshot must be int or None, got 1.5"),
         (CHOOSE, {"num_fewshot": "two"}, ROWS, "num_fewshot must be int or None, got 'two'"),
         (CHOOSE, {"num_fewshot": 9}, ROWS, "fewer examples than --num_fewshot"),
         (CHOOSE, {"description": "{{nothing}}"}, ROWS, "description: UndefinedError"),
+        (CHOOSE, {"process_docs": "no_docs"}, ROWS, "process_docs must be a function or None, got 'no_docs'"),
         (CHOOSE, {"process_docs": "!function functions.no_docs"}, ROWS, "process_docs: AttributeError"),
         (WRITE, {"repeats": 0}, ROWS, "repeats must be a whole number of 1 or more"),
+        (WRITE, {"generation_kwargs": {"max_gen_toks": 1e30}}, ROWS, "max_gen_toks must be a whole number"),
         (WRITE, {"generation_kwargs": {"until": [], "num_beams": 2}}, ROWS, "num_beams = 2 is not supported"),
         (WRITE, {"filter_list": [{"name": "a", "filter": [{"function": "sort"}]}]}, ROWS, "filter_list: Unknown filter"),
         (WRITE, {"filter_list": [{"name": "a", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, ROWS,
@@ -251,7 +260,9 @@ def write_rows(folder: Path, task: str, *rows: dict[str, Any]) -> Path:
         ("arc_easy", {"choices": {"text": ["ice", ""], "label": ["A", "B"]}}, "choices must be a list of texts"),
         ("arc_easy", {"choices": {"text": None, "label": ["A", "B"]}}, "choices must be a list of texts, got None"),
         ("arc_easy", {"choices": {"text": [], "label": []}}, "answerKey must be one of"),
+        ("arc_easy", {"choices": {"text": ["ice", "sand"], "label": ["A", "A"]}}, "choices have the label 'A' twice"),
         ("blimp_pair", {"sentence_bad": ""}, "sentence_bad must be a text"),
+        ("blimp_pair", {"sentence_bad": "She sleeps."}, "sentence_good and sentence_bad are the same"),
         ("lambada", {"text": "The cat saw "}, "text must end with a word, got 'The cat saw '"),
         ("lambada", {"text": ["The"]}, "text must be a text"),
     ],
@@ -266,6 +277,14 @@ def test_a_value_that_no_model_can_get_right_is_refused(
         offline.offline_tasks([task], tmp_path)
     assert str(error.value).startswith(f"{path}, line 3: ")
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, json.dumps(GOOD["piqa"]).encode("utf-16"), b"\xff{}", b"[]"])
+def test_a_line_that_is_no_object_is_refused(offline: ModuleType, tmp_path: Path, line: bytes) -> None:
+    path = write_rows(tmp_path, "piqa", GOOD["piqa"])
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(UserError, match=r"piqa_validation\.jsonl is not JSONL: its line 2 is not a JSON object"):
+        offline.offline_tasks(["piqa"], tmp_path)
 
 
 def test_items_from_held_out_text_pass_their_check(offline: ModuleType) -> None:
@@ -322,8 +341,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"mine.yaml": "task: mine\n  doc: [1,\n"}, "mine.yaml: ScannerError: mapping values are not allowed here"),
-        ({"mine.yaml": "task: mine\ninclude: base.yaml\n"}, "base.yaml: "),
+        ({"mine.yaml": "task: mine\n  doc: [1,\n"}, "mine.yaml: line 2, column 6: mapping values are not allowed"),
+        ({"mine.yaml": "task: mine\nmetric_list:\n\t- acc\n"}, "mine.yaml: line 3, column 1: found character that cannot"),
+        ({"mine.yaml": "task: mine\ndescription: a\nmetadata: {v: 1, v: 2}\n"}, "mine.yaml: the field v is there twice"),
+        ({"mine.yaml": "task: mine\ninclude: base.yaml\n"}, "mine.yaml: include: there is no file "),
+        ({"mine.yaml": "task: mine\ninclude: 5\n"}, "mine.yaml: include: TypeError: "),
+        ({"mine.yaml": "group: mine\ntask: []\n"}, "mine.yaml, group mine: task must be a list of at least one task"),
         ({"mine.yaml": "task: mine\ntag: 5\n"}, "mine.yaml, task mine: tag must be str or list or None, got 5"),
         ({"mine.yaml": "task: mine\n", "z.yaml": "task: mine\n"}, "task mine is defined twice, in "),
         ({"mine.yaml": "task: mine\ndoc_to_text: !function gone.f\n"}, "mine.yaml: ImportError: "),
@@ -349,6 +372,40 @@ def test_the_command_reports_a_mistake_in_one_line(
     assert stop.value.code == 2
     assert expected.replace(" here", "") in said.err
     assert len((said.out + said.err).splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (
+            "aggregate_metric_list: [{metric: acc, aggregation: median}]",
+            "task mine: aggregate_metric_list: Currently, 'mean'",
+        ),
+        (
+            "aggregate_metric_list: [{metric: acc, weight: 1}]",
+            "task mine: aggregate_metric_list: unknown option weight",
+        ),
+        ("aggregate_metric_list: [{metric: accc}]", "group mine: aggregate_metric_list: no task has the metric 'accc'"),
+        ("aggregate_metric_list: [{metric: acc, filter_list: a}]", "aggregate_metric_list: no task has the filter 'a'"),
+        (
+            "aggregate_metric_list: acc",
+            "group mine: aggregate_metric_list must be a list of entries with metric, got 'a'",
+        ),
+        ("num_fewshot: two", "task mine: num_fewshot must be int or None, got 'two'"),
+        ("doc_to_txet: two", "task mine: unknown field doc_to_txet; did you mean doc_to_text?"),
+    ],
+)
+def test_a_mistake_in_a_group_names_the_groups_file(tmp_path: Path, fields: str, expected: str) -> None:
+    group, lm = tmp_path / "group.yaml", Stub()
+    write_task(tmp_path, {**CHOOSE, "task": "member"}, ROWS)
+    group.write_text("group: mine\ntask: [member]\naggregate_metric_list: [{metric: acc}]\n")
+    evaluate(tmp_path, lm)
+    assert lm.asked
+    group.write_text(f"group: mine\ntask: [member]\n{fields}\n")
+    with pytest.raises(UserError) as error:
+        evaluate(tmp_path, Stub())
+    assert str(error.value).startswith(f"{group}, ")
+    assert expected in str(error.value)
 
 
 def test_a_file_of_broken_rows_is_one_line(
