@@ -146,6 +146,8 @@ class Weights:
         listed: dict[str, Any] | None = None
         files = ["model.safetensors"]
         if index.exists():
+            if (folder / files[0]).exists() and files[0] not in index.read_text(encoding="utf-8"):
+                raise UserError(f"{folder} has both {files[0]} and {index.name}: delete the one that is out of date")
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"{index} has no weight_map")
@@ -372,7 +374,10 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
             if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
                 said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
                 raise UserError(f"{said}, but run.config.model.{ours} is {getattr(config.model, ours)!r}")
-        validate(config)
+        try:
+            validate(config)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
     else:
         raise UserError(f"{source}: model_type must be {MODEL_TYPE} or huginn_raven, got {str(kind)[:80]!r}")
     tokenizer = read_tokenizer(folder, values, resized)

@@ -129,7 +129,7 @@ def test_forms_of_input_and_output(theirs: Any) -> None:
     assert torch.equal(as_tuple[0], full.loss)
     assert torch.equal(as_tuple[1], full.logits)
     assert torch.equal(theirs(inputs_embeds=theirs.get_input_embeddings()(ids)).logits, full.logits)
-    for keep, where in ((2, slice(-2, None)), (torch.tensor([0, 5]), [0, 5]), (0, slice(None))):
+    for keep, where in ((None, slice(None)), (2, slice(-2, None)), (torch.tensor([0, 5]), [0, 5]), (0, slice(None))):
         torch.testing.assert_close(theirs(ids, logits_to_keep=keep).logits, full.logits[:, where])
     torch.testing.assert_close(theirs(ids, labels=ids, num_items_in_batch=4).loss, full.loss * ids[:, 1:].numel() / 4)
     greedy: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -157,7 +157,12 @@ def test_forms_of_input_and_output(theirs: Any) -> None:
         ({"head_mask": torch.ones(2)}, "no argument head_mask"),
         ({"token_type_ids": torch.ones(2, 9)}, "no argument token_type_ids"),
         ({"num_recurence": 3}, "no argument num_recurence"),
-        ({"num_recurrence": 0}, "num_recurrence must be 1 or more"),
+        ({"num_recurrence": 0}, "num_recurrence must be a whole number of 1 or more, got 0"),
+        ({"num_recurrence": 2.5}, "num_recurrence must be a whole number of 1 or more, got 2.5"),
+        ({"num_recurrence": "two"}, "num_recurrence must be a whole number of 1 or more, got 'two'"),
+        ({"logits_to_keep": -1}, "logits_to_keep must be 0 or more"),
+        ({"input_ids": torch.ones(9).long()}, r"input_ids need shape \(batch, positions\).*got \(9,\)"),
+        ({"position_ids": torch.arange(10)[None]}, "position_ids must have 9 positions as the input has, got 10"),
     ],
 )
 def test_arguments_that_are_refused(theirs: Any, given: dict[str, Any], match: str) -> None:
@@ -194,6 +199,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(theirs: Any, reentrant:
     finally:
         theirs.gradient_checkpointing_disable()
         theirs.eval()
+
+
+def test_stop_strings_end_a_text(models: Models, theirs: Any) -> None:
+    tokenizer = hf_tokenizer(models["unrolled"][2])
+    prompt = some_ids(1, 4)
+    plain = theirs.generate(prompt, max_new_tokens=6, do_sample=False)[0, 4:]
+    words = [tokenizer.decode([index]) for index in plain.tolist()]
+    stop = next(word for word in words if word.strip("\ufffd"))
+    ended = theirs.generate(prompt, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)[0, 4:]
+    assert ended.tolist() == plain[: words.index(stop) + 1].tolist()
 
 
 def test_caches_of_a_fixed_size_are_refused(theirs: Any) -> None:

@@ -41,8 +41,9 @@ from .layers_recurrent_db import NORM_EPS, Block, Core, Noise, NoiseEmbedding, P
 # Name of the cache in the output; it depends on the version of transformers.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
 
-# Other arguments that `forward` accepts: those of transformers' loss, and one that it derives from the cache itself.
-LOSS_ARGUMENTS, DERIVED = ("num_items_in_batch", "shift_labels", "ignore_index"), ("cache_position",)
+# Other arguments that `forward` accepts: those of transformers' loss, and those that `generate` passes on without need.
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+UNUSED = ("cache_position", "tokenizer", "assistant_tokenizer")
 
 
 class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
@@ -210,7 +211,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: an argument is not supported, or does not fit the others.
         """
         config, past = self.config, past_key_values if cache is None else cache
-        k = config.num_recurrence if num_recurrence is None else int(num_recurrence)
+        k = config.num_recurrence if num_recurrence is None else num_recurrence
+        logits_to_keep = 0 if logits_to_keep is None else logits_to_keep
         self._check(k, input_ids, inputs_embeds, past, labels, logits_to_keep, output_attentions, kwargs)
         checkpoint = None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -254,15 +256,21 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Raise an error for arguments of `forward` that are unknown, not supported, or do not fit together."""
         for name, value in others.items():
-            if value is not None and name not in (*LOSS_ARGUMENTS, *DERIVED):
+            if value is not None and name not in (*LOSS_ARGUMENTS, *UNUSED):
                 raise TypeError(f"this model has no argument {name}")
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions: this model's attention (SDPA) does not return its weights")
-        if k < 1:
-            raise ValueError(f"num_recurrence must be 1 or more, got {k}")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"num_recurrence must be a whole number of 1 or more, got {k!r}")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 or more, or a tensor of positions, got {logits_to_keep}")
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"input_ids need shape (batch, positions), inputs_embeds one more: got {tuple(given.shape)}"
+            )
         if 0 in given.shape[:2]:
             raise ValueError(f"the input is empty: begin a text with bos_token_id = {self.config.bos_token_id}")
         if past is not None and (not hasattr(past, "get_seq_length") or getattr(past, "is_compileable", False)):
@@ -280,6 +288,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
                 f"attention_mask must have shape (batch, positions so far) = {(shape[0], seen + shape[1])}: 1 for tokens and"
                 " 0 for padding"
             )
+        if positions is not None and positions.shape[-1] != shape[1]:
+            raise ValueError(f"position_ids must have {shape[1]} positions as the input has, got {positions.shape[-1]}")
         if positions is not None and mask_BS is None and bool((positions.diff() < 1).any()):
             raise ValueError("position_ids start anew within a row: pad sequences instead of packing them")
         if mask_BS is not None and bool(mask_BS.all()):
