@@ -307,6 +307,8 @@ def from_words(words: Sequence[str], kind: Any) -> Any:
                 name: _from_word(item, plain_type(inside[1]))
                 for name, item in zip(parts[::2], parts[1::2], strict=True)
             }
+            if len(value) < len(parts[::2]):
+                raise ValueError
         elif words[0] == "None" and _may_be_none(kind):
             value = None
         else:
@@ -317,7 +319,7 @@ def from_words(words: Sequence[str], kind: Any) -> Any:
         if origin in (list, tuple):
             takes = f"{_name(inside[0], several=True)}, separated by commas"
         elif origin is dict:
-            takes = f"pairs NAME=VALUE of a name and {_name(inside[1])}, separated by commas"
+            takes = f"pairs NAME=VALUE of a name and {_name(inside[1])}, separated by commas, each name once"
         raise ValueError(f"takes {takes}, got {given!r}{_hint(given, kind)}") from None
 
 

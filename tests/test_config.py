@@ -108,6 +108,10 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, message:
         (["--eval.k", "1,x"], "--eval.k takes whole numbers, separated by commas, got '1,x'"),
         (["--eval.k", "--seed", "1"], "--eval.k needs a value"),
         (["--data.mixture", "prose"], "--data.mixture takes pairs NAME=VALUE of a name and a number"),
+        (
+            ["--data.mixture", "prose=1,prose=2"],
+            "--data.mixture takes pairs NAME=VALUE of a name and a number, separated by commas, each name once",
+        ),
         (["--run.compile", "maybe"], "--run.compile takes true or false, got 'maybe'"),
         (["--optim.lr", "nan"], "optim.lr must be above 0, got nan"),
         (["--seed", "9223372036854775808"], "seed must fit into 64 bits"),

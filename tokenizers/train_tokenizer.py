@@ -73,7 +73,7 @@ def main(args: Args) -> None:
                     bar.update(len(document.text))
                     yield document.text
 
-    model = train(texts(), args.vocab_size, args.model_type, int(args.max_mib * 2**20), args.seed)
+    model = train(texts(), args.vocab_size, args.model_type, max(1, int(args.max_mib * 2**20)), args.seed)
     tokenizer = Tokenizer.from_bytes(model)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from recurrent_db.data.prepare import prepare
 from recurrent_db.data.readers import ReadOptions
 from recurrent_db.data.shard_writer import DEFAULT_SHARD_TOKENS
 from recurrent_db.errors import UserError
-from recurrent_db.schema import above, at_least, at_most
+from recurrent_db.schema import PositiveInt, ShareBelowOne, above, at_least, at_most
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Args:
     """Data directory to create."""
     val_source: tuple[str, ...] = ()
     """Validation text, written as in --source. By default the share --holdout of the sources is held out."""
-    holdout: float = 0.05
+    holdout: ShareBelowOne = 0.05
     """Share of the sources' text held out for validation (0 to 1), without --val-source. Short documents are held out
     whole, chosen by a hash of their text, and long documents give their end. Files of stdlib are chosen by a hash of their
     path."""
-    workers: int | None = None
+    workers: Annotated[int | None, at_least(1), at_most(1 << 12)] = None
     """Tokenising threads; by default one per core. The output does not depend on it."""
-    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    shard_tokens: PositiveInt = DEFAULT_SHARD_TOKENS
     """Most tokens per shard file."""
     max_documents: Annotated[int | None, at_least(1)] = None
     """Most documents to read from each named source; by default all."""

@@ -182,10 +182,13 @@ def _read(location: str, options: ReadOptions, report: ReadReport) -> Iterator[t
     if location.startswith("hf:"):
         yield from read_hub(location, options, report)
         return
+    if not location:
+        raise UserError("a source is empty text: give stdlib, a file, a folder or hf:NAME")
     path = Path(location)
     if path.is_dir():
         files = files_of(path, options, report)
-        if not files:
+        # A saved data set without rows has no data file.
+        if not files and _saved_files(path, [file.name for file in path.iterdir()]) is None:
             note = f"; {report.note()}" if report.skipped else ""
             raise UserError(f"{location}: this folder has no file of a known kind ({' '.join(KNOWN_SUFFIXES)}){note}")
         for name, file in files:

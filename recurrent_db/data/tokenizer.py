@@ -31,6 +31,9 @@ from recurrent_db.files import write_atomic
 MIN_VOCAB = 272
 """Smallest vocabulary that can be trained, in tokens: 4 special tokens, 256 bytes and a few characters."""
 
+MAX_VOCAB = 1 << 24
+"""Largest vocabulary of a model (``model.vocab_size``), in tokens. It fits into the 32 bits of sentencepiece's options."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 HOSTILE_TEXTS = (
@@ -261,13 +264,15 @@ def train(
         The bytes of the model file.
 
     Raises:
-        UserError: there is no text, ``vocab_size`` is below `MIN_VOCAB`, or the text cannot fill the vocabulary. The
-            message then says how many tokens it can fill.
+        UserError: there is no text, ``vocab_size`` is below `MIN_VOCAB` or above `MAX_VOCAB`, or the text cannot fill the
+            vocabulary. The message then says how many tokens it can fill.
     """
     if model_type not in ("bpe", "unigram", "char"):
         raise UserError(f"unknown tokenizer model type {model_type!r}: choose bpe, unigram or char")
     if vocab_size < MIN_VOCAB:
         raise UserError(f"vocabulary size {vocab_size} is too small: 256 bytes and 4 special tokens need {MIN_VOCAB}")
+    if vocab_size > MAX_VOCAB:
+        raise UserError(f"vocabulary size {vocab_size} is too large: use at most {MAX_VOCAB}")
     if max_bytes < 1:
         raise UserError("the tokenizer must be trained on at least 1 byte of text")
     chunks, kept = _chunks_and_characters(texts, vocab_size, model_type, max_bytes, seed)

@@ -173,6 +173,7 @@ def test_help_names_units_and_defaults(script_here: Script) -> None:
     ("change", "words"),
     [
         ({"--source": "no/such/file.txt"}, ["no/such/file.txt", "no such file"]),
+        ({"--source": ""}, ["source", "empty"]),
         ({"--source": "{tmp}/empty.txt"}, ["empty.txt", "no text"]),
         ({"--source": "{tmp}/noise.txt"}, ["noise.txt", "no text", "skipped 1 file"]),
         ({"--source": "{tmp}/bare"}, ["bare", "no file of a known kind"]),
@@ -182,6 +183,9 @@ def test_help_names_units_and_defaults(script_here: Script) -> None:
         ({"--tokenizer": "{tmp}/none.model"}, ["none.model", "No such file"]),
         ({"--tokenizer": "{tmp}/a.jsonl"}, ["a.jsonl", "not a sentencepiece model"]),
         ({"--max-mib": "0"}, ["--max-mib"]),
+        ({"--holdout": "1"}, ["--holdout"]),
+        ({"--workers": "1e18"}, ["--workers"]),
+        ({"--shard-tokens": "0"}, ["--shard-tokens"]),
         ({"--sauce": "x"}, ["--sauce"]),
     ],
     ids=lambda value: "-".join(value).strip("-") if isinstance(value, dict) else value[0],

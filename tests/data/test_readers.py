@@ -194,6 +194,17 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_saved_data_set_without_rows(tmp_path: Path) -> None:
+    """`datasets.save_to_disk` writes no shard for an empty split."""
+    (tmp_path / "state.json").write_text('{"_data_files": []}', encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text("{}", encoding="utf-8")
+    assert read(tmp_path) == []
+    (tmp_path / "state.json").unlink()
+    (tmp_path / "dataset_info.json").unlink()
+    with pytest.raises(UserError, match="no file of a known kind"):
+        read(tmp_path)
+
+
 def test_a_data_set_that_the_library_saves(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra [data] is not installed")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

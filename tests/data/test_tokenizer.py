@@ -154,6 +154,8 @@ def test_unusual_training_text() -> None:
     [
         ({"texts": ["short"], "vocab_size": 5000}, r"at most \d+ tokens, not 5000"),
         ({"texts": ["some text"], "vocab_size": 100}, "too small"),
+        ({"texts": ["some text"], "vocab_size": 1 << 31}, "too large"),
+        ({"texts": ["some text"], "vocab_size": 1 << 62, "model_type": "char"}, "too large"),
         ({"texts": [], "vocab_size": 300}, "no text"),
         ({"texts": ["", " \n"], "vocab_size": 300}, "no text"),
         ({"texts": ["a b"], "vocab_size": 300, "model_type": "word"}, "bpe, unigram or char"),
