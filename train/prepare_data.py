@@ -62,7 +62,7 @@ class Args:
 def main(args: Args) -> None:
     if sum(word == "--source" or word.startswith("--source=") for word in sys.argv) > 1:
         raise UserError("--source is given twice: list all sources after one --source")
-    part = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    part = re.fullmatch(r"([0-9]{1,18})/([0-9]{1,18})", args.part)
     if part is None:
         raise UserError(f"--part must be written I/N, such as 1/2, not {args.part!r}")
     done = prepare(

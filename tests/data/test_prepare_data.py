@@ -184,6 +184,7 @@ def test_help_names_units_and_defaults(script_here: Script) -> None:
         ({"--tokenizer": "{tmp}/a.jsonl"}, ["a.jsonl", "not a sentencepiece model"]),
         ({"--max-mib": "0"}, ["--max-mib"]),
         ({"--holdout": "1"}, ["--holdout"]),
+        ({"--part": "1/" + "9" * 5000}, ["--part"]),
         ({"--workers": "1e18"}, ["--workers"]),
         ({"--shard-tokens": "0"}, ["--shard-tokens"]),
         ({"--sauce": "x"}, ["--sauce"]),
