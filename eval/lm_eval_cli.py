@@ -55,6 +55,7 @@ from offline_tasks import OFFLINE, chosen, maker, offline_tasks, task_folder, ta
 from recurrent_db.arguments import run_and_exit
 from recurrent_db.errors import UserError
 from recurrent_db.files import expand_user
+from recurrent_db.schema import MOST_INTEGER
 
 MODEL = "recurrent_db"
 
@@ -97,7 +98,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(stderr.getvalue().strip().rsplit("error: ", 1)[-1]) from None
+        said = stderr.getvalue().strip().rsplit("error: ", 1)[-1]
+        raise UserError(re.sub(r"invalid functools\.partial\(.*\) value", "invalid value", said)) from None
+    except ValueError as error:  # of an option whose value is JSON
+        raise UserError(str(error)) from None
     finally:
         sys.argv = saved
 
@@ -238,8 +242,14 @@ def check_keys(path: Path) -> None:
 
 def check_numbers(config: Any) -> None:
     """Raise UserError for invalid numbers that the harness accepts, or reports without naming the option."""
-    if config.limit is not None and config.limit <= 0:
-        raise UserError(f"--limit must be above 0, got {config.limit:g}")
+    if config.limit is not None and not 0 < config.limit <= MOST_INTEGER:
+        raise UserError(f"--limit must be above 0 and at most {MOST_INTEGER}, got {config.limit:g}")
+    rows = {} if config.samples is None else config.samples
+    if not isinstance(rows, dict) or not all(
+        isinstance(numbers, list) and all(isinstance(number, int) and number >= 0 for number in numbers)
+        for numbers in rows.values()
+    ):
+        raise UserError(f'--samples must list rows by task, such as {{"piqa": [0, 1]}}, got {rows!r}')
     if config.num_fewshot is not None and config.num_fewshot < 0:
         raise UserError(f"--num_fewshot must be 0 or more, got {config.num_fewshot}")
 
@@ -330,7 +340,7 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     import recurrent_db.evaluation.lm_eval_model  # noqa: F401  registers recurrent_db
-    from recurrent_db.evaluation.lm_eval_tasks import checked_tasks, user_errors
+    from recurrent_db.evaluation.lm_eval_tasks import check_options, checked_tasks, user_errors
 
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
     mistakes: tuple[type[Exception], ...] = (
@@ -343,7 +353,11 @@ def run(args: argparse.Namespace, data: Path | None) -> None:
         datasets.exceptions.DatasetsError,
     )
     with user_errors(*mistakes):
-        fill_defaults(args, EvaluatorConfig.load_yaml_config(args.config) if args.config else {})
+        options = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
+        if args.config:
+            check_keys(Path(args.config))
+            check_options(options, args.config)
+        fill_defaults(args, options)
         config = EvaluatorConfig.from_cli(args)
     check_numbers(config)
     check_output(config.output_path)

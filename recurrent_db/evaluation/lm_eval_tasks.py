@@ -56,8 +56,9 @@ _FIELD_OF_VARIABLE = {
     "filter_config": "filter_list",
     "metric_config": "metric_list",
 }
-_TYPES: dict[str, type] = {
-    "None": type(None), "str": str, "int": int, "bool": bool, "list": list, "dict": dict, "Callable": FunctionType
+_TYPES: dict[str, Any] = {
+    "None": type(None), "str": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict,
+    "Callable": FunctionType,
 }  # fmt: skip
 
 
@@ -310,16 +311,37 @@ def check_types(config: Mapping[str, Any]) -> None:
     from lm_eval.config.task import TaskConfig
 
     for field in fields(TaskConfig):
-        names = str(field.type).split(" | ")
-        value = config.get(field.name, field.default)
-        if field.name.startswith("doc_to_") or callable(value):  # more types are in use than are declared
-            continue
-        if set(names) <= _TYPES.keys() and not isinstance(value, tuple(_TYPES[name] for name in names)):
-            raise UserError(
-                f"{field.name} must be {' or '.join(names).replace('Callable', 'a function')}, got {value!r}"
-            )
+        if not field.name.startswith("doc_to_"):  # more types are in use than are declared
+            _check_type(field.name, str(field.type), config.get(field.name, field.default))
     if (kind := config.get("output_type", "generate_until")) not in ALL_OUTPUT_TYPES:
         raise UserError(f"output_type must be one of {', '.join(ALL_OUTPUT_TYPES)}, got {kind!r}")
+
+
+def check_options(options: Mapping[str, Any], source: str) -> None:
+    """Raise `UserError` for an option of the harness, read from ``source``, whose value has not the declared type."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    checked_elsewhere = ("batch_size", "max_batch_size", "seed")
+    try:
+        for field in fields(EvaluatorConfig):
+            value = options.get(field.name)
+            if value is not None and field.name not in checked_elsewhere:
+                _check_type(field.name, str(field.type) + " | str" * (field.name == "gen_kwargs"), value)
+        tasks = options.get("tasks")
+        if isinstance(tasks, list) and not all(isinstance(name, str) for name in tasks):
+            raise UserError(f"tasks must be a list of names, got {tasks!r}")
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def _check_type(name: str, declared: str, value: Any) -> None:
+    """Raise `UserError` unless ``value`` has the type ``declared``. Types that this module does not know are not checked."""
+    names = [word.partition("[")[0] for word in declared.split(" | ")]
+    if not set(names) <= _TYPES.keys() or callable(value):
+        return
+    number_as_flag = isinstance(value, bool) and "bool" not in names
+    if number_as_flag or not isinstance(value, tuple(_TYPES[word] for word in names)):
+        raise UserError(f"{name} must be {' or '.join(names).replace('Callable', 'a function')}, got {value!r}")
 
 
 def check_metrics(task: ConfigurableTask) -> None:

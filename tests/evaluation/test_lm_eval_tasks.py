@@ -408,6 +408,48 @@ def test_a_mistake_in_a_group_names_the_groups_file(tmp_path: Path, fields: str,
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("limit: x", "limit must be float or None, got 'x'"),
+        ("limit: true", "limit must be float or None, got True"),
+        ("limit: .nan", "--limit must be above 0"),
+        ("num_fewshot: 1.5", "num_fewshot must be int or None, got 1.5"),
+        ("tasks: [5]", "tasks must be a list of names, got [5]"),
+        ("model_args: 5", "model_args must be dict, got 5"),
+        ("gen_kwargs: 5", "gen_kwargs must be dict or str, got 5"),
+        ("output_path: 5", "output_path must be str or None, got 5"),
+        ("samples: [1]", "samples must be str or dict or None, got [1]"),
+        ("tasks: mine", "the field tasks is there twice"),
+    ],
+)
+def test_a_wrong_value_in_a_file_of_options_is_refused(
+    cli: ModuleType, tmp_path: Path, line: str, expected: str
+) -> None:
+    file = tmp_path / "options.yaml"
+    again = line == "tasks: mine"
+    file.write_text("tasks: mine\n" * (again or not line.startswith("tasks")) + line + "\n")
+    with pytest.raises(UserError) as error:
+        cli.main(["--config", str(file)])
+    assert expected in str(error.value)
+    assert str(error.value).startswith((f"{file}: ", "--limit"))
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("--limit", "inf", "--limit must be above 0"),
+        ("--samples", "x", "--samples must list rows by task"),
+        ("--samples", '{"mine": [-1]}', "--samples must list rows by task"),
+        ("--gen_kwargs", '{"a":', "Invalid JSON"),
+        ("--seed", "x", "argument --seed: invalid value: 'x'"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_refused(cli: ModuleType, option: str, value: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        cli.main(["--tasks", "mine", option, value])
+
+
 def test_a_file_of_broken_rows_is_one_line(
     cli: ModuleType, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
