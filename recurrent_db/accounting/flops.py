@@ -222,7 +222,7 @@ def visits_kept(policy: str) -> int | None:
     """
     if policy == "full":
         return None
-    found = re.fullmatch(r"modulo-([1-9]\d*)", policy)
+    found = re.fullmatch(r"modulo-([1-9][0-9]{0,17})", policy)
     if policy != "last" and found is None:
         raise UserError(f"the cache policy must be {CACHE_POLICIES}, not {policy!r}")
     return int(found[1]) if found is not None else 1

@@ -33,7 +33,11 @@ class Sampler:
         """Read ``NAME`` or ``NAME:NUMBER:NUMBER``. Missing numbers get their defaults. Raises `UserError`."""
         name, *numbers = word.split(":")
         defaults = SAMPLERS.get(name)
-        if defaults is None or len(numbers) > len(defaults) or not all(re.fullmatch("[1-9][0-9]*", n) for n in numbers):
+        if (
+            defaults is None
+            or len(numbers) > len(defaults)
+            or not all(re.fullmatch("[1-9][0-9]{0,17}", n) for n in numbers)
+        ):
             raise UserError(
                 "the sampler must be sequential, speculative[:DRAFT_K[:BLOCK]], diagonal[:INNER] or"
                 f" diagonal-unverified[:INNER], got {word!r}"

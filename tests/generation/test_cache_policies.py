@@ -98,6 +98,6 @@ def test_policies_against_their_definition(options: list[str], k: int) -> None:
 
 
 def test_a_policy_that_is_none() -> None:
-    for word in ("modulo-0", "modulo", "first"):
+    for word in ("modulo-0", "modulo", "first", "modulo-" + "9" * 5000):
         with pytest.raises(UserError, match="the cache policy must be full, last or modulo-S"):
             Cache(built(["next_token"]), 1, 1, policy=word)

@@ -264,7 +264,16 @@ def test_the_text_of_every_sampler(tokenizer: Tokenizer) -> None:
 def test_names_of_samplers() -> None:
     assert Sampler.parse("speculative:3") == Sampler("speculative", (3, Sampler.parse("speculative").numbers[1]))
     assert Sampler.parse("diagonal-unverified:4") == Sampler("diagonal-unverified", (4,))
-    for word in ("", "parallel", "speculative:0", "speculative:1:2:3", "diagonal:x", "sequential:2", "diagonal:"):
+    for word in (
+        "",
+        "parallel",
+        "speculative:0",
+        "speculative:1:2:3",
+        "diagonal:x",
+        "sequential:2",
+        "diagonal:",
+        "diagonal:" + "9" * 5000,
+    ):
         with pytest.raises(UserError, match="the sampler must be sequential"):
             Sampler.parse(word)
     with pytest.raises(UserError, match="need the sequential sampler"):
