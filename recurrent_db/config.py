@@ -17,7 +17,7 @@ import tyro
 
 from recurrent_db.arguments import parse
 from recurrent_db.errors import UserError
-from recurrent_db.files import expand_user
+from recurrent_db.files import expand_shell, expand_user
 from recurrent_db.objective_config import OBJECTIVE_NAMES, ObjectiveConfig
 from recurrent_db.schema import (
     Count,
@@ -369,6 +369,7 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = (), prog: st
         UserError: a key is unknown or a value is invalid; one line that names the key.
     """
     config = from_dict(Config, read_toml(Path(expand_user(str(path))))) if path else Config()
+    expand_paths(config, expand_shell)  # the shell has expanded the words of the command line
     config = parse(Config, list(overrides), default=config, prog=prog)
     resolve(config)
     validate(config)

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -21,6 +22,18 @@ from recurrent_db.errors import UserError
 def expand_user(path: str) -> str:
     """Replace a leading ``~`` or ``~user`` by the home directory, as a shell does. An unknown user's stays as it is."""
     return os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises for an unknown user
+
+
+def expand_shell(path: str) -> str:
+    """Replace a leading ``~`` and each ``$NAME`` or ``${NAME}``, as a shell does in a path.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    expanded = expand_user(os.path.expandvars(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise UserError(f"the variable {unset[0]} in {path} is not set")
+    return expanded
 
 
 def file_digest(path: Path) -> str:

@@ -74,7 +74,7 @@ ShareBelowOne = Annotated[float, Bound(lambda value: 0 <= value < 1, "in [0, 1)"
 
 _PATH = object()
 PathText = Annotated[str, _PATH]
-"""Text that is a path or empty. `expand_paths` replaces a leading ``~``."""
+"""Text that is a path or empty. `expand_paths` expands it as a shell does."""
 
 _HIDDEN = object()
 Hidden = Annotated[T, _HIDDEN, tyro.conf.Fixed, tyro.conf.Suppress]
@@ -329,14 +329,14 @@ def _expanded(value: Any) -> Any:
     return Path(expand_user(str(value))) if isinstance(value, Path) else value
 
 
-def expand_paths(section: Any) -> None:
-    """Replace a leading ``~`` in all paths of ``section`` and of the sections inside it, in place, as a shell does."""
+def expand_paths(section: Any, expand: Callable[[str], str] = expand_user) -> None:
+    """Apply ``expand`` to all paths of ``section`` and of the sections inside it, in place."""
     for name, kind in _kinds(type(section)).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(value):
-            expand_paths(value)
+            expand_paths(value, expand)
         elif _PATH in getattr(kind, "__metadata__", ()):
-            setattr(section, name, expand_user(value))
+            setattr(section, name, expand(value))
         elif (expanded := _expanded(value)) != value:
             setattr(section, name, expanded)
 

@@ -145,17 +145,24 @@ def test_a_table_on_the_command_line() -> None:
 
 
 def test_home_directories_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a shell: a leading ~, and nothing else."""
+    """As in a shell: a leading ~, and variables. Pattern marks stay."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = (
-        '[run]\ndir = "~/runs/$USER/*"\n[data]\npath = "~"\nval_path = "a/~/b"\n[init]\nfrom = "~nobody-of-this-name/x"'
-    )
+    monkeypatch.setenv("PLACE", "here")
+    text = '[run]\ndir = "~/runs/$PLACE/*"\n[data]\npath = "~"\nval_path = "a/~/b"\n[init]\nfrom = "~nobody-of-this-name/x"'
     (tmp_path / "c.toml").write_text(text)
     config = load_config("~/c.toml", ["--data.val_path=~/val"])
-    assert (config.run.dir, config.data.path) == (f"{tmp_path}/runs/$USER/*", str(tmp_path))
+    assert (config.run.dir, config.data.path) == (f"{tmp_path}/runs/here/*", str(tmp_path))
     assert (config.data.val_path, config.init.from_) == (f"{tmp_path}/val", "~nobody-of-this-name/x")
     assert load_config(tmp_path / "c.toml").data.val_path == "a/~/b"
     assert load_config(None).run.dir == ""
+    assert load_config(None, ["--run.dir", "$PLACE/x"]).run.dir == "$PLACE/x"  # the shell has expanded it already
+
+
+def test_a_variable_that_is_not_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "c.toml").write_text('[run]\ndir = "${NOWHERE}/runs"')
+    with pytest.raises(UserError, match=r"the variable \$\{NOWHERE\} in \$\{NOWHERE\}/runs is not set"):
+        load_config(tmp_path / "c.toml")
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
