@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +22,11 @@ from quick_python import QuickPython
 from recurrent_db.data import corpus, prepare
 from recurrent_db.data.tokenizer import Tokenizer, train
 from recurrent_db.report.page import write_report
+
+# transformers copies the code of an exported folder before it runs it, and reads this once: a folder for each process, and
+# not the user's home.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS_BYTES = 300_000

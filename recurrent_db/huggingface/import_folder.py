@@ -146,14 +146,14 @@ class Weights:
         listed: dict[str, Any] | None = None
         files = ["model.safetensors"]
         if index.exists():
-            if (folder / files[0]).exists() and files[0] not in index.read_text(encoding="utf-8"):
-                raise UserError(f"{folder} has both {files[0]} and {index.name}: delete the one that is out of date")
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"{index} has no weight_map")
             for file in listed.values():
                 if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
                     raise UserError(f"{index} names {str(file)[:80]!r}, which is not a plain *.safetensors file name")
+            if (folder / files[0]).exists() and files[0] not in listed.values():
+                raise UserError(f"{folder} has both {files[0]} and {index.name}: delete the one that is out of date")
             files = sorted(set(listed.values()))
         elif not (folder / files[0]).exists():
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))

@@ -528,7 +528,7 @@ def test_mistakes_are_one_line(
     cases = [
         (["--model_args", run, "--tasks", "lambada", "--data", files], "its line 3 is not a JSON object"),
         (["--model_args", run, "--tasks", "blimp_empty", "--data", files], "has no rows"),
-        ([*arc, "--limit", "-1"], "--limit must be above 0, got -1"),
+        ([*arc, "--limit", "-1"], "--limit must be above 0 and at most"),
         ([*arc, "--num_fewshot", "-1"], "--num_fewshot must be 0 or more"),
         (["--model_args", run, "--tasks", "heldout_cloze"], "needs --data"),
         (["--model_args", run, "--tasks", "heldout_cloze", "--data", files], "manifest.json"),

@@ -104,7 +104,7 @@ def test_every_fault_is_detected(benchmark: Any, tmp_path: Path) -> None:
 
 def test_a_short_run_keeps_its_memory_and_files(benchmark: Any, data: Path, tmp_path: Path) -> None:
     script = benchmark("endurance")
-    result = script.measure(script.Args(data, steps=400, evaluations=4), tmp_path / "run", tmp_path)
+    result = script.measure(script.Args(data, steps=800, evaluations=4), tmp_path / "run", tmp_path)
     assert result["memory_ratio"] < 1.05
     assert result["turns"] > 0
     assert result["speed_ratio"] > 0
