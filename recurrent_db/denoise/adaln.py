@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recurrent_db.denoise.noise_embedding import NoiseEmbedding
 from recurrent_db.errors import UserError
-from recurrent_db.model.layers import NoiseEmbedding
 
 CHANNEL_FIRST = (
     nn.modules.conv._ConvNd,

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recurrent_db.model.attention import Visible
-from recurrent_db.model.layers import Context, wide
-from recurrent_db.model.looped import LoopedLM
-
 
 @dataclass(frozen=True)
 class Precond:
@@ -55,30 +51,8 @@ class Precond:
         """The network's input from z: c_in z, times `loudness`."""
         return self.c_in(sigma) * self.loudness(sigma) * z_BTD
 
-    def denoise(
-        self,
-        model: LoopedLM,
-        z_BTD: Tensor,
-        sigma_Bs: Tensor,
-        e_BTD: Tensor,
-        beside: list[Context] | None = None,
-        visible: Visible | None = None,
-    ) -> Tensor:
-        """Estimate y from z by one core pass conditioned on the noise level. Returns D, fp32 or wider (B, T, D).
-
-        Args:
-            model: the looped model, or a block of a model in blocks.
-            z_BTD: noised target, fp32.
-            sigma_Bs: noise levels, fp32 (B, 1) or (B, T).
-            e_BTD: context, from the prelude.
-            beside: clean stream for two-stream attention, from `LoopedLM.core_contexts`.
-            visible: attention mask; plain causal by default.
-        """
-        sigma = sigma_Bs[..., None]
-        view_BTD = model.fuse(self.view)(z_BTD, sigma).to(e_BTD.dtype)
-        state = model.iterate(view_BTD, e_BTD, 1, self.c_noise(sigma_Bs), beside, visible)
-        return model.fuse(self.combine)(z_BTD, state, sigma)
-
     def combine(self, z_BTD: Tensor, state_BTD: Tensor, sigma: Tensor) -> Tensor:
         """D = c_skip z + c_out F, fp32 or wider. ``state_BTD`` is the network's output F."""
-        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.to(wide(state_BTD.dtype))
+        return self.c_skip(sigma) * z_BTD + self.c_out(sigma) * state_BTD.to(
+            torch.promote_types(state_BTD.dtype, torch.float32)
+        )

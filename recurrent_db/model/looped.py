@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrent_db.config import ModelConfig
+from recurrent_db.denoise.noise_embedding import NoiseEmbedding
+from recurrent_db.denoise.precond import Precond
 from recurrent_db.errors import UserError
 from recurrent_db.model.attention import SDPA, Backend, Past, Rule, Visible
 from recurrent_db.model.head import SoftmaxLoss, softmax_loss, softmax_loss_to_fuse
@@ -33,7 +35,6 @@ from recurrent_db.model.layers import (
     Context,
     Embedding,
     Linear,
-    NoiseEmbedding,
     RMSNorm,
     contexts,
     lookup,
@@ -276,6 +277,30 @@ class LoopedLM(nn.Module):
         """
         rope, visible = self._frame(e_BTD.shape[1], visible)
         return self.core(state_BTD, e_BTD, rope, visible, iterations, self._modulation(c_noise_Bs), beside)
+
+    def denoise(
+        self,
+        precond: Precond,
+        z_BTD: Tensor,
+        sigma_Bs: Tensor,
+        e_BTD: Tensor,
+        beside: list[Context] | None = None,
+        visible: Visible | None = None,
+    ) -> Tensor:
+        """Estimate y from z by one core pass conditioned on the noise level. Returns D, fp32 or wider (B, T, D).
+
+        Args:
+            precond: EDM's scalings around the core.
+            z_BTD: noised target, fp32.
+            sigma_Bs: noise levels, fp32 (B, 1) or (B, T).
+            e_BTD: context, from `encode`.
+            beside: clean stream for two-stream attention, from `core_contexts`.
+            visible: attention mask; plain causal by default.
+        """
+        sigma = sigma_Bs[..., None]
+        view_BTD = self.fuse(precond.view)(z_BTD, sigma).to(e_BTD.dtype)
+        state_BTD = self.iterate(view_BTD, e_BTD, 1, precond.c_noise(sigma_Bs), beside, visible)
+        return self.fuse(precond.combine)(z_BTD, state_BTD, sigma)
 
     def inject(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
         """Apply the injection without the core's layers, (B, T, D) to (B, T, D)."""

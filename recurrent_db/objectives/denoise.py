@@ -79,7 +79,7 @@ class Denoise(Objective):
         visible = model.visible(batch.tokens_BT.shape[1], batch.doc_ids_BT)
         e_BTD = model.encode(batch.tokens_BT, visible)
         clean = self.recurrence.clean_contexts(model, e_BTD, visible)
-        estimate_BTD = self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, clean, visible)
+        estimate_BTD = model.denoise(self.precond, z_BTD, sigma_B1, e_BTD, clean, visible)
         # The norm ignores scale except for its epsilon. Dividing by sd gives the estimate unit scale, where epsilon is
         # small.
         hidden_BTD = model.decode((estimate_BTD / self.precond.sd).to(e_BTD.dtype), visible=visible)

@@ -158,7 +158,7 @@ class DenoiseBlocks(Objective):
                 sigma_B1 = torch.full((len(embeddings_BTD), 1), sigma, device=device)
                 top = block == 1 and sigma == self.partition.edges[0]
                 z_BTD = sigma * eps_BTD if top else noised(embeddings_BTD, eps_BTD, sigma_B1)
-                estimate = denoise.precond.denoise(part, z_BTD, sigma_B1, e_BTD, clean, visible)
+                estimate = part.denoise(denoise.precond, z_BTD, sigma_B1, e_BTD, clean, visible)
                 hidden = walk.read(part, estimate, e_BTD.dtype, visible=visible)
                 sums[sigma] += cross_entropy(part, hidden, batch.targets_BT)[1].double().sum().item()
             count += batch.targets_BT.numel()

@@ -93,7 +93,7 @@ class DenoiseWalk:
     ) -> Tensor:
         """The denoiser's estimate D of y at one noise level, fp32 or wider (B, T, D)."""
         sigma_B1 = torch.full((z_BTD.shape[0], 1), sigma, dtype=torch.float32, device=z_BTD.device)
-        return self.precond.denoise(model, z_BTD, sigma_B1, e_BTD, beside, visible)
+        return model.denoise(self.precond, z_BTD, sigma_B1, e_BTD, beside, visible)
 
     def read(self, model: LoopedLM, estimate_BTD: Tensor, dtype: torch.dtype, visible: Visible | None = None) -> Tensor:
         """Run the coda on an estimate of y. Returns the head's input, (B, T, D)."""
