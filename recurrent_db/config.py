@@ -44,8 +44,11 @@ from recurrent_db.schema import (
 
 @dataclass
 class ModelConfig(Section):
-    """Shape of the network: prelude -> core x K -> coda."""
+    """Shape of the network: prelude -> core x K -> coda. A network for images has n_core layers and neither prelude nor
+    coda."""
 
+    network: Hidden[Literal["language", "vit", "dit"]] = "language"
+    """The class of the network. The objective sets this field."""
     vocab_size: Annotated[int, at_least(0), at_most(1 << 24)] = 0
     """Size of the vocabulary, in tokens; 0 takes the tokenizer's."""
     d_model: Annotated[int, above(0), at_most(1 << 17)] = 128
@@ -79,8 +82,24 @@ class ModelConfig(Section):
     each block has its own range of noise levels. 0 makes a looped model. See docs/guides/blocks.md."""
     block_layers: list[int] = field(default_factory=list)
     """Number of layers in each block; the first block has the highest noise. Empty splits n_core evenly."""
+    patch_size: Annotated[int, above(0), at_most(1 << 12)] = 4
+    """Side of a square patch of an image, in pixels. Networks for images only."""
+    image_size: Hidden[list[int]] = field(default_factory=list)
+    """Height and width of the images, in pixels. The data sets this field."""
+    n_classes: Hidden[int] = 0
+    """Number of classes of the images. The data sets this field."""
 
     def check(self, config: Config) -> None:
+        need(
+            self.network == "language" or self.n_prelude == self.n_coda == 0,
+            "a network for images has neither prelude nor coda: set model.n_prelude = 0 and model.n_coda = 0",
+        )
+        need(
+            all(0 < side <= 1 << 12 and side % self.patch_size == 0 for side in self.image_size),
+            f"images of {' x '.join(map(str, self.image_size))} pixels cannot be cut into patches of model.patch_size ="
+            f" {self.patch_size} x {self.patch_size}",
+        )
+        need(0 <= self.n_classes <= 1 << 16, f"model.n_classes must be from 0 to {1 << 16}, got {self.n_classes}")
         head_size, rest = divmod(self.d_model, self.n_heads)
         need(not rest, f"model.d_model = {self.d_model} is not divisible by model.n_heads = {self.n_heads}")
         need(head_size % 2 == 0, f"the head size {head_size} (model.d_model / model.n_heads) must be even for RoPE")
@@ -118,8 +137,8 @@ class BlocksConfig(Section):
     """Overlap of neighbouring ranges: training widens each range by the factor (high/low)^gamma on both sides. Objective
     masked ignores this key."""
     shared: Literal["owned", "frozen", "all"] = "owned"
-    """Which blocks train the shared embedding and head. owned: block 1 only. frozen: no block. all: every block, which needs
-    all blocks in one process."""
+    """Who trains what the blocks share: the embedding and head. owned: block 1 only. frozen: no block. all: every block.
+    Blocks of a language model then train one table together, in one process. Blocks for images have a copy each."""
     owner = 1
     """The block that trains the shared embedding and head if ``shared`` is ``owned``."""
 
@@ -140,31 +159,37 @@ class BlocksConfig(Section):
             " with --init.from, or set blocks.shared = frozen",
         )
         need(
-            not self.only or self.shared != "all",
+            not self.only or self.shared != "all" or config.objective.own.copies,
             "blocks.shared = all needs all blocks in one process: with blocks.only use owned or frozen",
         )
 
 
 @dataclass
 class DataConfig(Section):
-    """Training and validation data: token shards made by train/prepare_data.py."""
+    """Training and validation data: token shards made by train/prepare_data.py, or for an objective on images, image shards
+    made by train/prepare_images.py."""
 
     path: PathText = ""
-    """Folder of token shards to train on."""
+    """Data directory to train on."""
     val_path: PathText = ""
-    """Folder whose validation split is scored; empty uses data.path."""
+    """Data directory whose validation split is scored; empty uses data.path."""
     mixture: dict[str, NotNegative] = field(default_factory=dict)
     """Weight of each source in the training data. The weights need not sum to 1. Empty draws sources in proportion to their
     size."""
     sequence_length: PositiveInt = 128
     """Length of a training sequence, in tokens."""
     batch_size: Annotated[int, above(0), at_most(1 << 24)] = 16
-    """Sequences per optimizer step, summed over all processes."""
+    """Sequences or images per optimizer step, summed over all processes."""
     micro_batch_size: Count = 0
-    """Sequences per forward pass of one process; smaller needs less memory. 0 takes the process's share of the batch at
-    once."""
+    """Sequences or images per forward pass of one process; smaller needs less memory. 0 takes the process's share of the
+    batch at once."""
     document_mask: bool = True
     """Keep attention within documents where several are packed into one sequence."""
+    flip: bool = False
+    """Mirror each training image from left to right with probability 1/2."""
+    crop_padding: Count = 0
+    """Pad each training image with this many black pixels on every side, and cut a random part of the original size. 0 does
+    not crop."""
 
     def check(self, config: Config) -> None:
         need(
@@ -224,7 +249,7 @@ class EvalConfig(Section):
     k: list[Annotated[int, at_least(1)]] = field(default_factory=lambda: [1, 4])
     """Numbers of core iterations K at which to score."""
     tokens: PositiveInt = 16_384
-    """Held-out tokens per evaluation."""
+    """Held-out tokens per evaluation. An image counts as the number of its patches."""
     draws: Annotated[int, above(0), at_most(1 << 20)] = 1
     """Noise draws per likelihood; their probabilities are averaged (log-mean-exp)."""
 

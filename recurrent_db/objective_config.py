@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from recurrent_db.errors import UserError
-from recurrent_db.schema import Hidden, NotNegative, Positive, Section, Share, above, at_least, at_most, need
+from recurrent_db.schema import (
+    Hidden,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    ShareBelowOne,
+    above,
+    at_least,
+    at_most,
+    need,
+)
 
 Config = Any
 """`config.Config`. This module cannot import it, because it contains these sections."""
@@ -36,10 +47,19 @@ class ObjectiveSection(Section):
     """Whether the objective can train a model in blocks."""
     blocks_file: ClassVar[str] = ""
     """File in `recurrent_db/objectives` that trains a model in blocks; empty if it is the objective's own file."""
+    data: ClassVar[str] = "text"
+    """The kind of data that the objective trains on: text or images."""
+    network: ClassVar[str] = "language"
+    """The class of network that the objective trains (model.network)."""
+    copies: ClassVar[bool] = False
+    """Whether ``blocks.shared = all`` gives each block a copy of what the blocks share, so that it can be trained alone."""
 
     def resolve(self, config: Config) -> None:
         """Set fields of other sections that follow from this objective, in place. ``config`` is the whole configuration."""
-        config.model.noise_conditioning, config.model.silent_state = self.noise_conditioning, self.silent_state
+        model = config.model
+        model.noise_conditioning, model.silent_state, model.network = (
+            self.noise_conditioning, self.silent_state, self.network,
+        )  # fmt: skip
 
 
 @dataclass
@@ -91,6 +111,20 @@ class OneStepConfig(ObjectiveSection):
         )
 
 
+def check_density(section: Any, name: str) -> None:
+    """Raise `UserError` unless the log-normal density of a section's noise levels has mass in their range."""
+    own, low, high = f"objective.{name}", section.sigma_min, section.sigma_max
+    need(low < high, f"{own}.sigma_min = {low} must be below sigma_max = {high}")
+    below, above_ = (
+        0.5 * math.erfc((section.p_mean - math.log(sigma)) / (section.p_std * math.sqrt(2))) for sigma in (low, high)
+    )
+    need(
+        above_ - below > 1e-6,
+        f"{own}: the noise density log-normal({section.p_mean}, {section.p_std}) has no mass in"
+        f" [sigma_min, sigma_max] = [{low}, {high}]",
+    )
+
+
 @dataclass
 class DenoiseConfig(ObjectiveSection):
     """One core pass per step, conditioned on the noise level, that names the next token from its embedding with noise
@@ -127,19 +161,7 @@ class DenoiseConfig(ObjectiveSection):
     """Whether to scale the network's input z by a further 1 / (1 + sigma^2), so that the network does not see pure noise."""
 
     def check(self, config: Config) -> None:
-        need(
-            self.sigma_min < self.sigma_max,
-            f"objective.denoise.sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}",
-        )
-        low, high = (
-            0.5 * math.erfc((self.p_mean - math.log(sigma)) / (self.p_std * math.sqrt(2)))
-            for sigma in (self.sigma_min, self.sigma_max)
-        )
-        need(
-            high - low > 1e-6,
-            f"objective.denoise: the noise density log-normal({self.p_mean}, {self.p_std}) has no mass in"
-            f" [sigma_min, sigma_max] = [{self.sigma_min}, {self.sigma_max}]",
-        )
+        check_density(self, "denoise")
         need(
             config.objective.own is not self or not config.model.n_blocks or self.conditioning == "two-stream",
             "a model in blocks needs objective.denoise.conditioning = two-stream",
@@ -188,6 +210,69 @@ class MaskedConfig(ObjectiveSection):
 
 
 @dataclass
+class ClassifyConfig(ObjectiveSection):
+    """Classification of images by a vision transformer (ViT), end to end: the control of denoise_class."""
+
+    data = "images"
+    network = "vit"
+
+    def check(self, config: Config) -> None:
+        need(
+            config.objective.own is not self or not config.model.n_blocks,
+            "objective classify trains the whole network: set model.n_blocks = 0, or use denoise_class",
+        )
+
+
+@dataclass
+class ImageNoiseConfig(ObjectiveSection):
+    """Base of the objectives that train a network for images in blocks. The defaults are the paper's (arXiv 2506.14202)."""
+
+    p_mean: float = -1.2
+    """Mean of ln sigma before truncation."""
+    p_std: Positive = 1.2
+    """Standard deviation of ln sigma before truncation."""
+    sigma_min: Positive = 0.002
+    """Smallest noise level."""
+    sigma_max: Positive = 80.0
+    """Largest noise level. There the target is invisible."""
+
+    atom = 0.0
+    label_dropout = 0.0
+    data = "images"
+    noise_conditioning = True
+    in_blocks = True
+    copies = True
+
+    def check(self, config: Config) -> None:
+        name = config.objective.name
+        if config.objective.own is self:
+            check_density(self, name)
+            need(config.model.n_blocks > 0, f"objective {name} needs blocks: set model.n_blocks (1 trains end to end)")
+
+
+@dataclass
+class DenoiseClassConfig(ImageNoiseConfig):
+    """Classification of images by a ViT in blocks: each block names the class from the image and the noised class embedding
+    (DiffusionBlocks, arXiv 2506.14202)."""
+
+    atom: Share = 0.0
+    """Probability that a training step of block 1 draws exactly sigma_max, where it sees the image only."""
+
+    network = "vit"
+
+
+@dataclass
+class DenoiseImageConfig(ImageNoiseConfig):
+    """Generation of images by a diffusion transformer (DiT) in blocks, conditioned on their class (DiffusionBlocks, arXiv
+    2506.14202)."""
+
+    label_dropout: ShareBelowOne = 0.1
+    """Share of the training images whose class is hidden. Guidance needs it above 0."""
+
+    network = "dit"
+
+
+@dataclass
 class Objectives(Section):
     """One section per objective, under the objective's name. The first is the default objective."""
 
@@ -197,6 +282,9 @@ class Objectives(Section):
     unrolled: UnrolledConfig = field(default_factory=UnrolledConfig)
     next_token: NextTokenConfig = field(default_factory=NextTokenConfig)
     masked: MaskedConfig = field(default_factory=MaskedConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
+    denoise_class: DenoiseClassConfig = field(default_factory=DenoiseClassConfig)
+    denoise_image: DenoiseImageConfig = field(default_factory=DenoiseImageConfig)
 
 
 OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(Objectives))

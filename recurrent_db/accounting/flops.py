@@ -17,91 +17,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 
+from recurrent_db.accounting.cost import Cost, part_cost
+from recurrent_db.accounting.image_flops import image_cost
 from recurrent_db.config import Config, ModelConfig
 from recurrent_db.errors import UserError
 from recurrent_db.model.passes import Passes
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of one part per token, by kind."""
-
-    forward: float = 0.0
-    backward_input: float = 0.0
-    backward_weight: float = 0.0
-    recomputed: float = 0.0
-    """Forward work that the backward pass repeats. Not part of ``total``."""
-    attention: float = 0.0
-    """The part of ``total`` in attention's two products. The rest is products with weights."""
-    masked: float = 0.0
-    """The part of ``attention`` for pairs of positions that the causal mask hides."""
-
-    @property
-    def backward(self) -> float:
-        """Backward FLOPs, without recomputation."""
-        return self.backward_input + self.backward_weight
-
-    @property
-    def total(self) -> float:
-        """Model FLOPs: forward and backward, with attention over all pairs."""
-        return self.forward + self.backward
-
-    @property
-    def matmul(self) -> float:
-        """The part of ``total`` in products with weights."""
-        return self.total - self.attention
-
-    @property
-    def causal(self) -> float:
-        """Model FLOPs with attention only over the pairs that the mask allows, about half of all pairs."""
-        return self.total - self.masked
-
-    @property
-    def hardware(self) -> float:
-        """Model FLOPs plus recomputation: what the hardware computes."""
-        return self.total + self.recomputed
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.forward + other.forward,
-            self.backward_input + other.backward_input,
-            self.backward_weight + other.backward_weight,
-            self.recomputed + other.recomputed,
-            self.attention + other.attention,
-            self.masked + other.masked,
-        )
-
-    def __rmul__(self, share: float) -> Cost:
-        """``share`` times each kind."""
-        return Cost(*(share * value for value in astuple(self)))
-
-
-def _part(
-    weights: float, attention: float, masked: float, no_grad: float, grad: float, checkpointed: bool = False
-) -> Cost:
-    """The cost of one part of the model.
-
-    Attention has no weights, so the backward pass of its two products is four products for the gradients of the inputs.
-    Fused kernels do not store the scores and recompute them, which is one of the two products.
-
-    Args:
-        weights: entries of its weight matrices.
-        attention: forward FLOPs per token of attention.
-        masked: the part of ``attention`` for hidden pairs.
-        no_grad, grad: how often the part runs without and with gradient.
-        checkpointed: the backward pass recomputes the whole forward pass.
-    """
-    runs = no_grad + 3 * grad
-    return Cost(
-        forward=(no_grad + grad) * (2 * weights + attention),
-        backward_input=grad * (2 * weights + 2 * attention),
-        backward_weight=grad * 2 * weights,
-        recomputed=grad * (attention / 2 + checkpointed * (2 * weights + attention)),
-        attention=runs * attention,
-        masked=runs * masked,
-    )
 
 
 def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointing: bool = False) -> dict[str, Cost]:
@@ -123,13 +45,13 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     def blocks(count: float, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
         met, seen = beside if two else plain
         products = count * 4 * width
-        return _part(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
+        return part_cost(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
     def context(count: float, no_grad: float, grad: float) -> Cost:
         """A stream that runs only for its keys and values. Its last block computes only these, in one fused product."""
         if not count:
             return Cost()
-        return blocks(count - 1, no_grad, grad) + _part(3 * width * width, 0, 0, no_grad, grad)
+        return blocks(count - 1, no_grad, grad) + part_cost(3 * width * width, 0, 0, no_grad, grad)
 
     core_runs = passes.core_no_grad, passes.core_grad
     clean_runs = passes.clean_no_grad, passes.clean_grad
@@ -137,14 +59,14 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     conditioning = Cost()
     if passes.noise_levels:
         share = passes.noise_levels / length
-        first = _part(model.d_condition**2, 0, 0, share * core_runs[0], share * core_runs[1])
+        first = part_cost(model.d_condition**2, 0, 0, share * core_runs[0], share * core_runs[1])
         # The Fourier features need no gradient, so the first layer computes only the gradient of its weights.
         first = Cost(first.forward, 0.0, first.backward_weight)
         out = model.d_condition * core_layers * 6 * width
-        conditioning = first + _part(out, 0, 0, share * core_runs[0], share * core_runs[1])
-    injected = _part(adapter, 0, 0, *core_runs, checkpointing)
-    injected += _part(adapter, 0, 0, *clean_runs) + _part(adapter, 0, 0, 0, passes.injections_grad)
-    head = _part(model.vocab_size * width, 0, 0, *read_runs)
+        conditioning = first + part_cost(out, 0, 0, share * core_runs[0], share * core_runs[1])
+    injected = part_cost(adapter, 0, 0, *core_runs, checkpointing)
+    injected += part_cost(adapter, 0, 0, *clean_runs) + part_cost(adapter, 0, 0, 0, passes.injections_grad)
+    head = part_cost(model.vocab_size * width, 0, 0, *read_runs)
     return {
         "embedding": Cost(),  # a lookup, without matrix products
         "prelude": blocks(model.n_prelude, float(not passes.prelude_grad), float(passes.prelude_grad)),
@@ -167,6 +89,8 @@ def total(parts: dict[str, Cost]) -> Cost:
 
 def step_cost(config: Config, passes: Passes) -> Cost:
     """FLOPs per token of a training step that runs ``passes``."""
+    if config.model.network != "language":
+        return total(image_cost(config.model, passes))
     checkpointing = config.run.activation_checkpointing
     return total(cost_per_token(config.model, config.data.sequence_length, passes, checkpointing))
 

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import sentencepiece
@@ -78,6 +79,10 @@ class Tokenizer:
         UserError: the file is missing, unreadable or not a tokenizer, cannot represent every text, or has no
             end-of-sequence token.
     """
+
+    kind: ClassVar[str] = "tokenizers"
+    file_name: ClassVar[str] = "tokenizer.model"
+    """Its file in data directories and checkpoints."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:

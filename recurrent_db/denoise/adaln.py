@@ -28,6 +28,10 @@ def _like(m: Tensor, x: Tensor) -> Tensor:
     return m.view(m.shape[0], *[1] * (x.ndim - 2), m.shape[-1]).to(x.dtype)
 
 
+MODULATIONS = {"layers": 3, "norms": 2, "inside": 6}
+"""Where a layer is modulated (see `convert.convert`), and the vectors for each place."""
+
+
 class _AfterNorm:
     """Forward hook of a norm: (1 + scale) x + shift, while a `DenoisingBlock` has set both.
 
@@ -75,10 +79,11 @@ class DenoisingBlock(nn.Module):
         """The block's own copy of the frame, if it has one."""
         self.names = [f"layer {index} ({type(layer).__name__})" for index, layer in enumerate(layers, first)]
         self.hooks: list[list[_AfterNorm]] = []
-        count, parts = len(layers), 3
+        self.inside = modulation == "inside"
+        count, parts = len(layers), MODULATIONS[modulation]
         if modulation == "norms":
             self._hook_norms()
-            count, parts = sum(map(len, self.hooks)), 2
+            count = sum(map(len, self.hooks))
         self.conditioning = NoiseEmbedding(width, count, d_condition, parts)
         nn.init.normal_(self.conditioning.hidden.weight, std=d_condition**-0.5)
         for parameter in (self.conditioning.hidden.bias, *self.conditioning.out.parameters()):
@@ -126,6 +131,10 @@ class DenoisingBlock(nn.Module):
         beside = None if self.labels is None or label_B is None else self.labels(label_B)
         modulation = self.conditioning(c_noise_B, beside)
         for index in range(len(self.layers)):
+            if self.inside:
+                own = tuple(_like(m, x) for m in modulation[index])
+                x = self._run(index, x, {**arguments, "modulation": own})
+                continue
             if not self.hooks:
                 shift, scale, gate = (_like(m, x) for m in modulation[index])
                 seen = x + scale * x + shift

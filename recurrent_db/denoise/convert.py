@@ -21,6 +21,7 @@ Shapes: B batch, N tokens, C classes, D target. z is the noised target y + sigma
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,16 +31,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurrent_db.denoise.adaln import DenoisingBlock, refuse_channel_first
+from recurrent_db.denoise.adaln import MODULATIONS, DenoisingBlock, refuse_channel_first
 from recurrent_db.denoise.frame import Frame, read_only
-from recurrent_db.denoise.noise import Density
+from recurrent_db.denoise.noise import Density, Within, draw_sigma
 from recurrent_db.denoise.partition import Partition, split_layers
 from recurrent_db.denoise.precond import Precond
-from recurrent_db.denoise.sampler import STEPS, STOCHASTIC
+from recurrent_db.denoise.sampler import STEPS, STOCHASTIC, euler
 from recurrent_db.errors import UserError
 
 SHARED = ("owned", "frozen", "all")
 """Who trains the frame; see `convert`."""
+JOIN = "join the runs of all blocks with recurrent-db blocks join"
 
 
 def _check(right: bool, message: str) -> None:
@@ -70,19 +72,33 @@ class DiffusionBlocks(nn.Module):
         self, blocks: Sequence[DenoisingBlock], partition: Partition, density: Density, sd: float, frame: Frame | None
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleDict({str(number): block for number, block in enumerate(blocks, 1)})
         self.frame = frame
         """The blocks' common frame, or None if each block has its own copy, ``block(number).frame``."""
         self.partition, self.density, self.precond = partition, density, Precond(sd)
         self.owner: int | None = None
         """The block that trains `frame`, if any."""
-        self.classes, self.label_dropout = 0, 0.0
+        self.classes, self.label_dropout, self.atom = 0, 0.0, 0.0
         self._alone: set[int] = set()
 
+    def held(self) -> list[int]:
+        """Numbers of the blocks that this object has: all, or after `keep` one."""
+        return [int(number) for number in self.blocks]
+
+    def keep(self, number: int) -> None:
+        """Remove all blocks but block ``number``."""
+        self.blocks = nn.ModuleDict({str(number): self.block(number)})
+
     def block(self, number: int) -> DenoisingBlock:
-        """Block ``number``, from 1. Raises ValueError if there is no such block."""
+        """Block ``number``, from 1.
+
+        Raises:
+            ValueError: there is no such block.
+            UserError: it was removed by `keep`.
+        """
         self.partition.check(number)
-        return cast(DenoisingBlock, self.blocks[number - 1])
+        _check(str(number) in self.blocks, f"only block {self.held()[0]} is here, not block {number}: {JOIN}")
+        return cast(DenoisingBlock, self.blocks[str(number)])
 
     def trained(self, number: int) -> list[nn.Parameter]:
         """The parameters that training block ``number`` changes: give these to its optimizer."""
@@ -101,13 +117,23 @@ class DiffusionBlocks(nn.Module):
 
     def draw(self, number: int, u: Tensor) -> Tensor:
         """Noise levels in a block's training range from uniform ``u`` in [0, 1), float64."""
-        ends = self.density.cdf(torch.tensor(self.partition.range_of(number), dtype=torch.float64))
-        return self.density.quantile(ends[0] + u.double() * (ends[1] - ends[0]))
+        return draw_sigma(Within(self.density, *self.partition.range_of(number)), self.atom if number == 1 else 0.0, u)
 
     def _rows(self, frame: Frame) -> Tensor | None:
         """All possible targets, each of length 1: a mean of rows of other lengths would not be a mean of targets."""
         table = frame.table()
         return None if table is None else F.normalize(table, dim=-1)
+
+    def targets(self, number: int, y: Tensor) -> Tensor:
+        """The clean targets of classes ``y`` (B,): rows of the table, scaled to length 1, (B, D).
+
+        Raises:
+            UserError: the frame has no table, or a class is out of range.
+        """
+        rows = self._rows(self.frame or cast(Frame, self.block(number).frame))
+        _check(rows is not None, "the targets are the data itself: the frame has no table")
+        _check_classes(y, len(cast(Tensor, rows)), "y, the classes,")
+        return cast(Tensor, rows)[y]
 
     def _out(
         self,
@@ -235,7 +261,6 @@ class DiffusionBlocks(nn.Module):
         x: Any = None,
         label: Tensor | None = None,
         guidance: float = 1.0,
-        read_out: bool = False,
         **arguments: Any,
     ) -> Tensor:
         """Generate targets from standard normal ``eps``, starting with block 1. Each evaluation uses the block of its level.
@@ -248,7 +273,6 @@ class DiffusionBlocks(nn.Module):
             label: condition, (B,).
             guidance: strength g of classifier-free guidance (arXiv 2207.12598): D(no class) + g (D(label) - D(no class)).
                 1 means none; any other strength evaluates every block twice.
-            read_out: return the logits (B, C) of the last step instead; the frame must have a table.
             arguments: further arguments of the layers.
 
         Raises:
@@ -260,7 +284,6 @@ class DiffusionBlocks(nn.Module):
         _check(math.isfinite(guidance), f"guidance must be a finite number, got {guidance}")
         guided = guidance != 1
         _check(not guided or self.label_dropout > 0, "guidance needs blocks trained with label_dropout above 0")
-        _check(not (guided and read_out), "guidance works on estimates, not on the logits of read_out")
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
             number, sigma_B = self.partition.block_of(sigma), torch.full((len(z),), sigma, dtype=torch.float64)
@@ -273,11 +296,28 @@ class DiffusionBlocks(nn.Module):
         levels = self.partition.levels(steps or self.partition.n_blocks)
         z = eps * levels[0]
         for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
-            if read_out and following == 0:
-                sigma_B = torch.full((len(z),), sigma, dtype=torch.float64)
-                return self.logits(self.partition.block_of(sigma), z, sigma_B, x, label, **arguments)
             z = STEPS[sampler](denoise, z, sigma, following, None)
         return z
+
+    @torch.no_grad()
+    def read_outs(
+        self, eps: Tensor, steps: int = 0, x: Any = None, label: Tensor | None = None, **arguments: Any
+    ) -> list[Tensor]:
+        """The logits (B, C) at each step of an Euler walk. The last are the walk's answer. Arguments as for `walk`.
+
+        Raises:
+            UserError: the frame has no table.
+        """
+        _check(isinstance(steps, int) and steps >= 0, f"steps must be a whole number, at least 0, got {steps}")
+        levels, found = self.partition.levels(steps or self.partition.n_blocks), []
+        z = eps * levels[0]
+        for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
+            number, sigma_B = self.partition.block_of(sigma), torch.full((len(z),), sigma, dtype=torch.float64)
+            found.append(self.logits(number, z, sigma_B, x, label, **arguments))
+            with self._frame(number) as frame:
+                estimate = (found[-1].softmax(-1) @ cast(Tensor, self._rows(frame))).to(z.dtype)
+            z = euler(lambda *_, estimate=estimate: estimate, z, sigma, following)
+        return found
 
 
 def _refuse_shared(blocks: Sequence[nn.Module], frame: nn.Module) -> None:
@@ -305,6 +345,7 @@ def convert(
     classes: int = 0,
     label_dropout: float = 0.0,
     modulation: str = "layers",
+    atom: float = 0.0,
 ) -> DiffusionBlocks:
     """Cut a stack of residual layers, each x -> x + f(x) on (B, ..., width), into blocks that train alone.
 
@@ -330,7 +371,10 @@ def convert(
             embedding of classes + 1 rows. The last row means "no class".
         label_dropout: share of the labels that training replaces by "no class". Guidance needs it.
         modulation: "layers" conditions each layer from outside, x + (1 + gate) f((1 + scale) x + shift). "norms" puts
-            (1 + scale) x + shift after each LayerNorm and RMSNorm of size ``width`` inside a layer.
+            (1 + scale) x + shift after each LayerNorm and RMSNorm of size ``width`` inside a layer. "inside" is for layers
+            that condition themselves: each gets the argument ``modulation``, six tensors (B, 1, width) that start at zero,
+            such as DiT's shift, scale and gate of attention and MLP.
+        atom: probability that a training step of block 1 draws exactly the highest level, where the target is invisible.
 
     Raises:
         UserError: the layers cannot be converted or split this way, or an option is out of range.
@@ -341,7 +385,8 @@ def convert(
     _check(noise.sigma_min > 0, f"the lowest noise level must be above 0, got {noise.sigma_min}")
     _check(0 <= gamma < math.inf, f"gamma, the overlap, must be at least 0, got {gamma}")
     _check(shared in SHARED, f"shared must be one of {', '.join(SHARED)}, got {shared!r}")
-    _check(modulation in ("layers", "norms"), f"modulation must be layers or norms, got {modulation!r}")
+    _check(modulation in MODULATIONS, f"modulation must be {', '.join(MODULATIONS)}, got {modulation!r}")
+    _check(0 <= atom <= 1, f"atom must be in [0, 1], got {atom}")
     _check(classes >= 0, f"classes must be at least 0, got {classes}")
     _check(0 <= label_dropout < 1, f"label_dropout must be at least 0 and below 1, got {label_dropout}")
     _check(not label_dropout or classes > 0, "label_dropout needs classes")
@@ -349,7 +394,7 @@ def convert(
     _check(1 <= owner <= n_blocks, f"the owner must be a block from 1 to {n_blocks}, got {owner}")
     for index, layer in enumerate(stack, 1):
         refuse_channel_first(layer, f"layer {index} ({type(layer).__name__})", width)
-    ends = torch.tensor(counts).cumsum(0).tolist()
+    ends = itertools.accumulate(counts)
     parts = [
         DenoisingBlock(stack[end - count : end], width, d_condition, classes, modulation, first=end - count + 1)
         for count, end in zip(counts, ends, strict=True)
@@ -357,10 +402,16 @@ def convert(
     frame = Frame() if frame is None else frame
     _refuse_shared(parts, frame)
     if shared == "all":
+        table = frame.table()
+        _check(
+            table is None or not table.requires_grad,
+            "shared='all' gives each block its own frame, so a table must be fixed: all blocks have the same targets",
+        )
         for index, part in enumerate(parts):
             part.frame = copy.deepcopy(frame) if index else frame
-    partition = Partition.cut(noise, n_blocks, gamma, uniform)
+    with torch.device("cpu"):  # the layers may be built on the meta device
+        partition = Partition.cut(noise, n_blocks, gamma, uniform)
     blocks = DiffusionBlocks(parts, partition, noise, sd, None if shared == "all" else frame)
     blocks.owner = owner if shared == "owned" else None
-    blocks.classes, blocks.label_dropout = classes, label_dropout
+    blocks.classes, blocks.label_dropout, blocks.atom = classes, label_dropout, atom
     return blocks

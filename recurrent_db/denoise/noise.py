@@ -112,6 +112,27 @@ class Below:
         return self.law.quantile(u.double() * self._share()).clamp(max=self.sigma_max)
 
 
+@dataclass(frozen=True)
+class Within:
+    """A density restricted to a part of its range."""
+
+    whole: Density
+    sigma_min: float
+    sigma_max: float
+
+    def _ends(self) -> tuple[float, float]:
+        low, high = self.whole.cdf(torch.tensor((self.sigma_min, self.sigma_max), dtype=torch.float64)).tolist()
+        return low, high
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        low, high = self._ends()
+        return ((self.whole.cdf(sigma) - low) / (high - low)).clamp(0, 1)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        low, high = self._ends()
+        return self.whole.quantile(low + u.double() * (high - low))
+
+
 def draw_sigma(density: Density, atom: float, u: Tensor) -> Tensor:
     """Noise levels from uniform ``u`` in [0, 1): exactly sigma_max with probability ``atom``, else from the density.
 

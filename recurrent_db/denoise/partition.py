@@ -76,6 +76,13 @@ class Partition:
         widening = (high / low) ** self.gamma
         return max(low / widening, self.edges[-1]), min(high * widening, self.edges[0])
 
+    def levels_inside(self, block: int, count: int) -> list[float]:
+        """``count`` noise levels spread over a block's own range: the middles of intervals of equal probability, rising."""
+        ends = self.law.cdf(torch.tensor([self.edges[block], self.edges[block - 1]], dtype=torch.float64))
+        shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        levels: list[float] = self.law.quantile(ends[0] + shares * (ends[1] - ends[0])).tolist()
+        return levels
+
     def levels(self, k: int) -> list[float]:
         """Falling noise levels of a walk of ``k`` steps: the upper ends of k intervals of equal probability.
 

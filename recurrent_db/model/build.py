@@ -1,11 +1,16 @@
-"""Builds the network of a configuration: `looped.LoopedLM`, or `blocks_lm.BlocksLM` for a model in blocks."""
+"""Builds the network of a configuration.
+
+It is a `looped.LoopedLM`, a `blocks_lm.BlocksLM` for a language model in blocks, or a network for images (`image_networks`).
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from recurrent_db.config import ModelConfig
+from recurrent_db.config import Config, ModelConfig
 from recurrent_db.model.blocks_lm import BlocksLM
+from recurrent_db.model.image_networks import build_image_network
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.rng import key
 
@@ -34,3 +39,11 @@ def build_model(
     if seed is not None:
         model.initialize(torch.Generator().manual_seed(key(seed, "weights")))
     return model.to(device)
+
+
+def build_network(config: Config, seed: int | None, device: torch.device | str = "cpu") -> nn.Module:
+    """Build the network of a whole configuration, for text or images. Arguments and errors are those of `build_model` and
+    `image_networks.build_image_network`."""
+    if config.model.network == "language":
+        return build_model(config.model, seed, device, config.blocks.only)
+    return build_image_network(config, seed, device)

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 
 from recurrent_db.accounting.flops import step_cost
 from recurrent_db.config import Config
-from recurrent_db.data import Batch
-from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.model.head import linear_cross_entropy
 from recurrent_db.model.looped import LoopedLM
 from recurrent_db.model.passes import Passes
@@ -44,7 +42,7 @@ class Objective:
     """
 
     recurrence: Recurrence
-    """Computes K iterations at inference for checkpoints of this objective."""
+    """Computes K iterations at inference for checkpoints of this objective. Objectives on images have none."""
     default_k: int = 1
     """Number of iterations K that an exported model runs by default."""
     flat: ClassVar[bool] = False
@@ -54,9 +52,10 @@ class Objective:
     core_trained: bool = True
     """Whether the core's layers have been trained so far. A property may change it during a run."""
 
-    def __call__(self, model: LoopedLM, batch: Batch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
+    def __call__(self, model: Any, batch: Any, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         """Compute the loss of one micro-batch, in nats per token, and the metrics to log. The docstring of
-        `recurrent_db.objectives.base` describes both."""
+        `recurrent_db.objectives.base` describes both. On text, ``model`` is a `LoopedLM` and ``batch`` a `data.Batch`. On
+        images they are a network of `model.image_networks` and a `data.ImageBatch`."""
         raise NotImplementedError
 
     def passes(self, rng: Rng, progress: float) -> Passes:
@@ -75,10 +74,10 @@ class Objective:
         """
         return {}
 
-    def prepare(self, model: LoopedLM) -> None:
+    def prepare(self, model: Any) -> None:
         """Called once before training. Override it to freeze parameters that the run does not train."""
 
-    def grow(self, model: LoopedLM, progress: float) -> list[nn.Parameter]:
+    def grow(self, model: Any, progress: float) -> list[nn.Parameter]:
         """Called before each step and before each save. Override it to set weights by a rule instead of a gradient.
 
         Returns the parameters that it set (their shards if the model is sharded). The trainer then resets their optimizer
@@ -86,12 +85,12 @@ class Objective:
         """
         return []
 
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
-        """Score held-out batches and return the metrics by name. An empty result means that the run is scored by its
-        likelihood at each K instead."""
+    def held_out(self, model: Any, batches: Iterable[Any], vocabulary: Any, seed: int) -> dict[str, float]:
+        """Score held-out batches and return the metrics by name. ``vocabulary`` is the tokenizer or the images' classes. An
+        empty result means that a language model is scored by its likelihood at each K instead."""
         return {}
 
-    def describe(self, model: LoopedLM) -> list[str]:
+    def describe(self, model: Any) -> list[str]:
         """Lines to print before training starts."""
         return []
 

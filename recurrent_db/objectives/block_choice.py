@@ -1,4 +1,4 @@
-"""Which block a training step trains, and whether it trains the embedding and head that all blocks share."""
+"""Which block a training step trains, and whether it trains what all blocks share."""
 
 from __future__ import annotations
 

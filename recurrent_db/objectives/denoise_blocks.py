@@ -129,7 +129,7 @@ class DenoiseBlocks(Objective):
         return [*lines, f"embedding and head: {'frozen' if shared == 'frozen' else who}"]
 
     @torch.no_grad()
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], vocabulary: Tokenizer, seed: int) -> dict[str, float]:
         """Score a run of a single block: cross-entropy at noise levels spread over its range, each level and their mean.
 
         z is made from the answer, as in training, so this is not a likelihood. Block 1 also reports its loss on pure noise
@@ -140,9 +140,7 @@ class DenoiseBlocks(Objective):
             return {}
         assert isinstance(model, BlocksLM)
         part, denoise, walk = model.block(block), self.blocks[block], self.recurrence
-        ends = self.partition.law.cdf(torch.tensor([self.partition.edges[block], self.partition.edges[block - 1]]))
-        shares = (torch.arange(HELD_OUT_LEVELS, dtype=torch.float64) + 0.5) / HELD_OUT_LEVELS
-        levels = self.partition.law.quantile(ends[0] + shares * (ends[1] - ends[0])).tolist()
+        levels = self.partition.levels_inside(block, HELD_OUT_LEVELS)
         if block == 1:  # pure noise: the likelihood at K = 1
             levels.append(self.partition.edges[0])
         sums, rng, count = dict.fromkeys(levels, 0.0), Rng(seed, EVALUATION_STEP), 0

@@ -224,9 +224,9 @@ class Masked(Objective):
             {block: term.mean().item() for block, term in terms.items()}, stderr, whole_N.tolist(), tokens, characters
         )
 
-    def held_out(self, model: LoopedLM, batches: Iterable[Batch], tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+    def held_out(self, model: LoopedLM, batches: Iterable[Batch], vocabulary: Tokenizer, seed: int) -> dict[str, float]:
         """The bound's term for each block; with all blocks also the bound in nats per token and in bits per character."""
-        found = self.elbo(model, batches, tokenizer, seed, self.config.eval.draws)
+        found = self.elbo(model, batches, vocabulary, seed, self.config.eval.draws)
         row: dict[str, float] = {f"eval/loss_block_{block}": value for block, value in found.by_block.items()}
         if not self.config.blocks.only:
             row |= {"eval/elbo": found.nats, "eval/elbo_stderr": found.stderr,

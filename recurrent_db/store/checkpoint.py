@@ -1,9 +1,10 @@
 """Checkpoints as safetensors and JSON files. `folder` writes and checks their folders.
 
 A checkpoint ``RUN/checkpoints/step-NNNNNNNN/`` holds all that rebuilds the model (weights, averaged weights, configuration,
-tokenizer) and all that continues training (optimizer state, counters, the objective's state):
+vocabulary) and all that continues training (optimizer state, counters, the objective's state):
 
-    config.json  tokenizer.model  state.json  manifest.json
+    config.json  state.json  manifest.json
+    tokenizer.model  or, of a run on images, images.json
     model.safetensors  ema.safetensors  optimizer.safetensors     written by one process
     shard-*.safetensors                                           written by several processes, see `sharded`
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from recurrent_db.config import Config, config_from_json
 from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import ImageClasses, Vocabulary
 from recurrent_db.distributed.team import Team, sharded_like
 from recurrent_db.errors import UserError
 from recurrent_db.optim.ema import EMA
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 def save_checkpoint(
     run_dir: Path,
     config: Config,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
@@ -76,8 +78,8 @@ def save_checkpoint(
         if ema is not None:
             save_file(ema.shadow, temporary / "ema.safetensors")
         updates = ema.updates if ema is not None else 0
-        write_small_files(temporary, config, tokenizer, state, objective_state, updates)
-        return seal_checkpoint(run_dir, temporary, state.step, tokenizer, config.run.keep)
+        write_small_files(temporary, config, vocabulary, state, objective_state, updates)
+        return seal_checkpoint(run_dir, temporary, state.step, vocabulary, config.run.keep)
     except (OSError, SafetensorError) as error:
         discard(temporary)
         raise UserError(cannot_write(step_folder(run_dir, state.step), error)) from None
@@ -89,7 +91,7 @@ class Saver:
 
     run_dir: Path
     config: Config
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
 
     def save(
         self,
@@ -100,19 +102,19 @@ class Saver:
         objective_state: dict[str, Any],
     ) -> None:
         """Write a checkpoint. See `save_checkpoint`."""
-        save_checkpoint(self.run_dir, self.config, self.tokenizer, model, optimizer, ema, state, objective_state)
+        save_checkpoint(self.run_dir, self.config, self.vocabulary, model, optimizer, ema, state, objective_state)
 
     def finish(self) -> None:
         """Does nothing: `save` returns only when the checkpoint is complete."""
 
 
-def build_saver(team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer) -> Saver | ShardedSaver:
+def build_saver(team: Team, run_dir: Path, config: Config, vocabulary: Vocabulary) -> Saver | ShardedSaver:
     """The saver of a run: whole files in mode "none", shards in modes "ddp" and "fsdp"."""
     if team.mode == "none":
-        return Saver(run_dir, config, tokenizer)
+        return Saver(run_dir, config, vocabulary)
     from recurrent_db.store.sharded import ShardedSaver
 
-    return ShardedSaver(team, run_dir, config, tokenizer)
+    return ShardedSaver(team, run_dir, config, vocabulary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,9 +132,18 @@ class Checkpoint:
         text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
         return config_from_json(text, str(self.path / "config.json"))
 
+    def vocabulary(self) -> Vocabulary:
+        """The run's tokenizer, or the classes of its images."""
+        if (images := self.path / ImageClasses.file_name).exists():
+            return ImageClasses.from_bytes(images.read_bytes())
+        return self.tokenizer()
+
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
-        return Tokenizer.from_bytes((self.path / "tokenizer.model").read_bytes())
+        """The run's tokenizer. Raises `UserError` if the run was trained on images."""
+        path = self.path / Tokenizer.file_name
+        if not path.exists():
+            raise UserError(f"{self.path} was trained on images, not on text: use eval/images.py")
+        return Tokenizer.from_bytes(path.read_bytes())
 
     def training(self) -> tuple[TrainState, dict[str, Any], int]:
         """The run's counters, the objective's state, and the number of EMA updates. See `read_state`."""

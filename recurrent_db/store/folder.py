@@ -17,12 +17,14 @@ from typing import Any
 
 from recurrent_db.config import Config
 from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import ImageClasses, Vocabulary
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, file_digest, is_altered, new_file_mode, read_json, sealed
 from recurrent_db.schema import to_dict
 from recurrent_db.store.train_state import TrainState, write_state
 
 MANIFEST = "manifest.json"
+VOCABULARY_FILES = (Tokenizer.file_name, ImageClasses.file_name)
 FORMAT = 1
 WRITING, DELETING = ".writing-", ".deleting-"
 """Name prefixes of a checkpoint's folder while it is being written, and while it is being deleted."""
@@ -68,13 +70,13 @@ def cannot_write(target: Path, error: BaseException, who: str = "") -> str:
 def write_small_files(
     temporary: Path,
     config: Config,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     state: TrainState,
     objective_state: dict[str, Any],
     ema_updates: int,
 ) -> None:
-    """Write all files without tensors: tokenizer, configuration, and ``state.json`` (see `write_state`)."""
-    (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    """Write all files without tensors: vocabulary, configuration, and ``state.json`` (see `write_state`)."""
+    (temporary / vocabulary.file_name).write_bytes(vocabulary.model_bytes)
     (temporary / "config.json").write_text(json.dumps(to_dict(config), indent=1), encoding="utf-8")
     write_state(temporary / "state.json", state, objective_state, ema_updates)
 
@@ -102,7 +104,7 @@ def seal_checkpoint(
     run_dir: Path,
     temporary: Path,
     step: int,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     keep: int,
     flushed: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
@@ -118,7 +120,7 @@ def seal_checkpoint(
     target, flushed = step_folder(run_dir, step), flushed or {}
     files = sorted(p for p in temporary.iterdir() if p.name not in flushed)
     listing = flushed | {p.name: manifest_entry(p) for p in files}
-    manifest = {"format": FORMAT, "step": step, "tokenizer": tokenizer.hash, "files": dict(sorted(listing.items()))}
+    manifest = {"format": FORMAT, "step": step, "vocabulary": vocabulary.hash, "files": dict(sorted(listing.items()))}
     (temporary / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
     for path in (*files, temporary / MANIFEST):
         flush_file(path)
@@ -174,7 +176,8 @@ def fault(checkpoint: Path) -> str | None:
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
         weights = () if any(name.startswith("shard-") for name in files) else ("model.safetensors",)
-        for name in (*weights, "config.json", "tokenizer.model", "state.json"):
+        vocabulary = next((name for name in VOCABULARY_FILES if name in files), VOCABULARY_FILES[0])
+        for name in (*weights, "config.json", vocabulary, "state.json"):
             if name not in files:
                 return f"{name} is not listed"
         for name, entry in files.items():
@@ -201,7 +204,7 @@ def fault(checkpoint: Path) -> str | None:
 def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of all that determines a model's outputs, from an undamaged checkpoint's manifest.
 
-    It covers weights, configuration, tokenizer and ``state.json``, and leaves out the optimizer. Copies of a checkpoint
+    It covers weights, configuration, vocabulary and ``state.json``, and leaves out the optimizer. Copies of a checkpoint
     have the same hash.
     """
     files = read_json(checkpoint / MANIFEST)["files"]

@@ -24,8 +24,7 @@ from recurrent_db.accounting.memory_split import tensor_bytes
 from recurrent_db.config import Config, validate
 from recurrent_db.errors import UserError
 from recurrent_db.files import locked, read_json, write_atomic
-from recurrent_db.model import build_model
-from recurrent_db.model.blocks_lm import BlocksLM
+from recurrent_db.model.build import build_network
 from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.block_choice import trains_shared
 from recurrent_db.schema import to_dict
@@ -153,8 +152,8 @@ def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
         return f"blocks.partition differs between {first.path} and {other.path}"
     if first.config.data.document_mask != other.config.data.document_mask:
         return f"data.document_mask differs between {first.path} and {other.path}"
-    if first.checkpoint.tokenizer().hash != other.checkpoint.tokenizer().hash:
-        return f"{first.path} and {other.path} were trained with different tokenizers"
+    if first.checkpoint.vocabulary().hash != (vocabulary := other.checkpoint.vocabulary()).hash:
+        return f"{first.path} and {other.path} were trained with different {vocabulary.kind}"
     ours, theirs = first.shared(), other.shared()
     if any(not torch.equal(ours[name], theirs[name]) for name in ours):
         return (
@@ -253,7 +252,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
             print(f"{out} already holds these blocks: left unchanged", file=sys.stderr)
             return older
     owner = next((p for n, p in chosen.items() if trains_shared(p.config, n)), sources[0])
-    config, tokenizer = owner.checkpoint.config(), owner.checkpoint.tokenizer()
+    config, vocabulary = owner.checkpoint.config(), owner.checkpoint.vocabulary()
     config.blocks.only, config.init.from_, config.run.dir = 0, "", str(out)
     validate(config)
     weights = dict(owner.shared())
@@ -262,8 +261,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         weights |= source.block(number)
         states[str(number)] = source.checkpoint.training()[1].get(str(number), {})
     total = _sum_of_blocks(chosen, account["blocks"])
-    model = build_model(config.model, None)
-    assert isinstance(model, BlocksLM)
+    model = build_network(config, None)
     load_weights(model, weights, "the joined runs")
     objective = build_objective(config)
     objective.load_state_dict(states if any(states.values()) else {})
@@ -272,7 +270,7 @@ def join(paths: list[Path], out: Path, overwrite: bool = False) -> dict[str, Any
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         optimizer = torch.optim.AdamW(model.parameters())
-        save_checkpoint(temporary, config, tokenizer, model, optimizer, None, total, objective.state_dict())
+        save_checkpoint(temporary, config, vocabulary, model, optimizer, None, total, objective.state_dict())
         write_atomic(temporary / "config.json", json.dumps(to_dict(config), indent=1))
         account["joined"] = {"weights": content_hash(find_checkpoint(temporary)), **total.row()}
         write_atomic(temporary / ACCOUNT, json.dumps(account, indent=1))

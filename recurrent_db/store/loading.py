@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from recurrent_db.accounting.hardware import choose_device
 from recurrent_db.config import Config, validate
 from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import ImageClasses, Vocabulary
+from recurrent_db.denoise.convert import DiffusionBlocks
 from recurrent_db.errors import UserError
 from recurrent_db.files import expand_user
-from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model import LoopedLM
 from recurrent_db.model.blocks_lm import BlocksLM, plain_weights
+from recurrent_db.model.build import build_network
+from recurrent_db.model.vit import ViT
 from recurrent_db.objectives import Objective, build_objective, load_objective_state
 from recurrent_db.objectives.block_choice import trains_shared
 from recurrent_db.store.checkpoint import Checkpoint
@@ -56,16 +63,47 @@ def load_with_config(
         for name, value in chosen.items():
             setattr(config.objective.own, name, value)
         validate(config)
+    tokenizer, model = checkpoint.tokenizer(), _load_network(checkpoint, config, averaged)
+    assert isinstance(model, LoopedLM)
+    model.recurrence = trained_objective(checkpoint, config).recurrence
+    model.document_mask = config.data.document_mask
+    return model.to(target).eval(), tokenizer, config, checkpoint.path
+
+
+def _load_network(checkpoint: Checkpoint, config: Config, averaged: bool) -> nn.Module:
+    """Build the network of a checkpoint and fill it, on the CPU. Raises `UserError` if the weights do not fit."""
     weights, shape, source = checkpoint.weights(averaged), config.model, str(checkpoint.path)
     # Check before allocating anything: a malicious configuration may claim any size.
     if shape.n_prelude + shape.n_core + shape.n_coda > len(weights):
-        raise UserError(f"{source}: the configuration has more blocks than the weights have tensors")
-    check_weights(build_model(shape, None, "meta", config.blocks.only), weights, source)
-    model = build_model(shape, seed=None, only_block=config.blocks.only)
-    load_weights(model, weights, source)
-    model.recurrence = trained_objective(checkpoint, config).recurrence
-    model.document_mask = config.data.document_mask
-    return model.to(target).eval(), checkpoint.tokenizer(), config, checkpoint.path
+        raise UserError(f"{source}: the configuration has more layers than the weights have tensors")
+    check_weights(build_network(config, None, "meta"), weights, source)
+    network = build_network(config, None)
+    load_weights(network, weights, source)
+    return network
+
+
+@dataclass
+class ImageRun:
+    """A network that was trained on images, from a checkpoint."""
+
+    network: ViT | DiffusionBlocks
+    """In fp32 and evaluation mode."""
+    images: ImageClasses
+    """The size and classes of the images."""
+    config: Config
+    path: Path
+    """The checkpoint's folder."""
+
+
+def load_image_run(path: str | Path, device: str | torch.device = "auto", averaged: bool = True) -> ImageRun:
+    """Load a network that was trained on images. Arguments and errors are those of `load`."""
+    target = choose_device(str(device))
+    checkpoint = Checkpoint(find_checkpoint(Path(expand_user(str(path)))))
+    config, images = checkpoint.config(), checkpoint.vocabulary()
+    if not isinstance(images, ImageClasses):
+        raise UserError(f"{path} was trained on text, not on images")
+    network = cast(ViT | DiffusionBlocks, _load_network(checkpoint, config, averaged))
+    return ImageRun(network.to(target).eval(), images, config, checkpoint.path)
 
 
 def load(
@@ -97,7 +135,7 @@ def _is_shared(name: str) -> bool:
     return not name.startswith("blocks.")
 
 
-def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
+def start_from(model: nn.Module, config: Config, vocabulary: Vocabulary) -> str:
     """Fill a new run's model from the run ``init.from``. Returns a log line that says what was loaded.
 
     If only the new model is conditioned on noise, it keeps its zero-initialised conditioning. A model in blocks loads the
@@ -107,14 +145,16 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
         UserError: the run does not exist, its tokenizer or shape differs, or its core was never trained.
     """
     source = Checkpoint(find_checkpoint(Path(config.init.from_)))
-    if source.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"init.from {config.init.from_} and data.path {config.data.path} have different tokenizers")
+    if source.vocabulary().hash != vocabulary.hash:
+        raise UserError(
+            f"init.from {config.init.from_} and data.path {config.data.path} have different {vocabulary.kind}"
+        )
     if not trained_objective(source, source.config()).core_trained:
         raise UserError(
             f"init.from {config.init.from_} was saved in the skip-core phase, so its core is untrained:"
             " continue that run with --resume first"
         )
-    if not isinstance(model, BlocksLM):
+    if not isinstance(model, BlocksLM | DiffusionBlocks):
         load_weights(model, source.weights(averaged=True), str(source.path), allow_new=("noise_embedding.",))
         return f"starting from the weights of {source.path}"
     theirs = source.config().model
@@ -138,7 +178,7 @@ def start_from(model: LoopedLM, config: Config, tokenizer: Tokenizer) -> str:
     )
 
 
-def check_owner(model: LoopedLM, config: Config) -> None:
+def check_owner(model: nn.Module, config: Config) -> None:
     """Check that a resumed block has the same shared parameters as the block that owns them, if the owner's run exists.
 
     Raises:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from recurrent_db.config import Config
-from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import Vocabulary
 from recurrent_db.distributed.rendezvous import job_identity, restarted
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, locked, write_atomic
@@ -88,14 +88,14 @@ def make_run_dir(config: Config, resume: str, overwrite: bool, held: contextlib.
     return run_dir
 
 
-def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+def check_resumable(config: Config, checkpoint: Checkpoint, vocabulary: Vocabulary) -> list[str]:
     """Check that a run can be continued with this configuration.
 
     Returns:
         A note for each other setting of data, optimizer, schedule or budget that has changed.
 
     Raises:
-        UserError: the objective, model, blocks, seed, tokenizer or optimizer has changed.
+        UserError: the objective, model, blocks, seed, vocabulary or optimizer has changed.
     """
     before, now = to_dict(checkpoint.config()), to_dict(config)
     for section in ("objective", "model", "blocks", "seed"):
@@ -105,8 +105,8 @@ def check_resumable(config: Config, checkpoint: Checkpoint, tokenizer: Tokenizer
                 key = next(k for k in now[section] if before[section][k] != now[section][k])
                 old, new, section = before[section][key], now[section][key], f"{section}.{key}"
             raise UserError(f"cannot resume {config.run.dir}: {section} was {old} and is now {new}")
-    if checkpoint.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"cannot resume {config.run.dir}: the data was made with another tokenizer")
+    if checkpoint.vocabulary().hash != vocabulary.hash:
+        raise UserError(f"cannot resume {config.run.dir}: the run and data.path have different {vocabulary.kind}")
     if before["optim"]["name"] != now["optim"]["name"]:  # one optimizer cannot use the other's state
         old, new = before["optim"]["name"], now["optim"]["name"]
         raise UserError(f"cannot resume {config.run.dir}: optim.name was {old} and is now {new}")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from recurrent_db.config import Config
-from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import Vocabulary
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.optim.ema import EMA
@@ -93,8 +93,8 @@ def _live_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA |
 class ShardedSaver:
     """Writes the checkpoints of a run of several processes. All processes must call its methods in the same order."""
 
-    def __init__(self, team: Team, run_dir: Path, config: Config, tokenizer: Tokenizer) -> None:
-        self.team, self.run_dir, self.config, self.tokenizer = team, run_dir, config, tokenizer
+    def __init__(self, team: Team, run_dir: Path, config: Config, vocabulary: Vocabulary) -> None:
+        self.team, self.run_dir, self.config, self.vocabulary = team, run_dir, config, vocabulary
         self._pending: tuple[Path, Path, Future[Any]] | None = None  # hidden folder, checkpoint, result of writing it
 
     def save(
@@ -121,10 +121,10 @@ class ShardedSaver:
             return
         if team.first:
             averages = ema.updates if ema is not None else 0
-            write_small_files(temporary, config, self.tokenizer, state, objective_state, averages)
+            write_small_files(temporary, config, self.vocabulary, state, objective_state, averages)
 
         def seal(listing: Listing) -> None:
-            seal_checkpoint(self.run_dir, temporary, step, self.tokenizer, config.run.keep, listing)
+            seal_checkpoint(self.run_dir, temporary, step, self.vocabulary, config.run.keep, listing)
 
         tensors = _live_tensors(model, optimizer, ema)
         writer = _Writer(temporary, list(tensors), seal)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
 
 from recurrent_db.config import Config, rows_of_vocabulary
 from recurrent_db.data import Batch, Loader, load_tokenizer, open_data, prefetch, validation_batches
-from recurrent_db.data.tokenizer import Tokenizer
+from recurrent_db.data.vocabulary import Vocabulary
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import score
-from recurrent_db.model import LoopedLM
+from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Objective
-from recurrent_db.training.guard import unigram_entropy
+from recurrent_db.training import guard
+from recurrent_db.training.image_task import ImageTask
 
 SCORED_AT_ONCE = 16
 """Held-out sequences per forward pass."""
@@ -22,36 +26,47 @@ SCORED_AT_ONCE = 16
 class Task(Protocol):
     """A kind of data, such as `TextTask`."""
 
-    tokenizer: Tokenizer
-    """Saved in every checkpoint, so that the model's outputs can be decoded."""
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Saved in every checkpoint, so that the model's outputs can be decoded."""
+        ...
+
     floor: float
     """Entropy of the target frequencies in nats per token: the loss of a model that knows only these frequencies."""
     tokens_per_step: int
     """Positions that one optimizer step trains, over all processes."""
 
-    def describe(self) -> str:
-        """One log line about the data."""
+    def build_model(self, objective: Objective, bfloat16: bool) -> Any:
+        """The network that the objective trains, with its initial weights. ``bfloat16``: it runs under autocast."""
         ...
 
-    def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
+    def describe(self, model: Any) -> Iterator[str]:
+        """Log lines about the network and the data."""
+        ...
+
+    def batches(self, step: int, seed: int) -> Iterator[Iterable[Any]]:
         """For each optimizer step from ``step`` on, this process's micro-batches, on its device.
 
         ``seed`` determines the order of the data.
         """
         ...
 
-    def sample(self) -> Batch:
+    def sample(self) -> Any:
         """One micro-batch of this process, always the same."""
         ...
 
-    def evaluate(self, model: LoopedLM, objective: Objective) -> dict[str, float]:
+    def evaluate(self, model: Any, objective: Objective) -> dict[str, float]:
         """Held-out scores as columns of metrics.jsonl."""
+        ...
+
+    def state_rms(self, model: Any, batch: Any) -> list[float]:
+        """RMS of the state after each iteration for one sample of a batch; empty if the network has no loop."""
         ...
 
 
 def build_task(config: Config, team: Team) -> Task:
-    """The task of a configuration. Arguments and errors are those of `TextTask`."""
-    return TextTask(config, team)
+    """The task of a configuration: `TASKS` by the data that its objective trains on."""
+    return TASKS[config.objective.own.data](config, team)
 
 
 class TextTask:
@@ -75,9 +90,9 @@ class TextTask:
         self.micro_batch_size = min(data.micro_batch_size or share, share)
         self.tokens_per_step = data.batch_size * data.sequence_length
         self.shards = open_data(data.path, "train", verify=True)
-        self.tokenizer = load_tokenizer(data.path)
+        self.vocabulary = self.tokenizer = load_tokenizer(data.path)
         self.loader = Loader(self.shards, data.sequence_length, data.batch_size, config.seed, data.mixture or None)
-        self.floor = unigram_entropy(self.shards, data.mixture)
+        self.floor = guard.unigram_entropy(self.shards, data.mixture)
         self.validation = open_data(
             data.val_path or data.path, "validation", expect_tokenizer_hash=self.tokenizer.hash, verify=True
         )
@@ -90,7 +105,33 @@ class TextTask:
         if config.eval.points:  # fail before training if the validation data is too short
             next(validation_batches(self.validation, data.sequence_length, 1, data.sequence_length))
 
-    def describe(self) -> str:
+    def build_model(self, objective: Objective, bfloat16: bool) -> LoopedLM:
+        """The model with its recurrence and attention back end."""
+        config, device = self.config, self.team.device
+        need = Need(
+            device=device,
+            dtype=torch.bfloat16 if bfloat16 else torch.float32,
+            head_size=config.model.d_model // config.model.n_heads,
+            documents=config.data.document_mask,
+            two_stream=objective.two_stream,
+        )
+        attention, self.attention_line = choose(config.run.attention, need)
+        model = build_model(config.model, config.seed, device, config.blocks.only)
+        model.recurrence, model.attention = objective.recurrence, attention
+        model.document_mask = config.data.document_mask
+        model.checkpoint_activations(config.run.activation_checkpointing)
+        if config.run.compile:
+            model.compile_parts()
+        objective.prepare(model)
+        return model
+
+    def describe(self, model: LoopedLM) -> Iterator[str]:
+        counts = model.parameter_counts()
+        yield (
+            f"{self.config.objective.name} on {self.team}: {counts['total']:,} parameters"
+            f" ({counts['total'] - counts['embedding']:,} without the embedding)"
+            f" + {counts['noise_conditioning']:,} for noise conditioning"
+        )
         line = f"{self.shards.tokens:,} training tokens, {self.tokens_per_step:,} per step"
         settings, length = self.config.eval, self.config.data.sequence_length
         there = sum(max(0, source.tokens - 1) // length for source in self.validation.sources.values()) * length
@@ -98,7 +139,8 @@ class TextTask:
             line += (
                 f"; the validation split is short: {there:,} tokens are scored, not eval.tokens = {settings.tokens:,}"
             )
-        return line
+        yield line
+        yield self.attention_line
 
     def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
         self.loader.seed = seed
@@ -121,3 +163,10 @@ class TextTask:
         lengths = self.tokenizer.byte_lengths()
         beating = team.beating(batches)
         return score(model, beating, settings.k, lengths, settings.draws, self.config.seed, team.processes).row()
+
+    def state_rms(self, model: LoopedLM, batch: Batch) -> list[float]:
+        return guard.state_rms(model, batch.tokens_BT, self.config)
+
+
+TASKS: dict[str, Callable[[Config, Team], Task]] = {"text": TextTask, "images": ImageTask}
+"""The task of each kind of data (`ObjectiveSection.data`)."""

@@ -31,12 +31,9 @@ from recurrent_db.accounting.hardware import (
 )
 from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.config import Config, check_readable
-from recurrent_db.data import Batch
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
-from recurrent_db.model import LoopedLM, build_model
-from recurrent_db.model.attention import Need, choose
 from recurrent_db.model.passes import Passes
 from recurrent_db.objectives import Metrics, build_objective, load_objective_state
 from recurrent_db.optim.ema import EMA
@@ -95,12 +92,12 @@ class Trainer:
         resume, overwrite = self.team.decide(lambda: after_restart(config, resume, overwrite))
         checkpoint = self.team.decide(lambda: check_run_dir(config, resume, overwrite, held))
         self.objective = build_objective(config)
-        self.model, attention_line = self._build_model()
+        self.model = self.task.build_model(self.objective, self.bfloat16)
         self.state, self.notes = TrainState(), list[str]()
         if checkpoint is not None:
-            self.notes = check_resumable(config, checkpoint, self.task.tokenizer)
+            self.notes = check_resumable(config, checkpoint, self.task.vocabulary)
         elif config.init.from_:
-            self.notes = [start_from(self.model, config, self.task.tokenizer)]
+            self.notes = [start_from(self.model, config, self.task.vocabulary)]
         self.team.wrap(self.model, config, self.bfloat16)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.ema = EMA(self.model, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -109,7 +106,7 @@ class Trainer:
             check_owner(self.model, config)
         self.run_dir = self.team.decide(lambda: make_run_dir(config, resume, overwrite, held))
         self._set_up_meters(held)
-        self.notes += self._description(attention_line)
+        self.notes += self._description()
         if resume:
             begun = (
                 f"resuming at step {self.state.step}"
@@ -119,26 +116,6 @@ class Trainer:
             self.notes.append(begun)
 
     # -- set-up --------------------------------------------------------------------------------------------------------
-
-    def _build_model(self) -> tuple[LoopedLM, str]:
-        """The model with its recurrence and attention back end, and a log line about the attention."""
-        config = self.config
-        need = Need(
-            device=self.device,
-            dtype=torch.bfloat16 if self.bfloat16 else torch.float32,
-            head_size=config.model.d_model // config.model.n_heads,
-            documents=config.data.document_mask,
-            two_stream=self.objective.two_stream,
-        )
-        attention, line = choose(config.run.attention, need)
-        model = build_model(config.model, config.seed, self.device, config.blocks.only)
-        model.recurrence, model.attention = self.objective.recurrence, attention
-        model.document_mask = config.data.document_mask
-        model.checkpoint_activations(config.run.activation_checkpointing)
-        if config.run.compile:
-            model.compile_parts()
-        self.objective.prepare(model)
-        return model, line
 
     def _load(self, checkpoint: Any) -> TrainState:
         """Fill model, optimizer, EMA and objective from a checkpoint, and return its counters."""
@@ -163,21 +140,16 @@ class Trainer:
         self.update_clock = UpdateClock(device, worth_a_note=config.optim.name == "muon")
         self.log = MetricLog(self.run_dir, config, self.state.step) if team.first else NoLog()
         self.clock = StepClock(peak and peak * team.world, EnergyMeter(device))
-        self.saver = build_saver(team, self.run_dir, config, self.task.tokenizer)
+        self.saver = build_saver(team, self.run_dir, config, self.task.vocabulary)
         self.loss_guard = guard.LossGuard(config, self.state, device, self.task.floor)
         self.progress = self._progress_after()
         self.stop_signal = StopSignal(held)
 
-    def _description(self, attention_line: str) -> Iterator[str]:
-        """Log lines about the model, data, machine and objective."""
-        counts = self.model.parameter_counts()
-        yield (
-            f"{self.config.objective.name} on {self.team}: {counts['total']:,} parameters"
-            f" ({counts['total'] - counts['embedding']:,} without the embedding)"
-            f" + {counts['noise_conditioning']:,} for noise conditioning"
-        )
-        yield f"{self.task.describe()}; run directory {self.run_dir}"
-        yield from (attention_line, self.peak_note)
+    def _description(self) -> Iterator[str]:
+        """Log lines about the network, data, machine and objective."""
+        yield from self.task.describe(self.model)
+        yield f"run directory {self.run_dir}"
+        yield self.peak_note
         with self.team.whole(self.model) as model:
             yield from self.objective.describe(model)
 
@@ -252,8 +224,8 @@ class Trainer:
         bar.close()
         return self._finish(stopping)
 
-    def _forward_backward(self, micro_batches: Iterable[Batch], rng: Rng, passes: Passes) -> Metrics:
-        """Accumulate the gradients of a step over its micro-batches, each weighted by its share of the batch's sequences.
+    def _forward_backward(self, micro_batches: Iterable[Any], rng: Rng, passes: Passes) -> Metrics:
+        """Accumulate the gradients of a step over its micro-batches, each weighted by its share of the batch.
 
         Returns:
             The loss and the objective's metrics, summed over all processes.
@@ -444,4 +416,4 @@ class Trainer:
     def _norms_by_iteration(self) -> list[float]:
         """RMS of the state after each iteration, for one sequence of the last micro-batch."""
         with self.autocast(), self.team.whole(self.model) as model:
-            return guard.state_rms(model, self.last_micro_batch.tokens_BT, self.config)
+            return self.task.state_rms(model, self.last_micro_batch)

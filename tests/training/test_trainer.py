@@ -583,7 +583,7 @@ def test_resume_refuses_another_tokenizer(script_here: Run, data: Path, data_dir
     run = tmp_path / "run"
     train(data, run, "--budget.steps", 2, "--model.vocab_size", 600)
     told = complain(script_here, *words(data_dir, run, "--budget.steps", 4, "--model.vocab_size", 600), "--resume")
-    assert "another tokenizer" in told
+    assert "different tokenizers" in told
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
