@@ -223,21 +223,15 @@ class ClassifyConfig(ObjectiveSection):
         )
 
 
-@dataclass
-class ImageNoiseConfig(ObjectiveSection):
-    """Base of the objectives that train a network for images in blocks. The defaults are the paper's (arXiv 2506.14202)."""
+class ImageBlocksConfig(ObjectiveSection):
+    """Base of the objectives that train a network for images in blocks. The noise is the paper's (arXiv 2506.14202)."""
 
     p_mean: float = -1.2
-    """Mean of ln sigma before truncation."""
-    p_std: Positive = 1.2
-    """Standard deviation of ln sigma before truncation."""
-    sigma_min: Positive = 0.002
-    """Smallest noise level."""
-    sigma_max: Positive = 80.0
-    """Largest noise level. There the target is invisible."""
-
-    atom = 0.0
-    label_dropout = 0.0
+    p_std: float = 1.2
+    sigma_min: ClassVar[float] = 0.002
+    sigma_max: ClassVar[float] = 80.0
+    atom: float = 0.0
+    label_dropout: float = 0.0
     data = "images"
     noise_conditioning = True
     in_blocks = True
@@ -251,18 +245,22 @@ class ImageNoiseConfig(ObjectiveSection):
 
 
 @dataclass
-class DenoiseClassConfig(ImageNoiseConfig):
+class DenoiseClassConfig(ImageBlocksConfig):
     """Classification of images by a ViT in blocks: each block names the class from the image and the noised class embedding
     (DiffusionBlocks, arXiv 2506.14202)."""
 
-    atom: Share = 0.0
+    p_mean: float = -1.2
+    """Mean of ln sigma before truncation. It decides how much of the class each block can read from z alone."""
+    p_std: Positive = 1.2
+    """Standard deviation of ln sigma before truncation."""
+    atom: Share = 0.5
     """Probability that a training step of block 1 draws exactly sigma_max, where it sees the image only."""
 
     network = "vit"
 
 
 @dataclass
-class DenoiseImageConfig(ImageNoiseConfig):
+class DenoiseImageConfig(ImageBlocksConfig):
     """Generation of images by a diffusion transformer (DiT) in blocks, conditioned on their class (DiffusionBlocks, arXiv
     2506.14202)."""
 

@@ -69,13 +69,18 @@ class DiffusionBlocks(nn.Module):
     """
 
     def __init__(
-        self, blocks: Sequence[DenoisingBlock], partition: Partition, density: Density, sd: float, frame: Frame | None
+        self,
+        blocks: Sequence[DenoisingBlock],
+        partition: Partition,
+        density: Density,
+        precond: Precond,
+        frame: Frame | None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict({str(number): block for number, block in enumerate(blocks, 1)})
         self.frame = frame
         """The blocks' common frame, or None if each block has its own copy, ``block(number).frame``."""
-        self.partition, self.density, self.precond = partition, density, Precond(sd)
+        self.partition, self.density, self.precond = partition, density, precond
         self.owner: int | None = None
         """The block that trains `frame`, if any."""
         self.classes, self.label_dropout, self.atom = 0, 0.0, 0.0
@@ -329,6 +334,14 @@ def _refuse_shared(blocks: Sequence[nn.Module], frame: nn.Module) -> None:
             _check(other == name, f"{other} and {name} share the parameter {inner}: give each a copy")
 
 
+def _copy_frame(parts: Sequence[DenoisingBlock], frame: Frame) -> None:
+    """Give each block a copy of the frame. A table must be fixed, so that all blocks have the same targets."""
+    table = frame.table()
+    _check(table is None or not table.requires_grad, "shared='all' copies the frame, so its table must be fixed")
+    for index, part in enumerate(parts):
+        part.frame = copy.deepcopy(frame) if index else frame
+
+
 def convert(
     network: Iterable[nn.Module],
     n_blocks: int,
@@ -346,6 +359,7 @@ def convert(
     label_dropout: float = 0.0,
     modulation: str = "layers",
     atom: float = 0.0,
+    mute: bool = False,
 ) -> DiffusionBlocks:
     """Cut a stack of residual layers, each x -> x + f(x) on (B, ..., width), into blocks that train alone.
 
@@ -375,6 +389,7 @@ def convert(
             that condition themselves: each gets the argument ``modulation``, six tensors (B, 1, width) that start at zero,
             such as DiT's shift, scale and gate of attention and MLP.
         atom: probability that a training step of block 1 draws exactly the highest level, where the target is invisible.
+        mute: scale the blocks' view of z down where noise hides the target; see `precond.Precond`.
 
     Raises:
         UserError: the layers cannot be converted or split this way, or an option is out of range.
@@ -402,16 +417,10 @@ def convert(
     frame = Frame() if frame is None else frame
     _refuse_shared(parts, frame)
     if shared == "all":
-        table = frame.table()
-        _check(
-            table is None or not table.requires_grad,
-            "shared='all' gives each block its own frame, so a table must be fixed: all blocks have the same targets",
-        )
-        for index, part in enumerate(parts):
-            part.frame = copy.deepcopy(frame) if index else frame
+        _copy_frame(parts, frame)
     with torch.device("cpu"):  # the layers may be built on the meta device
         partition = Partition.cut(noise, n_blocks, gamma, uniform)
-    blocks = DiffusionBlocks(parts, partition, noise, sd, None if shared == "all" else frame)
+    blocks = DiffusionBlocks(parts, partition, noise, Precond(sd, mute), None if shared == "all" else frame)
     blocks.owner = owner if shared == "owned" else None
     blocks.classes, blocks.label_dropout, blocks.atom = classes, label_dropout, atom
     return blocks

@@ -13,7 +13,7 @@ from recurrent_db.denoise.noise import LogNormal
 from recurrent_db.errors import UserError
 from recurrent_db.model.dit import DiTLayer, ImageFrame
 from recurrent_db.model.vit import ClassFrame, ViT, vit_layers
-from recurrent_db.objective_config import ImageNoiseConfig
+from recurrent_db.objective_config import ImageBlocksConfig
 from recurrent_db.rng import key
 
 PIXEL_SD = 0.5
@@ -46,7 +46,7 @@ def build_image_network(config: Config, seed: int | None, device: torch.device |
 
 def _blocks(config: Config) -> DiffusionBlocks:
     model, own, blocks = config.model, config.objective.own, config.blocks
-    assert isinstance(own, ImageNoiseConfig)
+    assert isinstance(own, ImageBlocksConfig)
     classify = model.network == "vit"
     layers = (
         vit_layers(model)
@@ -59,7 +59,7 @@ def _blocks(config: Config) -> DiffusionBlocks:
         layers=model.block_layers, gamma=blocks.gamma, uniform=blocks.partition == "uniform", d_condition=model.d_condition,
         frame=ClassFrame(model) if classify else ImageFrame(model), shared=blocks.shared, owner=blocks.owner,
         classes=0 if classify else model.n_classes, label_dropout=own.label_dropout,
-        modulation="norms" if classify else "inside", atom=own.atom,
+        modulation="norms" if classify else "inside", atom=own.atom, mute=classify,
     )  # fmt: skip
     if blocks.only:
         network.keep(blocks.only)

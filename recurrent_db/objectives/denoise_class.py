@@ -24,10 +24,21 @@ from recurrent_db.objectives.image_blocks import ImageBlocks
 from recurrent_db.rng import EVALUATION_STEP, Rng
 
 
-def start_noise(batch: ImageBatch, width: int, seed: int) -> Tensor:
-    """The noise at which the walk of each image starts, keyed by the image: (B, width)."""
-    rng = Rng(seed, EVALUATION_STEP)
-    return rng.normal(batch.sample_index_B, (width,), "walk", batch.images_BCHW.device)
+@torch.no_grad()
+def walk_log_probabilities(
+    model: DiffusionBlocks, batch: ImageBatch, steps: int, draws: int, seed: int
+) -> list[Tensor]:
+    """Log probabilities of the classes (B, C), fp32, read out at each step of a walk in ``steps`` steps from pure noise.
+
+    Probabilities are averaged over ``draws`` walks. Their noise is keyed by the seed and the image.
+    """
+    rng, images = Rng(seed, EVALUATION_STEP), batch.images_BCHW
+    width, sums = model.block(model.held()[0]).width, [torch.zeros(0)] * steps
+    for draw in range(draws):
+        eps_BD = rng.normal(batch.sample_index_B, (width,), f"walk {draw}", images.device)
+        found = [logits_BC.float().softmax(-1) for logits_BC in model.read_outs(eps_BD, steps, images)]
+        sums = found if not draw else [sum_ + one for sum_, one in zip(sums, found, strict=True)]
+    return [(sum_ / draws).clamp_min(1e-30).log() for sum_ in sums]
 
 
 class DenoiseClass(ImageBlocks):
@@ -56,10 +67,9 @@ class DenoiseClass(ImageBlocks):
 
     def _row(self, model: DiffusionBlocks, batch: ImageBatch, seed: int) -> dict[str, Tensor]:
         row = self.level_losses(model, batch, seed)
-        eps_BD = start_noise(batch, self.config.model.d_model, seed)
         whole = len(model.held()) == self.config.model.n_blocks
         for k in self.config.eval.k if whole else [1] if 1 in model.held() else []:
-            logits_BC = model.read_outs(eps_BD, k, batch.images_BCHW)[-1]
+            logits_BC = walk_log_probabilities(model, batch, k, self.config.eval.draws, seed)[-1]
             row[f"eval/accuracy_k{k}"], row[f"eval/nll_k{k}"] = (
                 accuracy(logits_BC, batch.labels_B),
                 nll(logits_BC, batch.labels_B),
