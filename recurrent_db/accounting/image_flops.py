@@ -47,4 +47,20 @@ def image_cost(model: ModelConfig, passes: Passes) -> dict[str, Cost]:
         "core": part_cost(layers * layer, layers * 4 * width * count, 0, *runs),
         "conditioning": conditioning,
         "head": 1 / count * read,
+        "bridge": Cost(forward=passes.bridges * 2 * model.n_classes * width / count),
     }
+
+
+def forward_flops(model: ModelConfig, layers: int = 0) -> float:
+    """Forward FLOPs of evaluating a network once for one image.
+
+    Args:
+        layers: layers of the block that is evaluated, in a network in blocks. In a ViT its read-out is followed by a soft
+            bridge.
+    """
+    conditioned = int(model.n_blocks > 0)
+    passes = Passes(
+        core_no_grad=1, core_grad=0, readouts_no_grad=1, readouts_grad=0, core_layers=layers, noise_levels=conditioned,
+        bridges=conditioned if model.network == "vit" else 0,
+    )  # fmt: skip
+    return positions(model) * sum(cost.forward for cost in image_cost(model, passes).values())

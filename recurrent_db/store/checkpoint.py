@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recurrent_db.config import Config, config_from_json
+from recurrent_db.config import Config, config_from_json, validate
 from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.data.vocabulary import ImageClasses, Vocabulary
 from recurrent_db.distributed.team import Team, sharded_like
@@ -128,14 +128,23 @@ class Checkpoint:
     path: Path
 
     def config(self) -> Config:
-        """The run's configuration. Raises `UserError` if it is invalid."""
+        """The run's configuration, with the size and classes of its images. Raises `UserError` if it is invalid."""
         text = (self.path / "config.json").read_text(encoding="utf-8", errors="replace")
-        return config_from_json(text, str(self.path / "config.json"))
+        config = config_from_json(text, str(self.path / "config.json"))
+        images = self.vocabulary() if self._of_images else None
+        if isinstance(images, ImageClasses):
+            config.model.image_size, config.model.n_classes = list(images.size), len(images.classes)
+            validate(config)
+        return config
+
+    @property
+    def _of_images(self) -> bool:
+        return (self.path / ImageClasses.file_name).exists()
 
     def vocabulary(self) -> Vocabulary:
         """The run's tokenizer, or the classes of its images."""
-        if (images := self.path / ImageClasses.file_name).exists():
-            return ImageClasses.from_bytes(images.read_bytes())
+        if self._of_images:
+            return ImageClasses.from_bytes((self.path / ImageClasses.file_name).read_bytes())
         return self.tokenizer()
 
     def tokenizer(self) -> Tokenizer:
