@@ -87,12 +87,17 @@ def total(parts: dict[str, Cost]) -> Cost:
     return result
 
 
+def step_cost_by_part(config: Config, passes: Passes) -> dict[str, Cost]:
+    """FLOPs per token of a training step that runs ``passes``, by part of the model."""
+    if config.model.network != "language":
+        return image_cost(config.model, passes)
+    checkpointing = config.run.activation_checkpointing
+    return cost_per_token(config.model, config.data.sequence_length, passes, checkpointing)
+
+
 def step_cost(config: Config, passes: Passes) -> Cost:
     """FLOPs per token of a training step that runs ``passes``."""
-    if config.model.network != "language":
-        return total(image_cost(config.model, passes))
-    checkpointing = config.run.activation_checkpointing
-    return total(cost_per_token(config.model, config.data.sequence_length, passes, checkpointing))
+    return total(step_cost_by_part(config, passes))
 
 
 def inference_cost(model: ModelConfig, length: int, passes: Passes) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from recurrent_db.accounting.flops import Cost, cost_per_token
+from recurrent_db.accounting.flops import Cost, step_cost_by_part
 from recurrent_db.objectives import build_objective, drawn_passes
 from recurrent_db.report.runs import Run, number
 from recurrent_db.rng import Rng
@@ -16,8 +16,8 @@ HOLDERS = ("parameters", "gradients", "optimizer", "average", "activations")
 """Kinds of tensors that hold memory: the columns ``memory/*_bytes`` of metrics.jsonl."""
 
 
-def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
-    """Mean FLOPs per training token, by part of the model.
+def training_cost(run: Run, most: int = 2000) -> defaultdict[str, Cost]:
+    """Mean FLOPs per training token, by part of the model. A part that the model lacks costs nothing.
 
     The objective tells which passes each step ran: from the logged row, or else from the step's random draws, which depend
     on (seed, step). At most ``most`` evenly spaced steps are used. A run without rows is represented by 256 steps, spread
@@ -35,11 +35,10 @@ def training_cost(run: Run, most: int = 2000) -> dict[str, Cost]:
         objective.passes_of(row) or objective.passes(Rng(config.seed, step), at) for step, at, row in steps[::stride]
     )
     shares = {passes: count / counts.total() for passes, count in counts.items()} or drawn_passes(config, 256)
-    mean: dict[str, Cost] = {}
+    mean: defaultdict[str, Cost] = defaultdict(Cost)
     for passes, share in shares.items():
-        parts = cost_per_token(config.model, config.data.sequence_length, passes, config.run.activation_checkpointing)
-        for part, cost in parts.items():
-            mean[part] = mean.get(part, Cost()) + Cost(*(value * share for value in astuple(cost)))
+        for part, cost in step_cost_by_part(config, passes).items():
+            mean[part] += Cost(*(value * share for value in astuple(cost)))
     return mean
 
 

@@ -68,7 +68,8 @@ class LinePlots(Frame):
         self.log_axis(axes.xaxis, max(min(xs), high / 3e3), high, pad=1.1)
         if min(ys) > 0:
             self.log_axis(axes.yaxis, min(ys), max(ys))
-        axes.set(xlabel=TRAINING_X[x], ylabel="loss (nats/token)")
+        units = {run.loss_unit for run in self.runs}
+        axes.set(xlabel=TRAINING_X[x], ylabel=f"loss ({units.pop() if len(units) == 1 else 'own units'})")
         return self.finish(figure, f"loss-{x}", f"Loss against {x if x != 'flops' else 'FLOPs'}")
 
     def column(self, name: str) -> Panel | None:

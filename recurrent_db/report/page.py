@@ -15,11 +15,12 @@ from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.figure import drawing, short
 from recurrent_db.report.html import text
 from recurrent_db.report.runs import Run, merge_baselines, read_runs
-from recurrent_db.report.sections import blocks, flops_and_memory, inference, results, summary, training
+from recurrent_db.report.sections import blocks, flops_and_memory, images, inference, results, summary, training
 from recurrent_db.report.style import CSS
 
 SECTIONS = (
     ("summary", "Summary", summary.summary),
+    ("images", "Images", images.images),
     ("loss", "Loss during training", training.loss),
     ("depth", "NLL by number of iterations K", inference.nll_by_k),
     ("state", "State norm by iteration", inference.state_by_iteration),
@@ -36,6 +37,9 @@ SECTIONS = (
 )
 """Anchor, title and function of each section. A section whose function returns an empty string is left out."""
 
+TEXT_SECTIONS = frozenset({"depth", "state", "inference", "sigma", "flops-to-loss", "lm-eval", "samples"})
+"""Sections on language models only. They are left out if all runs are of images."""
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security policy: the browser runs no script and loads nothing, whatever text the runs contain."""
 
@@ -44,7 +48,9 @@ def build_page(runs: Sequence[Run], baselines: dict[str, float], png_dir: Path |
     """The whole page as HTML, without scripts or external files. Also writes the plots as PNG to ``png_dir`` if given."""
     with drawing():
         comparison = Comparison(runs, baselines, png_dir)
-        built = ((key, title, build(comparison)) for key, title, build in SECTIONS)
+        of_images = all(run.of_images for run in runs)
+        wanted = [section for section in SECTIONS if not of_images or section[0] not in TEXT_SECTIONS]
+        built = ((key, title, build(comparison)) for key, title, build in wanted)
         sections = [section for section in built if section[2]]
         definitions = comparison.definitions()
     names = ", ".join(short(run.name, 40) for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")

@@ -14,10 +14,12 @@ import numpy as np
 
 from recurrent_db.accounting.flop_count import FLOP_COLUMNS
 from recurrent_db.accounting.flops import inference_cost
-from recurrent_db.config import Config, config_from_json
+from recurrent_db.config import Config, config_from_json, validate
+from recurrent_db.data.vocabulary import ImageClasses
 from recurrent_db.errors import UserError
 from recurrent_db.files import check_links, read_json
 from recurrent_db.model import build_model
+from recurrent_db.model.build import build_network
 from recurrent_db.objectives import build_objective
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale
 from recurrent_db.report.curves import Array
@@ -30,6 +32,10 @@ STANDARD_COLUMNS = frozenset({
     "seconds", "energy_joules", "skipped", "spikes", "rollbacks", "peak_flops", "optimizer_share",
 })  # fmt: skip
 """Columns that every objective logs. Other columns belong to an objective, except ``eval/*``, ``memory/*``, ``state/*``."""
+
+
+MOST_PICTURE_BYTES = 16 << 20
+"""Largest picture that a report embeds."""
 
 
 def number(value: Any) -> float | None:
@@ -111,10 +117,28 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     lm_eval: dict[str, dict[str, Any]] = field(default_factory=dict)
     """lm-eval's results (task -> metric -> value) by K. The key is empty if the file does not give K."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """The result of eval/images.py."""
+    picture: bytes = b""
+    """Samples of a generator of images, as PNG."""
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Cost of each block of a joined run, by block number."""
     notes: list[str] = field(default_factory=list)
     """Messages about files that exist but cannot be used."""
+
+    @property
+    def of_images(self) -> bool:
+        """Whether the run was trained on images, not on text."""
+        return self.config.model.network != "language"
+
+    @property
+    def sized(self) -> bool:
+        """Whether the size of the vocabulary or of the images is known. Parameters and FLOPs follow from it."""
+        return bool(self.config.model.image_size) if self.of_images else self.config.model.vocab_size > 0
+
+    @property
+    def loss_unit(self) -> str:
+        return {"vit": "nats/image", "dit": "weighted squared error"}.get(self.config.model.network, "nats/token")
 
     def last(self, column: str) -> float | None:
         """The last number in a column of metrics.jsonl."""
@@ -159,9 +183,16 @@ class Run:
         ]
 
     def parameters(self) -> dict[str, int] | None:
-        """Number of parameters by part; None if the configuration has no vocabulary size."""
-        if self.config.model.vocab_size < 1:
+        """Number of parameters by part; None if the size of the vocabulary or of the images is not known. Networks for
+        images have one entry for all."""
+        if not self.sized:
             return None
+        if self.of_images:
+            try:
+                network = build_network(self.config, None, "meta")
+            except UserError:  # transformers is not installed
+                return None
+            return {"total": sum(p.numel() for p in network.parameters()), "noise_conditioning": 0}
         return build_model(self.config.model, seed=None, device="meta").parameter_counts()
 
 
@@ -290,7 +321,7 @@ def _read_blocks(run: Run, values: dict[str, Any]) -> None:
     """Set the blocks of a joined run. Without a denoiser report, the loss by sigma comes from the blocks' own runs."""
     table = values.get("blocks")
     run.blocks = {str(k): v for k, v in table.items() if isinstance(v, dict)} if isinstance(table, dict) else {}
-    if not run.loss_by_sigma:
+    if not run.loss_by_sigma and not run.of_images:
         for block in run.blocks.values():
             _read_sigma(run, {"nll_by_sigma": block.get("loss_by_sigma"), "sigma_star": run.sigma_star})
 
@@ -310,6 +341,31 @@ def _read_lm_eval(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
             k = match[1] if match else ""
         tables = {k: values.get("results")}
     return {k: table for k, table in tables.items() if isinstance(table, dict)}
+
+
+def _read_images(run: Run) -> None:
+    """Set the size of a run's images, and the result and picture of eval/images.py."""
+    model = run.config.model
+    for found in sorted(run.path.glob(f"checkpoints/step-*/{ImageClasses.file_name}"), reverse=True)[:1]:
+        try:
+            images = ImageClasses.from_bytes(found.read_bytes())
+            model.image_size, model.n_classes = list(images.size), len(images.classes)
+            validate(run.config)
+        except (OSError, UserError):
+            model.image_size, model.n_classes = [], 0
+            run.notes.append(f"{found.name} of {found.parent.name} could not be read, so its FLOPs are left out")
+    run.images = _read_json(run.path / "eval" / "images.json", dict, run.notes)
+    picture = run.path / "eval" / "images.png"
+    try:
+        small = picture.stat().st_size <= MOST_PICTURE_BYTES
+        run.picture = picture.read_bytes() if small else b""
+    except FileNotFoundError:
+        return
+    except OSError:
+        small = False
+    if not small or not run.picture.startswith(b"\x89PNG\r\n\x1a\n"):
+        run.picture = b""
+        run.notes.append(f"{picture.name} is not a PNG of at most {MOST_PICTURE_BYTES >> 20} MiB and is left out")
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -337,7 +393,10 @@ def read_run(path: Path, name: str) -> Run:
         notes.append("metrics.jsonl could not be read and is left out")
     environment = _read_json(path / "environment.json", dict, notes)
     run = Run(name, path, config, json.loads(text), environment, rows, notes=notes)
-    run.evaluations = evaluations(config, rows)
+    if run.of_images:
+        _read_images(run)
+    else:
+        run.evaluations = evaluations(config, rows)
     curve = _read_json(path / "eval" / "depth_curve.json", dict, notes)
     _read_depth(run, curve)
     _read_state(run, curve)

@@ -17,8 +17,10 @@ from recurrent_db.report.figure import SIZE, Frame, Panel, memory_unit, short, t
 from recurrent_db.report.runs import Run
 from recurrent_db.report.svg import INK, SERIES, inline_svg
 
-PARTS = ("prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
-"""Parts of the model that use FLOPs, in the order of a forward pass. The embedding is a lookup and uses none."""
+PARTS = ("embedding", "prelude", "adapter", "core", "conditioning", "coda", "head", "bridge")
+"""Parts of the model that use FLOPs, in the order of a forward pass. A language model's embedding is a lookup."""
+PART_COLORS = dict(zip(PARTS, (SERIES[0], *SERIES), strict=True))
+"""An embedding of images has the prelude's colour: networks for images have no prelude."""
 
 FLOP_HATCHES = {"forward": "", "backward": "////", "recomputed": "...."}
 HOLDER_HATCHES = dict(zip(HOLDERS, ("", "////", "xxxx", "\\\\\\\\", "...."), strict=True))
@@ -94,7 +96,7 @@ def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) ->
     used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
     stacks = [
         [
-            Piece(part, getattr(cost[part], kind), SERIES[PARTS.index(part)], FLOP_HATCHES[kind])
+            Piece(part, getattr(cost[part], kind), PART_COLORS[part], FLOP_HATCHES[kind])
             for kind in kinds
             for part in used
         ]
@@ -103,7 +105,7 @@ def flop_split(frame: Frame, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) ->
     figure, axes = frame.axes((SIZE[0], 66 + 28 * len(shown)))
     _stacks(axes, [run for run, _ in shown], stacks, 1.02 * max(sum(p.width for p in pieces) for pieces in stacks))
     axes.set_xlabel("training compute (FLOPs/token)")
-    handles: list[Any] = [Patch(facecolor=SERIES[PARTS.index(p)], alpha=0.6, label=p) for p in used]
+    handles: list[Any] = [Patch(facecolor=PART_COLORS[p], alpha=0.6, label=p) for p in used]
     handles += [Patch(facecolor="none", edgecolor=INK, hatch=FLOP_HATCHES[k] or None, label=k) for k in kinds]
     return frame.finish(figure, "flop-split", "FLOPs per training token by part", handles)
 

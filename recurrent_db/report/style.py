@@ -45,6 +45,7 @@ figure.wide {{ max-width: 490px; }}
 .grid:not(.small) figure {{ max-width: 490px; }}
 figcaption {{ font-weight: 600; color: var(--ink); margin: 0 0 4px; }}
 figure svg {{ display: block; width: 100%; height: auto; max-width: 100%; overflow: visible; }}
+figure img {{ display: block; max-width: 100%; height: auto; }}
 figure svg * {{ stroke-linejoin: round; stroke-linecap: butt; }}
 figure svg text {{ font-family: inherit; }}
 .halo text {{ paint-order: stroke; stroke: var(--card); stroke-width: 3px; }}

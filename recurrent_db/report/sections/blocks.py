@@ -72,8 +72,9 @@ def blocks(comparison: Comparison) -> str:
             )
     if not rows:
         return ""  # no run has blocks, so the section is left out
+    units = {run.loss_unit for run in comparison.runs if accounts(run)}
     head = ["Block", "Layers", "Tokens", "FLOPs", "forward", "backward", "Memory<br>held", "Peak of<br>the process",
-            "Read from<br>others", "Loss in its range<br>(nats/token)"]  # fmt: skip
+            "Read from<br>others", f"Loss in its range<br>({units.pop() if len(units) == 1 else 'own units'})"]  # fmt: skip
     caption = (
         "Read from others: size of the embedding tables that a block reads once, before training, from the block that "
         "trains them. Blocks that are trained separately send nothing. Memory held: parameters, gradients, optimizer, "

@@ -12,6 +12,7 @@ from recurrent_db.report.stacked_bars import (
     FLOP_HATCHES,
     HOLDER_HATCHES,
     HOLDER_NAMES,
+    PART_COLORS,
     PARTS,
     flop_split,
     legend_box,
@@ -39,12 +40,12 @@ def _legend(items: list[tuple[str, str]]) -> str:
 
 def flops(comparison: Comparison) -> str:
     """FLOPs of a training token, by part and direction."""
-    shown = [(run, training_cost(run)) for run in comparison.runs if run.config.model.vocab_size]
+    shown = [(run, training_cost(run)) for run in comparison.runs if run.sized]
     if not shown:
-        return note("Left out: no configuration has a vocabulary size.")
+        return note("Left out: no run has a vocabulary or an image size.")
     drawn = any(worth_drawing(cost) for _, cost in shown)
     used = [part for part in PARTS if any(cost[part].total for _, cost in shown)]
-    boxes = [(legend_box(f"part-{part}", SERIES[PARTS.index(part)]), part) for part in used]
+    boxes = [(legend_box(f"part-{part}", PART_COLORS[part]), part) for part in used]
     looks = {"forward": "plain", "backward": "hatched", "recomputed": "dotted"}
     boxes += [
         (legend_box(f"kind-{kind}", INK, hatch), f"{looks[kind]}: {kind}")
@@ -53,8 +54,8 @@ def flops(comparison: Comparison) -> str:
     ]
     sentence = (
         "Mean over the run's steps, computed from the shapes and from how often each step ran each part. Matrix products "
-        "and attention are counted; a multiply-add counts as two. Iterations without gradient have no backward pass. The "
-        "embedding is a lookup and costs nothing. The parts of a bar are in the order of the legend."
+        "and attention are counted; a multiply-add counts as two. Iterations without gradient have no backward pass. A "
+        "language model's embedding is a lookup and costs nothing. The parts of a bar are in the order of the legend."
     )
     if not drawn:
         sentence += " Recomputation is below 1% in every run and is not drawn."

@@ -17,7 +17,8 @@ def nll_by_k(comparison: Comparison) -> str:
     )
     ks = {point.k for run in comparison.runs for point in run.depth}
     drawn = [comparison.plots.nll_by_k(comparison.baselines), comparison.plots.gain_by_k() if len(ks) > 1 else None]
-    return note(sentence) + comparison.legend() + panels(drawn) + note(f"Source: {comparison.score_sources()}.")
+    having = [run for run in comparison.runs if run.depth]
+    return note(sentence) + comparison.legend(having) + panels(drawn) + note(f"Source: {comparison.score_sources()}.")
 
 
 def state_by_iteration(comparison: Comparison) -> str:
@@ -49,7 +50,8 @@ def nll_by_flops(comparison: Comparison) -> str:
         "The cost of a better prediction at inference. Each point is one K, the lowest K on the left. The FLOPs are the "
         "forward FLOPs to score one token with one draw; averaging M noise draws costs M times as much."
     )
-    return note(sentence) + comparison.legend() + panels([drawn], "wide")
+    having = [run for run in comparison.runs if run.depth]
+    return note(sentence) + comparison.legend(having) + panels([drawn], "wide")
 
 
 def loss_by_sigma(comparison: Comparison) -> str:

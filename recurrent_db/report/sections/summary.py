@@ -70,6 +70,8 @@ def summary(comparison: Comparison) -> str:
     caption += "“cond.”: additional parameters for the noise conditioning."
     if metered:
         caption += " Energy is of the whole GPU during training, in total and per trained token."
+    if any(run.of_images for run in comparison.runs):
+        caption += " A run of images counts positions as tokens: patches, and in a ViT also the token of the class."
     if sources := comparison.score_sources():
         caption += f" Scores are from {sources}."
     warnings = "".join(f"<p><strong>Warning:</strong> {text(w)}</p>" for w in _differences(comparison.runs))
@@ -85,18 +87,25 @@ def _status(run: Run) -> str:
 
 def _differences(runs: Sequence[Run]) -> list[str]:
     """Sentences on why the runs' numbers are not comparable."""
-    result = []
+    texts, pictures = [run for run in runs if not run.of_images], [run for run in runs if run.of_images]
+    result = (
+        ["some runs are of text and some of images: their losses are not comparable."] if texts and pictures else []
+    )
 
     def differ(values: Iterable[object]) -> bool:
         return len(set(values)) > 1
 
-    if differ(run.config.model.vocab_size for run in runs):
+    if differ(run.config.model.vocab_size for run in texts):
         result.append("the runs have different vocabularies: compare bits per byte, not nats per token.")
-    if differ(run.config.data.val_path or run.config.data.path for run in runs):
+    if differ(run.config.data.val_path or run.config.data.path for run in texts):
         result.append(
             "the runs name different data: their losses are comparable only if the held-out text is the same."
         )
-    if differ(run.config.data.sequence_length for run in runs):
+    if differ(run.config.data.val_path or run.config.data.path for run in pictures):
+        result.append(
+            "the runs name different images: their scores are comparable only if the held-out images are the same."
+        )
+    if differ(run.config.data.sequence_length for run in texts):
         result.append("the runs were scored with different context lengths; longer contexts give a lower NLL.")
     if differ(run.depth_tokens for run in runs if run.depth):
         result.append("the runs were scored on different amounts of held-out text.")

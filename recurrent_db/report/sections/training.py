@@ -68,7 +68,7 @@ def flops_to_loss(comparison: Comparison) -> str:
         "of a run counts as one point. Evaluations during warm-up or decay, or at the end of an incomplete run, are not "
         "used."
     )
-    unused = [run.name for run in comparison.runs if run not in constant and run not in ended]
+    unused = [run.name for run in comparison.runs if run not in constant + ended and not run.of_images]
     if unused:
         caption += f" Without any usable evaluation: {text(', '.join(unused))}."
     head = ["Training FLOPs to reach NLL", *(f"{level:g}<small>nats/token</small>" for level in levels)]
