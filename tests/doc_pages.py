@@ -82,6 +82,7 @@ SMALL = {
     "sweep": {"--limit": "2"},
     "generation": {"--prompts": "4", "--prompt-tokens": "8", "--tokens": "8", "--resamples": "4", "--k": "1"},
     "decode": {"--tokens": "16", "--prompts": "1", "--rows": "1"},
+    "images": {"--samples": "640", "--sampler-steps": "2", "--draws": "2"},
     "masked": {"--tokens": "256", "--steps": "2"},
     "train_tokenizer": {"--vocab-size": "512", "--max-documents": "40"},
     "prepare_data": {"--max-documents": "40", "--workers": "1"},

@@ -14,7 +14,8 @@ from subprocess import CompletedProcess
 import numpy as np
 import pytest
 import torch
-from helpers import load_script
+from doc_pages import Runner, blocks
+from helpers import ROOT, load_script
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -381,3 +382,24 @@ def test_the_command_samples(folder: Path, tmp_path: Path, script: Script) -> No
     assert found.stderr.strip() == (
         "error: --samples 639 is too few for a distance: at least 640 are needed, ten for each of the 64 features"
     )
+
+
+def test_the_commands_of_the_guide(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics", reason="the extra `vision` is not installed")
+    for name in ("recurrent_db", "train", "eval"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    with ImageWriter(tmp_path / "data/images") as writer:
+        for split, count in (("train", 640), ("validation", 20), ("test", 640)):
+            for number in range(count):
+                pixels = digits.read(np.array([number % 60])) + np.uint8(number // 60)
+                writer.add(split, pixels.tobytes(), int(digits.labels[number % 60]))
+        writer.commit((8, 8), CLASSES, {})
+    save_extractor(Extractor(10).eval(), tmp_path / "extractor.safetensors")
+    runner = Runner(tmp_path, monkeypatch)
+    here = [
+        block for block in blocks(ROOT / "docs/guides/images.md") if block.run_by == "tests/evaluation/test_images.py"
+    ]
+    for block in here:
+        runner.run(block)
+    assert (tmp_path / "samples.png").is_file()
+    assert "Samples of dit" in (tmp_path / "report.html").read_text()
