@@ -79,7 +79,7 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
     }
 
 
-def total(parts: dict[str, Cost]) -> Cost:
+def total(parts: Mapping[str, Cost]) -> Cost:
     """The sum of the costs of all parts."""
     result = Cost()
     for cost in parts.values():

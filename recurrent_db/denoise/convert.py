@@ -363,9 +363,8 @@ def convert(
 ) -> DiffusionBlocks:
     """Cut a stack of residual layers, each x -> x + f(x) on (B, ..., width), into blocks that train alone.
 
-    The layers keep their weights and become part of the result. A projection that starts at zero conditions each of them on
-    the noise level, so directly after the conversion they compute what they did before. A layer may return a tuple that
-    starts with the hidden sequence.
+    The layers become part of the result. A projection that starts at zero conditions each on the noise level, so a fresh
+    conversion computes what the layers did. A layer may return a tuple that starts with the hidden sequence.
 
     Args:
         network: the layers, in order.
@@ -409,10 +408,9 @@ def convert(
     _check(1 <= owner <= n_blocks, f"the owner must be a block from 1 to {n_blocks}, got {owner}")
     for index, layer in enumerate(stack, 1):
         refuse_channel_first(layer, f"layer {index} ({type(layer).__name__})", width)
-    ends = itertools.accumulate(counts)
     parts = [
         DenoisingBlock(stack[end - count : end], width, d_condition, classes, modulation, first=end - count + 1)
-        for count, end in zip(counts, ends, strict=True)
+        for count, end in zip(counts, itertools.accumulate(counts), strict=True)
     ]
     frame = Frame() if frame is None else frame
     _refuse_shared(parts, frame)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from doc_pages import Runner, blocks
-from helpers import ROOT, load_script
+from helpers import ROOT, load_script, make_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from recurrent_db.config import load_config
 from recurrent_db.data import ImageData
 from recurrent_db.data.image_shards import ImageWriter
+from recurrent_db.data.tokenizer import Tokenizer
 from recurrent_db.data.vocabulary import ImageClasses
 from recurrent_db.denoise.convert import DiffusionBlocks
 from recurrent_db.errors import UserError
@@ -347,7 +348,9 @@ def run_command(*words: object) -> int:
     return int(script.main(parse(script.Args, [str(word) for word in words])))
 
 
-def test_the_command_scores_a_classifier(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_a_classifier(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Tokenizer
+) -> None:
     run = saved(image_run("denoise_class"), tmp_path / "run")
     assert run_command(run, "--data", folder, "--steps", "1,2", "--draws", 2, "--device", "cpu") == 0
     written = json.loads((run / "eval/images.json").read_text())
@@ -361,6 +364,9 @@ def test_the_command_scores_a_classifier(folder: Path, tmp_path: Path, capsys: p
     ):
         with pytest.raises(UserError, match=message):
             run_command(run, "--data", folder, "--device", "cpu", *words)
+    text = make_checkpoint(tmp_path / "text", tokenizer, "next_token", 32)
+    with pytest.raises(UserError, match="was trained on text, not on images"):
+        run_command(text, "--data", folder, "--device", "cpu")
 
 
 def test_the_command_samples(folder: Path, tmp_path: Path, script: Script) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from recurrent_db.accounting.flops import Cost, total
 from recurrent_db.report.comparison import Comparison
 from recurrent_db.report.cost import HOLDERS, memory_by_holder, training_cost, update_flops_per_token
@@ -66,7 +68,7 @@ def flops(comparison: Comparison) -> str:
     )  # fmt: skip
 
 
-def _flops_by_part(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]], used: list[str]) -> str:
+def _flops_by_part(comparison: Comparison, shown: Sequence[tuple[Run, Mapping[str, Cost]]], used: list[str]) -> str:
     """All numbers of the bars, in a list that is closed at first if there are more than three runs."""
     kinds = {"forward": "forward", "backward_input": "backward, inputs", "backward_weight": "backward, weights"}
     rows = []
@@ -85,7 +87,7 @@ def _flops_by_part(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost
     return f"<details{opened}><summary>By part of the model</summary>{inner}{caption}</details>"
 
 
-def _flop_counts(comparison: Comparison, shown: list[tuple[Run, dict[str, Cost]]]) -> str:
+def _flop_counts(comparison: Comparison, shown: Sequence[tuple[Run, Mapping[str, Cost]]]) -> str:
     """The total FLOPs, counted in several ways."""
     rows = []
     for run, cost in shown:

@@ -38,7 +38,9 @@ def _table_of(result: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
 def _during_training(run: Run) -> dict[str, dict[str, Any]]:
     """Scores by steps in the last evaluation during training."""
     by_steps: dict[str, dict[str, Any]] = {}
-    row = next((row for row in reversed(run.rows) if any(name.startswith("eval/accuracy_k") for name in row)), {})
+    row: dict[str, Any] = next(
+        (row for row in reversed(run.rows) if any(name.startswith("eval/accuracy_k") for name in row)), {}
+    )
     for name, value in row.items():
         kind, _, steps = name.removeprefix("eval/").rpartition("_k")
         if kind in ("accuracy", "nll") and steps.isdecimal():
