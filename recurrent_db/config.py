@@ -107,6 +107,7 @@ class ModelConfig(Section):
         if not n:
             need(not layers, "model.block_layers needs model.n_blocks")
             return
+        need(n <= self.n_core, f"model.n_core = {self.n_core} layers cannot be cut into {n} blocks")
         need(
             bool(layers),
             f"model.n_core = {self.n_core} layers cannot be split evenly into {n} blocks: set model.block_layers",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import many
 import numpy as np
 import pytest
 import torch
+from dist_runs import assert_equal, everything
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import ImageBatch
@@ -76,3 +79,23 @@ def train(data: Path, run: Path, objective: str, *more: object, n: int = 3, resu
     else:
         assert trainer.train(load_config(None, words(data, run, objective, *more, n=n)), resume) == 0
     return run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("seconds", "tokens_per_s", "mfu", "hfu", "peak_flops", "peak_memory_bytes", "optimizer_share")
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Weights, averages, optimizer state and metrics of two runs are equal bit for bit, but for times."""
+    assert_equal(everything(run), everything(other))
+    ours, theirs = (
+        [
+            {k: v for k, v in row.items() if k not in TIMES and not k.startswith("memory/activations")}
+            for row in rows(one)
+        ]
+        for one in (run, other)
+    )
+    assert ours == theirs

@@ -31,6 +31,7 @@ class MemorySplit:
         """Bytes of activations by the number of core passes with gradient. Nothing else changes them between steps."""
         self._own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
         self._constant: dict[str, int] = {}
+        self._with_state = 0
 
     @contextmanager
     def forward(self, device: torch.device, depth: int) -> Iterator[None]:
@@ -58,7 +59,9 @@ class MemorySplit:
 
     def row(self, optimizer: torch.optim.Optimizer, ema: EMA | None, depth: int) -> dict[str, int]:
         """Columns of metrics.jsonl at the end of a step. Gradients are as large as the parameters that have them."""
-        if not self._constant.get("memory/optimizer_bytes"):  # the optimizer has no state before its first step
+        # A parameter has no optimizer state before its first step: other blocks' parameters may get theirs later.
+        if not self._constant.get("memory/optimizer_bytes") or self._with_state != len(optimizer.state):
+            self._with_state = len(optimizer.state)
             parameters = list(self.model.parameters())
             states = (v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor))
             self._constant = {

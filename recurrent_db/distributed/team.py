@@ -273,7 +273,7 @@ class Team:
             bfloat16: FSDP gathers the blocks in bfloat16.
 
         Raises:
-            UserError: the model is in blocks, or Muon is used with FSDP.
+            UserError: the model is in blocks, or FSDP is used with Muon or a network for images.
         """
         if self.mode == "none":
             return
@@ -287,6 +287,8 @@ class Team:
             # The same parameters get a gradient at every step, however often the core runs: the graph is static.
             self._unit = nn.parallel.DistributedDataParallel(unit, static_graph=True, gradient_as_bucket_view=True)
             return
+        if config.model.network != "language":
+            raise UserError("parallel.mode = fsdp does not shard networks for images: use parallel.mode = ddp")
         if config.optim.name == "muon":
             raise UserError("optim.name = muon does not run on sharded matrices: use parallel.mode = ddp or adamw")
         from torch.distributed.device_mesh import init_device_mesh

@@ -43,12 +43,13 @@ def vit_layers(config: ModelConfig) -> list[nn.Module]:
     """``n_core`` layers of transformers' ViT: pre-norm, biases on all projections, GELU.
 
     Raises:
-        UserError: transformers is not installed.
+        UserError: transformers cannot be imported.
     """
     try:
         from transformers.models.vit.modeling_vit import ViTConfig, ViTLayer
-    except ImportError as error:
-        raise UserError(f"a ViT needs Hugging Face transformers ({error}): pip install recurrent_db[vision]") from None
+    except (ImportError, RuntimeError) as error:  # transformers raises either where another library is broken
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"a ViT needs Hugging Face transformers ({reason}): pip install 'recurrent-db[hf]'") from None
     shape = ViTConfig(
         hidden_size=config.d_model, num_attention_heads=config.n_heads, intermediate_size=config.d_mlp,
         num_hidden_layers=config.n_core,

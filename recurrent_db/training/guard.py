@@ -7,7 +7,7 @@
 3. If it diverges again after `ROLLBACKS` returns, the run stops with a diagnosis.
 
 At log points the run also warns of slower trouble: a loss that has risen and stays high, a loss not below the entropy of
-the token frequencies, and a state that grows over the iterations.
+the target frequencies, and a state that grows over the iterations.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class LossGuard:
         if progress >= 0.25 and state.loss_count >= 4 * WARM_UP and state.loss_mean > self.floor - 0.05:
             yield from self._once(
                 "unigram",
-                f"after {state.step} steps the loss ({state.loss_mean:.2f} nats) is not below the entropy of the token"
+                f"after {state.step} steps the loss ({state.loss_mean:.2f} nats) is not below the entropy of the target"
                 f" frequencies ({self.floor:.2f} nats): the model has learned only these. Try a schedule.warmup above"
                 f" {self.config.schedule.warmup:g} of the budget, or an optim.lr below {self.config.optim.lr:g}",
             )

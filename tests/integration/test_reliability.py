@@ -278,7 +278,7 @@ def test_a_collapse_without_a_single_bad_number_is_warned_of() -> None:
     assert "optim.lr" in line
     assert all("frequencies" in other for other in more)
     (line,) = warned((6.4 + np.exp(-np.arange(600) / 30) + noise).tolist(), 6.4)
-    assert "not below the entropy of the token frequencies (6.40 nats)" in line
+    assert "not below the entropy of the target frequencies (6.40 nats)" in line
     (line,) = warned(fall.tolist(), 6.4, growth=12.0)
     assert "the state grows by a factor of 12" in line
     assert len(warned(fall.tolist(), 6.4, growth=math.nan)) == 1

@@ -212,7 +212,7 @@ def test_networks_that_cannot_be_built() -> None:
     config.model.image_size = []
     with pytest.raises(UserError, match="the size and classes of the images are not set"):
         build_image_network(config, 0)
-    with pytest.raises(UserError, match="cannot be split evenly into 4 blocks"):
+    with pytest.raises(UserError, match="3 layers cannot be cut into 4 blocks"):
         image_config("denoise_class", n=4)
     assert isinstance(build_network(image_config("denoise_image"), None, "meta").frame, ImageFrame)
     assert Patches(image_config("classify").model).position.shape == (16, 32)
