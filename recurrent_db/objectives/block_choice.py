@@ -14,7 +14,7 @@ def drawn_block(config: Config, rng: Rng) -> int:
 
 
 def trains_shared(config: Config, block: int) -> bool:
-    """Whether a step of this block also trains the shared embedding and head."""
+    """Whether a step of this block also trains the shared embedding and head, or its copy of them."""
     return {"all": True, "frozen": False, "owned": block == config.blocks.owner}[config.blocks.shared]
 
 

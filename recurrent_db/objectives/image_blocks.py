@@ -37,7 +37,7 @@ class ImageBlocks(Objective):
             model.frame.requires_grad_(False)
 
     def _trains_frame(self, block: int) -> bool:
-        return self.config.blocks.shared == "all" or trains_shared(self.config, block)
+        return trains_shared(self.config, block)
 
     def __call__(self, model: DiffusionBlocks, batch: ImageBatch, rng: Rng, progress: float) -> tuple[Tensor, Metrics]:
         block = drawn_block(self.config, rng)

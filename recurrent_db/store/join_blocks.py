@@ -1,8 +1,9 @@
 """Joins blocks that were trained separately into one model: `recurrent-db blocks join RUN... OUT`.
 
 A run of one block (`train/pretrain.py --blocks.only`) supplies that block. A run of a whole model, such as an earlier join,
-supplies the blocks that no other run has, so that one block can be replaced. The embedding and head, which the blocks
-share, must be bitwise equal in all runs. Nothing is trained or averaged: the result holds the runs' own tensors.
+supplies the blocks that no other run has, so that one block can be replaced. What the blocks share (the embedding and head)
+must be bitwise equal in all runs. If each block has a copy of it, their fixed class embeddings must be. Nothing is trained
+or averaged: the result holds the runs' own tensors.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ class BlockSource:
     def shared(self) -> dict[str, Tensor]:
         """The parameters that the blocks share, by name."""
         return {name: value for name, value in self.weights.items() if not name.startswith("blocks.")}
+
+    def targets(self) -> list[Tensor]:
+        """The fixed class embeddings in the blocks' own copies of what surrounds them, if they have copies."""
+        return [
+            value
+            for name, value in self.weights.items()
+            if name.startswith("blocks.") and name.endswith(".frame.targets")
+        ]
 
     def block(self, number: int) -> dict[str, Tensor]:
         """The parameters of one block, by name."""
@@ -155,6 +164,13 @@ def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
     if first.checkpoint.vocabulary().hash != (vocabulary := other.checkpoint.vocabulary()).hash:
         return f"{first.path} and {other.path} were trained with different {vocabulary.kind}"
     ours, theirs = first.shared(), other.shared()
+    if ours.keys() != theirs.keys():
+        return (
+            f"blocks.shared is {first.config.blocks.shared} in {first.path} and {other.config.blocks.shared} in"
+            f" {other.path}: either all blocks or no blocks have copies of what they share"
+        )
+    if any(not torch.equal(first.targets()[0], table) for table in (*first.targets(), *other.targets())):
+        return f"the fixed class embeddings differ between {first.path} and {other.path}: train both with the same seed"
     if any(not torch.equal(ours[name], theirs[name]) for name in ours):
         return (
             f"the shared embedding differs between {first.path} and {other.path}: a block that does not own it must start"

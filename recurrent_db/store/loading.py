@@ -165,14 +165,17 @@ def start_from(model: nn.Module, config: Config, vocabulary: Vocabulary) -> str:
     held = tuple(f"blocks.{number}." for number in model.held())
     keep = (lambda name: _is_shared(name) or name.startswith(held)) if theirs.n_blocks else None
     weights = plain_weights(source.weights(averaged=True, keep=keep), config.model)
+    if not weights:
+        raise UserError(f"init.from {config.init.from_} does not hold block {config.blocks.only}")
     load_weights(model, weights, str(source.path), allow_new=("noise_embedding.", "blocks."))
     taken = [number for number in model.held() if any(name.startswith(f"blocks.{number}.") for name in weights)]
     drawn = [number for number in model.held() if number not in taken]
     spent = source.training()[0].spent(source.config().budget)
     moves = config.blocks.only and config.blocks.shared == "owned" and not trains_shared(config, config.blocks.only)
+    shared = ["its embedding"] if any(map(_is_shared, weights)) else []
     return (
-        f"starting from {source.path}: its embedding"
-        + "".join(f", block {number}" for number in taken)
+        f"starting from {source.path}: "
+        + ", ".join([*shared, *(f"block {number}" for number in taken)])
         + "".join(f"; block {number} is newly initialised" for number in drawn)
         + (f"; that run used {spent:.0%} of its budget and must not be trained further" if moves and spent < 1 else "")
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_runs import options, train, weights
+from block_runs import launch_watched, options, train, weights
 from helpers import ROOT, blocks_config
 
 import recurrent_db
@@ -36,51 +36,11 @@ from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
 from recurrent_db.store.join_blocks import join
 
-# What the processes of `blocks.sh` may not do. The files that one opens are kept, to see that no other's are among them.
-WATCH = """
-import atexit, os, sys
-opened = []
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"):
-        raise SystemExit(f"a block spoke to somebody: {event}")
-    if event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.append(os.fsdecode(arguments[0]))
-sys.addaudithook(watch)
-def report():
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        opened.append("PROCESS GROUP")
-    with open(os.path.join(os.environ["OPENED"], str(os.getpid())), "w") as file:
-        file.write("\\n".join(opened))
-atexit.register(report)
-"""
-
-
-def launch_watched(python: str, data: Path, root: Path, n: int, shared: str, *more: str) -> list[str]:
-    """Run `blocks.sh` into ``root``/runs; the files that each of its trainers opened, a trainer a text."""
-    for folder in ("site", "opened"):
-        (root / folder).mkdir(parents=True)
-    (root / "site" / "sitecustomize.py").write_text(WATCH)
-    (root / "c.toml").write_text("")
-    path = os.pathsep.join([str(root / "site"), str(ROOT)])
-    environment = {**os.environ, "PYTHON": python, "PYTHONPATH": path, "OPENED": str(root / "opened")}
-    words = [ROOT / "train/launch/blocks.sh", root / "c.toml", root / "runs"]
-    result = subprocess.run(
-        [*map(str, words), *options(data, n, "--blocks.shared", shared, *more)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    logs = [path.read_text() for path in (root / "opened").iterdir()]
-    trainers = [log for log in logs if "train/pretrain.py" in log]
-    assert len(trainers) == n
-    assert not any("PROCESS GROUP" in log for log in trainers)
-    return trainers
-
 
 def test_processes_at_once_share_nothing_and_equal_one_after_another(
     quick_python: str, data: Path, frozen_runs: list[Path], tmp_path: Path
 ) -> None:
-    trainers = launch_watched(quick_python, data, tmp_path, 2, "frozen")
+    trainers = launch_watched(quick_python, tmp_path, 2, options(data, 2, "--blocks.shared", "frozen"))
     for number, alone in enumerate(frozen_runs, 1):
         theirs = weights(tmp_path / "runs" / f"block-{number}")
         ours = weights(alone)
@@ -100,7 +60,9 @@ def test_processes_at_once_share_nothing_and_equal_one_after_another(
 def test_blocks_of_an_owner_read_it_alone_and_equal_one_after_another(
     quick_python: str, data: Path, tmp_path: Path
 ) -> None:
-    trainers = launch_watched(quick_python, data, tmp_path / "at once", 3, "owned", "--model.n_core", "3")
+    trainers = launch_watched(
+        quick_python, tmp_path / "at once", 3, options(data, 3, "--blocks.shared", "owned", "--model.n_core", 3)
+    )
     seen = sorted(sorted(set(re.findall(r"/runs/(block-\d)/", log))) for log in trainers)
     assert seen == [["block-1"], ["block-1", "block-2"], ["block-1", "block-3"]]
     for log in trainers:  # of the owner the others take its weights, which were complete before they began

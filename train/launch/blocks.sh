@@ -7,7 +7,8 @@
 #
 # Block b trains in RUNS/block-b and logs to RUNS/block-b.log. The joined model is RUNS/joined. A budget in the options applies
 # to each block. The processes do not communicate while they train. With blocks.shared = owned, the block that owns the
-# embedding is trained first, and the others read the embedding when they start. With frozen, all blocks start at once.
+# embedding is trained first, and the others read the embedding when they start. With frozen, all blocks start at once, and
+# with all too: each block of a network for images then has a copy of what the blocks share.
 #
 # The same command again continues stopped blocks and skips finished ones. The blocks are joined when all are finished. An
 # existing RUNS/joined with the same blocks is left unchanged; one that was evaluated or trained further is renamed and kept.
@@ -24,7 +25,7 @@ if [ "${1:-}" = --dry-run ]; then
     shift
 fi
 if [ $# -lt 2 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
-    sed -n '2,19s/^# \{0,1\}//p' "$0"
+    sed -n '2,20s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || [ "${1:-}" = -h ] && exit 0 || exit 2
 fi
 config=$1 runs=$2
@@ -66,7 +67,7 @@ def check_and_print() -> None:
     config, runs = load_config(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2])
     if not config.model.n_blocks:
         raise UserError(f"{sys.argv[1]} is not a model in blocks (model.n_blocks is 0)")
-    if config.blocks.shared == "all":
+    if config.blocks.shared == "all" and not config.objective.own.copies:
         raise UserError("blocks.shared = all needs all blocks in one process: use owned or frozen")
     owner = runs / f"block-{config.blocks.owner}"
     others = [path for path in sorted(runs.glob("block-*/")) if path != owner]
