@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from recurrent_db.arguments import parse
-from recurrent_db.config import Config, load_config
+from recurrent_db.config import Config, load_config, validate
 from recurrent_db.schema import Positive, PositiveInt
 
 
@@ -19,7 +19,7 @@ from recurrent_db.schema import Positive, PositiveInt
 class Args:
     """Count the FLOPs of a config's model: per training token for every objective, and per generated token by K.
 
-    Training FLOPs are split by part of the model.
+    Training FLOPs are split by part of the model. For a network for images they are per image.
     """
 
     config: Annotated[Path, tyro.conf.Positional]
@@ -30,6 +30,10 @@ class Args:
     """Vocabulary size in tokens, used if the config leaves it to the tokenizer."""
     cache_bytes: PositiveInt = 2
     """Bytes per number in the key-value cache. The default is bfloat16."""
+    image_size: PositiveInt = 32
+    """Height and width of the images in pixels, for networks for images."""
+    classes: PositiveInt = 10
+    """Number of classes of the images, for networks for images."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -39,9 +43,13 @@ def arguments(words: list[str], prog: str) -> Args:
 
 
 def run(args: Args) -> int:
-    from recurrent_db.objectives.cost_table import blocks_lines, lines
+    from recurrent_db.objectives.cost_table import blocks_lines, image_lines, lines
 
     config = load_config(args.config)
+    if config.model.network != "language":
+        found = images(config, args.image_size, args.classes)
+        print(json.dumps(found, indent=1) if args.json else "\n".join(image_lines(found, args.config)))
+        return 0
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     if args.json:
         in_blocks = blocks(config) if config.model.n_blocks else {}
@@ -71,3 +79,13 @@ def blocks(config: Config) -> dict[str, Any]:
     from recurrent_db.objectives.costs import block_passes, whole_passes
 
     return blocks_table(config, block_passes(config), whole_passes(config))
+
+
+def images(config: Config, side: int, classes: int) -> dict[str, Any]:
+    """FLOPs of a network for images of ``side`` x ``side`` pixels."""
+    from recurrent_db.objectives.cost_table import image_table
+    from recurrent_db.objectives.costs import image_steps
+
+    config.model.image_size, config.model.n_classes = [side, side], classes
+    validate(config)
+    return image_table(config, image_steps(config))

@@ -81,6 +81,8 @@ def make_planner(args: Args) -> Planner:
 
     name, gpu, peak = find_gpu(args.gpu)
     config = load_config(args.config, list(args.overrides))
+    if config.model.network != "language":
+        raise UserError(f"plan knows language models only, and {args.config} trains on images: see recurrent-db flops")
     config.model.vocab_size = config.model.vocab_size or args.vocab_size
     check_parallel(config, args.gpus)
     intra = gpu.intra if args.intra_node is None else 1e9 * args.intra_node

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from recurrent_db.accounting.flops import Cost, cache_numbers_per_token, cost_per_token, inference_cost, total
+from recurrent_db.accounting.image_flops import image_cost, positions
 from recurrent_db.config import Config
 from recurrent_db.model import build_model
 from recurrent_db.model.blocks_lm import BlocksLM
+from recurrent_db.model.image_networks import build_image_network
 from recurrent_db.model.passes import Passes
+from recurrent_db.objectives import build_objective
 from recurrent_db.optim.optimizer import update_flops
 
 KS = (1, 2, 4, 8, 16, 32)
@@ -240,3 +243,65 @@ def blocks_lines(table: dict[str, Any], source: object) -> list[str]:
         "* parameters, gradients and AdamW's two moments in fp32; activations are logged in training (memory/*)",
         "** gradients that data-parallel training would exchange per step; blocks that train alone exchange nothing",
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network for images
+
+
+def image_table(config: Config, steps: Mapping[str, tuple[Config, Passes]]) -> dict[str, Any]:
+    """All values that the command prints for a network for images.
+
+    Args:
+        config: with ``model.image_size`` and ``model.n_classes`` set.
+        steps: the kinds of training steps: for each name the configuration of its process, and its passes.
+    """
+    count, rows = positions(config.model), {}
+    for name, (own, passes) in steps.items():
+        parts = {part: count * cost for part, cost in image_cost(own.model, passes).items()}
+        network = build_image_network(own, None, "meta")
+        build_objective(own).prepare(network)
+        parameters = sum(p.numel() for p in network.parameters())
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        rows[name] = {
+            "layers": own.model.block_layers[max(0, own.blocks.only - 1)] if own.model.n_blocks else own.model.n_core,
+            "by_part": {part: _by_kind(cost) for part, cost in parts.items()},
+            "by_kind": _by_kind(total(parts)),
+            "flops_per_image": total(parts).total,
+            "parameters": parameters,
+            "trained_parameters": trained,
+            "training_bytes": 4 * (parameters + 3 * trained),
+        }
+    return {"image_size": config.model.image_size, "classes": config.model.n_classes, "positions": count, "steps": rows}
+
+
+def image_lines(table: dict[str, Any], source: object) -> list[str]:
+    """The printed form of `image_table`."""
+    (height, width), steps = table["image_size"], table["steps"]
+    last = list(steps.values())[-1]["flops_per_image"]
+
+    def row(label: str, values: Iterable[object]) -> str:
+        return f"{label:<28}" + "".join(f"{value:>14}" for value in values)
+
+    return [
+        f"{source}: FLOPs per image of a training step, images of {height} x {width} pixels, {table['classes']} classes,"
+        f" {table['positions']} positions",
+        "(model FLOPs: matrix products and attention, forward + backward)",
+        row("", steps),
+        *(row(part, [f"{sum(step['by_part'][part][kind] for kind in KINDS[:2]):.4g}" for step in steps.values()])
+          for part in next(iter(steps.values()))["by_part"]),
+        row("total", [f"{step['flops_per_image']:.4g}" for step in steps.values()]),
+        *([row("x end to end", [f"{step['flops_per_image'] / last:.3f}" for step in steps.values()])] * (len(steps) > 1)),
+        "\nthe total by kind",
+        *(
+            row(f"  {label}", [f"{step['by_kind'][kind]:.4g}" for step in steps.values()])
+            for kind, label in KIND_LABELS.items() if kind != "recomputed"
+        ),
+        row("  of it attention", [f"{step['by_kind']['attention']:.4g}" for step in steps.values()]),
+        "",
+        row("layers", [step["layers"] for step in steps.values()]),
+        row("parameters", [f"{step['parameters']:,}" for step in steps.values()]),
+        row("  trained", [f"{step['trained_parameters']:,}" for step in steps.values()]),
+        row("MiB held*", [f"{step['training_bytes'] / 2**20:.1f}" for step in steps.values()]),
+        "* parameters, gradients and AdamW's two moments in fp32; activations are logged in training (memory/*)",
+    ]  # fmt: skip

@@ -54,7 +54,8 @@ def block_passes(config: Config) -> dict[int, Passes]:
     for block in range(1, config.model.n_blocks + 1):
         alone = copy.deepcopy(config)
         alone.blocks.only = block
-        alone.blocks.shared = "owned" if config.blocks.shared == "all" else config.blocks.shared
+        if config.blocks.shared == "all" and not config.objective.own.copies:
+            alone.blocks.shared = "owned"
         found[block] = _first_step(build_objective(alone))
     return found
 
@@ -64,6 +65,23 @@ def whole_passes(config: Config) -> Passes:
     whole = copy.deepcopy(config)
     whole.model.n_blocks, whole.model.block_layers, whole.blocks.shared = 1, [config.model.n_core], "all"
     return _first_step(build_objective(whole))
+
+
+def image_steps(config: Config) -> dict[str, tuple[Config, Passes]]:
+    """The kinds of training steps of a network for images: for each name the configuration of its process, and its passes.
+
+    In blocks these are the steps of each block in a process of its own, and of all layers as one block.
+    """
+    if not config.model.n_blocks:
+        return {config.objective.name: (config, _first_step(build_objective(config)))}
+    found = {}
+    for block, passes in block_passes(config).items():
+        alone = copy.deepcopy(config)
+        alone.blocks.only = block
+        found[f"block {block}"] = alone, passes
+    whole = copy.deepcopy(config)
+    whole.model.n_blocks, whole.model.block_layers, whole.blocks.shared = 1, [config.model.n_core], "all"
+    return {**found, "end to end": (whole, whole_passes(config))}
 
 
 def _first_step(objective: Objective) -> Passes:

@@ -51,3 +51,8 @@ def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)) as error:
         cli.run(["plan", HUGINN, *words])
     assert "\n" not in str(error.value)
+
+
+def test_networks_for_images_are_not_planned() -> None:
+    with pytest.raises(UserError, match=r"plan knows language models only, and .*dit-blocks\.toml trains on images"):
+        cli.run(["plan", str(ROOT / "train/configs/dit-blocks.toml"), "--gpus", "1", "--gpu", "H200"])
