@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from block_runs import launch_watched, weights
+from helpers import ROOT
 from image_runs import NAMES, digits, image_batch, train, words
 
 from recurrent_db import cli
+from recurrent_db.accounting.memory_split import peak_live_bytes
+from recurrent_db.config import load_config
 from recurrent_db.denoise.convert import DiffusionBlocks
 from recurrent_db.errors import UserError
+from recurrent_db.model.build import build_network
+from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.denoise_class import walk_log_probabilities
+from recurrent_db.optim.optimizer import build_optimizer
+from recurrent_db.rng import Rng
 from recurrent_db.store.join_blocks import join
 from recurrent_db.store.loading import load_image_run
 
@@ -165,11 +174,6 @@ def test_the_averages_are_what_is_joined(images: Path, tmp_path: Path) -> None:
 def test_the_cost_and_the_commands_are_printed_before_anything_starts(
     images: Path, quick_python: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import os
-    import subprocess
-
-    from helpers import ROOT
-
     environment = {**os.environ, "PYTHON": quick_python, "PYTHONPATH": str(ROOT)}
     preset = ROOT / "train/configs/vit-blocks.toml"
     command = [ROOT / "train/launch/blocks.sh", "--dry-run", preset, tmp_path / "runs", "--data.path", images]
@@ -182,3 +186,33 @@ def test_the_cost_and_the_commands_are_printed_before_anything_starts(
     assert cli.run(["flops", str(preset)]) == 0
     assert capfd.readouterr().out.strip() in told.stdout
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+def step_bytes(preset: str, *more: object) -> float:
+    """Most bytes in use while a network and its optimizer are built and take two steps, without the frame's parameters."""
+    config = load_config(ROOT / f"train/configs/{preset}.toml", list(map(str, ("--blocks.only", 1, *more))))
+    config.model.image_size, config.model.n_classes = [32, 32], 10
+    batch, frame = image_batch(32, (32, 32)), 0
+
+    def run() -> None:
+        nonlocal frame
+        network, objective = build_network(config, 0), build_objective(config)
+        objective.prepare(network)
+        optimizer = build_optimizer(network, config.optim)
+        for step in range(2):
+            objective(network, batch, Rng(0, step), 0.0)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        frame = sum(
+            p.nbytes * (4 if p.requires_grad else 1) for name, p in network.named_parameters() if ".frame." in name
+        )
+
+    return peak_live_bytes(run) - frame
+
+
+@pytest.mark.parametrize("preset", ["vit-blocks", "dit-blocks"])
+def test_a_blocks_memory_is_that_of_its_layers(preset: str) -> None:
+    """One of three blocks needs about a third of what the network needs that is trained end to end."""
+    one, three = step_bytes(preset, "--model.n_blocks", 1), step_bytes(preset)
+    print(f"{preset}: {three / one:.3f}")
+    assert three <= 0.36 * one
