@@ -403,7 +403,9 @@ def test_the_commands_of_the_guide(digits: ImageData, tmp_path: Path, monkeypatc
     save_extractor(Extractor(10).eval(), tmp_path / "extractor.safetensors")
     runner = Runner(tmp_path, monkeypatch)
     here = [
-        block for block in blocks(ROOT / "docs/guides/images.md") if block.run_by == "tests/evaluation/test_images.py"
+        block
+        for block in blocks(ROOT / "docs/guides/images.md")
+        if block.run_by == "tests/evaluation/test_image_scores.py"
     ]
     for block in here:
         runner.run(block)
