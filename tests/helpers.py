@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurrent_db.config import Config, load_config
 from recurrent_db.data import Batch, DataWriter
@@ -73,6 +74,20 @@ def change_loss(patch: pytest.MonkeyPatch, change: Callable[[Tensor, Rng], Tenso
         return inner
 
     patch.setattr(trainer, "build_objective", changed)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: single numbers read, shapes that depend on values."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().split(".")[0] in self.WAITING
+        return func(*args, **(kwargs or {}))
 
 
 def micro_config(*overrides: object) -> Config:

@@ -53,7 +53,9 @@ def _check_classes(y: Tensor, count: int, what: str) -> None:
     """A negative class would silently be counted from the end of a table."""
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) and y.ndim == 1
     _check(whole, f"{what} must be whole numbers (B,), got {y.dtype} {tuple(y.shape)}")
-    if y.numel():
+    if y.device.type != "cpu":  # the host does not wait for the device, which stops if a class is out of range
+        torch._assert_async(((y >= 0) & (y < count)).all())
+    elif y.numel():
         low, high = int(y.min()), int(y.max())
         _check(low >= 0 and high < count, f"{what} must be from 0 to {count - 1}, got {low} to {high}")
 
@@ -151,7 +153,7 @@ class DiffusionBlocks(nn.Module):
         arguments: dict[str, Any],
     ) -> Tensor:
         """The estimate D of y, or with a table the logits."""
-        block, sigma_B = self.block(number), sigma_B.to(z.device)
+        block, sigma_B = self.block(number), sigma_B.to(z.device, non_blocking=True)
         sigma = sigma_B.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
         if self.classes:
             _check(
@@ -229,11 +231,12 @@ class DiffusionBlocks(nn.Module):
                 f"eps must have the target's shape {tuple(target.shape)}, got {tuple(eps.shape)}",
             )
             _check(u_B.shape == target.shape[:1], f"u must have shape ({len(target)},), got {tuple(u_B.shape)}")
-            sigma_B = self.draw(number, u_B).to(target.device)
+            sigma_B = self.draw(number, u_B).to(target.device, non_blocking=True)
             sigma = sigma_B.to(target.dtype).view(-1, *[1] * (target.ndim - 1))
             if label is not None and self.label_dropout:
                 u_label_B = torch.rand(len(label)) if u_label_B is None else u_label_B
-                label = label.masked_fill(u_label_B.to(label.device) < self.label_dropout, self.classes)
+                u_label_B = u_label_B.to(label.device, non_blocking=True)
+                label = label.masked_fill(u_label_B < self.label_dropout, self.classes)
             out = self._out(frame, number, target + sigma * eps, sigma_B, x, label, arguments)
             loss = frame.loss(out, y, self.precond.weight(sigma))
         if number not in self._alone and loss.requires_grad:

@@ -37,15 +37,20 @@ NEWTON_SCHULZ_STEPS = 5
 """Iterations of Muon's orthogonalisation, as in PyTorch's default."""
 
 
+NOT_HIDDEN = (".noise_embedding.", ".conditioning.", ".frame.", ".patches.", ".head.")
+"""Parts of the names of modules whose matrices AdamW updates in a run with Muon."""
+
+
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """The matrices that Muon updates: linear layers of the transformer layers and the adapter, each fused matrix (QKV, gate
     and up) as a whole.
 
     AdamW updates the noise embedding. The rank of its gradient is at most the number of noise levels in the batch, and
-    orthogonalisation would scale rounding errors in all other directions up to the same size.
+    orthogonalisation would scale rounding errors in all other directions up to the same size. In networks for images it also
+    updates what surrounds the layers, such as the patch embedding and the head.
     """
-    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
-    return [layer.weight for name, layer in layers if "noise_embedding." not in name]
+    layers = ((f".{name}.", m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return [layer.weight for name, layer in layers if not any(part in name for part in NOT_HIDDEN)]
 
 
 class MuonAdamW(torch.optim.Optimizer):

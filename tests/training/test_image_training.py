@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,14 @@ import many
 import numpy as np
 import pytest
 import torch
-from helpers import MICRO, change_loss
+from helpers import MICRO, HostReads, change_loss
 from image_runs import (
     NAMES,
     OBJECTIVES,
     assert_same_end,
     digits,
+    image_batch,
     image_config,
-    kind,
     rows,
     train,
     words,
@@ -31,6 +32,7 @@ from image_runs import (
 import recurrent_db
 from recurrent_db import cli
 from recurrent_db.config import load_config
+from recurrent_db.denoise import convert
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
@@ -165,9 +167,52 @@ def test_two_processes_train_what_one_does(images: Path, tmp_path: Path) -> None
         assert ours
     for name in ("tokens", "flops", "flops_update", "lr", "skipped"):
         assert [row[name] for row in rows(one)] == [row[name] for row in rows(two)]
-    # A run of several processes is continued by one.
+    # A run of several processes is loaded, and continued by one.
+    logits = [load_image_run(run).network(image_batch().images_BCHW) for run in (one, two)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
     train(images, two, "classify", *options, "--budget.steps", 8, resume="newest")
     assert rows(two)[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_in_bfloat16_follows_the_one_in_float32(images: Path, tmp_path: Path, objective: str) -> None:
+    options = ["--budget.steps", 12, "--optim.ema_decay", 0.9]
+    exact, rounded = (
+        [row["loss"] for row in rows(train(images, tmp_path / dtype, objective, *options, "--run.dtype", dtype))]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact != rounded == pytest.approx(exact, rel=0.03)
+    checkpoint = Checkpoint(find_checkpoint(tmp_path / "bfloat16"))
+    assert {value.dtype for value in (checkpoint.weights() | checkpoint.optimizer()).values()} == {torch.float32}
+
+
+def test_muon_updates_the_matrices_of_the_layers(images: Path, tmp_path: Path) -> None:
+    options = ["--optim.name", "muon", "--budget.steps", 12, "--run.checkpoint_every", 6, "--optim.ema_decay", 0.9]
+    for objective in ("classify", "denoise_image"):
+        whole = train(images, tmp_path / objective, objective, *options)
+        names = [name for name in Checkpoint(find_checkpoint(whole)).optimizer() if name.startswith("momentum_buffer/")]
+        assert names
+        layers = re.compile(r"momentum_buffer/(blocks\.\d\.)?layers\.\d+\..*weight")
+        assert all(layers.fullmatch(name) for name in names), names
+        shutil.copytree(whole, tmp_path / f"{objective}-cut")
+        shutil.rmtree(list_checkpoints(tmp_path / f"{objective}-cut")[-1])
+        train(images, tmp_path / f"{objective}-cut", objective, *options, resume="newest")
+        assert_same_end(whole, tmp_path / f"{objective}-cut")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_makes_the_host_wait_for_nothing(
+    images: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of 12 steps reads as many values of the device as one of 4. Classes are checked on a CPU alone."""
+    monkeypatch.setattr(convert, "_check_classes", lambda *_: None)
+    counts = []
+    for steps in (4, 12):
+        options = ["--budget.steps", steps, "--eval.points", 0, "--run.log_every", 100, "--optim.ema_decay", 0.9]
+        with HostReads() as reads:
+            train(images, tmp_path / f"run-{steps}", objective, *options)
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 def test_sharded_parameters_are_for_language_models() -> None:
@@ -342,7 +387,6 @@ def test_without_transformers_a_dit_trains_and_a_vit_says_what_is_missing(
 
 
 def test_the_checkpoints_record_of_its_images_may_be_damaged(classified: Path, tmp_path: Path) -> None:
-    assert kind("classify")
     run = Path(shutil.copytree(classified, tmp_path / "run"))
     record = find_checkpoint(run) / "images.json"
     for content in (b"{", b"[]", b'{"classes": ["a"], "size": [8], "data": "x"}', b'{"classes": [], "size": [8, 8]}'):

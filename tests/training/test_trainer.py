@@ -18,9 +18,8 @@ from typing import Any
 import many
 import pytest
 import torch
-from helpers import MICRO, OBJECTIVES, change_loss, synthetic_data
+from helpers import MICRO, OBJECTIVES, HostReads, change_loss, synthetic_data
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import recurrent_db
 from recurrent_db.config import load_config
@@ -383,20 +382,6 @@ def test_skipped_steps_change_nothing_but_the_counters(
     for kind, tensors in saved[0].items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, saved[1][kind][key]), (kind, key)
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: single numbers read, shapes that depend on values."""
-
-    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.name().split(".")[0] in self.WAITING
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [["next_token"], ["unrolled"], ["denoise"],
