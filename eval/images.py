@@ -1,6 +1,6 @@
 """Score a run that was trained on images: accuracy of a classifier, or samples of a generator.
 
-python eval/images.py RUN --data DIR [--split test] [--steps 1,3,6] [--draws 8] [--json OUT]
+python eval/images.py RUN --data DIR [--split test] [--steps 1,3,6] [--json OUT]
 python eval/images.py RUN --data DIR --samples 5000 --guidance 2 --extractor FILE [--grid samples.png] [--json OUT]
 
 A classifier (objectives classify and denoise_class): prints accuracy and nats per image on the split, by number of steps of
@@ -57,8 +57,8 @@ class Args:
     """Split to score on; by default test, or validation where there is no test split."""
     steps: tuple[PositiveInt, ...] = ()
     """Classifier: numbers of steps of the walk; by default 1, one for each block, and two for each block."""
-    draws: PositiveInt = 8
-    """Classifier: walks whose probabilities are averaged."""
+    draws: Count = 0
+    """Classifier: walks from noise whose probabilities are averaged. 0 makes one walk from zero, the mean of the noise."""
     samples: PositiveInt = 5000
     """Generator: number of images to sample."""
     guidance: float = 1.0
@@ -92,9 +92,9 @@ def classification(args: Args, run: ImageRun, data: ImageData) -> dict[str, Any]
     """Print a classifier's scores. Returns the entries of the result."""
     with tqdm(total=len(data), desc="scoring", unit="image", disable=None, leave=False) as bar:
         scores = classify_images(run, data, args.steps, args.draws, args.seed, args.batch_size, bar.update)
-    draws = args.draws if scores.by_block else 1
+    draws = args.draws if scores.by_block else 0
     tables: dict[str, dict[str, Any]] = {"by_steps": {}, "by_block": {}}
-    print(f"{run.path}: {run.config.objective.name}, {len(data):,} images of {data.where}, {draws} draws")
+    print(f"{run.path}: {run.config.objective.name}, {len(data):,} images of {data.where}, {draws or 'no'} draws")
     print(f"{'':10} {'accuracy':>9} {'stderr':>7} {'nats/image':>11} {'stderr':>7} {'FLOPs/image':>12}")
     for key, name, table in (("by_steps", "steps", scores.by_steps), ("by_block", "block", scores.by_block)):
         for number, log_probs in table.items():

@@ -1,7 +1,7 @@
 """Scores of networks for images: accuracy and likelihood of a classifier, and samples of a generator.
 
     run = load_image_run("runs/vit")
-    scores = classify_images(run, open_images("data/images", "test"), steps=(1, 3), draws=8)
+    scores = classify_images(run, open_images("data/images", "test"), steps=(1, 3))
     print(scores.summary(scores.by_steps[3]))
 
 A network in blocks names the class by a walk. Its scores are by number of steps, and by block: the read-out of each block
@@ -116,7 +116,7 @@ def classify_images(
     run: ImageRun,
     data: ImageData,
     steps: Sequence[int] = (),
-    draws: int = 1,
+    draws: int = 0,
     seed: int = 0,
     batch_size: int = 128,
     progress: Progress | None = None,
@@ -128,7 +128,8 @@ def classify_images(
     Args:
         run: a run of `classify` or `denoise_class`.
         steps: numbers of steps of the walk; empty takes `default_steps`.
-        draws: walks whose probabilities are averaged. Their noise depends on the seed and the image's number only.
+        draws: walks from noise whose probabilities are averaged; 0 makes one walk from zero. The noise depends on the seed
+            and the image's number only.
 
     Raises:
         UserError: the run generates images, the data's classes or size differ from the run's, or a walk needs a block that
