@@ -31,9 +31,9 @@ def walk_log_probabilities(
     """Log probabilities of the classes (B, C), fp32, read out at each step of a walk in ``steps`` steps.
 
     Args:
-        draws: walks from pure noise whose probabilities are averaged; their noise is keyed by the seed and the image. 0 makes
-            one walk from zero, the mean of the noise. It is deterministic and more accurate, because noise of the target's
-            size hides from later blocks what earlier ones saw.
+        draws: walks from pure noise whose probabilities are averaged; their noise is keyed by the seed and the image. 0
+            makes one walk from zero, the mean of the noise. It is deterministic and more accurate, because noise of the
+            target's size hides from later blocks what earlier ones saw.
     """
     rng, images = Rng(seed, EVALUATION_STEP), batch.images_BCHW
     width, sums = model.block(model.held()[0]).width, [torch.zeros(0)] * steps
