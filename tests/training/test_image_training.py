@@ -32,15 +32,20 @@ from image_runs import (
 import recurrent_db
 from recurrent_db import cli
 from recurrent_db.config import load_config
+from recurrent_db.data import image_batches, open_images
 from recurrent_db.denoise import convert
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.model.image_networks import build_image_network
+from recurrent_db.model.vit import ViT
+from recurrent_db.objectives.denoise_class import walk_log_probabilities
+from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.store.loading import load_image_run
 from recurrent_db.training import trainer
+from recurrent_db.training.tasks import build_task
 
 pytest.importorskip("transformers", reason="transformers is not importable")
 
@@ -85,6 +90,44 @@ def test_it_learns(images: Path, tmp_path: Path, objective: str) -> None:
     assert (loaded.images.classes, loaded.images.size) == (tuple(NAMES), (8, 8))
     for name, value in loaded.network.state_dict().items():
         assert torch.equal(value, Checkpoint(find_checkpoint(run)).weights()[name])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_held_out_scores_are_means_over_the_images(images: Path, tmp_path: Path, objective: str) -> None:
+    """Of all 300, in batches of 128, 128 and 44, against one batch of all."""
+    more = ["--budget.steps", 2, "--eval.tokens", 9000, "--eval.k", 1, 3, "--eval.draws", 2, "--seed", 4]
+    run = train(images, tmp_path / "run", objective, *more)
+    network, row = load_image_run(run, "cpu").network, rows(run)[-1]
+    [batch] = image_batches(open_images(images, "validation"), 1000)
+    assert len(batch) == 300
+    if isinstance(network, ViT):
+        read = {1: network(batch.images_BCHW).log_softmax(-1)}
+    elif objective == "denoise_class":
+        read = {k: walk_log_probabilities(network, batch, k, 2, 4)[-1] for k in (1, 3)}
+    else:
+        read = {}
+        rng, target = Rng(4, EVALUATION_STEP), batch.images_BCHW
+        eps = rng.normal(batch.sample_index_B, (3, 8, 8), "noise", target.device)
+        for block in (1, 2, 3):
+            losses = []
+            for sigma in network.partition.levels_inside(block, 4):
+                estimate = network.denoise(block, target + sigma * eps, torch.full((300,), sigma), label=batch.labels_B)
+                losses.append((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * float((estimate - target).square().mean()))
+                assert row[f"eval/loss_sigma_{sigma:.3g}"] == pytest.approx(losses[-1], rel=1e-4)
+            assert row[f"eval/loss_block_{block}"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert row["eval/loss"] == pytest.approx(np.mean([row[f"eval/loss_block_{b}"] for b in (1, 2, 3)]))
+    for k, log_p_BC in read.items():
+        assert row[f"eval/accuracy_k{k}"] == pytest.approx((log_p_BC.argmax(-1) == batch.labels_B).float().mean())
+        assert row[f"eval/nll_k{k}"] == pytest.approx(-log_p_BC[range(300), batch.labels_B].mean().item(), rel=1e-4)
+
+
+def test_another_seed_is_another_order_of_the_data(images: Path, tmp_path: Path) -> None:
+    config = load_config(None, words(images, tmp_path / "run", "classify"))
+    task = build_task(config, Team("none", torch.device("cpu")))
+    first, same, other = (next(iter(next(task.batches(3, seed)))) for seed in (0, 0, 1))
+    assert torch.equal(first.images_BCHW, same.images_BCHW)
+    assert not torch.equal(first.images_BCHW, other.images_BCHW)
+    assert task.floor == pytest.approx(np.log(10), abs=0.01)
 
 
 def test_held_out_scores_are_of_the_averaged_weights(images: Path, tmp_path: Path) -> None:
