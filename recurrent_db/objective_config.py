@@ -111,9 +111,10 @@ class OneStepConfig(ObjectiveSection):
         )
 
 
-def check_density(section: Any, name: str) -> None:
-    """Raise `UserError` unless the log-normal density of a section's noise levels has mass in their range."""
-    own, low, high = f"objective.{name}", section.sigma_min, section.sigma_max
+def check_density(section: Any, own: str) -> None:
+    """Raise `UserError` unless the log-normal density of a section's noise levels has mass in their range. ``own``: the
+    section's dotted name."""
+    low, high = section.sigma_min, section.sigma_max
     need(low < high, f"{own}.sigma_min = {low} must be below sigma_max = {high}")
     below, above_ = (
         0.5 * math.erfc((section.p_mean - math.log(sigma)) / (section.p_std * math.sqrt(2))) for sigma in (low, high)
@@ -161,7 +162,7 @@ class DenoiseConfig(ObjectiveSection):
     """Whether to scale the network's input z by a further 1 / (1 + sigma^2), so that the network does not see pure noise."""
 
     def check(self, config: Config) -> None:
-        check_density(self, "denoise")
+        check_density(self, "objective.denoise")
         need(
             config.objective.own is not self or not config.model.n_blocks or self.conditioning == "two-stream",
             "a model in blocks needs objective.denoise.conditioning = two-stream",
@@ -240,7 +241,7 @@ class ImageBlocksConfig(ObjectiveSection):
     def check(self, config: Config) -> None:
         name = config.objective.name
         if config.objective.own is self:
-            check_density(self, name)
+            check_density(self, f"objective.{name}")
             need(config.model.n_blocks > 0, f"objective {name} needs blocks: set model.n_blocks (1 trains end to end)")
 
 

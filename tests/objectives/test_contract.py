@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from helpers import MICRO, ROOT, micro_config, synthetic_data
+from image_runs import OBJECTIVES as ON_IMAGES
+from image_runs import kind
 
 from recurrent_db.objective_config import OBJECTIVE_NAMES, name_help
 from recurrent_db.objectives import build_objective
@@ -29,6 +31,10 @@ CLASSES = {
     "Denoise",
     "DenoiseBlocks",
     "Masked",
+    "Classify",
+    "DenoiseClass",
+    "DenoiseImage",
+    "ImageBlocks",
 }
 
 
@@ -61,10 +67,12 @@ def test_mentions_are_found() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVE_NAMES)
 def test_every_name_has_its_file(name: str) -> None:
-    blocks = ["--model.n_blocks", 1, "--model.n_prelude", 0, "--model.n_coda", 0] if name == "masked" else []
-    objective = build_objective(micro_config("--objective.name", name, *blocks))
+    bare = ["--model.n_prelude", 0, "--model.n_coda", 0]
+    needed = {"masked": [*bare, "--model.n_blocks", 1], **{other: kind(other, 1) for other in ON_IMAGES}}
+    objective = build_objective(micro_config("--objective.name", name, *needed.get(name, [])))
     assert objective.default_k >= 1
-    assert objective.recurrence.loop is None or objective.recurrence.walk is None
+    if name not in ON_IMAGES:
+        assert objective.recurrence.loop is None or objective.recurrence.walk is None
 
 
 def test_the_help_describes_every_objective() -> None:
