@@ -145,6 +145,7 @@ class Comparison:
         for name in args.arms:
             if name not in ARMS:
                 raise UserError(f"unknown arm {name!r}; choose from {', '.join(ARMS)}")
+        self.options = dotted(args.options)
         splits = {split: open_images(self.data, split) for split in ("train", "validation", "test")}
         if any(ARMS[name].family == "dit" for name in args.arms):
             if args.extractor is None:
@@ -159,7 +160,7 @@ class Comparison:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.slice = Slice(self.work, args.jobs, args.threads, args.minutes)
         self.made_with = {"data": splits["train"].hash, "options": args.options}
-        self.call = {**self.made_with, "budget_flops": args.budget_flops, "rates": list(args.rates)}
+        self.call = {**self.made_with, "budget_flops": args.budget_flops}
         generates = {"samples": args.samples, "sampler_steps": args.sampler_steps, "guidance": args.guidance,
                      "extractor": extractor}  # fmt: skip
         self.own_call = {"plain": {}, "blocks": {}, "dit": generates}
@@ -232,7 +233,7 @@ class Comparison:
                 words = (
                     ROOT / f"train/configs/{CONFIGS[arm.family]}.toml", "--data.path", self.data, "--optim.lr", rate,
                     "--run.threads", self.args.threads, "--run.device", self.args.device, "--run.keep", 1,
-                    "--eval.points", 2, *dotted(self.args.options), *arm.words,
+                    "--eval.points", 2, *self.options, *arm.words,
                     "--seed", job.seed + 100 * member, "--run.dir", run, "--budget.flops", f"{self.budget(job):.6g}",
                 )  # fmt: skip
                 self.slice.call(log, lock, "train/pretrain.py", *words, "--resume")
