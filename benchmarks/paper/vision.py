@@ -150,7 +150,7 @@ class Comparison:
         if any(ARMS[name].family == "dit" for name in args.arms):
             if args.extractor is None:
                 raise UserError("arms that generate need --extractor: make one with benchmarks/paper/image_metric.py")
-            extractor = load_extractor(args.extractor).hash
+            self.extractor, extractor = args.extractor.resolve(), load_extractor(args.extractor).hash
         else:
             extractor = None
         self.work, self.folder = (
@@ -245,7 +245,7 @@ class Comparison:
         if arm.family == "dit":
             self.slice.call(
                 log, lock, "eval/images.py", *common, "--samples", self.args.samples, "--guidance", self.args.guidance,
-                "--sampler-steps", self.args.sampler_steps, "--extractor", self.args.extractor.resolve(),
+                "--sampler-steps", self.args.sampler_steps, "--extractor", self.extractor,
                 "--grid", self.work / f"{job.name}.png",
             )  # fmt: skip
         else:
