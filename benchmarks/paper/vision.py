@@ -273,11 +273,11 @@ def correct(found: dict[str, Any], column: str) -> np.ndarray:
 
 
 def read_outs(found: dict[str, Any]) -> dict[str, str]:
-    """The read-outs of an arm to print: a name and its column, the whole network last."""
+    """The predictions of an arm to print: a name and its column."""
     blocks = int(found["blocks"])
     if blocks <= 1:
         return {found["arm"]: "1"}
-    alone = {f"{found['arm']}, after block {b}": f"block {b}" for b in range(1, blocks)}
+    alone = {f"{found['arm']}, block {b} alone": f"block {b}" for b in range(1, blocks + 1)}
     return {**alone, found["arm"]: str(blocks), f"{found['arm']}, {2 * blocks} steps": str(2 * blocks)}
 
 

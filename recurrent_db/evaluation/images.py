@@ -4,8 +4,9 @@
     scores = classify_images(run, open_images("data/images", "test"), steps=(1, 3))
     print(scores.summary(scores.by_steps[3]))
 
-A network in blocks names the class by a walk. Its scores are by number of steps, and by block: the read-out of each block
-along the walk in which every block makes one step. `image_metrics` measures the distance of samples from real images.
+A network in blocks names the class by a walk. Its scores are by number of steps, whose probabilities are averaged, and by
+block: the read-out of each block along the walk in which every block makes one step. `image_metrics` measures the distance
+of samples from real images.
 
 Shapes: N images, C classes, H and W pixels, D features.
 """
@@ -30,7 +31,7 @@ from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.image_metrics import Extractor, ImageScores, compare
 from recurrent_db.model.vit import ViT
-from recurrent_db.objectives.denoise_class import walk_log_probabilities
+from recurrent_db.objectives.denoise_class import mean_probability, walk_log_probabilities
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.loading import ImageRun
 
@@ -85,7 +86,8 @@ class ClassScores:
     labels_N: Tensor
     """The right classes, int64."""
     by_steps: dict[int, Tensor]
-    """Log probabilities (N, C), fp32, by number of steps of the walk. A network without blocks has 1 only."""
+    """Log probabilities (N, C), fp32, by number of steps of the walk: the mean over its steps. A network without blocks has
+    1 only."""
     by_block: dict[int, Tensor]
     """Log probabilities (N, C), fp32, read out by each block in a walk where every block makes one step. Empty for a network
     without blocks."""
@@ -163,7 +165,7 @@ def classify_images(
     joined = {count: [torch.cat(read) for read in zip(*parts, strict=True)] for count, parts in found.items()}
     each = joined[model.n_blocks if whole else 1] if isinstance(network, DiffusionBlocks) else []
     return ClassScores(
-        torch.cat(labels), {count: joined[count][-1] for count in wanted}, dict(enumerate(each, 1)),
+        torch.cat(labels), {count: mean_probability(joined[count]) for count in wanted}, dict(enumerate(each, 1)),
         {count: walk_flops(run, count) for count in wanted},
     )  # fmt: skip
 

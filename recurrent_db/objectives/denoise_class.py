@@ -5,11 +5,13 @@ and noises the target. The block sees the result beside the clean patches. Its l
 nats per image.
 
 Inference walks from sigma_max down to the last block. Each step reads out probabilities of the classes, whose mean embedding
-is the estimate for the next step.
+is the estimate for the next step. The answer is the mean of the probabilities of all steps: each block sees the image and is
+a classifier of its own, and their mean is better than any of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -46,6 +48,11 @@ def walk_log_probabilities(
     return [(sum_ / max(1, draws)).clamp_min(1e-30).log() for sum_ in sums]
 
 
+def mean_probability(log_probabilities: list[Tensor]) -> Tensor:
+    """The logarithm of the mean of several predictions' probabilities, such as those of a walk's steps: (B, C)."""
+    return torch.stack(log_probabilities).logsumexp(0) - math.log(len(log_probabilities))
+
+
 class DenoiseClass(ImageBlocks):
     """Train each block to name the class from the image and the noised class embedding."""
 
@@ -75,7 +82,7 @@ class DenoiseClass(ImageBlocks):
         row = self.level_losses(model, batch, seed)
         whole = len(model.held()) == self.config.model.n_blocks
         for k in self.config.eval.k if whole else [1] if 1 in model.held() else []:
-            logits_BC = walk_log_probabilities(model, batch, k, 0, seed)[-1]
+            logits_BC = mean_probability(walk_log_probabilities(model, batch, k, 0, seed))
             row[f"eval/accuracy_k{k}"], row[f"eval/nll_k{k}"] = (
                 accuracy(logits_BC, batch.labels_B),
                 nll(logits_BC, batch.labels_B),

@@ -130,12 +130,12 @@ def test_scores_are_those_of_a_walk_by_hand(digits: ImageData) -> None:
     images = torch.from_numpy(digits.read(np.arange(60))).permute(0, 3, 1, 2).double() / 127.5 - 1
     eps = [Rng(5, EVALUATION_STEP).normal(range(60), (12,), f"walk {draw}") for draw in range(2)]
     run.network.double()
-    for steps, kept in ((1, [0]), (4, [3]), (2, [0, 1])):
-        walks = [walk_by_hand(run, images, one, steps) for one in eps]
-        for step in kept:
-            expected = (walks[0][step] + walks[1][step]).div(2).log()
-            found = scores.by_block[step + 1] if steps == 2 else scores.by_steps[steps]
-            torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
+    for steps, alone in ((1, []), (4, []), (2, [1, 2])):
+        walks = torch.stack([torch.stack(walk_by_hand(run, images, one, steps)) for one in eps])
+        expected = {block: walks[:, block - 1].mean(0) for block in alone} or {0: walks.mean((0, 1))}
+        for block, probabilities in expected.items():
+            found = scores.by_block[block] if block else scores.by_steps[steps]
+            torch.testing.assert_close(found.double(), probabilities.log(), atol=2e-4, rtol=0)
     assert list(scores.by_steps) == [1, 4]
     assert list(scores.by_block) == [1, 2]
     # The steps differ, so the test would see if one stood in for another.

@@ -60,7 +60,7 @@ def test_classifiers_are_compared_and_a_second_call_only_prints(
         assert bits.mean() == pytest.approx(found["accuracy"][last])
     rows = [line.split(" | ") for line in first.stdout.splitlines() if re.match(r"\| (vit|blocks)", line)]
     assert [row[0][2:] for row in rows] == [
-        "vit", "blocks-3, after block 1", "blocks-3, after block 2", "blocks-3", "blocks-3, 6 steps",
+        "vit", *(f"blocks-3, block {b} alone" for b in (1, 2, 3)), "blocks-3", "blocks-3, 6 steps",
     ]  # fmt: skip
     assert float(rows[0][2]) == pytest.approx(100 * results["vit-seed0"]["accuracy"]["1"], abs=0.01)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
