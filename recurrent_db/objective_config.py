@@ -97,6 +97,11 @@ class OneStepConfig(ObjectiveSection):
     prior_iterations: Annotated[int, above(0), at_most(1 << 14)] = 2
     """Largest number of core passes without gradient before the trained one, in the other steps of the iteration phase. The
     number is uniform from 1 to this."""
+    state: Literal["recomputed", "carried"] = "recomputed"
+    """Where a step of the iteration phase gets the state before the trained pass. recomputed: from core passes without
+    gradient. carried: from the step before. Each slot of the batch then holds its sample for prior_iterations + 1 steps,
+    and every step costs one core pass; first_probability is not used. Carried states need a data.batch_size above
+    prior_iterations."""
     corrupt_share: Share = 0.0
     """Mean share of a sequence's input tokens to replace by random ones, at most 0.5. About 0.1 helps if a small corpus is
     repeated; otherwise it raises the loss."""
@@ -108,6 +113,13 @@ class OneStepConfig(ObjectiveSection):
             self.corrupt_share <= 0.5,
             "objective.one_step.corrupt_share must be at most 0.5, because a sequence's share is uniform between 0 and twice"
             f" that, got {self.corrupt_share}",
+        )
+        need(
+            config.objective.own is not self
+            or self.state == "recomputed"
+            or config.data.batch_size > self.prior_iterations,
+            "objective.one_step.state = carried trains prior_iterations + 1 iterations in each step: data.batch_size ="
+            f" {config.data.batch_size} must be above objective.one_step.prior_iterations = {self.prior_iterations}",
         )
 
 

@@ -113,6 +113,8 @@ def train(
     step, flops, progress, started, in_a_row = 0, 0.0, 0.0, time.perf_counter(), 0
     bar = tqdm(total=100, disable=None, leave=False)
     model.train()
+    if objective.visits(1.0) > 1:
+        raise UserError("this benchmark draws new samples in each step: use objective.one_step.state = recomputed")
     while progress < 1 and not 0 < steps <= step:
         for parameter in objective.grow(model, progress):
             optimizer.state.pop(parameter, None)

@@ -22,7 +22,7 @@ A sample is a function of (seed, position in the run), so the data order needs n
 from recurrent_db.data.corpus import Document, stdlib_documents
 from recurrent_db.data.image_loader import ImageBatch, ImageLoader, image_batches
 from recurrent_db.data.image_shards import ImageData, open_images
-from recurrent_db.data.loader import Batch, Loader, StepLoader, permute, validation_batches
+from recurrent_db.data.loader import Batch, Loader, Slots, StepLoader, permute, validation_batches
 from recurrent_db.data.prefetch import prefetch
 from recurrent_db.data.prepare import Prepared, prepare
 from recurrent_db.data.prepare_images import PreparedImages, prepare_images
@@ -43,6 +43,7 @@ __all__ = [
     "PreparedImages",
     "ReadOptions",
     "ReadReport",
+    "Slots",
     "StepLoader",
     "TokenData",
     "TokenSource",

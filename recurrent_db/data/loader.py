@@ -11,6 +11,8 @@ sequence of a run, counted from 0. It is a pure function of (seed, p):
       -> sequence    a keyed permutation of range(N) at n % N, with a new key every epoch
 
 The loader has no state to save. A resumed run and a run on another number of processes see the same samples.
+
+`Slots` says which positions a step takes: each once, or each in several steps in a row.
 """
 
 from __future__ import annotations
@@ -176,8 +178,28 @@ class DeviceBatch(Protocol):
 AnyBatch = TypeVar("AnyBatch", bound=DeviceBatch)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Which position of the run each slot holds. A slot is a place in the batch, 0 to batch_size - 1.
+
+    From step ``start`` on, a slot holds its sample for ``visits`` steps in a row. Slot s is at visit (step - start + s) mod
+    ``visits``, so that a step has samples at every visit. For the same reason most slots hold their very first sample for
+    fewer steps.
+    """
+
+    visits: int = 1
+    start: int = 0
+
+    def positions(self, step: int, slots: np.ndarray, batch_size: int) -> np.ndarray:
+        """The position that each of ``slots`` (n,) holds at ``step``, int64 (n,). It is slot + a multiple of batch_size."""
+        samples_before = (step - self.start + slots % self.visits) // self.visits
+        return (self.start + samples_before) * batch_size + slots
+
+
 class StepLoader(Generic[AnyBatch]):
     """Batches of a run, addressed by optimizer step. The base of loaders without a state to save.
+
+    ``slots`` can be set: it says which positions of the run a step takes.
 
     Args:
         batch_size: samples per optimizer step, over all processes.
@@ -185,25 +207,25 @@ class StepLoader(Generic[AnyBatch]):
     """
 
     def __init__(self, batch_size: int, seed: int) -> None:
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.slots = batch_size, seed, Slots()
 
     def gather(self, positions: np.ndarray) -> AnyBatch:
         """The samples at ``positions`` (n,) of the run."""
         raise NotImplementedError
 
-    def _range(self, step: int, rank: int, world: int) -> tuple[int, int]:
+    def _range(self, rank: int, world: int) -> tuple[int, int]:
+        """The first slot of process ``rank``, and the slot after its last."""
         if not 0 <= rank < world:
             raise UserError(f"process {rank} is not one of {world} processes, which are counted from 0")
         if self.batch_size % world:
             raise UserError(f"a batch of {self.batch_size} samples does not divide evenly among {world} processes")
         share = self.batch_size // world
-        start = step * self.batch_size + rank * share
-        return start, start + share
+        return rank * share, (rank + 1) * share
 
     def batch(self, step: int, rank: int = 0, world: int = 1, micro: tuple[int, int] | None = None) -> AnyBatch:
         """The part of process ``rank`` in the batch of optimizer step ``step``.
 
-        The whole batch is the samples step * batch_size to (step + 1) * batch_size (exclusive).
+        The whole batch is the samples step * batch_size to (step + 1) * batch_size (exclusive), unless ``slots`` is set.
 
         Args:
             micro: (start, stop) of a micro-batch within the part; None is all of it.
@@ -211,16 +233,16 @@ class StepLoader(Generic[AnyBatch]):
         Raises:
             UserError: ``batch_size`` is not a multiple of ``world``, or ``rank`` is out of range.
         """
-        start, stop = self._range(step, rank, world)
+        start, stop = self._range(rank, world)
         if micro is not None:
             start, stop = start + micro[0], min(stop, start + micro[1])
-        return self.gather(np.arange(start, stop, dtype=np.int64))
+        return self.gather(self.slots.positions(step, np.arange(start, stop, dtype=np.int64), self.batch_size))
 
     def micro_batches(self, step: int, micro_batch_size: int, rank: int = 0, world: int = 1) -> Iterator[AnyBatch]:
         """`batch` in micro-batches of ``micro_batch_size`` samples. The last one may be smaller."""
         if micro_batch_size < 1:
             raise UserError("the micro-batch size must be at least 1")
-        start, stop = self._range(step, rank, world)
+        start, stop = self._range(rank, world)
         for begin in range(0, stop - start, micro_batch_size):
             yield self.batch(step, rank, world, (begin, begin + micro_batch_size))
 

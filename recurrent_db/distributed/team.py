@@ -191,6 +191,11 @@ class Team:
             raise UserError(f"data.batch_size = {batch_size} is not a multiple of {self.world} processes")
         return batch_size // self.world
 
+    def slots(self, batch_size: int) -> range:
+        """The slots (places in the batch) that this process computes."""
+        share = self.sequences_per_process(batch_size)
+        return range(self.rank * share, (self.rank + 1) * share)
+
     # -- agreement between processes -----------------------------------------------------------------------------------
 
     def decide(self, action: Callable[[], T]) -> T:

@@ -77,6 +77,13 @@ class Objective:
     def prepare(self, model: Any) -> None:
         """Called once before training. Override it to freeze parameters that the run does not train."""
 
+    def visits(self, progress: float) -> int:
+        """For how many steps in a row a slot (a place in the batch) holds its sample; see `data.loader.Slots`.
+
+        Whenever the number changes along the run, all slots take new samples.
+        """
+        return 1
+
     def grow(self, model: Any, progress: float) -> list[nn.Parameter]:
         """Called before each step and before each save. Override it to set weights by a rule instead of a gradient.
 
@@ -106,6 +113,19 @@ class Objective:
         """
         if state:
             raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
+
+    def slot_tensors(self) -> dict[str, Tensor]:
+        """What the objective keeps for this process's slots between steps, by name ``NAME.SLOT``. Checkpoints hold it."""
+        return {}
+
+    def load_slot_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the result of `slot_tensors`, for the slots that this process computes.
+
+        Raises:
+            ValueError, KeyError or TypeError: ``tensors`` is anything else.
+        """
+        if tensors:
+            raise ValueError(f"{type(self).__name__} keeps no tensors, got {sorted(tensors)}")
 
 
 def mean_passes(objective: Objective, config: Config, draws: int) -> dict[Passes, float]:

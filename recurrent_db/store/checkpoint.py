@@ -6,6 +6,7 @@ vocabulary) and all that continues training (optimizer state, counters, the obje
     config.json  state.json  manifest.json
     tokenizer.model  or, of a run on images, images.json
     model.safetensors  ema.safetensors  optimizer.safetensors     written by one process
+    slots.safetensors                                             of an objective that keeps tensors between steps
     shard-*.safetensors                                           written by several processes, see `sharded`
 
 `Checkpoint` and `load_checkpoint` read both kinds. Random numbers have no state to save: see `rng`.
@@ -30,6 +31,7 @@ from recurrent_db.distributed.team import Team, sharded_like
 from recurrent_db.errors import UserError
 from recurrent_db.optim.ema import EMA
 from recurrent_db.store.folder import (
+    SLOTS_FILE,
     begin_checkpoint,
     cannot_write,
     discard,
@@ -59,6 +61,7 @@ def save_checkpoint(
     ema: EMA | None,
     state: TrainState,
     objective_state: dict[str, Any],
+    slot_tensors: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint of step ``state.step``, and remove all but the newest ``config.run.keep`` checkpoints.
 
@@ -77,6 +80,8 @@ def save_checkpoint(
         save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
         if ema is not None:
             save_file(ema.shadow, temporary / "ema.safetensors")
+        if slot_tensors:
+            save_file({name: t.contiguous() for name, t in slot_tensors.items()}, temporary / SLOTS_FILE)
         updates = ema.updates if ema is not None else 0
         write_small_files(temporary, config, vocabulary, state, objective_state, updates)
         return seal_checkpoint(run_dir, temporary, state.step, vocabulary, config.run.keep)
@@ -100,9 +105,11 @@ class Saver:
         ema: EMA | None,
         state: TrainState,
         objective_state: dict[str, Any],
+        slot_tensors: dict[str, Tensor] | None = None,
     ) -> None:
         """Write a checkpoint. See `save_checkpoint`."""
-        save_checkpoint(self.run_dir, self.config, self.vocabulary, model, optimizer, ema, state, objective_state)
+        what = model, optimizer, ema, state, objective_state, slot_tensors
+        save_checkpoint(self.run_dir, self.config, self.vocabulary, *what)
 
     def finish(self) -> None:
         """Does nothing: `save` returns only when the checkpoint is complete."""
@@ -185,6 +192,16 @@ class Checkpoint:
 
             return read_shards(self.path, "optimizer")
         return _tensors(self.path / "optimizer.safetensors")
+
+    def slot_tensors(self, slots: range) -> dict[str, Tensor]:
+        """What the objective keeps for these slots of the batch (`Objective.slot_tensors`), on the CPU."""
+        numbers = set(map(str, slots))
+        if self.sharded:
+            from recurrent_db.store.sharded import read_shards
+
+            return read_shards(self.path, "slots", lambda name: name.rpartition(".")[2] in numbers)
+        path = self.path / SLOTS_FILE
+        return _tensors(path, lambda name: name.rpartition(".")[2] in numbers) if path.exists() else {}
 
 
 def _tensors(path: Path, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from recurrent_db.store.train_state import TrainState, write_state
 MANIFEST = "manifest.json"
 VOCABULARY_FILES = (Tokenizer.file_name, ImageClasses.file_name)
 FORMAT = 1
+SLOTS_FILE = "slots.safetensors"
+"""What the objective keeps for the slots of the batch, in a checkpoint of one process."""
 WRITING, DELETING = ".writing-", ".deleting-"
 """Name prefixes of a checkpoint's folder while it is being written, and while it is being deleted."""
 
@@ -204,12 +206,13 @@ def fault(checkpoint: Path) -> str | None:
 def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of all that determines a model's outputs, from an undamaged checkpoint's manifest.
 
-    It covers weights, configuration, vocabulary and ``state.json``, and leaves out the optimizer. Copies of a checkpoint
+    It covers weights, configuration, vocabulary and ``state.json``, and leaves out what only training needs: the optimizer's
+    state and what the objective keeps for the slots. Copies of a checkpoint
     have the same hash.
     """
     files = read_json(checkpoint / MANIFEST)["files"]
-    optimizer = ("optimizer.safetensors", "-00003-of-00003.safetensors")
-    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(optimizer))
+    training = ("optimizer.safetensors", SLOTS_FILE, "-00003-of-00003.safetensors")
+    listing = sorted((name, entry["sha256"]) for name, entry in files.items() if not name.endswith(training))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 

@@ -5,7 +5,7 @@ with shards in place of whole files:
 
     shard-0000R-model-00001-of-00003.safetensors   process R's part of the weights
                        00002                       of their EMA
-                       00003                       of the optimizer's state
+                       00003                       of the optimizer's state, and what the objective keeps for its slots
 
 DCP's usual storage keeps its index in a pickle file, which can execute code. This module uses DCP's safetensors storage
 instead: it keeps a shard's position within its tensor in the file's header, as JSON.
@@ -49,7 +49,7 @@ from recurrent_db.store.folder import (
 from recurrent_db.store.tensors import optimizer_tensors
 from recurrent_db.store.train_state import TrainState
 
-KINDS = {"weights": 1, "average": 2, "optimizer": 3}
+KINDS = {"weights": 1, "average": 2, "optimizer": 3, "slots": 3}
 """Prefix of a tensor's name -> number of the file that holds it."""
 
 Listing = dict[str, dict[str, Any]]
@@ -63,6 +63,10 @@ class _Writer(HuggingFaceStorageWriter):
         mapping = {name: KINDS[name.split("/")[0]] for name in names}
         super().__init__(str(folder), fqn_to_index_mapping=mapping, save_distributed=True)
         self.folder, self.seal = folder, seal
+
+    def _split_by_storage_plan(self, storage_plan: Any, items: list[Any]) -> Any:
+        # The plan comes from the first process, which does not know the slots of the others.
+        return super()._split_by_storage_plan({i.index.fqn: KINDS[i.index.fqn.split("/")[0]] for i in items}, items)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         results = super().write_data(plan, planner).value()
@@ -104,6 +108,7 @@ class ShardedSaver:
         ema: EMA | None,
         state: TrainState,
         objective_state: dict[str, Any],
+        slot_tensors: dict[str, Tensor] | None = None,
     ) -> None:
         """Write the checkpoint of step ``state.step``, with the state at the time of the call.
 
@@ -127,6 +132,7 @@ class ShardedSaver:
             seal_checkpoint(self.run_dir, temporary, step, self.vocabulary, config.run.keep, listing)
 
         tensors = _live_tensors(model, optimizer, ema)
+        tensors |= {f"slots/{name}": tensor.contiguous() for name, tensor in (slot_tensors or {}).items()}
         writer = _Writer(temporary, list(tensors), seal)
         if config.parallel.async_checkpoints:
             future: Any = dcp.async_save(tensors, storage_writer=writer, process_group=team.saving)
@@ -177,12 +183,15 @@ def _fill(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
             raise UserError(f"checkpoint {folder} cannot be read: {cause}") from None
 
 
-def read_shards(folder: Path, kind: str) -> dict[str, Tensor]:
-    """Read the whole tensors of one of `KINDS` by name, on the CPU, in this process alone. Empty if there are none."""
+def read_shards(folder: Path, kind: str, keep: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """Read the whole tensors of one of `KINDS` by name, on the CPU, in this process alone. Empty if there are none.
+
+    ``keep`` selects tensors by name; None selects all.
+    """
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _contents(folder).items()
-        if name.startswith(kind + "/")
+        if name.startswith(kind + "/") and (keep is None or keep(name))
     }
     _fill(tensors, folder, alone=True)
     return {name.split("/", 1)[1]: tensor for name, tensor in tensors.items()}

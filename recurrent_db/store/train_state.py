@@ -36,6 +36,10 @@ class TrainState:
     """Skipped steps since the last step that was not skipped."""
     spikes: int = 0
     """Skipped steps with a finite loss."""
+    visits: int = 1
+    """Number of steps in a row for which a slot of the batch holds its sample (`data.loader.Slots`)."""
+    visits_start: int = 0
+    """Step from which slots hold their samples for ``visits`` steps."""
     rollbacks: int = 0
     """Returns to an earlier checkpoint. Their number is part of the seed of the data order."""
     flops_abandoned: float = 0.0

@@ -11,7 +11,7 @@ from torch import nn
 
 from recurrent_db.accounting.image_flops import positions
 from recurrent_db.config import Config, validate
-from recurrent_db.data import ImageBatch, ImageLoader, image_batches, open_images, prefetch
+from recurrent_db.data import ImageBatch, ImageLoader, Slots, image_batches, open_images, prefetch
 from recurrent_db.data.vocabulary import ImageClasses
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
@@ -79,8 +79,8 @@ class ImageTask:
             f" {self.config.data.batch_size} per step"
         )
 
-    def batches(self, step: int, seed: int) -> Iterator[Iterable[ImageBatch]]:
-        self.loader.seed = seed
+    def batches(self, step: int, seed: int, slots: Slots) -> Iterator[Iterable[ImageBatch]]:
+        self.loader.seed, self.loader.slots = seed, slots
         team = self.team
         return prefetch(self.loader, step, self.micro_batch_size, team.device, rank=team.rank, world=team.world)
 

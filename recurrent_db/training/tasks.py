@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from recurrent_db.config import Config, rows_of_vocabulary
-from recurrent_db.data import Batch, Loader, load_tokenizer, open_data, prefetch, validation_batches
+from recurrent_db.data import Batch, Loader, Slots, load_tokenizer, open_data, prefetch, validation_batches
 from recurrent_db.data.vocabulary import Vocabulary
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
@@ -44,10 +44,10 @@ class Task(Protocol):
         """Log lines about the network and the data."""
         ...
 
-    def batches(self, step: int, seed: int) -> Iterator[Iterable[Any]]:
+    def batches(self, step: int, seed: int, slots: Slots) -> Iterator[Iterable[Any]]:
         """For each optimizer step from ``step`` on, this process's micro-batches, on its device.
 
-        ``seed`` determines the order of the data.
+        ``seed`` determines the order of the data, and ``slots`` for how many steps a sample is used.
         """
         ...
 
@@ -142,8 +142,8 @@ class TextTask:
         yield line
         yield self.attention_line
 
-    def batches(self, step: int, seed: int) -> Iterator[Iterable[Batch]]:
-        self.loader.seed = seed
+    def batches(self, step: int, seed: int, slots: Slots) -> Iterator[Iterable[Batch]]:
+        self.loader.seed, self.loader.slots = seed, slots
         team = self.team
         return prefetch(self.loader, step, self.micro_batch_size, team.device, rank=team.rank, world=team.world)
 

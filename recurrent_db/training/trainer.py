@@ -31,6 +31,7 @@ from recurrent_db.accounting.hardware import (
 )
 from recurrent_db.accounting.memory_split import MemorySplit
 from recurrent_db.config import Config, check_readable
+from recurrent_db.data import Slots
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
@@ -39,7 +40,7 @@ from recurrent_db.objectives import Metrics, build_objective, load_objective_sta
 from recurrent_db.optim.ema import EMA
 from recurrent_db.optim.optimizer import CLIP_NORM, build_optimizer, step_unless, update_flops
 from recurrent_db.optim.schedule import budget_progress, learning_rate_scale, middle_of_step
-from recurrent_db.rng import Rng
+from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import build_saver, load_checkpoint
 from recurrent_db.store.loading import check_owner, start_from
 from recurrent_db.store.metrics import MetricLog, NoLog, StepClock
@@ -121,7 +122,8 @@ class Trainer:
         """Fill model, optimizer, EMA and objective from a checkpoint, and return its counters."""
         load_checkpoint(checkpoint, self.model, self.optimizer, self.ema)
         state, objective_state, ema_updates = checkpoint.training()
-        load_objective_state(self.objective, objective_state, checkpoint.path)
+        slot_tensors = checkpoint.slot_tensors(self.team.slots(self.config.data.batch_size))
+        load_objective_state(self.objective, objective_state, checkpoint.path, slot_tensors)
         if self.ema is not None:
             self.ema.updates = ema_updates
         return state
@@ -164,7 +166,7 @@ class Trainer:
             self.say(f"nothing to do: at step {self.state.step} the budget is spent")
         percent, layout = round(100 * min(self.progress, 1)), "{l_bar}{bar}|{elapsed}<{remaining}{postfix}"
         bar = tqdm(total=100, initial=percent, disable=None if team.first else True, bar_format=layout)
-        batches = task.batches(self.state.step, self.data_seed)
+        batches = self._batches()
         model.train()
         self._rehearse()
         self._grow()
@@ -173,6 +175,8 @@ class Trainer:
             team.beat(f"at step {self.state.step + 1}")
             self.clock.start()
             self.update_clock.mark()
+            if objective.visits(self.progress) != self.state.visits:
+                batches = self._batches()
             rng = Rng(self.data_seed, self.state.step)
             passes = objective.passes(rng, self.progress)
             cost, tokens = self.cost_of(passes), task.tokens_per_step
@@ -216,7 +220,7 @@ class Trainer:
             unsound = self._unsound_tensors() if saving else []
             if trouble := self.loss_guard.trouble(self.state, unsound):
                 self._go_back(trouble, unsound, grad_norm, lr)
-                batches = task.batches(self.state.step, self.data_seed)
+                batches = self._batches()
                 continue
             if saving:
                 self.save()
@@ -265,13 +269,18 @@ class Trainer:
         """Write a checkpoint of the current step."""
         self.team.beat("writing a checkpoint")
         self.log.flush()
-        self.saver.save(self.model, self.optimizer, self.ema, self.state, self.objective.state_dict())
+        objective = self.objective
+        self.saver.save(
+            self.model, self.optimizer, self.ema, self.state, objective.state_dict(), objective.slot_tensors()
+        )
 
     def _rehearse(self) -> None:
         """Run one pass that changes nothing, from which DDP learns the autograd graph (see `Team.rehearse`)."""
         if self.team.mode != "ddp":
             return
-        forward = functools.partial(self.objective, self.model, self.task.sample(), Rng(self.config.seed, 0), 1.0)
+        forward = functools.partial(
+            self.objective, self.model, self.task.sample(), Rng(self.config.seed, EVALUATION_STEP), 1.0
+        )
         with self.autocast():
             self.team.rehearse(self.model, forward)
 
@@ -345,6 +354,13 @@ class Trainer:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a forward pass: bfloat16 autocast if the run uses it."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else contextlib.nullcontext()
+
+    def _batches(self) -> Iterator[Iterable[Any]]:
+        """The batches from the current step on. All slots take new samples if the objective's number of visits changed."""
+        visits = self.objective.visits(self.progress)
+        if visits != self.state.visits:
+            self.state.visits, self.state.visits_start = visits, self.state.step
+        return self.task.batches(self.state.step, self.data_seed, Slots(visits, self.state.visits_start))
 
     @property
     def data_seed(self) -> int:

@@ -152,6 +152,7 @@ def test_two_streams(injection: str) -> None:
         ["unrolled", "--objective.unrolled.truncation", "0"],
         ["one_step", "--objective.one_step.skip_core", "0"],
         ["one_step", "--objective.one_step.next_token_share", "0"],
+        ["one_step", "--objective.one_step.next_token_share", "0", "--objective.one_step.state", "carried"],
         ["denoise_paper"],
         ["denoise", "--objective.denoise.conditioning", "two-stream"],
     ],

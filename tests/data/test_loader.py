@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_db.data import Loader, TokenData, open_data, permute, validation_batches
+from recurrent_db.data import Loader, Slots, TokenData, open_data, permute, validation_batches
 from recurrent_db.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -107,10 +107,46 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert len({tuple(order(seed, epoch)) for seed, epoch in itertools.product((0, 1), (0, 1, 2))}) == 6
 
 
-@given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(0, 100))
+@given(st.integers(1, 6), st.integers(0, 1000), st.integers(1, 9), st.integers(2, 5))
 @settings(deadline=None, max_examples=60)
-def test_samples_do_not_depend_on_processes_or_micro_batches(world: int, micro: int, step: int) -> None:
+def test_slots_hold_each_sample_for_their_visits(visits: int, start: int, batch_size: int, samples: int) -> None:
+    slots, places = Slots(visits, start), np.arange(batch_size)
+    steps = np.arange(start, start + samples * visits)
+    held = np.stack([slots.positions(int(step), places, batch_size) for step in steps])
+    assert held.dtype == np.int64
+    for slot in places.tolist():
+        offset = slot % visits  # the first sample is held for so many steps fewer
+        order = np.repeat(start + np.arange(samples + 1), visits)[offset : offset + len(steps)]
+        np.testing.assert_array_equal(held[:, slot], order * batch_size + slot)
+        one = slots.positions(start + 1, np.array([slot]), batch_size)
+        assert one.tolist() == [order[1] * batch_size + slot]
+    # A new sample begins in every step, where there are enough slots, and each step has samples at every visit.
+    if batch_size >= visits:
+        for before, after in itertools.pairwise(held):
+            assert (before != after).sum() in (batch_size // visits, -(-batch_size // visits))
+    # All positions are taken that plain loading takes, from the same one on.
+    assert set(range(start * batch_size, (start + samples - 1) * batch_size)) <= set(held.flatten().tolist())
+    assert held.min() == start * batch_size
+
+
+def test_visits_take_the_place_of_epochs() -> None:
+    """24 sequences, 6 slots: in an epoch's 12 steps of 3 visits every sequence is seen, 3 times after the first ones."""
+    loader = Loader(numbered(24), 8, 6, seed=1)
+    loader.slots = Slots(3)
+    seen = [loader.batch(step) for step in range(14)]
+    first_tokens = {
+        int(p): int(t) for one in seen for p, t in zip(one.sample_index_B, one.tokens_BT[:, 0], strict=True)
+    }
+    assert len({first_tokens[position] for position in range(24)}) == 24
+    counts = Counter(int(position) for one in seen for position in one.sample_index_B)
+    assert [counts[position] for position in range(24)] == [3, 2, 1] * 2 + [3] * 18
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(0, 100), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_samples_do_not_depend_on_processes_or_micro_batches(world: int, micro: int, step: int, visits: int) -> None:
     loader = Loader(numbered(30, 11), 8, 8, seed=5, mixture={"s0": 1, "s1": 2})
+    loader.slots = Slots(visits, min(step, 3))
     whole = loader.batch(step)
     parts = [part for rank in range(world) for part in loader.micro_batches(step, micro, rank, world)]
     assert max(len(part) for part in parts) <= micro

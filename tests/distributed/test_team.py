@@ -37,6 +37,8 @@ KINDS = {
     "next_token": ["--objective.name", "next_token"],
     "unrolled": ["--objective.name", "unrolled"],
     "one_step": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "0.3"],
+    "carried": ["--objective.name", "one_step", "--objective.one_step.next_token_share", "0.3",
+                "--objective.one_step.state", "carried"],
     "denoise": ["--objective.name", "denoise"],
     "denoise_paper": ["--objective.name", "denoise_paper"],
     "two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
@@ -63,7 +65,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("kind", "mode"),
     [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("one_step", "ddp"),
-     ("one_step", "fsdp"), ("denoise", "fsdp")])  # fmt: skip
+     ("one_step", "fsdp"), ("carried", "ddp"), ("carried", "fsdp"), ("denoise", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
     more = ["--data.micro_batch_size", 1] if kind == "denoise" else []
@@ -329,6 +331,32 @@ def test_a_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Pa
     assert [row["tokens"] for row in rows(run)] == [row["tokens"] for row in rows(whole)]
     for name, tensor in everything(run).items():
         torch.testing.assert_close(tensor, everything(whole)[name], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_carried_states_go_on_with_any_number_of_processes(data: Path, tmp_path: Path, mode: str) -> None:
+    """Uninterrupted by two processes; cut and continued by two, to the bit; by one and three, up to rounding."""
+    options = [*KINDS["carried"], "--data.batch_size", 6, "--run.checkpoint_every", 7, "--eval.points", 1,
+               "--budget.steps", 10]  # fmt: skip
+    many_of = [*options, "--parallel.mode", mode]
+    whole = train(data, tmp_path / "whole", *many_of, world=2)
+    last = find_checkpoint(whole)
+    for world in (2, 1, 3):
+        run = Path(shutil.copytree(whole, tmp_path / f"cut-{world}"))
+        shutil.rmtree(find_checkpoint(run))
+        train(data, run, *(many_of if world > 1 else options), "--resume", world=world)
+        ours, theirs = (Checkpoint(find_checkpoint(path)).slot_tensors(range(6)) for path in (run, whole))
+        assert sorted(ours) == sorted(f"{kind}.{slot}" for kind in ("held", "state") for slot in range(6))
+        assert {name: held.tolist() for name, held in ours.items() if name < "s"} == {
+            name: held.tolist() for name, held in theirs.items() if name < "s"
+        }
+        if world == 2:
+            assert_equal(everything(run) | ours, everything(whole) | theirs)
+            assert rows(run)[-1]["loss"] == rows(whole)[-1]["loss"]
+        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(whole)], rel=1e-4)
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=2e-3, atol=2e-4)
+    assert set(Checkpoint(last).slot_tensors(range(2, 4))) == {"held.2", "held.3", "state.2", "state.3"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from image_runs import (
 import recurrent_db
 from recurrent_db import cli
 from recurrent_db.config import load_config
-from recurrent_db.data import image_batches, open_images
+from recurrent_db.data import Slots, image_batches, open_images
 from recurrent_db.denoise import convert
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
@@ -124,7 +124,7 @@ def test_held_out_scores_are_means_over_the_images(images: Path, tmp_path: Path,
 def test_another_seed_is_another_order_of_the_data(images: Path, tmp_path: Path) -> None:
     config = load_config(None, words(images, tmp_path / "run", "classify"))
     task = build_task(config, Team("none", torch.device("cpu")))
-    first, same, other = (next(iter(next(task.batches(3, seed)))) for seed in (0, 0, 1))
+    first, same, other = (next(iter(next(task.batches(3, seed, Slots())))) for seed in (0, 0, 1))
     assert torch.equal(first.images_BCHW, same.images_BCHW)
     assert not torch.equal(first.images_BCHW, other.images_BCHW)
     assert task.floor == pytest.approx(np.log(10), abs=0.01)
