@@ -83,6 +83,19 @@ class Args:
     """File for the result; by default RUN/eval/images.json, where the report reads it."""
 
 
+OF_CLASSIFIERS = ("steps", "draws")
+OF_GENERATORS = ("samples", "guidance", "sampler", "sampler_steps", "extractor", "grid")
+
+
+def refuse_options(args: Args, names: tuple[str, ...], run: ImageRun) -> None:
+    """Raise `UserError` if an option in ``names``, which this kind of run does not use, is set."""
+    for name in names:
+        if getattr(args, name) != getattr(Args, name):
+            option, objective = f"--{name.replace('_', '-')}", run.config.objective.name
+            other = "classifiers" if name in OF_CLASSIFIERS else "generators"
+            raise UserError(f"{option} is for {other}, but {args.run} is a {objective} run")
+
+
 def open_split(args: Args) -> ImageData:
     there = read_image_manifest(args.data)["splits"]
     return open_images(args.data, args.split or ("test" if there.get("test") else "validation"), verify=True)
@@ -111,8 +124,6 @@ def classification(args: Args, run: ImageRun, data: ImageData) -> dict[str, Any]
 def check_generation(args: Args, run: ImageRun) -> None:
     check_samples(run, args.guidance, args.sampler)
     load_pillow()
-    if args.steps:
-        raise UserError("--steps is for classifiers: set --sampler-steps")
     if args.extractor is not None and args.samples < LEAST_SAMPLES:
         raise UserError(
             f"--samples {args.samples} is too few for a distance: at least {LEAST_SAMPLES} are needed, ten for each of the"
@@ -160,10 +171,9 @@ def main(args: Args) -> int:
     out = args.json or folder / "eval" / "images.json"
     picture = out.with_suffix(".png")
     generates = run.config.model.network == "dit"
+    refuse_options(args, OF_CLASSIFIERS if generates else OF_GENERATORS, run)
     if generates:
         check_generation(args, run)
-    elif args.extractor is not None or args.grid is not None:
-        raise UserError(f"{args.run} is a {run.config.objective.name} run, which generates no images")
     for path in (out, *([picture, args.grid or picture] if generates else [])):
         check_output(path)
     data = open_split(args)

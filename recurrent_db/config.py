@@ -54,7 +54,8 @@ class ModelConfig(Section):
     d_model: Annotated[int, above(0), at_most(1 << 17)] = 128
     """Width of the residual stream."""
     n_heads: Annotated[int, above(0), at_most(1 << 12)] = 4
-    """Number of attention heads. d_model / n_heads must be an even whole number, as rotary embeddings require."""
+    """Number of attention heads. d_model / n_heads must be a whole number, and even in language models, as rotary embeddings
+    require."""
     n_prelude: Annotated[int, at_least(0), at_most(1024)] = 1
     """Number of transformer layers before the core."""
     n_core: Annotated[int, above(0), at_most(1024)] = 2
@@ -62,7 +63,7 @@ class ModelConfig(Section):
     n_coda: Annotated[int, at_least(0), at_most(1024)] = 1
     """Number of transformer layers after the core."""
     d_mlp: Annotated[int, above(0), at_most(1 << 20)] = 352
-    """Hidden width of the gated MLP. The gate and up projections have this width each."""
+    """Hidden width of the MLP. In language models it is gated: the gate and up projections have this width each."""
     max_seq_len: Annotated[int, above(0), at_most(1 << 24)] = 128
     """Longest context of scoring and generation, in tokens."""
     injection: Literal["linear", "diagonal", "add"] = "linear"
@@ -79,7 +80,8 @@ class ModelConfig(Section):
     """Mean number of core passes assumed at initialisation, where it scales the output projections."""
     n_blocks: Count = 0
     """Number of separately trained blocks into which the n_core layers are cut (DiffusionBlocks). Each layer runs once, and
-    each block has its own range of noise levels. 0 makes a looped model. See docs/guides/blocks.md."""
+    each block has its own range of noise levels. 0 makes a looped model, or for images a plain ViT. See
+    docs/guides/blocks.md."""
     block_layers: list[int] = field(default_factory=list)
     """Number of layers in each block; the first block has the highest noise. Empty splits n_core evenly."""
     patch_size: Annotated[int, above(0), at_most(1 << 12)] = 4
@@ -102,7 +104,10 @@ class ModelConfig(Section):
         need(0 <= self.n_classes <= 1 << 16, f"model.n_classes must be from 0 to {1 << 16}, got {self.n_classes}")
         head_size, rest = divmod(self.d_model, self.n_heads)
         need(not rest, f"model.d_model = {self.d_model} is not divisible by model.n_heads = {self.n_heads}")
-        need(head_size % 2 == 0, f"the head size {head_size} (model.d_model / model.n_heads) must be even for RoPE")
+        need(
+            self.network != "language" or head_size % 2 == 0,
+            f"the head size {head_size} (model.d_model / model.n_heads) must be even for RoPE",
+        )
         n, layers = self.n_blocks, self.block_layers
         if not n:
             need(not layers, "model.block_layers needs model.n_blocks")
@@ -248,9 +253,9 @@ class EvalConfig(Section):
     points: Annotated[int, at_least(0), at_most(1 << 20)] = 5
     """Number of evaluations, evenly spaced over the budget; the last is at its end. 0 turns evaluation off."""
     k: list[Annotated[int, at_least(1)]] = field(default_factory=lambda: [1, 4])
-    """Numbers of core iterations K at which to score."""
+    """Numbers of core iterations K at which to score; for a ViT in blocks, numbers of steps of the walk."""
     tokens: PositiveInt = 16_384
-    """Held-out tokens per evaluation. An image counts as the number of its patches."""
+    """Held-out tokens per evaluation. An image counts as its positions: its patches, and in a ViT the token of the class."""
     draws: Annotated[int, above(0), at_most(1 << 20)] = 1
     """Noise draws per likelihood; their probabilities are averaged (log-mean-exp)."""
 

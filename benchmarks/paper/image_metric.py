@@ -32,6 +32,7 @@ from recurrent_db.arguments import run_command
 from recurrent_db.data import ImageData, image_batches, open_images
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.image_metrics import (
+    LEAST_SAMPLES,
     Extractor,
     ImageScores,
     compare,
@@ -157,6 +158,10 @@ def main(args: Args) -> int:
     torch.set_num_threads(args.threads)
     train, test = (open_images(args.data, split, verify=True) for split in ("train", "test"))
     check_output(args.results / "image-metric.json")
+    if not LEAST_SAMPLES <= args.samples <= len(train):
+        raise UserError(
+            f"--samples must be from {LEAST_SAMPLES} to the {len(train)} images of {train.where}, got {args.samples}"
+        )
     extractor = prepare_extractor(args.extractor, train, test)
     scores = measure(extractor, train, test, args.samples)
     text, failed = table(extractor, scores), misses(scores)

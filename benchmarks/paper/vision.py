@@ -342,7 +342,10 @@ def main(args: Args) -> int:
         )
     print(table(list(comparison.results.values())))
     if left:
-        print(f"\nLeft: {', '.join(job.name for job in left)}; repeat the command to continue.", file=sys.stderr)
+        print(
+            f"\nLeft: {', '.join(dict.fromkeys(job.name for job in left))}; repeat the command to continue.",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -32,7 +32,8 @@ class PreparedImages:
     classes: tuple[str, ...]
     seconds: float
     note: str | None
-    """One line about the files that were left out; None if there are none."""
+    """One line about files that were left out, classes without images, and test images that are training images too; None
+    if there is nothing to say."""
     manifest: dict[str, Any]
 
     def summary(self) -> str:
@@ -51,8 +52,12 @@ class _Common:
     first: str = ""
     size: tuple[int, int] = (0, 0)
     names: tuple[str, ...] | None = None
-    largest: int = -1
-    """Largest label of the training images."""
+    labels: set[int] = field(default_factory=set)
+    """Labels of the training images."""
+    digests: set[bytes] = field(default_factory=set)
+    """SHA-256 of the training images."""
+    repeated: int = 0
+    """Number of test images that are training images too."""
     classes: tuple[str, ...] = field(init=False)
 
     def check_image(self, image: RawImage, pixels: np.ndarray) -> None:
@@ -70,7 +75,18 @@ class _Common:
 
     def fix_classes(self) -> None:
         """Name the classes by their numbers if no source names them."""
-        self.classes = self.names or tuple(map(str, range(self.largest + 1)))
+        self.classes = self.names or tuple(map(str, range(max(self.labels, default=-1) + 1)))
+
+    def note(self) -> str | None:
+        """One line about classes without training images and repeated test images; None if there are none."""
+        parts = []
+        if empty := len(self.classes) - len(self.labels):
+            parts.append(f"{empty} of {len(self.classes)} classes have no training image")
+        if self.repeated:
+            parts.append(
+                f"{self.repeated} test image(s) are among the training sources too, so scores on them are too good"
+            )
+        return "; ".join(parts) or None
 
 
 def _difference(first: tuple[str, ...] | None, other: tuple[str, ...] | None) -> str:
@@ -124,15 +140,19 @@ def prepare_images(
     ):
         for image, pixels in _decoded(sources, options, report, common):
             raw = pixels.tobytes()
-            held = holdout > 0 and hash_share(hashlib.sha256(raw).hexdigest()) < holdout
+            digest = hashlib.sha256(raw)
+            held = holdout > 0 and hash_share(digest.hexdigest()) < holdout
             writer.add("validation" if held else "train", raw, image.label)
-            common.largest = max(common.largest, image.label)
+            common.labels.add(image.label)
+            common.digests.add(digest.digest())
             bar.update()
         common.fix_classes()
         for image, pixels in _decoded(test_sources, options, report, common):
             if image.label >= len(common.classes):
                 raise UserError(f"{image.where}: label {image.label}, but training has {len(common.classes)} classes")
-            writer.add("test", pixels.tobytes(), image.label)
+            raw = pixels.tobytes()
+            writer.add("test", raw, image.label)
+            common.repeated += hashlib.sha256(raw).digest() in common.digests
             bar.update()
         images = {split: count for split, count in writer.images.items() if count}
         if missing := [split for split in ("train", *["validation"] * (holdout > 0)) if split not in images]:
@@ -140,7 +160,8 @@ def prepare_images(
         settings = {"sources": list(sources), "test_sources": list(test_sources), "holdout": holdout}
         manifest = writer.commit(common.size, common.classes, {**settings, "skipped_files": dict(report.skipped)})
     seconds = time.perf_counter() - started
-    return PreparedImages(str(out), images, common.size, common.classes, seconds, report.note(), manifest)
+    note = "; ".join(filter(None, (report.note(), common.note()))) or None
+    return PreparedImages(str(out), images, common.size, common.classes, seconds, note, manifest)
 
 
 def _decoded(

@@ -49,9 +49,10 @@ def check_fits(run: ImageRun, data: ImageData) -> None:
     """Raise `UserError` if the images have other classes or another size than those the run was trained on."""
     ours = run.images
     if tuple(data.classes) != ours.classes:
-        raise UserError(
-            f"{data.where} has other classes than {run.path} was trained on ({len(data.classes)} and {len(ours.classes)})"
-        )
+        pairs = zip(data.classes, ours.classes, strict=False)
+        counts = f"{len(data.classes)} and {len(ours.classes)}"
+        which = next((f"{found[:200]!r} and {known[:200]!r}" for found, known in pairs if found != known), counts)
+        raise UserError(f"{data.where} has other classes than {run.path} was trained on ({which})")
     if tuple(data.size) != tuple(ours.size):
         sizes = [f"{height} x {width}" for height, width in (data.size, ours.size)]
         raise UserError(f"{data.where} has images of {sizes[0]} pixels, but {run.path} was trained on {sizes[1]}")

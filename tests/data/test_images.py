@@ -116,6 +116,19 @@ def test_several_sources_and_a_test_split(tmp_path: Path) -> None:
     assert np.array_equal(open_images(tmp_path / "out", "test").read(np.arange(10)), noise(10, seed=2))
 
 
+def test_what_the_note_says(tmp_path: Path) -> None:
+    """Classes without training images, and test images that are training images too, are probably a mistake."""
+    source = write_noise(tmp_path / "0.parquet", metadata={"classes": "even\nodd\nnone"})
+    apart = write_noise(tmp_path / "1.parquet", 10, metadata={"classes": "even\nodd\nnone"}, seed=1)
+    done = prepare_images([str(source)], tmp_path / "out", test_sources=[str(apart), str(source)])
+    assert done.note is not None
+    assert "1 of 3 classes have no training image" in done.note
+    assert "40 test image(s) are among the training sources too" in done.note
+    whole = write_noise(tmp_path / "2.parquet")
+    other = write_noise(tmp_path / "3.parquet", 10, seed=1)
+    assert prepare_images([str(whole)], tmp_path / "out2", test_sources=[str(other)]).note is None
+
+
 def test_class_names(tmp_path: Path) -> None:
     """They are in the schema's metadata in two ways. Without them, classes have the names of their labels."""
     for number, (metadata, names) in enumerate(

@@ -348,8 +348,8 @@ def test_the_benchmark(digits: ImageData, script_here: Script, tmp_path: Path) -
     words = ("benchmarks/paper/image_metric.py", "--data", tmp_path / "data", "--extractor", tmp_path / "e.safetensors",
              "--results", tmp_path / "results")  # fmt: skip
     failed = script_here(*words, "--samples", "1101")
-    assert (failed.returncode, failed.stderr.count("\n")) == (2, 11)  # ten epochs and the mistake
-    assert "1101 training images are asked for" in failed.stderr
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)  # before the extractor is trained
+    assert "--samples must be from 640 to the 1100 images of" in failed.stderr
     done = script_here(*words, "--samples", "900")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "results/image-metric.json").read_text())

@@ -204,6 +204,8 @@ def test_data_that_does_not_fit(digits: ImageData) -> None:
     fewer = dataclasses.replace(digits, classes=CLASSES[:9])
     with pytest.raises(UserError, match=r"other classes than runs/fake was trained on \(9 and 10\)"):
         classify_images(run, fewer)
+    with pytest.raises(UserError, match=r"runs/fake was trained on \('nine' and '9'\)"):
+        classify_images(run, dataclasses.replace(digits, classes=(*CLASSES[:9], "nine")))
     larger = ImageData.from_arrays(np.zeros((2, 12, 8, 3), np.uint8), np.zeros(2), CLASSES)
     with pytest.raises(UserError, match="images of 12 x 8 pixels, but runs/fake was trained on 8 x 8"):
         classify_images(run, larger)
@@ -360,7 +362,9 @@ def test_the_command_scores_a_classifier(
     assert f"steps    2 {written['by_steps']['2']['accuracy']:>9.4f}" in capsys.readouterr().out
     for words, message in (
         (("--split", "validation"), "no 'validation' split"),
-        (("--extractor", tmp_path / "none"), "denoise_class run, which generates no images"),
+        (("--extractor", tmp_path / "none"), "--extractor is for generators, but .* is a denoise_class run"),
+        (("--samples", 10), "--samples is for generators"),
+        (("--sampler-steps", 10), "--sampler-steps is for generators"),
     ):
         with pytest.raises(UserError, match=message):
             run_command(run, "--data", folder, "--device", "cpu", *words)
@@ -383,6 +387,8 @@ def test_the_command_samples(folder: Path, tmp_path: Path, script: Script) -> No
     assert "floor (real training images): Fréchet distance" in found.stdout
     assert Extractor(10).hash[:12] in found.stdout
     assert "FID" not in found.stdout
+    with pytest.raises(UserError, match=r"--draws is for classifiers, but .* is a denoise_image run"):
+        run_command(run, "--data", folder, "--device", "cpu", "--draws", 2)
     found = script(*words, "--samples", 639)
     assert found.returncode == 2
     assert found.stderr.strip() == (

@@ -10,7 +10,7 @@ import torch
 from image_runs import image_batch, image_config
 from torch import Tensor, nn
 
-from recurrent_db.config import Config
+from recurrent_db.config import Config, validate
 from recurrent_db.denoise.convert import DiffusionBlocks
 from recurrent_db.errors import UserError
 from recurrent_db.model.build import build_network
@@ -205,6 +205,15 @@ def test_the_read_out_of_a_class_sees_its_token_and_the_image() -> None:
     assert isinstance(frame, ClassFrame)
     embedded = frame.embed(z, images)
     assert torch.equal(embedded[:, 0], frame.token(z)) and torch.equal(embedded[:, 1:], frame.patches(images))
+
+
+@pytest.mark.parametrize("objective", ["classify", "denoise_image"])
+def test_heads_may_have_an_odd_size(objective: str) -> None:
+    """Only the rotary embeddings of language models need pairs."""
+    config = image_config(objective)
+    config.model.d_model, config.model.n_heads = 9, 3
+    validate(config)
+    build_image_network(config, 0)
 
 
 def test_networks_that_cannot_be_built() -> None:
