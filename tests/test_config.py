@@ -37,7 +37,7 @@ def test_every_preset_is_there() -> None:
 def test_there_are_few_keys() -> None:
     names = list(keys(Config))
     print(f"{len(names)} keys: {', '.join(names)}")
-    assert len(names) == len(set(names)) <= 83
+    assert len(names) == len(set(names)) <= 92
     contract = ["seed", "objective.name", "run.dir", "init.from", "blocks.only", "parallel.mode"]
     assert {*contract, "data.path", "data.val_path", "data.mixture"} <= set(names)
     assert {f"budget.{limit}" for limit in ("flops", "tokens", "steps", "seconds")} <= set(names)

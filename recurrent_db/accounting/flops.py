@@ -10,7 +10,7 @@
 - Attention is counted over all T x T pairs, as is usual. The part that a causal mask hides is recorded too, so that both
   counts can be printed.
 
-Shapes: T positions, D width, M hidden width of the MLP, V vocabulary.
+Shapes: T positions, D width, H heads, G heads of keys and values, E head size, M hidden width of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
         checkpointing: core passes with gradient keep only their input and are recomputed in the backward pass.
     """
     width, hidden = model.d_model, model.d_mlp
-    block = 4 * width * width + 3 * width * hidden
+    mixed = model.n_heads * model.d_head
+    block = width * (model.d_qkv + mixed) + (2 if model.layer == "neox" else 3) * width * hidden
     adapter = {"linear": 2 * width * width, "diagonal": width * width, "add": 0}[model.injection]
     core_layers, clean_layers = passes.core_layers or model.n_core, passes.clean_layers or model.n_core
     # (Keys that a query is multiplied with, keys that it may attend to), averaged over positions. With one stream these are
@@ -44,14 +45,14 @@ def cost_per_token(model: ModelConfig, length: int, passes: Passes, checkpointin
 
     def blocks(count: float, no_grad: float, grad: float, two: bool = False, checkpointed: bool = False) -> Cost:
         met, seen = beside if two else plain
-        products = count * 4 * width
+        products = count * 4 * mixed
         return part_cost(count * block, products * met, products * (met - seen), no_grad, grad, checkpointed)
 
     def context(count: float, no_grad: float, grad: float) -> Cost:
         """A stream that runs only for its keys and values. Its last block computes only these, in one fused product."""
         if not count:
             return Cost()
-        return blocks(count - 1, no_grad, grad) + part_cost(3 * width * width, 0, 0, no_grad, grad)
+        return blocks(count - 1, no_grad, grad) + part_cost(width * model.d_qkv, 0, 0, no_grad, grad)
 
     core_runs = passes.core_no_grad, passes.core_grad
     clean_runs = passes.clean_no_grad, passes.clean_grad
@@ -111,7 +112,7 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
     Attention is counted over all ``stop`` keys for each position. The head runs only for the last position, and only if
     ``read`` is True.
     """
-    count, width = stop - first, model.d_model
+    count, width, mixed = stop - first, model.d_model, model.n_heads * model.d_head
 
     def each(runs: Passes) -> float:
         parts = cost_per_token(model, stop, runs)
@@ -120,7 +121,7 @@ def cached_cost(model: ModelConfig, passes: Passes, first: int, stop: int, read:
     cost = count * each(passes) + stop * cost_per_token(model, stop, passes)["conditioning"].forward
     if passes.beside:  # a query attends to the other stream's keys and to the keys of its own stream in this call
         layers = (passes.core_layers or model.n_core) * passes.core_no_grad
-        cost -= count * layers * 4 * width * (stop - count)
+        cost -= count * layers * 4 * mixed * (stop - count)
     return cost - (count - read) * 2 * model.vocab_size * width
 
 
@@ -168,4 +169,4 @@ def cache_numbers_per_token(model: ModelConfig, passes: Passes, policy: str = "f
     if model.n_blocks:  # each layer is visited once, by its block's clean stream
         in_core = round(passes.clean_layers * passes.clean_no_grad)
     layers = model.n_prelude + in_core + model.n_coda * min(coda, most)
-    return model.d_model * 2 * layers
+    return model.kv_heads * model.d_head * 2 * layers

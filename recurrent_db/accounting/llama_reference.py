@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recurrent_db.config import Config
 from recurrent_db.errors import UserError
-from recurrent_db.model.layers import NORM_EPS
 
 
 def build_llama(config: Config) -> nn.Module:
@@ -32,7 +31,7 @@ def build_llama(config: Config) -> nn.Module:
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.n_heads,
         "max_position_embeddings": config.data.sequence_length,
-        "rms_norm_eps": NORM_EPS,
+        "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": True,
         "use_cache": False,
         "attn_implementation": "sdpa",

@@ -145,8 +145,9 @@ class Step:
     def block_saved(self, modulated: bool = False, levels: int = 1, beside: bool = False) -> float:
         """Bytes per token that one block keeps for its backward pass.
 
-        These are: four norms; the inputs of four matrix products; the rotated queries and keys (one tensor); the output of
-        the fused projection, whose last third holds the values; attention's log-sum-exp; the MLP's gate, up and product.
+        These are: the norms; the inputs of four matrix products; the rotated queries and keys (one tensor); the output of
+        the fused projection, whose last part holds the values; attention's log-sum-exp; the MLP's gate, up and product.
+        Norms on queries and keys keep the fp32 normalised input and a scale for each head.
 
         Args:
             modulated: the block is conditioned on noise.
@@ -155,20 +156,34 @@ class Step:
         """
         model, a = self.config.model, self.size
         width, hidden = model.d_model, model.d_mlp
-        attention = 7 * width if beside else 6 * width  # with a second stream, keys and values are copied together
-        saved = 4 * self._norm() + a * (2 * width + attention + 4 * hidden) + 4 * model.n_heads
+        mixed, keys = model.n_heads * model.d_head, model.kv_heads * model.d_head
+        # With a second stream the keys and values of both streams are copied together.
+        attention = 2 * mixed + keys + (4 * keys if beside else self._values())
+        norms = {"huginn": 4, "llama": 2, "neox": 1}[model.layer]  # neox: both LayerNorms keep their common input
+        products = 2 if model.layer == "neox" else 4
+        saved = norms * self._norm() + a * (2 * width + attention + products * hidden) + 4 * model.n_heads
+        if model.qk_norm:
+            saved += 4 * (mixed + keys) + 4 * (model.n_heads + model.kv_heads)
         if modulated:
             saved += a * 2 * width  # outputs of both branches, for the gradient of the gates
+            if model.layer == "neox":
+                saved += 4 * 2 * width  # the modulation keeps the results of both LayerNorms
             if self.cuda:
                 saved += 4 * 2 * width  # PyTorch's own norm keeps its input, and the modulation keeps the norm's result
             if levels > 1:
                 saved += 4 * 4 * width  # scales and gates for each token
         return saved
 
+    def _values(self) -> int:
+        """Numbers per token of the tensor that holds the values: the fused projection's output, or the sum with a bias."""
+        model = self.config.model
+        return model.kv_heads * model.d_head if model.v_bias or model.layer == "neox" else model.d_qkv
+
     def keys_values_saved(self) -> float:
         """Bytes per token that a block keeps if it computes only keys and values."""
-        width, a = self.config.model.d_model, self.size
-        return self._norm() + a * (width + 5 * width)
+        model, a = self.config.model, self.size
+        rotated = (model.n_heads + model.kv_heads) * model.d_head
+        return self._norm() + a * (model.d_model + self._values() + rotated)
 
     def adapter_saved(self) -> float:
         """Bytes per token that the adapter keeps for its backward pass."""

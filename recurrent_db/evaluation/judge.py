@@ -204,7 +204,7 @@ class Judge:
                 b_N, t_N = torch.tensor(at, device=device).T
                 ones = torch.ones(len(at), device=device)
                 hidden_ND, targets_N = hidden_BTD[b_N, t_N - 1], tokens_BT[b_N, t_N]
-                _, losses_N = linear_cross_entropy(hidden_ND, model.embedding.weight, targets_N, ones)
+                _, losses_N = linear_cross_entropy(hidden_ND, model.head_weight, targets_N, ones)
                 np.add.at(nats, np.array(chosen)[b_N.cpu().numpy()], losses_N.double().cpu().numpy())
         ids, lengths = [continuation for _, continuation in windows], self.tokenizer.byte_lengths()
         return Reading(

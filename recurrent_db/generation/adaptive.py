@@ -32,7 +32,7 @@ from torch import Tensor
 from recurrent_db.generation.loop_decoder import LoopDecoder
 from recurrent_db.generation.options import Exit
 from recurrent_db.model.attention import Visible
-from recurrent_db.model.layers import wide
+from recurrent_db.model.norms import wide
 
 
 def settled(exit: Exit, old: Tensor, new: Tensor) -> Tensor:

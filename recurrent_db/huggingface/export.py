@@ -53,7 +53,9 @@ def _walk_keys(walk: DenoiseWalk) -> dict[str, Any]:
 SHAPE = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_mlp", "num_attention_heads": "n_heads",
     "n_prelude": "n_prelude", "n_core": "n_core", "n_coda": "n_coda", "max_position_embeddings": "max_seq_len",
-    "injection": "injection",
+    "injection": "injection", "num_key_value_heads": "kv_heads", "head_dim": "d_head", "layer": "layer",
+    "v_bias": "v_bias", "qk_norm": "qk_norm", "norm_eps": "norm_eps", "rope_base": "rope_base", "rope_size": "rope_size",
+    "tied": "tied",
 }  # fmt: skip
 """Keys of config.json, each with the corresponding field of `config.ModelConfig`."""
 

@@ -36,7 +36,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE, hf_config
 from recurrent_db.model import LoopedLM, build_model
-from recurrent_db.model.layers import NORM_EPS, ROPE_BASE, rope_table
+from recurrent_db.model.layers import rope_table
 from recurrent_db.objectives import build_objective, load_objective_state, unrolled
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.schema import to_dict
@@ -76,7 +76,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 _HUGINN_FIXED: dict[str, Any] = {
     "architecture_class_name": "RecurrentGPT", "block_class_name": "SandwichBlock", "norm_class_name": "RMSNorm_llama",
     "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU", "injection_type": "linear", "state_init": "like-init",
-    "bias": False, "tie_embeddings": True, "test_time_noise": 0, "rope_base": ROPE_BASE, "norm_eps": NORM_EPS,
+    "bias": False, "tie_embeddings": True, "test_time_noise": 0, "rope_base": ModelConfig.rope_base,
+    "norm_eps": ModelConfig.norm_eps,
 }  # fmt: skip
 _HUGINN_SHAPE = {
     "d_model": "n_embd", "n_heads": "n_heads", "d_mlp": "intermediate_size", "n_prelude": "n_layers_in_prelude",
@@ -211,10 +212,10 @@ def _check_extras(weights: Weights, config: ModelConfig) -> None:
         length, head_size = config.max_seq_len, config.d_model // config.n_heads
         if weights.shapes["freqs_cis"] != (1, length, 1, head_size // 2, 2):
             raise UserError(f"{weights.folder}: freqs_cis has shape {weights.shapes['freqs_cis']}, not Huginn's")
-        table = torch.stack(rope_table(length, head_size, torch.device("cpu")), dim=-1)
+        table = torch.stack(rope_table(config, length, torch.device("cpu")), dim=-1)
         # Huginn's tables are computed from fp32 angles, and may be stored in half precision.
         if not torch.allclose(weights.read("freqs_cis").float()[0, :, 0], table, rtol=0, atol=1e-2):
-            raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {ROPE_BASE:g}")
+            raise UserError(f"{weights.folder}: freqs_cis is not the rotary table of rope_base = {config.rope_base:g}")
 
 
 @torch.no_grad()

@@ -134,7 +134,8 @@ class Backend(Protocol):
         ...
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Any) -> Tensor:
-        """softmax(q k / sqrt(E)) v over the keys that each query sees, (B, H, T, E). ``plan`` comes from `plan`."""
+        """softmax(q k / sqrt(E)) v over the keys that each query sees, (B, H, T, E). ``plan`` comes from `plan`. Fewer
+        heads of keys and values serve a group of neighbouring query heads each."""
         ...
 
 
@@ -158,8 +159,10 @@ class Sdpa:
         return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
 
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: Tensor | None) -> Tensor:
-        causal = plan is None and q_BHTE.shape[2] == k_BHNE.shape[2]
-        return F.scaled_dot_product_attention(q_BHTE, k_BHNE, v_BHNE, attn_mask=plan, is_causal=causal)
+        causal, grouped = plan is None and q_BHTE.shape[2] == k_BHNE.shape[2], q_BHTE.shape[1] != k_BHNE.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BHNE, v_BHNE, attn_mask=plan, is_causal=causal, enable_gqa=grouped
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ class Flex:
     def attend(self, q_BHTE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, plan: BlockMask) -> Tensor:
         if q_BHTE.device.type == "cpu" and any(x.requires_grad for x in (q_BHTE, k_BHNE, v_BHNE)):
             raise UserError("FlexAttention has no gradient on the CPU: set run.attention = sdpa")
-        return self.kernel(q_BHTE, k_BHNE, v_BHNE, block_mask=plan)
+        grouped = q_BHTE.shape[1] != k_BHNE.shape[1]
+        return self.kernel(q_BHTE, k_BHNE, v_BHNE, block_mask=plan, enable_gqa=grouped)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class BlocksLM(LoopedLM):
             raise UserError("model.vocab_size is not set: set it, or set data.path to use its tokenizer's")
         self.config, self.only = config, only
         self.embedding = Embedding(config.vocab_size, config.d_model)
-        self.prelude = nn.ModuleList()
+        self.prelude, self.head = nn.ModuleList(), None
         self.noise_embedding = None
         self.blocks = nn.ModuleDict()
         self._ropes = {}

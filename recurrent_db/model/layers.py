@@ -1,10 +1,11 @@
-"""The parts of a transformer layer: norm, rotary embedding, attention, gated MLP, noise conditioning.
+"""The parts of a transformer layer: rotary embedding, attention, MLP, noise conditioning.
 
-Layers follow Huginn (arXiv 2502.05171 and its released configuration): sandwich RMSNorm, gated SiLU MLP, interleaved RoPE in
-fp32, a learned bias on queries and keys before RoPE, and no other bias.
+By default layers follow Huginn (arXiv 2502.05171 and its released configuration): sandwich RMSNorm, gated SiLU MLP,
+interleaved RoPE in fp32, a learned bias on queries and keys before RoPE, and no other bias. `config.ModelConfig.layer`
+chooses the layers of Llama or GPT-NeoX instead.
 
-Shapes: B sequences, T positions, D width, H heads, E head size (D = H E), M hidden width of the MLP. Suffixes of names give
-the shape, as in ``x_BTD``.
+Shapes: B sequences, T positions, D width, H heads, G heads of keys and values, E head size, M hidden width of the MLP.
+Suffixes of names give the shape, as in ``x_BTD``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurrent_db.config import ModelConfig
 from recurrent_db.model.attention import Visible, attend
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which norms and rotations compute: at least fp32 (float64 in a float64 model)."""
-    return torch.promote_types(dtype, torch.float32)
+from recurrent_db.model.norms import LayerNorm, RMSNorm, applied, wide
 
 
 class Linear(nn.Linear):
@@ -39,112 +37,40 @@ class Embedding(nn.Embedding):
         pass
 
 
-def lookup(ids: Tensor, table_VD: Tensor) -> Tensor:
+def lookup(ids: Tensor, table_VD: Tensor, tied: bool = True) -> Tensor:
     """Rows ``ids`` of a table, (*ids.shape, D).
 
-    On the CPU the gradient is sparse. It is added to the dense gradient that the tied head gives the table in the same
-    backward, which saves a table of zeros. On CUDA it is dense, because adding a sparse gradient would synchronise.
+    On the CPU the gradient of a table that is ``tied`` to the head is sparse. It is added to the dense gradient that the
+    head gives the table in the same backward, which saves a table of zeros. On CUDA it is dense, because adding a sparse
+    gradient would synchronise.
     """
-    sparse = table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
+    sparse = tied and table_VD.device.type == "cpu" and not torch.compiler.is_compiling()
     return F.embedding(ids, table_VD, sparse=sparse)
 
 
-class _NoContext:
-    """Replaces the context of a `torch.autograd.Function` when its backward will not run."""
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        pass
-
-
-def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Apply a `torch.autograd.Function`. Without gradients call its forward directly, which takes a third less time for a
-    single position."""
-    if torch.is_grad_enabled():
-        return function.apply(*arguments)
-    return function.forward(_NoContext(), *arguments)
-
-
-class _ScaledRMS(torch.autograd.Function):
-    """x / rms(x) * weight + shift, with a hand-written backward.
-
-    Without a fused kernel PyTorch's RMS norm takes a dozen passes over memory, which is half of a small model's step on a
-    CPU. This function takes three passes forward and six backward. x: (..., D), fp32 or wider; weight and shift (or None)
-    broadcast to x.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        rstd = norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
-        unit = x * rstd
-        ctx.save_for_backward(unit, weight, rstd)
-        ctx.shift_shape = None if shift is None else shift.shape
-        return unit * weight if shift is None else torch.addcmul(shift, unit, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        (dy,) = grads
-        unit, weight, rstd = ctx.saved_tensors
-        product = dy * unit
-        d_weight = product.sum_to_size(weight.shape)
-        d_shift = None if ctx.shift_shape is None else dy.sum_to_size(ctx.shift_shape)
-        if weight.ndim == 1:
-            mean = (product.flatten(0, -2) @ weight).view(rstd.shape)
-        else:
-            mean = (product * weight).sum(-1, keepdim=True)
-        dx = (dy * weight).addcmul_(unit, mean.div_(-unit.shape[-1])).mul_(rstd)
-        return dx, d_weight, d_shift, None
-
-
-def scaled_rms(x: Tensor, weight: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * weight + shift over the last axis. Shape (..., D); weight and shift broadcast to it.
-
-    Eager code on the CPU uses `_ScaledRMS`; compiled code and CUDA use PyTorch's own norm.
-    """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return cast(Tensor, _applied(_ScaledRMS, x, weight, shift, eps))
-    if weight.ndim == 1 and shift is None:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    unit = F.rms_norm(x, (x.shape[-1],), None, eps)
-    return unit * weight if shift is None else torch.addcmul(shift, unit, weight)
-
-
-NORM_EPS = 1e-6
-"""Epsilon of every RMSNorm, as in Huginn."""
-ROPE_BASE = 50_000.0
-"""Base of the rotary position embedding, as in Huginn."""
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 or wider, returned in x's dtype. Shape (..., D).
-
-    With ``scale`` and ``shift``, broadcastable to x, the result is (1 + scale) * norm(x) + shift.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        dtype = wide(x.dtype)
-        if x.dtype == self.weight.dtype == dtype and scale is None and shift is None:
-            return scaled_rms(x, self.weight, None, NORM_EPS)
-        weight = self.weight.to(dtype)
-        if scale is not None:
-            weight = torch.addcmul(weight, weight, scale.to(dtype))
-        return scaled_rms(x.to(dtype), weight, None if shift is None else shift.to(dtype), NORM_EPS).to(x.dtype)
-
-
 def rope_table(
-    length: int, head_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+    config: ModelConfig, length: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), (T, E/2) each, of ``dtype``.
 
-    Pair e of a head is rotated by the angle position * `ROPE_BASE`^(-2e/E).
+    Pair e of a head is rotated by the angle position * rope_base^(-2e/R), where R is rope_size or E. Pairs from R/2 on are
+    not rotated.
+
+    Angles are float64 in Huginn's layers. In the others they have ``dtype``, as in transformers: the rounding of fp32 angles
+    changes logits at long range, and imported weights were trained with it.
     """
-    rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
-    angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * rates
+    size, huginn = config.rope_size or config.d_head, config.layer == "huginn"
+    exact = torch.float64 if huginn else dtype
+    exponents = torch.arange(0, size, 2, dtype=exact, device=device) / size
+    rates = config.rope_base**-exponents if huginn else 1.0 / config.rope_base**exponents
+    rates = F.pad(rates, (0, (config.d_head - size) // 2))
+    angles = torch.arange(length, dtype=exact, device=device)[:, None] * rates
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def build_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """A norm over the residual stream."""
+    return (LayerNorm if config.layer == "neox" else RMSNorm)(config.d_model, config.norm_eps)
 
 
 def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
@@ -163,40 +89,41 @@ def apply_rope(x_BTHE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
 
 
 class _RotatedQKV(torch.autograd.Function):
-    """Split the fused projection's output into queries, keys and values, (B, T, H, E) each; add the bias to queries and keys
-    and rotate them.
+    """Split the fused projection's output into queries (B, T, H, E) and keys and values, (B, T, G, E) each; add the bias to
+    queries and keys and rotate them.
 
-    The hand-written backward writes into one buffer; PyTorch would stack three. qkv: (B, T, 3 D), fp32 or wider. bias:
-    (2, H, E). turn: cos + i sin, complex (T, E/2) or (B, T, E/2).
+    The hand-written backward writes into one buffer; PyTorch would stack three. qkv: (B, T, (H + 2G) E), fp32 or wider.
+    bias: (H + G, E). turn: cos + i sin, complex (T, E/2) or (B, T, E/2).
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turn)
-        parts = qkv.unflatten(-1, (3, *bias.shape[1:]))
-        qk = parts[:, :, :2] + bias
-        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn[..., None, None, :])
-        return qk[:, :, 0], qk[:, :, 1], parts[:, :, 2]
+        parts = qkv.unflatten(-1, (-1, bias.shape[-1]))
+        kv_heads = parts.shape[2] - len(bias)
+        qk = parts[:, :, :-kv_heads] + bias
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(turn[..., None, :])
+        return qk[:, :, :-kv_heads], qk[:, :, -kv_heads:], parts[:, :, -kv_heads:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (turn,) = ctx.saved_tensors
         back = turn.conj().resolve_conj()[..., None, :]
-        dv = grads[2]
-        d = dv.new_empty(*dv.shape[:2], 3, *dv.shape[2:])
+        dq, dk, dv = grads
+        heads, both = dq.shape[2], dq.shape[2] + dk.shape[2]
+        d = dv.new_empty(*dv.shape[:2], both + dv.shape[2], dv.shape[3])
         pairs = torch.view_as_complex(d.unflatten(-1, (-1, 2)))
-        for index in (0, 1):
-            gradient = grads[index]
+        for gradient, place in ((dq, slice(0, heads)), (dk, slice(heads, both))):
             if gradient.stride(-1) != 1:  # some attention kernels return another memory layout
                 gradient = gradient.contiguous()
-            torch.mul(torch.view_as_complex(gradient.unflatten(-1, (-1, 2))), back, out=pairs[:, :, index])
-        d[:, :, 2] = dv
-        return d.flatten(2), d[:, :, :2].sum((0, 1)), None
+            torch.mul(torch.view_as_complex(gradient.unflatten(-1, (-1, 2))), back, out=pairs[:, :, place])
+        d[:, :, both:] = dv
+        return d.flatten(2), d[:, :, :both].sum((0, 1)), None
 
 
 QKV = tuple[Tensor, Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one layer, (B, H, S, E) each."""
+"""Keys and values of one layer, (B, G, S, E) each."""
 
 
 @dataclass(frozen=True)
@@ -207,36 +134,47 @@ class Context:
     2T x 2T mask. S is T unless a cache holds earlier positions.
     """
 
-    k_BHSE: Tensor
-    v_BHSE: Tensor
+    k_BGSE: Tensor
+    v_BGSE: Tensor
     visible: Visible
     """Mask over [context keys, own keys]; all layers share it."""
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with one fused QKV projection."""
+    """Causal multi-head attention with one fused QKV projection. Query heads share heads of keys and values in groups
+    (GQA, arXiv 2305.13245) if there are fewer of those."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads, self.head_size = n_heads, dim // n_heads
-        self.qkv = Linear(dim, 3 * dim, bias=False)
-        self.qk_bias = nn.Parameter(torch.zeros(2, n_heads, self.head_size))
-        self.proj = Linear(dim, dim, bias=False)
+        heads, kv_heads, size = config.n_heads, config.kv_heads, config.d_head
+        self.sizes = heads, kv_heads, kv_heads
+        self.qkv = Linear(config.d_model, config.d_qkv, bias=False)
+        shape = (2, heads, size) if kv_heads == heads else (heads + kv_heads, size)
+        self.qk_bias = nn.Parameter(torch.zeros(shape))
+        all_biased = config.layer == "neox"
+        self.v_bias = nn.Parameter(torch.zeros(kv_heads, size)) if config.v_bias or all_biased else None
+        self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        self.proj = Linear(heads * size, config.d_model, bias=all_biased)
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, H, T, E) each; queries and keys are rotated."""
-        qkv_BTD3 = self.qkv(x_BTD)
+        """Queries (B, H, T, E), keys and values, (B, G, T, E) each; queries and keys are rotated."""
+        qkv_BTX, bias = self.qkv(x_BTD), self.qk_bias.flatten(0, -2)
         if (
-            qkv_BTD3.device.type == "cpu"
-            and qkv_BTD3.dtype == wide(qkv_BTD3.dtype)
+            qkv_BTX.device.type == "cpu"
+            and qkv_BTX.dtype == wide(qkv_BTX.dtype)
+            and self.q_norm is None
             and not torch.compiler.is_compiling()
         ):
-            q_BTHE, k_BTHE, v_BTHE = _applied(_RotatedQKV, qkv_BTD3, self.qk_bias, torch.complex(*rope))
+            q_BTHE, k_BTGE, v_BTGE = applied(_RotatedQKV, qkv_BTX, bias, torch.complex(*rope))
         else:
-            q_BTHE, k_BTHE, v_BTHE = qkv_BTD3.unflatten(-1, (3, self.n_heads, self.head_size)).unbind(2)
-            q_BTHE = apply_rope(q_BTHE + self.qk_bias[0], *rope).to(v_BTHE.dtype)
-            k_BTHE = apply_rope(k_BTHE + self.qk_bias[1], *rope).to(v_BTHE.dtype)
-        return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
+            q_BTHE, k_BTGE, v_BTGE = qkv_BTX.unflatten(-1, (-1, bias.shape[-1])).split(self.sizes, dim=2)
+            q_BTHE, k_BTGE = q_BTHE + bias[: self.sizes[0]], k_BTGE + bias[self.sizes[0] :]
+            if self.q_norm is not None and self.k_norm is not None:
+                q_BTHE, k_BTGE = self.q_norm(q_BTHE), self.k_norm(k_BTGE)
+            q_BTHE, k_BTGE = (apply_rope(x, *rope).to(v_BTGE.dtype) for x in (q_BTHE, k_BTGE))
+        if self.v_bias is not None:
+            v_BTGE = v_BTGE + self.v_bias.to(v_BTGE.dtype)
+        return q_BTHE.transpose(1, 2), k_BTGE.transpose(1, 2), v_BTGE.transpose(1, 2)
 
     def mix(
         self,
@@ -247,18 +185,18 @@ class Attention(nn.Module):
         context: Context | None = None,
         keep: list[KeysValues] | None = None,
     ) -> Tensor:
-        """Attention before the output projection, (B, T, D).
+        """Attention before the output projection, (B, T, H E).
 
         Args:
-            q, k, v: (B, H, T, E) each, from `project`.
+            q, k, v: from `project`.
             visible: mask, and the keys and values of earlier positions if there are any.
             context: another stream to attend to. Position i sees its positions <= i, and itself.
             keep: list to which this layer's keys and values are appended.
         """
         if context is not None:
             k, v, visible = (
-                torch.cat((context.k_BHSE, k), dim=2),
-                torch.cat((context.v_BHSE, v), dim=2),
+                torch.cat((context.k_BGSE, k), dim=2),
+                torch.cat((context.v_BGSE, v), dim=2),
                 context.visible,
             )
         else:
@@ -304,13 +242,28 @@ class GatedMLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         both_BTM = self.fc(x_BTD)
         if both_BTM.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self.proj(_applied(_SwiGLU, both_BTM))
+            return self.proj(applied(_SwiGLU, both_BTM))
         gate_BTM, up_BTM = both_BTM.chunk(2, dim=-1)
         return self.proj(F.silu(gate_BTM) * up_BTM)
 
 
+class PlainMLP(nn.Module):
+    """proj(gelu(fc(x))), both with a bias."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc, self.proj = Linear(dim, hidden), Linear(hidden, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x_BTD)))
+
+
 class Block(nn.Module):
-    """One transformer layer with sandwich norms: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
+    """One transformer layer, of the kind `config.ModelConfig.layer`:
+
+    - huginn, with sandwich norms: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
+    - llama: x = attn(n1(x)) + x; x = mlp(n3(x)) + x.
+    - neox, with parallel branches: x = attn(n1(x)) + mlp(n3(x)) + x.
 
     The modulation conditions the layer on the noise level (AdaLN, DiT, arXiv 2212.09748). It is six tensors broadcastable to
     (B, T, D): shift, scale and gate for attention, then for the MLP. Each branch computes
@@ -318,28 +271,31 @@ class Block(nn.Module):
     because Huginn's branches have no gate.
     """
 
-    def __init__(self, dim: int, n_heads: int, hidden: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(dim) for _ in range(4))
-        self.attn = Attention(dim, n_heads)
-        self.mlp = GatedMLP(dim, hidden)
+        before = lambda: build_norm(config)  # noqa: E731
+        after = before if config.layer == "huginn" else nn.Identity
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = before(), after(), before(), after()
+        self.attn = Attention(config)
+        self.parallel = config.layer == "neox"
+        self.mlp = (PlainMLP if self.parallel else GatedMLP)(config.d_model, config.d_mlp)
         self.one_position: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
         """`before` and `after`, compiled for a single position (`LoopedLM.compile_decoding`)."""
 
     def before(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> QKV:
-        """The work before attention: norm and projection to queries, keys and values, (B, H, T, E) each."""
+        """The work before attention: norm and projection to queries, keys and values; see `Attention.project`."""
         normed = self.norm_1(x_BTD) if modulation is None else self.norm_1(x_BTD, modulation[1], modulation[0])
         return self.attn.project(normed, rope)
 
-    def after(self, x_BTD: Tensor, mixed_BTD: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    def after(self, x_BTD: Tensor, mixed_BTX: Tensor, modulation: tuple[Tensor, ...] | None) -> Tensor:
         """The work after attention: output projection, residual, norms and MLP, (B, T, D)."""
-        branch = self.attn.proj(mixed_BTD)
+        branch, first_BTD = self.attn.proj(mixed_BTX), x_BTD
         if modulation is None:
             x_BTD = self.norm_2(branch + x_BTD)
-            return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
+            return self.norm_4(self.mlp(self.norm_3(first_BTD if self.parallel else x_BTD)) + x_BTD)
         _, _, gate_a, shift_m, scale_m, gate_m = modulation
         x_BTD = self.norm_2(torch.addcmul(x_BTD, branch, 1 + gate_a))
-        branch = self.mlp(self.norm_3(x_BTD, scale_m, shift_m))
+        branch = self.mlp(self.norm_3(first_BTD if self.parallel else x_BTD, scale_m, shift_m))
         return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
 
     def forward(
@@ -365,7 +321,7 @@ class Block(nn.Module):
         visible: Visible,
         modulation: tuple[Tensor, ...] | None = None,
     ) -> KeysValues:
-        """The keys and values of the layer's attention, (B, H, S, E) each, without the rest of the layer."""
+        """The keys and values of the layer's attention, (B, G, S, E) each, without the rest of the layer."""
         return visible.extend(self.attn, *self.before(x_BTD, rope, modulation)[1:])
 
 

@@ -3,12 +3,14 @@
     tokens_BT --embed, prelude--> e_BTD                  once       `encode`
     state_0   --core(inject(state, e))--> ... state_K    K times    `iterate`
     state_K   --final norm, coda, final norm--> hidden   once       `decode`
-    hidden    --tied head--> logits_BTV                             `logits`
+    hidden    --head--> logits_BTV                                  `logits`
 
 The architecture is Huginn's (arXiv 2502.05171): the same layers and initialisation, one weight-tied core, the prelude's
-output injected before every iteration, and one final norm used twice. This class adds optional conditioning of the core on a
-noise level, and a choice of injection. Losses, training and noise schedules are outside the model: an objective calls the
-four parts.
+output injected before every iteration, and one final norm used twice.
+
+This class adds optional conditioning of the core on a noise level, a choice of injection, and layers without sandwich norms,
+as in Llama. A model with such layers does not scale its embedding and uses the final norm only before the head. Losses,
+training and noise schedules are outside the model: an objective calls the four parts.
 
 Shapes: B sequences, T positions, D width, V vocabulary. States and hidden vectors have the model's dtype.
 """
@@ -30,67 +32,15 @@ from recurrent_db.denoise.precond import Precond
 from recurrent_db.errors import UserError
 from recurrent_db.model.attention import SDPA, Backend, Past, Rule, Visible
 from recurrent_db.model.head import SoftmaxLoss, softmax_loss, softmax_loss_to_fuse
-from recurrent_db.model.layers import (
-    Block,
-    Context,
-    Embedding,
-    Linear,
-    RMSNorm,
-    contexts,
-    lookup,
-    rope_table,
-    wide,
-)
+from recurrent_db.model.injection import INJECTIONS
+from recurrent_db.model.layers import Block, Context, Embedding, build_norm, contexts, lookup, rope_table
+from recurrent_db.model.norms import wide
 from recurrent_db.model.recurrence import Recurrence
 
 Modulation = list[tuple[Tensor, ...]]
 
 STATE_STD = math.sqrt(2 / 5)
 """Standard deviation of the random initial state (Huginn)."""
-
-
-class LinearInjection(nn.Module):
-    """Huginn's adapter: W [state, e] without bias, from 2D to D."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.adapter = Linear(2 * dim, dim, bias=False)
-
-    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        return self.adapter(torch.cat((state_BTD, e_BTD), dim=-1))
-
-
-class DiagonalInjection(nn.Module):
-    """Linear time-invariant injection: a * state + W e, with 0 < a < 1 for each channel (Parcae, arXiv 2604.12946).
-
-    a = exp(-exp(log_rate)), so the state cannot grow whatever the parameter's value. a starts at 0.5.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.log_rate = nn.Parameter(torch.full((dim,), math.log(math.log(2.0))))
-        self.adapter = Linear(dim, dim, bias=False)
-
-    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        decay_D = torch.exp(-torch.exp(self.log_rate))
-        return decay_D.to(state_BTD.dtype) * state_BTD + self.adapter(e_BTD)
-
-
-class AddInjection(nn.Module):
-    """state + e. Both come out of a norm, so their scales are comparable."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-
-    def forward(self, state_BTD: Tensor, e_BTD: Tensor) -> Tensor:
-        return state_BTD + e_BTD
-
-
-INJECTIONS: dict[str, type[nn.Module]] = {
-    "linear": LinearInjection,
-    "diagonal": DiagonalInjection,
-    "add": AddInjection,
-}
 
 
 class Core(nn.Module):
@@ -102,7 +52,7 @@ class Core(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.injection = INJECTIONS[config.injection](config.d_model)
-        self.blocks = nn.ModuleList(Block(config.d_model, config.n_heads, config.d_mlp) for _ in range(config.n_core))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_core))
 
     def iteration(
         self,
@@ -186,12 +136,12 @@ class LoopedLM(nn.Module):
             raise UserError("model.vocab_size is not set: set it, or set data.path to use its tokenizer's")
         self.config = config
         width = config.d_model
-        block = lambda: Block(width, config.n_heads, config.d_mlp)  # noqa: E731
         self.embedding = Embedding(config.vocab_size, width)
-        self.prelude = nn.ModuleList(block() for _ in range(config.n_prelude))
+        self.prelude = nn.ModuleList(Block(config) for _ in range(config.n_prelude))
         self.core = Core(config)
-        self.coda = nn.ModuleList(block() for _ in range(config.n_coda))
-        self.final_norm = RMSNorm(width)
+        self.coda = nn.ModuleList(Block(config) for _ in range(config.n_coda))
+        self.final_norm = build_norm(config)
+        self.head = None if config.tied else Embedding(config.vocab_size, width)
         self.noise_embedding = (
             NoiseEmbedding(width, config.n_core, config.d_condition) if config.noise_conditioning else None
         )
@@ -204,10 +154,9 @@ class LoopedLM(nn.Module):
         weight = self.embedding.weight
         place = weight.device, wide(weight.dtype)
         if place not in self._ropes or len(self._ropes[place][0]) < length:
-            head_size = self.config.d_model // self.config.n_heads
             longest = max(length, self.config.max_seq_len)
             with torch.inference_mode(False):  # training may later use a table that generation made
-                self._ropes[place] = rope_table(longest, head_size, *place)
+                self._ropes[place] = rope_table(self.config, longest, *place)
         cos, sin = self._ropes[place]
         return cos[:length], sin[:length]
 
@@ -240,7 +189,9 @@ class LoopedLM(nn.Module):
         return self._encode(tokens_BT, *self._frame(tokens_BT.shape[1], visible))
 
     def _encode(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        x_BTD = lookup(tokens_BT, self.embedding.weight) * math.sqrt(self.config.d_model)
+        x_BTD = self.embedding_rows(tokens_BT)
+        if self.config.layer == "huginn":
+            x_BTD = x_BTD * math.sqrt(self.config.d_model)
         for block in self.prelude:
             x_BTD = block(x_BTD, rope, visible)
         return x_BTD
@@ -319,22 +270,27 @@ class LoopedLM(nn.Module):
         return self.core.contexts(state_BTD, e_BTD, rope, visible, modulation)
 
     def decode(self, state_BTD: Tensor, visible: Visible | None = None) -> Tensor:
-        """Final norm, coda, final norm: state (B, T, D) to the head's input (B, T, D)."""
+        """Final norm (of Huginn's layers), coda, final norm: state (B, T, D) to the head's input (B, T, D)."""
         return self._decode(state_BTD, *self._frame(state_BTD.shape[1], visible))
 
     def _decode(self, state_BTD: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        x_BTD = self.final_norm(state_BTD)
+        x_BTD = self.final_norm(state_BTD) if self.config.layer == "huginn" else state_BTD
         for block in self.coda:
             x_BTD = block(x_BTD, rope, visible)
         return self.final_norm(x_BTD)
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Embeddings of tokens, (*ids.shape, D). Their gradient goes to the table that head and embedding share."""
-        return lookup(ids, self.embedding.weight)
+        """Embeddings of tokens, (*ids.shape, D). Their gradient goes to the embedding."""
+        return lookup(ids, self.embedding.weight, self.config.tied)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, D): the embedding if they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Head, tied to the embedding: (..., D) to logits (..., V) in the model's dtype."""
-        return nn.functional.linear(hidden_BTD, self.embedding.weight)
+        """Head: (..., D) to logits (..., V) in the model's dtype."""
+        return nn.functional.linear(hidden_BTD, self.head_weight)
 
     def forward(self, tokens_BT: Tensor, iterations: int = 1) -> Tensor:
         """Logits (B, T, V) after ``iterations`` core passes from a zero state, without noise conditioning."""
@@ -397,7 +353,7 @@ class LoopedLM(nn.Module):
         for name, parameter in self.named_parameters():
             if name == "noise_embedding.hidden.weight":
                 nn.init.normal_(parameter, std=1 / math.sqrt(config.d_condition), generator=generator)
-            elif name.startswith("noise_embedding.") or name.endswith("qk_bias"):
+            elif name.startswith("noise_embedding.") or name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.endswith("log_rate"):
                 nn.init.constant_(parameter, math.log(math.log(2.0)))
@@ -423,6 +379,7 @@ class LoopedLM(nn.Module):
             "core": count(self.core.blocks),
             "coda": count(self.coda),
             "norm": count(self.final_norm),
+            **({} if self.head is None else {"head": count(self.head)}),
         }
         conditioning = count(self.noise_embedding)
         return {

@@ -159,7 +159,7 @@ def cross_entropy(
     weights_BT = ones if weights_BT is None else ones * weights_BT
     flat = targets_BT.flatten(), weights_BT.flatten()
     hidden_ND = hidden_BTD.flatten(0, 1)
-    mean, losses_N = linear_cross_entropy(hidden_ND, model.embedding.weight, *flat, softmax=model.softmax_loss)
+    mean, losses_N = linear_cross_entropy(hidden_ND, model.head_weight, *flat, softmax=model.softmax_loss)
     return mean, losses_N.view(targets_BT.shape)
 
 

@@ -22,8 +22,9 @@ from recurrent_db.denoise.noise import GRIDS, Density
 from recurrent_db.denoise.precond import Precond
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.model.attention import Visible
-from recurrent_db.model.layers import Context, wide
+from recurrent_db.model.layers import Context
 from recurrent_db.model.looped import LoopedLM
+from recurrent_db.model.norms import wide
 from recurrent_db.model.passes import Passes
 from recurrent_db.model.recurrence import NoiseSource, Probe
 from recurrent_db.objective_config import DenoiseConfig

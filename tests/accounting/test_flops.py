@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_unrolled_and_next_token(injection: str, no_grad: int, grad: int) -> Non
     config = dataclasses.replace(MODEL, injection=injection, noise_conditioning=False)
     ours = total(cost_per_token(config, T, Passes(core_no_grad=no_grad, core_grad=grad))).total
     assert ours == pytest.approx(counted(config, T, no_grad, grad), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"layer": "llama", "n_heads": 4, "n_kv_heads": 2, "head_size": 6, "qk_norm": True, "tied": False},
+        {"layer": "neox", "rope_size": 4, "v_bias": True},
+    ],
+)
+def test_other_layers(shape: dict[str, Any]) -> None:
+    config = dataclasses.replace(MODEL, **shape)
+    ours = total(cost_per_token(config, T, Passes(core_no_grad=2, core_grad=1))).total
+    assert ours == pytest.approx(counted(config, T, 2, 1), rel=1e-3)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8, 9, 20])

@@ -20,6 +20,22 @@ def test_planned_memory_is_what_a_step_holds(case: tuple[str, str, dict[str, obj
     assert predicted - state == pytest.approx(measured - state, rel=0.05)  # weights and optimizer hide nothing
 
 
+@pytest.mark.parametrize("step", ["next_token", "denoise, two-stream"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--model.layer llama --model.n_kv_heads 2 --model.qk_norm true --model.tied false",
+        "--model.layer llama --model.v_bias true",
+        "--model.layer neox",
+    ],
+)
+def test_memory_of_other_layers(monkeypatch: pytest.MonkeyPatch, step: str, options: str) -> None:
+    shape = "d 128, 2/4/2"
+    monkeypatch.setitem(benchmark.SHAPES, shape, f"{benchmark.SHAPES[shape]} {options}")
+    measured, predicted, state = benchmark.measure(shape, step)
+    assert predicted - state == pytest.approx(measured - state, rel=0.05)
+
+
 def test_sizes_are_the_models() -> None:
     config = load_config(ROOT / "train/configs/pythia-70m-looped.toml")
     sizes, counts = Sizes.of(config), build_model(config.model, None, "meta").parameter_counts()

@@ -33,6 +33,7 @@ from recurrent_db.store.run_directory import after_restart
 from recurrent_db.store.train_state import TrainState
 from recurrent_db.training import trainer
 
+LLAMA = ["--model.layer", "llama", "--model.n_kv_heads", "1", "--model.qk_norm", "true", "--model.tied", "false"]
 KINDS = {
     "next_token": ["--objective.name", "next_token"],
     "unrolled": ["--objective.name", "unrolled"],
@@ -41,6 +42,8 @@ KINDS = {
                 "--objective.one_step.state", "carried"],
     "denoise": ["--objective.name", "denoise"],
     "denoise_paper": ["--objective.name", "denoise_paper"],
+    "llama": ["--objective.name", "one_step", *LLAMA],
+    "neox": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream", "--model.layer", "neox"],
     "two-stream": ["--objective.name", "denoise", "--objective.denoise.conditioning", "two-stream"],
 }  # fmt: skip
 
@@ -65,7 +68,8 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("kind", "mode"),
     [("unrolled", "ddp"), ("unrolled", "fsdp"), ("two-stream", "fsdp"), ("one_step", "ddp"),
-     ("one_step", "fsdp"), ("carried", "ddp"), ("carried", "fsdp"), ("denoise", "fsdp")])  # fmt: skip
+     ("one_step", "fsdp"), ("carried", "ddp"), ("carried", "fsdp"), ("denoise", "fsdp"),
+     ("llama", "ddp"), ("llama", "fsdp"), ("neox", "fsdp")])  # fmt: skip
 def test_two_processes_train_what_one_does(data: Path, tmp_path: Path, alone: Any, kind: str, mode: str) -> None:
     # Micro-batches too, where an objective learns from all of them.
     more = ["--data.micro_batch_size", 1] if kind == "denoise" else []

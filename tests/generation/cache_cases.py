@@ -25,6 +25,11 @@ KINDS = [
     ["next_token"],
     ["unrolled"],
     ["unrolled", "--model.injection", "diagonal"],
+    [
+        "unrolled",
+        *(f"--model.{w}" for w in ("layer=llama", "n_kv_heads=1", "head_size=6", "qk_norm=true", "tied=false")),
+    ],
+    ["unrolled", *(f"--model.{w}" for w in ("layer=neox", "rope_size=4"))],
     ["denoise_paper"],
     *(denoise("bridge", bridge) for bridge in ("soft", "hard", "sample", "state")),
     *(denoise("sampler", sampler) for sampler in ("heun", "ancestral")),

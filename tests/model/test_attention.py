@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
+from recurrent_db.config import ModelConfig
 from recurrent_db.data import Batch
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.likelihood import score, token_log_probabilities
@@ -439,9 +440,10 @@ def test_a_compiled_block_serves_every_batch(name: str) -> None:
     backend = SDPA if name == "sdpa" else Flex(flex_attention)
     counter = CompileCounter()
     torch._dynamo.reset()
-    block = with_values(Block(16, 2, 24))
+    config = ModelConfig(d_model=16, n_heads=2, d_mlp=24)
+    block = with_values(Block(config))
     compiled = torch.compile(block, backend=counter, fullgraph=True)
-    rope = rope_table(9, 8, CPU)
+    rope = rope_table(config, 9, CPU)
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for docs in (DOCS, DOCS.flip(0), torch.arange(18).view(2, 9).int()):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import with_values
+from torch import Tensor
 
 from recurrent_db.config import ModelConfig, load_config
 from recurrent_db.errors import UserError
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.depth import poisson_quantile, sample_depth
-from recurrent_db.model.layers import Attention, GatedMLP, apply_rope, rope_table, scaled_rms
+from recurrent_db.model.head import linear_cross_entropy
+from recurrent_db.model.layers import Attention, GatedMLP, apply_rope, rope_table
+from recurrent_db.model.norms import scaled_rms
 from recurrent_db.rng import Rng
 
 pytestmark = pytest.mark.fast
@@ -42,31 +46,55 @@ class Reference:
         self.p = {name: value.detach().numpy() for name, value in model.named_parameters()}
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * self.p[name]
+        bias = self.p.get(name.removesuffix("weight") + "bias")
+        if bias is not None:
+            x = x - x.mean(-1, keepdims=True)
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.config.norm_eps) * self.p[name]
+        return normed if bias is None else normed + bias
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return x @ self.p[name + ".weight"].T + self.p.get(name + ".bias", 0)
 
     def attention(self, x: np.ndarray, prefix: str) -> np.ndarray:
         length, width = x.shape
-        heads, size = self.config.n_heads, width // self.config.n_heads
-        q, k, v = np.split(x @ self.p[prefix + "qkv.weight"].T, 3, axis=-1)
-        out = np.zeros_like(x)
-        rates = 50_000.0 ** (-np.arange(0, size, 2) / size)
+        heads, size = self.config.n_heads, self.config.head_size or width // self.config.n_heads
+        groups = self.config.n_kv_heads or heads
+        cuts = [heads * size, (heads + groups) * size]
+        q, k, v = np.split(x @ self.p[prefix + "qkv.weight"].T, cuts, axis=-1)
+        v = v + np.ravel(self.p.get(prefix + "v_bias", 0))
+        out = np.zeros((length, heads * size))
+        turned = self.config.rope_size or size
+        rates = np.zeros(size // 2)
+        rates[: turned // 2] = self.config.rope_base ** (-np.arange(0, turned, 2) / turned)
         turn = np.exp(1j * np.arange(length)[:, None] * rates)
+        biases = self.p[prefix + "qk_bias"].reshape(-1, size)
         for h in range(heads):
-            part = slice(h * size, (h + 1) * size)
-            qh = q[:, part] + self.p[prefix + "qk_bias"][0, h]
-            kh = k[:, part] + self.p[prefix + "qk_bias"][1, h]
+            group = h * groups // heads
+            part, of_group = slice(h * size, (h + 1) * size), slice(group * size, (group + 1) * size)
+            qh, kh = q[:, part] + biases[h], k[:, of_group] + biases[heads + group]
+            if self.config.qk_norm:
+                qh, kh = self.norm(qh, prefix + "q_norm.weight"), self.norm(kh, prefix + "k_norm.weight")
             qc, kc = (qh[:, 0::2] + 1j * qh[:, 1::2]) * turn, (kh[:, 0::2] + 1j * kh[:, 1::2]) * turn
             for i in range(length):
                 scores = np.array([(qc[i] * kc[j].conj()).sum().real for j in range(i + 1)]) / math.sqrt(size)
                 weights = np.exp(scores - scores.max())
-                out[i, part] = (weights / weights.sum()) @ v[: i + 1, part]
-        return out @ self.p[prefix + "proj.weight"].T
+                out[i, part] = (weights / weights.sum()) @ v[: i + 1, of_group]
+        return self.linear(out, prefix + "proj")
 
     def mlp(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        if self.config.layer == "neox":
+            hidden = self.linear(x, prefix + "fc")
+            return self.linear(
+                hidden * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2)(hidden), prefix + "proj"
+            )
         gate, up = np.split(x @ self.p[prefix + "fc.weight"].T, 2, axis=-1)
         return (gate / (1 + np.exp(-gate)) * up) @ self.p[prefix + "proj.weight"].T
 
     def block(self, x: np.ndarray, prefix: str) -> np.ndarray:
+        if self.config.layer != "huginn":
+            middle = x + self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.")
+            read = middle if self.config.layer == "llama" else x
+            return middle + self.mlp(self.norm(read, prefix + "norm_3.weight"), prefix + "mlp.")
         x = self.norm(
             self.attention(self.norm(x, prefix + "norm_1.weight"), prefix + "attn.") + x, prefix + "norm_2.weight"
         )
@@ -76,7 +104,8 @@ class Reference:
 
     def __call__(self, tokens: list[int], iterations: int) -> np.ndarray:
         table = self.p["embedding.weight"]
-        e = table[tokens] * math.sqrt(self.config.d_model)
+        huginn = self.config.layer == "huginn"
+        e = table[tokens] * (math.sqrt(self.config.d_model) if huginn else 1)
         for i in range(self.config.n_prelude):
             e = self.block(e, f"prelude.{i}.")
         state = np.zeros_like(e)
@@ -91,10 +120,10 @@ class Reference:
                     state = state + e
             for i in range(self.config.n_core):
                 state = self.block(state, f"core.blocks.{i}.")
-        x = self.norm(state, "final_norm.weight")
+        x = self.norm(state, "final_norm.weight") if huginn else state
         for i in range(self.config.n_coda):
             x = self.block(x, f"coda.{i}.")
-        return self.norm(x, "final_norm.weight") @ table.T
+        return self.norm(x, "final_norm.weight") @ self.p.get("head.weight", table).T
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "add"])
@@ -104,6 +133,59 @@ def test_logits_equal_an_independent_implementation(injection: str, iterations: 
     tokens = [3, 14, 15, 9, 2, 6, 5]
     ours = model(torch.tensor([tokens]), iterations)[0].detach().numpy()
     np.testing.assert_allclose(ours, Reference(model)(tokens, iterations), rtol=0, atol=1e-11)
+
+
+OTHER_LAYERS: dict[str, dict[str, Any]] = {
+    "llama": {"layer": "llama", "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "rope_base": 1e4, "tied": False},
+    "qwen2": {"layer": "llama", "n_heads": 4, "n_kv_heads": 1, "v_bias": True},
+    "qwen3": {"layer": "llama", "n_heads": 4, "n_kv_heads": 2, "head_size": 6, "qk_norm": True},
+    "neox": {"layer": "neox", "rope_size": 2, "norm_eps": 1e-5, "tied": False},
+}
+"""Shapes that imported models have."""
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_layers_equal_an_independent_implementation(
+    name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = perturbed(dataclasses.replace(SMALL, **OTHER_LAYERS[name]))
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    with torch.no_grad():
+        ours = model(torch.tensor([tokens]), 2)[0].numpy()
+    np.testing.assert_allclose(ours, Reference(model)(tokens, 2), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_other_layers_have_the_right_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hand-written backwards against PyTorch's own, and one gradient for each parameter."""
+    model = perturbed(dataclasses.replace(SMALL, **OTHER_LAYERS[name], noise_conditioning=True))
+    tokens, level = torch.arange(12).view(1, 12), torch.full((1, 1), 0.3)
+
+    def gradients() -> list[Tensor]:
+        e_BTD = model.encode(tokens)
+        hidden_BTD = model.decode(model.iterate(e_BTD, e_BTD, 2, level))
+        ones = torch.ones(12, dtype=torch.float64)
+        loss, _ = linear_cross_entropy(hidden_BTD[0], model.head_weight, tokens[0], ones)
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    ours = gradients()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs
+    for mine, theirs in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(mine.to_dense(), theirs.to_dense())
+
+
+def test_shapes_that_no_layer_has_are_refused() -> None:
+    for words, match in (
+        (["--model.n_kv_heads", "3"], "not divisible by model.n_kv_heads = 3"),
+        (["--model.head_size", "3"], "head size 3"),
+        (["--model.rope_size", "64"], "model.rope_size = 64"),
+        (["--model.layer", "gpt"], "model.layer|layer"),
+    ):
+        with pytest.raises(UserError, match=match):
+            load_config(CONFIGS / "tiny.toml", words)
 
 
 def test_fresh_conditioning_is_the_identity_bit_for_bit() -> None:
@@ -258,9 +340,11 @@ def test_scaled_rms_and_its_backward(weight_shape: tuple[int, ...], shifted: boo
     assert torch.autograd.gradcheck(lambda x, w, *s: scaled_rms(x, w, s[0] if s else None, 1e-6), inputs)
 
 
-def test_queries_keys_and_values_and_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = with_values(Attention(8, 2)).double()
-    rope = rope_table(3, 4, torch.device("cpu"), torch.float64)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_queries_keys_and_values_and_their_backward(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(d_model=8, n_heads=4, n_kv_heads=kv_heads, head_size=4)
+    attention = with_values(Attention(config)).double()
+    rope = rope_table(config, 3, torch.device("cpu"), torch.float64)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     inputs = (x, attention.qk_bias, attention.qkv.weight)
     assert torch.autograd.gradcheck(lambda x, *_: attention.project(x, rope), inputs)
@@ -298,7 +382,7 @@ def test_scaled_rms_of_silence_and_of_large_numbers() -> None:
 
 def test_rotation_as_complex_product_equals_the_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    tables = rope_table(5, 8, torch.device("cpu"))
+    tables = rope_table(ModelConfig(d_model=8, n_heads=1), 5, torch.device("cpu"))
     ours = apply_rope(x, *tables)
     (gradient,) = torch.autograd.grad(ours.square().sum() + ours.sum(), x)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # what compiled code runs

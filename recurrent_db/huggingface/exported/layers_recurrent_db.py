@@ -1,7 +1,8 @@
 """The parts of a looped language model: its noise, its blocks and its noise levels. `modeling_recurrent_db` puts them
 together.
 
-Shapes: B rows, T positions of a pass, S positions so far, D width, H heads, E head size.
+Shapes: B rows, T positions of a pass, S positions so far, D width, H heads, G heads of
+keys and values, E head size.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_recurrent_db import RecurrentDBConfig
-
-NORM_EPS, ROPE_BASE = 1e-6, 50_000.0
 
 Modulation = tuple[Tensor, ...]
 
@@ -84,6 +83,27 @@ class RMSNorm(nn.Module):
         return (unit * weight if shift is None else torch.addcmul(shift.to(dtype), unit, weight)).to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer norm in fp32 or wider. With a modulation: (1 + scale) * norm(x) + shift."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        dtype = wide(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        normed = F.layer_norm(x.to(dtype), (x.shape[-1],), weight, bias, self.eps)
+        if scale is not None:
+            normed = torch.addcmul(normed, normed, scale.to(dtype))
+        return (normed if shift is None else normed + shift.to(dtype)).to(x.dtype)
+
+
+def build_norm(config: RecurrentDBConfig) -> nn.Module:
+    """A norm over the residual stream."""
+    return (LayerNorm if config.layer == "neox" else RMSNorm)(config.hidden_size, config.norm_eps)
+
+
 class Pass:
     """One forward pass over T positions after those in the cache: rotations, attention mask, the cache's next layer, and the
     outputs of the blocks.
@@ -96,9 +116,14 @@ class Pass:
         self.outputs: list[Tensor] | None = None
         self.checkpoint: Any = None
         self.length, self.total = positions_BT.shape[1], seen + positions_BT.shape[1]
-        head_size, device = config.hidden_size // config.num_attention_heads, positions_BT.device
-        rates = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float64, device=device) / head_size)
-        angles = positions_BT[..., None].double() * rates
+        size, device = config.rope_size or config.head_dim, positions_BT.device
+        # Angles are float64 in Huginn's layers, and fp32 in the others, as in transformers.
+        huginn = config.layer == "huginn"
+        exact = torch.float64 if huginn else torch.float32
+        exponents = torch.arange(0, size, 2, dtype=exact, device=device) / size
+        rates = config.rope_base**-exponents if huginn else 1.0 / config.rope_base**exponents
+        rates = F.pad(rates, (0, (config.head_dim - size) // 2))
+        angles = positions_BT[..., None].to(exact) * rates
         self.cos, self.sin = angles.cos(), angles.sin()
         self.mask: Tensor | None = None  # None is the causal mask
         causal = torch.arange(self.total, device=device) <= torch.arange(seen, self.total, device=device)[:, None]
@@ -123,7 +148,10 @@ class Pass:
             if k_BHTE.shape[2] != self.total:
                 raise ValueError("this model needs a cache that grows (DynamicCache), used with one K")
         causal = self.mask is None and self.length > 1
-        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=self.mask, is_causal=causal)
+        grouped = q_BHTE.shape[1] != k_BHTE.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BHTE, v_BHTE, attn_mask=self.mask, is_causal=causal, enable_gqa=grouped
+        )
 
     def _layer(self) -> int:
         index, layers = next(self.visits), getattr(self.cache, "layers", None)
@@ -133,22 +161,32 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """Causal attention: fused projection of queries, keys and values; bias on queries and keys; interleaved RoPE."""
+    """Causal attention: fused projection of queries, keys and values; bias on queries and keys; interleaved RoPE. If there
+    are fewer heads of keys and values, each serves a group of query heads."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, config: RecurrentDBConfig) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.qk_bias = nn.Parameter(torch.zeros(2, n_heads, dim // n_heads))
-        self.proj = nn.Linear(dim, dim, bias=False)
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.n_heads, self.kv_heads, all_biased = heads, kv_heads, config.layer == "neox"
+        self.qkv = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * size, bias=False)
+        shape = (2, heads, size) if kv_heads == heads else (heads + kv_heads, size)
+        self.qk_bias = nn.Parameter(torch.zeros(shape))
+        self.v_bias = nn.Parameter(torch.zeros(kv_heads, size)) if config.v_bias or all_biased else None
+        self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        self.proj = nn.Linear(heads * size, config.hidden_size, bias=all_biased)
 
     def forward(self, x_BTD: Tensor, here: Pass) -> Tensor:
-        qkv = self.qkv(x_BTD).unflatten(-1, (3, self.n_heads, -1))
-        qk, dtype = qkv[:, :, :2] + self.qk_bias, wide(x_BTD.dtype)
-        turn = torch.complex(here.cos.to(dtype), here.sin.to(dtype))[:, :, None, None]
+        bias, both = self.qk_bias.flatten(0, -2), self.n_heads + self.kv_heads
+        qkv, dtype = self.qkv(x_BTD).unflatten(-1, (-1, bias.shape[-1])), wide(x_BTD.dtype)
+        qk, v = qkv[:, :, :both] + bias, qkv[:, :, both:]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :, : self.n_heads]), self.k_norm(qk[:, :, self.n_heads :])), dim=2)
+        if self.v_bias is not None:
+            v = v + self.v_bias
+        turn = torch.complex(here.cos.to(dtype), here.sin.to(dtype))[:, :, None]
         turned = torch.view_as_complex(qk.to(dtype).unflatten(-1, (-1, 2))) * turn
-        q, k = torch.view_as_real(turned).flatten(-2).to(x_BTD.dtype).unbind(2)
-        out_BHTE = here.attend(q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2))
+        q, k = torch.view_as_real(turned).flatten(-2).to(x_BTD.dtype).split((self.n_heads, self.kv_heads), dim=2)
+        out_BHTE = here.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(out_BHTE.transpose(1, 2).flatten(2))
 
 
@@ -165,24 +203,44 @@ class GatedMLP(nn.Module):
         return self.proj(F.silu(gate) * up)
 
 
+class PlainMLP(nn.Module):
+    """proj(gelu(fc(x))), both with a bias."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc, self.proj = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x_BTD)))
+
+
 class Block(nn.Module):
-    """Sandwich block: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x). A modulation scales, shifts and gates both branches
-    (AdaLN with gates centred on one)."""
+    """One transformer layer of the kind ``config.layer``:
+
+    - huginn, with sandwich norms: x = n2(attn(n1(x)) + x); x = n4(mlp(n3(x)) + x).
+    - llama: x = attn(n1(x)) + x; x = mlp(n3(x)) + x.
+    - neox, with parallel branches: x = attn(n1(x)) + mlp(n3(x)) + x.
+
+    A modulation scales, shifts and gates both branches (AdaLN with gates centred on one).
+    """
 
     def __init__(self, config: RecurrentDBConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = (RMSNorm(width, NORM_EPS) for _ in range(4))
-        self.attn = Attention(width, config.num_attention_heads)
-        self.mlp = GatedMLP(width, config.intermediate_size)
+        after = nn.Identity if config.layer != "huginn" else lambda: build_norm(config)
+        self.norm_1, self.norm_2, self.norm_3, self.norm_4 = build_norm(config), after(), build_norm(config), after()
+        self.attn = Attention(config)
+        self.parallel = config.layer == "neox"
+        self.mlp = (PlainMLP if self.parallel else GatedMLP)(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, here: Pass, *modulation: Tensor) -> Tensor:
+        first_BTD = x_BTD
         if not modulation:
             x_BTD = self.norm_2(self.attn(self.norm_1(x_BTD), here) + x_BTD)
-            return self.norm_4(self.mlp(self.norm_3(x_BTD)) + x_BTD)
+            return self.norm_4(self.mlp(self.norm_3(first_BTD if self.parallel else x_BTD)) + x_BTD)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x_BTD = self.norm_2(torch.addcmul(x_BTD, self.attn(self.norm_1(x_BTD, scale_a, shift_a), here), 1 + gate_a))
-        return self.norm_4(torch.addcmul(x_BTD, self.mlp(self.norm_3(x_BTD, scale_m, shift_m)), 1 + gate_m))
+        branch = self.mlp(self.norm_3(first_BTD if self.parallel else x_BTD, scale_m, shift_m))
+        return self.norm_4(torch.addcmul(x_BTD, branch, 1 + gate_m))
 
 
 class Injection(nn.Module):

@@ -5,7 +5,8 @@
     state_K --final norm, coda, final norm--> hidden     once
     hidden --embedding matrix--> logits
 
-The architecture is Huginn's (arXiv:2502.05171). K is ``config.num_recurrence``, or an argument of ``forward`` and
+The architecture is Huginn's (arXiv:2502.05171). With ``config.layer`` llama or neox, the embedding is not scaled and the
+final norm is used only before the head. K is ``config.num_recurrence``, or an argument of ``forward`` and
 ``generate``. ``config.initial_state`` is the start of the K iterations:
 
 - ``zeros``;
@@ -36,7 +37,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_recurrent_db import RecurrentDBConfig
-from .layers_recurrent_db import NORM_EPS, Block, Core, Noise, NoiseEmbedding, Pass, RMSNorm, noise_levels, wide
+from .layers_recurrent_db import Block, Core, Noise, NoiseEmbedding, Pass, build_norm, noise_levels, wide
 
 # Name of the cache in the output; it depends on the version of transformers.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
@@ -62,7 +63,8 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         self.prelude = nn.ModuleList(Block(config) for _ in range(config.n_prelude))
         self.core = Core(config)
         self.coda = nn.ModuleList(Block(config) for _ in range(config.n_coda))
-        self.final_norm = RMSNorm(width, NORM_EPS)
+        self.final_norm = build_norm(config)
+        self.head = None if config.tied else nn.Linear(width, config.vocab_size, bias=False)
         features = config.noise_features
         self.noise_embedding = NoiseEmbedding(width, config.n_core, features) if features else None
         self.noise = Noise(config.seed, config.max_position_embeddings)
@@ -75,8 +77,11 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding = value
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.head = value
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A prompt without tokens begins after an end-of-text token, like every text in training.
@@ -105,7 +110,7 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
 
     def encode(self, embeds_BTD: Tensor, here: Pass) -> Tensor:
         """Prelude: the context e, (B, T, D)."""
-        x_BTD = embeds_BTD * math.sqrt(self.config.hidden_size)
+        x_BTD = embeds_BTD * math.sqrt(self.config.hidden_size) if self.config.layer == "huginn" else embeds_BTD
         if here.outputs is not None:
             here.outputs.append(x_BTD)
         for block in self.prelude:
@@ -113,15 +118,15 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         return x_BTD
 
     def decode(self, state_BTD: Tensor, here: Pass) -> Tensor:
-        """Final norm, coda, final norm: the hidden vectors for the head, (B, T, D)."""
-        x_BTD = self.final_norm(state_BTD)
+        """Final norm (of Huginn's layers), coda, final norm: the hidden vectors for the head, (B, T, D)."""
+        x_BTD = self.final_norm(state_BTD) if self.config.layer == "huginn" else state_BTD
         for block in self.coda:
             x_BTD = here.run(block, x_BTD)
         return self.final_norm(x_BTD)
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def read_out(self, hidden: Tensor) -> Tensor:
         """Logits (..., V)."""
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def recur(self, e_BTD: Tensor, k: int, here: Pass) -> Tensor:
         """K core iterations, then the read-out's hidden vectors. The state starts from zeros or from a random normal with
@@ -163,7 +168,7 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
         if law["bridge"] == "state":
             return estimate
         outputs, here.outputs = here.outputs, None  # the blocks of this read-out are no part of the model's depth
-        logits_BTV = self.head(self.decode((estimate / law["sd"]).to(self.embedding.weight.dtype), here))
+        logits_BTV = self.read_out(self.decode((estimate / law["sd"]).to(self.embedding.weight.dtype), here))
         here.outputs = outputs
         table_VD = self.embedding.weight
         rows = table_VD if law["bridge"] == "soft" else table_VD[logits_BTV.argmax(-1)]
@@ -234,7 +239,7 @@ class RecurrentDBForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError("this cache was made with another K")
             past.visits = visits
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(hidden_BTD[:, keep])
+        logits = self.read_out(hidden_BTD[:, keep])
         loss = None
         if labels is not None:
             options = {name: kwargs[name] for name in LOSS_ARGUMENTS if name in kwargs}
