@@ -46,7 +46,8 @@ from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import sealed
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.huggingface.export import export
-from recurrent_db.huggingface.import_folder import Weights, import_folder, load_model
+from recurrent_db.huggingface.import_folder import import_folder, load_model
+from recurrent_db.huggingface.source_folder import Weights
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.objectives import Objective, build_objective
 from recurrent_db.optim.schedule import learning_rate_scale

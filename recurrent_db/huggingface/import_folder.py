@@ -1,12 +1,13 @@
 """Makes a run from a folder of Hugging Face transformers, for scoring, generation or further training.
 
-``model_type`` in ``config.json`` names one of two formats:
+``model_type`` in ``config.json`` names the format:
 
 - ``recurrent_db``: written by `export`, or saved again by transformers;
 - ``huginn_raven``: Huginn (arXiv:2502.05171), as in tomg-group-umd/huginn-0125. Its model computes the same as this
   project's: fused projections in the same order (queries, keys, values; gate half first), q/k bias before interleaved
   RoPE, sandwich norms, an adapter on [state, e], one final norm used twice, embeddings times sqrt(D), and a random
   initial state with standard deviation sqrt(2/5). Only the parameters' names and one shape differ.
+- ``llama`` and others: a pretrained transformer, which `retrofit` cuts into prelude, core and coda.
 
 The folder is untrusted. Its code is neither run nor read, weights are read from safetensors only, and every shape is
 compared with the configuration before memory is allocated.
@@ -18,14 +19,11 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 from recurrent_db.config import Config, ModelConfig, config_from_json, resolve, validate
@@ -35,6 +33,8 @@ from recurrent_db.data.tokenizer import Tokenizer, check_lossless
 from recurrent_db.errors import UserError
 from recurrent_db.files import write_atomic
 from recurrent_db.huggingface.export import MODEL_TYPE, SHAPE, hf_config
+from recurrent_db.huggingface.retrofit import FAMILIES, Cut, retrofit, retrofit_config
+from recurrent_db.huggingface.source_folder import Weights, check_size, read_json, whole_number
 from recurrent_db.model import LoopedLM, build_model
 from recurrent_db.model.layers import rope_table
 from recurrent_db.objectives import build_objective, load_objective_state, unrolled
@@ -42,32 +42,6 @@ from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.schema import to_dict
 from recurrent_db.store.checkpoint import save_checkpoint
 from recurrent_db.store.train_state import TrainState
-
-MOST_DIMENSIONS = 8
-"""Largest number of dimensions of a tensor that is read."""
-
-_MOST_BYTES = 1 << 28
-"""Size limit of JSON files and tokenizers, in bytes."""
-
-
-def _check_size(path: Path) -> None:
-    if path.stat().st_size > _MOST_BYTES:
-        raise UserError(f"{path} is larger than {_MOST_BYTES >> 20} MiB")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises `UserError` for anything else."""
-    try:
-        _check_size(path)
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is not valid JSON") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return values
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -85,13 +59,6 @@ _HUGINN_SHAPE = {
 }  # fmt: skip
 
 
-def _whole_number(values: dict[str, Any], key: str, source: str, default: Any = None) -> int:
-    value = values.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{source}: {key} must be a whole number, got {str(value)[:80]!r}")
-    return value
-
-
 def huginn_config(values: dict[str, Any], source: str) -> Config:
     """Convert the configuration of a Huginn checkpoint to a run's. Raises `UserError`, naming ``source``, for one that this
     model cannot compute."""
@@ -101,14 +68,14 @@ def huginn_config(values: dict[str, Any], source: str) -> Config:
     config = Config()
     model, depth = config.model, config.objective.unrolled
     for ours, theirs in _HUGINN_SHAPE.items():
-        setattr(model, ours, _whole_number(values, theirs, source))
+        setattr(model, ours, whole_number(values, theirs, source))
     rows = "padded_vocab_size" if "padded_vocab_size" in values else "vocab_size"
-    model.vocab_size = _whole_number(values, rows, source)
+    model.vocab_size = whole_number(values, rows, source)
     if values.get("num_key_value_heads", model.n_heads) != model.n_heads:
         raise UserError(f"{source}: num_key_value_heads differs from n_heads: grouped queries are not supported")
     config.objective.name = unrolled.NAME
-    depth.mean_depth = model.expected_depth = _whole_number(values, "mean_recurrence", source, 32)
-    depth.truncation = _whole_number(values, "mean_backprop_depth", source, 8)
+    depth.mean_depth = model.expected_depth = whole_number(values, "mean_recurrence", source, 32)
+    depth.truncation = whole_number(values, "mean_backprop_depth", source, 8)
     config.data.sequence_length = model.max_seq_len
     resolve(config)
     validate(config)
@@ -132,72 +99,6 @@ def _huginn_name(name: str) -> str:
         "core.injection.adapter.weight": "transformer.adapter.weight",
     }
     return fixed.get(name) or "transformer." + name.replace("core.blocks.", "core_block.").replace(".qkv.", ".Wqkv.")
-
-
-class Weights:
-    """The tensors of a folder's safetensors files. Reads the headers at first, and each tensor when it is needed.
-
-    Raises:
-        UserError: there are no safetensors, the index does not match the files, or a file is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        listed: dict[str, Any] | None = None
-        files = ["model.safetensors"]
-        if index.exists():
-            listed = _read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise UserError(f"{index} has no weight_map")
-            for file in listed.values():
-                if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file, re.ASCII):
-                    raise UserError(f"{index} names {str(file)[:80]!r}, which is not a plain *.safetensors file name")
-            if (folder / files[0]).exists() and files[0] not in listed.values():
-                raise UserError(f"{folder} has both {files[0]} and {index.name}: delete the one that is out of date")
-            files = sorted(set(listed.values()))
-        elif not (folder / files[0]).exists():
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-            note = "; pickled weights are not read" if pickled else ""
-            raise UserError(f"{folder} has neither model.safetensors nor an index of safetensors files{note}")
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            for name, shape, dtype in self._header(folder / file):
-                if name in self.files:
-                    raise UserError(f"{folder}: {name} is in {self.files[name].name} and in {file}")
-                if len(shape) > MOST_DIMENSIONS:
-                    raise UserError(f"{folder / file}: {name} has {len(shape)} dimensions")
-                if dtype not in ("F64", "F32", "BF16", "F16"):
-                    raise UserError(f"{folder / file}: {name} has type {dtype}; supported are F64, F32, BF16 and F16")
-                self.files[name], self.shapes[name] = folder / file, shape
-        if listed is not None and listed != {name: path.name for name, path in self.files.items()}:
-            odd = min(name for name in listed.keys() | self.files.keys()
-                      if name not in self.files or listed.get(name) != self.files[name].name)  # fmt: skip
-            raise UserError(f"{index} and the files disagree on where {odd} is")
-
-    @staticmethod
-    def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                    part = file.get_slice(name)
-                    yield name, tuple(part.get_shape()), part.get_dtype()
-        except SafetensorError as error:
-            raise UserError(f"{path}: not safetensors, or damaged ({str(error)[:120]})") from None
-
-    def read(self, name: str) -> Tensor:
-        """Read one tensor in its stored type. Raises `UserError` if it holds NaN or infinity."""
-        try:
-            with safe_open(self.files[name], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{self.files[name]}: damaged ({str(error)[:120]})") from None
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{self.folder}: {name} contains NaN or infinity")
-        return tensor
 
 
 def _check_extras(weights: Weights, config: ModelConfig) -> None:
@@ -300,16 +201,16 @@ def read_tokenizer(folder: Path, values: dict[str, Any], rows: int = 0) -> Token
     tokens. Raises `UserError` if there is no usable tokenizer."""
     model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
     source = folder / "tokenizer_config.json"
-    settings = _read_json(source) if source.exists() else {}
+    settings = read_json(source) if source.exists() else {}
     if model.exists():
-        _check_size(model)
+        check_size(model)
         plain = Tokenizer(model)
         added = _added_tokens(plain, settings, str(source))
         added += [(f"<row {index}>", True) for index in range(plain.vocab_size + len(added), rows)]
         return Tokenizer.from_bytes(with_tokens(plain.model_bytes, added), str(model)) if added else plain
     if not fast.exists():
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json")
-    spec = _read_json(fast)
+    spec = read_json(fast)
 
     def find(name: str) -> int | None:
         token = _content(settings.get(f"{name}_token"))
@@ -323,6 +224,7 @@ def read_tokenizer(folder: Path, values: dict[str, Any], rows: int = 0) -> Token
             if isinstance(index, int):
                 return index
         index = values.get(f"{name}_token_id")
+        index = index[0] if isinstance(index, list) and index else index
         return index if isinstance(index, int) else None
 
     eos = find("eos")
@@ -345,8 +247,45 @@ def read_tokenizer(folder: Path, values: dict[str, Any], rows: int = 0) -> Token
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def import_folder(folder: Path, run: Path) -> LoopedLM:
+def _exported_config(values: dict[str, Any], source: str) -> tuple[Config, dict[str, Any], int]:
+    """The run's configuration, the objective's state, and the number of embedding rows if transformers added some (else 0),
+    from the ``config.json`` of an exported folder."""
+    kept = values.get("run")
+    if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
+        raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
+    config, state, resized = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {}), 0
+    rows = whole_number(values, "vocab_size", source, config.model.vocab_size)
+    if rows > config.model.vocab_size:  # transformers added rows for new tokens
+        config.model.vocab_size = resized = rows
+    for theirs, ours in SHAPE.items():  # transformers leaves some keys out when it saves a folder again
+        if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
+            said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
+            raise UserError(f"{said}, but run.config.model.{ours} is {getattr(config.model, ours)!r}")
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return config, state, resized
+
+
+def _check_vocabulary(tokenizer: Tokenizer, rows: int, source: str, kind: object) -> None:
+    """Raise `UserError` unless the embedding's rows fit the tokenizer. Other projects pad an embedding by a few rows."""
+    tokens = tokenizer.vocab_size
+    if rows < tokens:
+        raise UserError(f"{source}: the embedding has {rows} rows for {tokens} tokens")
+    if kind in FAMILIES and rows - tokens > max(1024, rows // 16):
+        raise UserError(
+            f"{source}: the embedding has {rows} rows for {tokens} tokens: is the tokenizer another model's?"
+        )
+
+
+def import_folder(folder: Path, run: Path, cut: Cut | None = None) -> LoopedLM:
     """Import ``folder`` as the new run directory ``run``, with its configuration and one checkpoint at step 0.
+
+    Args:
+        folder: folder with config.json, *.safetensors and the tokenizer.
+        run: run directory to create.
+        cut: which layers of a model that is not looped become prelude, core and coda.
 
     Returns:
         The model, with its recurrence.
@@ -359,31 +298,24 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     source = str(folder / "config.json")
-    values = _read_json(folder / "config.json")
-    kind, state, resized = values.get("model_type"), {}, 0
+    values = read_json(folder / "config.json")
+    kind, resized = values.get("model_type"), 0
+    state: dict[str, Any] = {}
+    known = f"{MODEL_TYPE}, huginn_raven, or with --as looped {', '.join(FAMILIES)}"
+    if kind not in (MODEL_TYPE, "huginn_raven", *FAMILIES):
+        raise UserError(f"{source}: model_type must be {known}, got {str(kind)[:80]!r}")
+    if (kind in FAMILIES) != (cut is not None):
+        what = "is not looped: add --as looped" if cut is None else "is looped already: leave out --as"
+        raise UserError(f"{source}: a model of type {kind} {what}")
+    layers: list[int | None] = []
     if kind == "huginn_raven":
         config = huginn_config(values, source)
-    elif kind == MODEL_TYPE:
-        kept = values.get("run")
-        if not isinstance(kept, dict) or not isinstance(kept.get("config"), dict):
-            raise UserError(f"{source} has no run.config: was it written by recurrent-db export?")
-        config, state = config_from_json(json.dumps(kept["config"]), source), kept.get("objective", {})
-        rows = _whole_number(values, "vocab_size", source, config.model.vocab_size)
-        if rows > config.model.vocab_size:  # transformers added rows for new tokens
-            config.model.vocab_size = resized = rows
-        for theirs, ours in SHAPE.items():  # transformers leaves some keys out when it saves a folder again
-            if values.get(theirs, getattr(config.model, ours)) != getattr(config.model, ours):
-                said = f"{source}: {theirs} is {str(values[theirs])[:80]!r}"
-                raise UserError(f"{said}, but run.config.model.{ours} is {getattr(config.model, ours)!r}")
-        try:
-            validate(config)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
+    elif cut is not None:
+        config, layers = retrofit_config(values, cut, source)
     else:
-        raise UserError(f"{source}: model_type must be {MODEL_TYPE} or huginn_raven, got {str(kind)[:80]!r}")
+        config, state, resized = _exported_config(values, source)
     tokenizer = read_tokenizer(folder, values, resized)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{source}: the embedding has {config.model.vocab_size} rows for {tokenizer.vocab_size} tokens")
+    _check_vocabulary(tokenizer, config.model.vocab_size, source, kind)
     objective = build_objective(config)
     load_objective_state(objective, state, source)
     if kind == MODEL_TYPE:
@@ -392,7 +324,11 @@ def import_folder(folder: Path, run: Path) -> LoopedLM:
             if values.get(key, expected[key]) != expected[key]:
                 said = f"{source}: {key} is {str(values[key])[:80]!r}"
                 raise UserError(f"{said}, but the exported run needs {str(expected[key])[:80]!r}")
-    model = load_model(Weights(folder), config.model, kind == "huginn_raven", values.get("qk_bias", True) is not False)
+    if cut is not None:
+        model = retrofit(folder, config.model, layers)
+    else:
+        huginn, qk_bias = kind == "huginn_raven", values.get("qk_bias", True) is not False
+        model = load_model(Weights(folder), config.model, huginn, qk_bias)
     model.recurrence, model.document_mask = objective.recurrence, config.data.document_mask
     config.run.dir = str(run)
     run.mkdir(parents=True, exist_ok=True)

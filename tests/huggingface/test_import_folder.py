@@ -343,7 +343,7 @@ def refused(folder: Path, match: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "llama"}, "model_type must be .*'llama'"),
+        ({"model_type": "gpt2"}, "model_type must be .*'gpt2'"),
         ({"model_type": None}, "model_type"),
         ({"model_type": "recurrent_db"}, "no run.config"),
         ({"nonlin_name": "GELU"}, "nonlin_name"),

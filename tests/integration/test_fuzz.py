@@ -31,7 +31,7 @@ from recurrent_db.evaluation.answer_cache import HEADER, AnswerCache
 from recurrent_db.files import file_digest, read_json, sealed
 from recurrent_db.generation.options import GenerationOptions
 from recurrent_db.generation.sampling import draw
-from recurrent_db.huggingface.import_folder import Weights
+from recurrent_db.huggingface.source_folder import Weights
 from recurrent_db.objectives import build_objective, load_objective_state
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint
