@@ -74,6 +74,8 @@ class DenoisingBlock(nn.Module):
         first: int = 1,
     ) -> None:
         super().__init__()
+        if width < 1 or d_condition < 1:
+            raise UserError(f"width and d_condition must be at least 1, got {width} and {d_condition}")
         self.layers, self.width = nn.ModuleList(layers), width
         self.frame: nn.Module | None = None
         """The block's own copy of the frame, if it has one."""

@@ -49,6 +49,15 @@ def _check(right: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _check_count(count: int, **tensors: Tensor | None) -> None:
+    """Each tensor has one number per sample. Others would be broadcast."""
+    for name, each in tensors.items():
+        good = each is None or (isinstance(each, Tensor) and each.shape == (count,))
+        _check(
+            good, f"{name} must have shape ({count},), got {tuple(getattr(each, 'shape', ())) or type(each).__name__}"
+        )
+
+
 def _check_classes(y: Tensor, count: int, what: str) -> None:
     """A negative class would silently be counted from the end of a table."""
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool) and y.ndim == 1
@@ -153,6 +162,7 @@ class DiffusionBlocks(nn.Module):
         arguments: dict[str, Any],
     ) -> Tensor:
         """The estimate D of y, or with a table the logits."""
+        _check_count(len(z), sigma=sigma_B, label=label)
         block, sigma_B = self.block(number), sigma_B.to(z.device, non_blocking=True)
         sigma = sigma_B.to(z.dtype).view(-1, *[1] * (z.ndim - 1))
         if self.classes:
@@ -230,7 +240,7 @@ class DiffusionBlocks(nn.Module):
                 eps.shape == target.shape,
                 f"eps must have the target's shape {tuple(target.shape)}, got {tuple(eps.shape)}",
             )
-            _check(u_B.shape == target.shape[:1], f"u must have shape ({len(target)},), got {tuple(u_B.shape)}")
+            _check_count(len(target), u=u_B, u_label=u_label_B, label=label)
             sigma_B = self.draw(number, u_B).to(target.device, non_blocking=True)
             sigma = sigma_B.to(target.dtype).view(-1, *[1] * (target.ndim - 1))
             if label is not None and self.label_dropout:
@@ -328,8 +338,9 @@ class DiffusionBlocks(nn.Module):
         return found
 
 
-def _refuse_shared(blocks: Sequence[nn.Module], frame: nn.Module) -> None:
+def _check_parts(blocks: Sequence[nn.Module], frame: Any) -> None:
     """A parameter of two blocks could not be trained alone."""
+    _check(isinstance(frame, Frame), f"frame must be a Frame, got {type(frame).__name__}")
     seen: dict[int, str] = {}
     for name, part in [*((f"block {n}", block) for n, block in enumerate(blocks, 1)), ("the frame", frame)]:
         for inner, parameter in part.named_parameters():
@@ -399,7 +410,7 @@ def convert(
     _check(isinstance(network, Iterable), f"network must be a list of layers, got {type(network).__name__}")
     stack = list(network)
     _check(0 < sd < math.inf, f"sd, the data's standard deviation, must be above 0, got {sd}")
-    _check(noise.sigma_min > 0, f"the lowest noise level must be above 0, got {noise.sigma_min}")
+    _check(0 < noise.sigma_min < noise.sigma_max, f"sigma_min must be above 0 and below sigma_max: {noise}")
     _check(0 <= gamma < math.inf, f"gamma, the overlap, must be at least 0, got {gamma}")
     _check(shared in SHARED, f"shared must be one of {', '.join(SHARED)}, got {shared!r}")
     _check(modulation in MODULATIONS, f"modulation must be {', '.join(MODULATIONS)}, got {modulation!r}")
@@ -416,7 +427,7 @@ def convert(
         for count, end in zip(counts, itertools.accumulate(counts), strict=True)
     ]
     frame = Frame() if frame is None else frame
-    _refuse_shared(parts, frame)
+    _check_parts(parts, frame)
     if shared == "all":
         _copy_frame(parts, frame)
     with torch.device("cpu"):  # the layers may be built on the meta device
