@@ -316,6 +316,8 @@ def import_folder(folder: Path, run: Path, cut: Cut | None = None) -> LoopedLM:
         config, state, resized = _exported_config(values, source)
     tokenizer = read_tokenizer(folder, values, resized)
     _check_vocabulary(tokenizer, config.model.vocab_size, source, kind)
+    if kind != MODEL_TYPE and tokenizer.vocab_size < config.model.vocab_size:  # padding rows can be drawn, too
+        tokenizer = read_tokenizer(folder, values, config.model.vocab_size)
     objective = build_objective(config)
     load_objective_state(objective, state, source)
     if kind == MODEL_TYPE:

@@ -362,6 +362,22 @@ def test_every_way_of_decoding_gives_the_text_of_transformers(
         assert text == tokenizer.decode(new), options
 
 
+def test_padding_rows_of_an_embedding_stand_for_no_text(llama: Path, tmp_path: Path, texts: list[str]) -> None:
+    weights = load_file(llama / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[key] = torch.cat((weights[key], 3 * weights[key][:30]))
+    save_file(weights, llama / "model.safetensors")
+    path = llama / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": VOCAB + 30}))
+    import_folder(llama, tmp_path / "run", FOUR)
+    model, tokenizer = recurrent_db.load(tmp_path / "run", "cpu")
+    assert tokenizer.vocab_size == VOCAB + 30
+    assert tokenizer.decode_bytes(range(VOCAB, VOCAB + 30)) == b""
+    assert max(tokenizer.encode("".join(texts[:3]))) < VOCAB
+    for seed in range(3):
+        recurrent_db.generate(model, tokenizer, "def ", k=1, max_new_tokens=30, temperature=9.0, seed=seed)
+
+
 @pytest.mark.parametrize(("name", "objective"), [("llama", "one_step"), ("pythia", "unrolled"), ("smollm", "denoise")])
 def test_training_continues_from_a_retrofitted_run(
     folders: dict[str, tuple[Any, Path]], name: str, objective: str, tmp_path: Path, texts: list[str]
