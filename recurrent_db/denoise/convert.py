@@ -279,6 +279,7 @@ class DiffusionBlocks(nn.Module):
         x: Any = None,
         label: Tensor | None = None,
         guidance: float = 1.0,
+        levels: Sequence[float] = (),
         **arguments: Any,
     ) -> Tensor:
         """Generate targets from standard normal ``eps``, starting with block 1. Each evaluation uses the block of its level.
@@ -291,6 +292,7 @@ class DiffusionBlocks(nn.Module):
             label: condition, (B,).
             guidance: strength g of classifier-free guidance (arXiv 2207.12598): D(no class) + g (D(label) - D(no class)).
                 1 means none; any other strength evaluates every block twice.
+            levels: the noise levels of the steps, falling; by default the partition's for this number of steps.
             arguments: further arguments of the layers.
 
         Raises:
@@ -311,7 +313,7 @@ class DiffusionBlocks(nn.Module):
             free = self.denoise(number, z, sigma_B, x, torch.full_like(label, self.classes), **arguments)
             return free + guidance * (found - free)
 
-        levels = self.partition.levels(steps or self.partition.n_blocks)
+        levels = list(levels) or self.partition.levels(steps or self.partition.n_blocks)
         z = eps * levels[0]
         for sigma, following in zip(levels, [*levels[1:], 0.0], strict=True):
             z = STEPS[sampler](denoise, z, sigma, following, None)

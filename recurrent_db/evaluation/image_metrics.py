@@ -362,21 +362,3 @@ def floor(extractor: Extractor, train: ImageData, real: Tensor, samples: int) ->
     if samples > len(train):
         raise UserError(f"{samples} training images are asked for, but {train.where} has {len(train)}")
     return compare(extractor, real, extractor.features_of(train, samples))
-
-
-def check_same_extractor(hashes: Mapping[str, str]) -> None:
-    """Check that all results were made under one extractor.
-
-    Args:
-        hashes: `Extractor.hash` by the name of the result.
-
-    Raises:
-        UserError: two results differ; the message names them.
-    """
-    first, *others = hashes.items() or [("", "")]
-    for name, found in others:
-        if found != first[1]:
-            raise UserError(
-                f"{first[0]} and {name} were scored under different extractors ({first[1][:12]} and {found[:12]}), so"
-                " their distances are not comparable: score them again under one"
-            )

@@ -27,6 +27,7 @@ from recurrent_db.accounting.image_flops import forward_flops
 from recurrent_db.data import ImageData, image_batches
 from recurrent_db.data.image_loader import from_pixels, to_pixels
 from recurrent_db.denoise.convert import JOIN, DiffusionBlocks
+from recurrent_db.denoise.partition import Partition
 from recurrent_db.denoise.sampler import EVALUATIONS, STEPS, STOCHASTIC
 from recurrent_db.errors import UserError
 from recurrent_db.evaluation.image_metrics import Extractor, ImageScores, compare
@@ -222,6 +223,14 @@ def check_samples(run: ImageRun, guidance: float = 1.0, sampler: str = "euler") 
     return network
 
 
+def sampling_levels(network: DiffusionBlocks, steps: int) -> list[float]:
+    """The noise levels at which images are sampled: the upper ends of intervals of equal probability.
+
+    They do not depend on how the blocks divide the levels, so networks with other ranges are sampled at the same levels.
+    """
+    return Partition.cut(network.density, network.partition.n_blocks).levels(steps)
+
+
 @torch.no_grad()
 def sample_images(
     run: ImageRun,
@@ -255,7 +264,9 @@ def sample_images(
         index_B = torch.arange(start, min(count, start + batch_size))
         eps = rng.normal(index_B, (3, height, width), "sample", device)
         label_B = (index_B % classes).to(device)
-        images = network.walk(eps, steps, sampler, label=label_B, guidance=guidance)
+        images = network.walk(
+            eps, sampler=sampler, label=label_B, guidance=guidance, levels=sampling_levels(network, steps)
+        )
         samples[start : start + len(index_B)] = to_pixels(images)
         if progress is not None:
             progress(len(index_B))
@@ -322,7 +333,7 @@ def walk_flops(run: ImageRun, steps: int, sampler: str = "euler", guidance: floa
     if isinstance(network, ViT):
         return forward_flops(model)
     partition = network.partition
-    levels = partition.levels(steps)
+    levels = sampling_levels(network, steps) if model.network == "dit" else partition.levels(steps)
     evaluated = [*levels, *(levels[1:] if EVALUATIONS[sampler] == 2 else [])]
     once = sum(forward_flops(model, model.block_layers[partition.block_of(sigma) - 1]) for sigma in evaluated)
     return once * (1 if guidance == 1 else 2)

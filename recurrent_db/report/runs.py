@@ -421,8 +421,23 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run directories, in the given order. Raises `UserError` like `read_run`."""
-    return [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    """Read run directories, in the given order.
+
+    Raises:
+        UserError: see `read_run`; or the samples of two runs were scored under different extractors.
+    """
+    runs = [read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    under: dict[str, str] = {}
+    for run in runs:
+        if isinstance(distance := run.images.get("distance"), dict):
+            under.setdefault(str(distance.get("extractor")), run.name)
+    if len(under) > 1:
+        (first, one), (second, other) = list(under.items())[:2]
+        raise UserError(
+            f"{one} and {other} were scored under different extractors ({first[:12]} and {second[:12]}), so their distances"
+            " are not comparable: score them again under one"
+        )
+    return runs
 
 
 def merge_baselines(paths: Sequence[Path], given: dict[str, float] | None) -> dict[str, float]:

@@ -152,6 +152,8 @@ def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _contradiction(first: BlockSource, other: BlockSource) -> str | None:
     """Why the blocks of two runs do not fit into one model; None if they do."""
+    if (name := first.config.objective.name) != (theirs_name := other.config.objective.name):
+        return f"objective.name is {name} in {first.path} and {theirs_name} in {other.path}"
     for section in ("model", "objective"):
         ours, theirs = to_dict(getattr(first.config, section)), to_dict(getattr(other.config, section))
         for key, value in _flat(ours):

@@ -24,7 +24,6 @@ from recurrent_db.evaluation.image_metrics import (
     FEATURES,
     LEAST_SAMPLES,
     Extractor,
-    check_same_extractor,
     compare,
     floor,
     frechet_distance,
@@ -325,14 +324,6 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for distance in (frechet_distance, kernel_distance):
         with pytest.raises(UserError, match=r"library torchmetrics .*pip install 'recurrent-db\[vision\]'$"):
             distance(torch.zeros(9, 2), torch.zeros(9, 2))
-
-
-@fast
-def test_results_under_different_extractors_are_not_compared() -> None:
-    check_same_extractor({})
-    check_same_extractor({"one": "a" * 64, "two": "a" * 64})
-    with pytest.raises(UserError, match=r"one and three .*\(aaaaaaaaaaaa and bbbbbbbbbbbb\)"):
-        check_same_extractor({"one": "a" * 64, "two": "a" * 64, "three": "b" * 64})
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from recurrent_db.evaluation.images import (
     default_steps,
     draw_grid,
     sample_images,
+    sampling_levels,
     score_samples,
     walk_flops,
 )
@@ -417,3 +418,15 @@ def test_the_commands_of_the_guide(digits: ImageData, tmp_path: Path, monkeypatc
         runner.run(block)
     assert (tmp_path / "samples.png").is_file()
     assert "Samples of dit" in (tmp_path / "report.html").read_text()
+
+
+def test_networks_with_other_ranges_are_sampled_at_the_same_levels() -> None:
+    """A comparison of partitions compares what the blocks have learned, not the sampler's levels."""
+    equal, uniform = (
+        image_run("denoise_image", 2, (), "--blocks.partition", how) for how in ("equal-probability", "uniform")
+    )
+    levels = sampling_levels(equal.network, 6)
+    assert levels == sampling_levels(uniform.network, 6)
+    assert levels[0] == 80
+    assert levels == sorted(levels, reverse=True)
+    assert equal.network.partition.levels(6) == levels != uniform.network.partition.levels(6)

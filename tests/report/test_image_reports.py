@@ -15,6 +15,7 @@ from fake_runs import save
 from recurrent_db.accounting.flops import step_cost, total
 from recurrent_db.config import load_config
 from recurrent_db.data.vocabulary import ImageClasses
+from recurrent_db.errors import UserError
 from recurrent_db.model.image_networks import build_image_network
 from recurrent_db.objectives import build_objective
 from recurrent_db.report.comparison import Comparison
@@ -153,8 +154,9 @@ def test_a_run_that_was_not_scored_shows_its_last_evaluation(tmp_path: Path) -> 
 
 
 def test_distances_under_different_extractors(tmp_path: Path) -> None:
-    shown = words(own_section(generator(tmp_path / "one"), generator(tmp_path / "two", "decaf" * 12)))
-    assert "Warning: the runs were scored under different extractors" in shown
+    runs = generator(tmp_path / "one"), generator(tmp_path / "two", "decaf" * 12)
+    with pytest.raises(UserError, match=r"^one and two were scored under different extractors .*decafdecafde\)"):
+        read_runs(runs)
 
 
 @pytest.mark.parametrize("name", ["eval/images.json", "eval/images.png", "checkpoints/step-00000012/images.json"])

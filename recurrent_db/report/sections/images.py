@@ -82,7 +82,7 @@ def _distances(comparison: Comparison, runs: Sequence[Run]) -> str:
         result, distance, floor = run.images, run.images.get("distance"), run.images.get("floor")
         if not isinstance(distance, dict) or not isinstance(floor, dict):
             continue
-        compared.add(tuple(str(v) for v in (distance.get("extractor"), distance.get("samples"), distance.get("real"))))
+        compared.add((str(distance.get("samples")), str(distance.get("real"))))
         flops = number(result.get("flops_per_image"))
         rows.append(
             [
@@ -106,8 +106,8 @@ def _distances(comparison: Comparison, runs: Sequence[Run]) -> str:
     warning = ""
     if len(compared) > 1:
         warning = (
-            "<p><strong>Warning:</strong> the runs were scored under different extractors or with different numbers of "
-            "images: their distances are not comparable.</p>"
+            "<p><strong>Warning:</strong> the runs were scored with different numbers of images: their distances are not "
+            "comparable.</p>"
         )
     caption = (
         "Distances between samples and real images, in the features of our own extractor, which its hash names. Lower is "
