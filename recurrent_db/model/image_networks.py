@@ -12,7 +12,7 @@ from recurrent_db.denoise.convert import DiffusionBlocks, convert
 from recurrent_db.denoise.noise import LogNormal
 from recurrent_db.errors import UserError
 from recurrent_db.model.dit import DiTLayer, ImageFrame
-from recurrent_db.model.vit import ClassFrame, ViT, vit_layers
+from recurrent_db.model.vit import ClassFrame, Patches, ViT, sine_positions, vit_layers
 from recurrent_db.objective_config import ImageBlocksConfig
 from recurrent_db.rng import key
 
@@ -71,7 +71,8 @@ def initialize(network: ViT | DiffusionBlocks, seed: int) -> None:
     """Draw initial weights, in place, on the CPU.
 
     Matrices are Glorot-uniform, as in ViT and DiT. Biases are zero and norms one. Class embeddings are orthonormal as far as
-    there is room, else normal. Noise conditioning and a DiT's output layer start at zero.
+    there is room, else normal. Positions start as sines, with which attention finds neighbours early. Noise conditioning and
+    a DiT's output layer start at zero.
     """
     if isinstance(network, ViT):
         return _initialize(network, torch.Generator().manual_seed(key(seed, "network")))
@@ -94,7 +95,9 @@ def _initialize(part: nn.Module, generator: torch.Generator) -> None:
             nn.init.ones_(parameter)
         elif name.startswith("conditioning.out.") or name.startswith("out.") or name.endswith("bias"):
             nn.init.zeros_(parameter)
-        elif name.endswith(("position", "token", "labels.weight")):
+        elif isinstance(owner, Patches) and name.endswith("position"):
+            parameter.copy_(sine_positions(owner.grid, parameter.shape[1]))
+        elif name.endswith(("token", "labels.weight")):
             nn.init.normal_(parameter, std=0.02, generator=generator)
         elif name == "conditioning.hidden.weight":
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)

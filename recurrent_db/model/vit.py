@@ -26,11 +26,30 @@ class Patches(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.size = config.patch_size
+        self.grid = (config.image_size[0] // self.size, config.image_size[1] // self.size)
+        """Rows and columns of patches."""
         self.embed = nn.Linear(3 * self.size**2, config.d_model)
         self.position = nn.Parameter(torch.empty(patch_count(config), config.d_model))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.embed(F.unfold(images_BCHW, self.size, stride=self.size).mT) + self.position
+
+
+def sine_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Sines and cosines of each patch's row and column, fp32 (rows * columns, width).
+
+    Args:
+        grid: numbers of rows and columns.
+
+    A quarter of the width each is for sine and cosine of row and column, with wavelengths from 2 pi to 2 pi * 10,000 (DiT,
+    arXiv 2212.09748). What is left of the width is zero.
+    """
+    quarter = width // 4
+    rates = 1e4 ** -(torch.arange(quarter, dtype=torch.float64) / max(1, quarter))
+    axes = torch.meshgrid(*(torch.arange(count) for count in grid), indexing="ij")
+    angles = [axis.flatten().double()[:, None] * rates for axis in axes]
+    parts = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return F.pad(torch.cat(parts, dim=1), (0, width - 4 * quarter)).float()
 
 
 def patch_count(config: ModelConfig) -> int:

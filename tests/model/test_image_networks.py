@@ -16,7 +16,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.model.build import build_network
 from recurrent_db.model.dit import DiTLayer, ImageFrame
 from recurrent_db.model.image_networks import build_image_network
-from recurrent_db.model.vit import ClassFrame, Patches, ViT, patch_count
+from recurrent_db.model.vit import ClassFrame, Patches, ViT, patch_count, sine_positions
 
 pytestmark = pytest.mark.fast
 
@@ -71,7 +71,8 @@ def test_a_block_starts_with_the_weights_that_it_has_in_the_whole_network(object
     other = dict(build_network(image_config(objective, *more), 6).named_parameters())
     drawn = [name for name in whole if not torch.equal(whole[name], other[name])]
     same = [name for name in whole if name not in drawn]
-    assert all(".norm" in name or "layernorm" in name or name.endswith("bias") or ".out." in name for name in same)
+    fixed = (".norm", "layernorm", "bias", ".out.", ".position")
+    assert all(any(part in name for part in fixed) for name in same)
     # Equal layers of two blocks, and of one block, start with other values; copies of the frame start equal.
     for name in drawn:
         if ".frame." in name:
@@ -91,6 +92,26 @@ def test_the_scale_of_initial_weights() -> None:
                 assert 0.9 * bound < value.abs().max() <= bound
             if name.endswith("bias"):
                 assert not value.any(), name
+
+
+@pytest.mark.parametrize("width", [16, 30])
+def test_positions_start_as_sines(width: int) -> None:
+    """Entry by entry, and near patches are more alike than far ones."""
+    rows, columns = 3, 4
+    found = sine_positions((rows, columns), width)
+    quarter = width // 4
+    for row in range(rows):
+        for column in range(columns):
+            expected = []
+            for wave, at in ((math.sin, row), (math.cos, row), (math.sin, column), (math.cos, column)):
+                expected += [wave(at / 10_000 ** (i / quarter)) for i in range(quarter)]
+            expected += [0.0] * (width - 4 * quarter)
+            assert found[row * columns + column].tolist() == pytest.approx(expected, abs=1e-6)
+    alike = found @ found[0]
+    assert alike[0] > alike[1] > alike[2]
+    assert alike[0] > alike[columns] > alike[2 * columns]
+    network = build_image_network(image_config("classify", size=(6, 8)), 0)
+    torch.testing.assert_close(network.get_parameter("patches.position"), sine_positions((3, 4), 32))
 
 
 def test_class_targets_are_orthonormal_and_the_same_in_all_blocks() -> None:
