@@ -299,6 +299,8 @@ class Objectives(Section):
 
 
 OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(Objectives))
+FLAT = next(f.name for f in dataclasses.fields(Objectives) if f.default_factory is NextTokenConfig)
+"""The flat control."""
 
 
 def name_help() -> str:

@@ -82,7 +82,7 @@ SMALL = {
     "sweep": {"--limit": "2"},
     "generation": {"--prompts": "4", "--prompt-tokens": "8", "--tokens": "8", "--resamples": "4", "--k": "1"},
     "decode": {"--tokens": "16", "--prompts": "1", "--rows": "1"},
-    "images": {"--samples": "640", "--sampler-steps": "2", "--draws": "2"},
+    "images": {"--samples": "640", "--sampler-steps": "2"},
     "masked": {"--tokens": "256", "--steps": "2"},
     "train_tokenizer": {"--vocab-size": "512", "--max-documents": "40"},
     "prepare_data": {"--max-documents": "40", "--workers": "1"},
@@ -102,7 +102,7 @@ def smaller(command: str, words: list[str]) -> list[str]:
         spellings = {option, option.replace("-", "_").replace("__", "--", 1)}
         if places := [at for at, word in enumerate(words) if word in spellings]:
             words[places[0] + 1] = value
-        else:
+        elif kind != "images":  # classifiers and generators have options of their own
             words = [*words, option, value]
     if kind == "depth_curve" and "--k" in words:
         at = words.index("--k") + 1

@@ -138,10 +138,10 @@ FAULTS = (
     ),
     Fault("bits per byte in nats", "evaluation/likelihood.py", "(math.log(2) * n_bytes)", "n_bytes"),
     Fault("head's FLOPs left out", "accounting/flops.py", '"head": head if', '"head": Cost() if'),
-    Fault("backward counted once", "accounting/flops.py", "runs = no_grad + 3 * grad", "runs = no_grad + 2 * grad"),
+    Fault("backward counted once", "accounting/cost.py", "runs = no_grad + 3 * grad", "runs = no_grad + 2 * grad"),
     Fault(
         "backward's products counted once",
-        "accounting/flops.py",
+        "accounting/cost.py",
         "backward_weight=grad * 2 * weights",
         "backward_weight=0.0",
     ),

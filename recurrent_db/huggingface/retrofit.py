@@ -29,6 +29,7 @@ from recurrent_db.config import Config, ModelConfig, resolve, validate
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.source_folder import Weights, whole_number
 from recurrent_db.model import LoopedLM, build_model
+from recurrent_db.objective_config import FLAT
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 """Values of ``model_type`` that can be imported. SmolLM and others have the type llama, Pythia has gpt_neox."""
@@ -174,7 +175,7 @@ def retrofit_config(values: dict[str, Any], cut: Cut, source: str) -> tuple[Conf
     key, default = ("layer_norm_eps", 1e-5) if neox else ("rms_norm_eps", 1e-6)
     model.norm_eps = _number(values, key, source, default)
     model.tied = values.get("tie_word_embeddings", False) is True
-    config.objective.name = "next_token"
+    config.objective.name = FLAT
     try:
         resolve(config)
         validate(config)

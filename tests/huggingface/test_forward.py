@@ -114,12 +114,12 @@ def test_hidden_states_are_the_outputs_of_the_blocks(theirs: Any) -> None:
         assert torch.equal(out.logits, plain.logits)
         assert len(out.hidden_states) == 1 + shape.n_prelude + k * shape.n_core + shape.n_coda
         assert {tuple(state.shape) for state in out.hidden_states} == {(2, 9, shape.hidden_size)}
-        assert torch.equal(theirs.head(out.hidden_states[-1]), out.logits)
+        assert torch.equal(theirs.read_out(out.hidden_states[-1]), out.logits)
         assert torch.equal(out.hidden_states[0], theirs.embedding(ids) * shape.hidden_size**0.5)
     made = theirs.generate(ids, max_new_tokens=2, min_new_tokens=2, output_hidden_states=True, output_logits=True,
                            return_dict_in_generate=True, do_sample=False)  # fmt: skip
     assert len(made.hidden_states) == 2
-    assert torch.equal(theirs.head(made.hidden_states[1][-1])[:, -1].float(), made.logits[1].float())
+    assert torch.equal(theirs.read_out(made.hidden_states[1][-1])[:, -1].float(), made.logits[1].float())
 
 
 def test_forms_of_input_and_output(theirs: Any) -> None:

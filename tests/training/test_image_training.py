@@ -39,7 +39,7 @@ from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.model.image_networks import build_image_network
 from recurrent_db.model.vit import ViT
-from recurrent_db.objectives.denoise_class import walk_log_probabilities
+from recurrent_db.objectives.denoise_class import mean_probability, walk_log_probabilities
 from recurrent_db.rng import EVALUATION_STEP, Rng
 from recurrent_db.store.checkpoint import Checkpoint
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
@@ -103,7 +103,7 @@ def test_held_out_scores_are_means_over_the_images(images: Path, tmp_path: Path,
     if isinstance(network, ViT):
         read = {1: network(batch.images_BCHW).log_softmax(-1)}
     elif objective == "denoise_class":
-        read = {k: walk_log_probabilities(network, batch, k, 0, 4)[-1] for k in (1, 3)}
+        read = {k: mean_probability(walk_log_probabilities(network, batch, k, 0, 4)) for k in (1, 3)}
     else:
         read = {}
         rng, target = Rng(4, EVALUATION_STEP), batch.images_BCHW

@@ -27,6 +27,7 @@ from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import attention, build_model
+from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.store.checkpoint import Checkpoint, load_checkpoint
@@ -206,7 +207,8 @@ def test_muon_learns_says_its_share_and_resumes_bit_for_bit(
 @pytest.mark.parametrize(("asked", "short"), [(64, False), (2048, False), (100_000, True)])
 def test_a_validation_split_shorter_than_asked_is_said(data: Path, tmp_path: Path, asked: int, short: bool) -> None:
     config = load_config(None, words(data, tmp_path / "run", "--eval.tokens", asked))
-    line = TextTask(config, Team("none", torch.device("cpu"))).describe()
+    task = TextTask(config, Team("none", torch.device("cpu")))
+    line = " ".join(task.describe(task.build_model(build_objective(config), False)))
     assert ("the validation split is short: " in line and "eval.tokens = 100,000" in line) == short
 
 
