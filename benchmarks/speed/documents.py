@@ -78,7 +78,7 @@ def make_step(args: Args, name: str, device: torch.device) -> Callable[[bool], f
     n = args.batch_size or config.data.micro_batch_size or config.data.batch_size
     model, objective = build_model(config.model, args.seed, device), build_objective(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    need = Need(device, dtype, config.model.d_model // config.model.n_heads, True, "two-stream" in name)
+    need = Need(device, dtype, config.model.d_head, True, "two-stream" in name)
     model.attention, _ = choose(args.attention, need)
     batch = packed_batch(args, config.model.vocab_size, n, config.data.sequence_length, device)
     clock = time.process_time if device.type == "cpu" else time.perf_counter

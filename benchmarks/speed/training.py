@@ -154,7 +154,7 @@ class Setting:
 
 def use_backend(model: LoopedLM, name: str, setting: Setting, two_stream: bool) -> None:
     """Set the attention back end of ``model``. Raises `UserError` if it cannot be used."""
-    head_size = model.config.d_model // model.config.n_heads
+    head_size = model.config.d_head
     dtype = setting.dtype if setting.device.type == "cuda" else torch.float32
     need = Need(setting.device, dtype, head_size, documents=True, two_stream=two_stream)
     model.attention, line = choose(name, need)

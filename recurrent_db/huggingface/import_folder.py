@@ -135,7 +135,7 @@ def load_model(weights: Weights, config: ModelConfig, huginn: bool, qk_bias: boo
     for name, theirs in names.items():
         shape = tuple(wanted[name].shape)
         if huginn and name.endswith("qk_bias"):
-            shape = (shape[0], 1, *shape[1:])
+            shape = (2, 1, shape[0] // 2, shape[1])
         if name not in zeros and theirs not in weights.shapes:
             raise UserError(f"{what} lacks the weight {theirs}")
         if name not in zeros and weights.shapes[theirs] != shape:

@@ -149,8 +149,7 @@ class Attention(nn.Module):
         heads, kv_heads, size = config.n_heads, config.kv_heads, config.d_head
         self.sizes = heads, kv_heads, kv_heads
         self.qkv = Linear(config.d_model, config.d_qkv, bias=False)
-        shape = (2, heads, size) if kv_heads == heads else (heads + kv_heads, size)
-        self.qk_bias = nn.Parameter(torch.zeros(shape))
+        self.qk_bias = nn.Parameter(torch.zeros(heads + kv_heads, size))
         all_biased = config.layer == "neox"
         self.v_bias = nn.Parameter(torch.zeros(kv_heads, size)) if config.v_bias or all_biased else None
         self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) if config.qk_norm else None for _ in range(2))
@@ -158,7 +157,7 @@ class Attention(nn.Module):
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values, (B, G, T, E) each; queries and keys are rotated."""
-        qkv_BTX, bias = self.qkv(x_BTD), self.qk_bias.flatten(0, -2)
+        qkv_BTX, bias = self.qkv(x_BTD), self.qk_bias
         if (
             qkv_BTX.device.type == "cpu"
             and qkv_BTX.dtype == wide(qkv_BTX.dtype)

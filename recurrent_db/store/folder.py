@@ -206,9 +206,8 @@ def fault(checkpoint: Path) -> str | None:
 def content_hash(checkpoint: Path) -> str:
     """SHA-256 (hexadecimal) of all that determines a model's outputs, from an undamaged checkpoint's manifest.
 
-    It covers weights, configuration, vocabulary and ``state.json``, and leaves out what only training needs: the optimizer's
-    state and what the objective keeps for the slots. Copies of a checkpoint
-    have the same hash.
+    It covers weights, configuration, vocabulary and ``state.json``, and leaves out what only training needs: the
+    optimizer's state and what the objective keeps for the slots. Copies of a checkpoint have the same hash.
     """
     files = read_json(checkpoint / MANIFEST)["files"]
     training = ("optimizer.safetensors", SLOTS_FILE, "-00003-of-00003.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,19 @@ from torch import nn
 
 from recurrent_db.accounting.image_flops import positions
 from recurrent_db.config import Config, validate
-from recurrent_db.data import ImageBatch, ImageLoader, Slots, image_batches, open_images, prefetch
+from recurrent_db.data import ImageBatch, ImageLoader, image_batches, open_images
 from recurrent_db.data.vocabulary import ImageClasses
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.model.image_networks import build_image_network
 from recurrent_db.objectives import Objective
+from recurrent_db.training.loader_task import LoaderTask
 
 SCORED_AT_ONCE = 128
 """Held-out images per forward pass."""
 
 
-class ImageTask:
+class ImageTask(LoaderTask[ImageBatch]):
     """Training on image shards.
 
     Args:
@@ -44,9 +45,7 @@ class ImageTask:
         ):  # fmt: skip
             if is_set:
                 raise UserError(f"{key} is for language models; objective {config.objective.name} trains on images")
-        self.config, self.team = config, team
-        share = team.sequences_per_process(data.batch_size)
-        self.micro_batch_size = min(data.micro_batch_size or share, share)
+        super().__init__(config, team)
         self.images = open_images(data.path, "train", verify=True)
         self.vocabulary = ImageClasses.of(self.images)
         self.validation = open_images(data.val_path or data.path, "validation", verify=True)
@@ -78,15 +77,6 @@ class ImageTask:
             f"{len(self.images):,} training images of {height} x {width} pixels, {len(self.images.classes)} classes,"
             f" {self.config.data.batch_size} per step"
         )
-
-    def batches(self, step: int, seed: int, slots: Slots) -> Iterator[Iterable[ImageBatch]]:
-        self.loader.seed, self.loader.slots = seed, slots
-        team = self.team
-        return prefetch(self.loader, step, self.micro_batch_size, team.device, rank=team.rank, world=team.world)
-
-    def sample(self) -> ImageBatch:
-        first = self.loader.micro_batches(0, self.micro_batch_size, self.team.rank, self.team.world)
-        return next(iter(first)).to(self.team.device)
 
     def evaluate(self, model: nn.Module, objective: Objective) -> dict[str, float]:
         """The objective's held-out scores. Every process computes all of them."""

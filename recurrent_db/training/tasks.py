@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from recurrent_db.config import Config, rows_of_vocabulary
-from recurrent_db.data import Batch, Loader, Slots, load_tokenizer, open_data, prefetch, validation_batches
+from recurrent_db.data import Batch, Loader, Slots, load_tokenizer, open_data, validation_batches
 from recurrent_db.data.vocabulary import Vocabulary
 from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
@@ -18,6 +18,7 @@ from recurrent_db.model.attention import Need, choose
 from recurrent_db.objectives import Objective
 from recurrent_db.training import guard
 from recurrent_db.training.image_task import ImageTask
+from recurrent_db.training.loader_task import LoaderTask
 
 SCORED_AT_ONCE = 16
 """Held-out sequences per forward pass."""
@@ -69,7 +70,7 @@ def build_task(config: Config, team: Team) -> Task:
     return TASKS[config.objective.own.data](config, team)
 
 
-class TextTask:
+class TextTask(LoaderTask[Batch]):
     """Next-token prediction on token shards.
 
     Args:
@@ -85,9 +86,7 @@ class TextTask:
         data = config.data
         if not data.path:
             raise UserError("data.path is not set: name a folder made by train/prepare_data.py with --data.path DIR")
-        self.config, self.team = config, team
-        share = team.sequences_per_process(data.batch_size)
-        self.micro_batch_size = min(data.micro_batch_size or share, share)
+        super().__init__(config, team)
         self.tokens_per_step = data.batch_size * data.sequence_length
         self.shards = open_data(data.path, "train", verify=True)
         self.vocabulary = self.tokenizer = load_tokenizer(data.path)
@@ -111,7 +110,7 @@ class TextTask:
         need = Need(
             device=device,
             dtype=torch.bfloat16 if bfloat16 else torch.float32,
-            head_size=config.model.d_model // config.model.n_heads,
+            head_size=config.model.d_head,
             documents=config.data.document_mask,
             two_stream=objective.two_stream,
         )
@@ -141,15 +140,6 @@ class TextTask:
             )
         yield line
         yield self.attention_line
-
-    def batches(self, step: int, seed: int, slots: Slots) -> Iterator[Iterable[Batch]]:
-        self.loader.seed, self.loader.slots = seed, slots
-        team = self.team
-        return prefetch(self.loader, step, self.micro_batch_size, team.device, rank=team.rank, world=team.world)
-
-    def sample(self) -> Batch:
-        first = self.loader.micro_batches(0, self.micro_batch_size, self.team.rank, self.team.world)
-        return next(iter(first)).to(self.team.device)
 
     def evaluate(self, model: LoopedLM, objective: Objective) -> dict[str, float]:
         """The objective's own held-out scores if it has any, else the NLL by K."""

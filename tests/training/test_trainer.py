@@ -23,17 +23,14 @@ from safetensors.torch import load_file
 
 import recurrent_db
 from recurrent_db.config import load_config
-from recurrent_db.distributed.team import Team
 from recurrent_db.errors import UserError
 from recurrent_db.huggingface.export import export
 from recurrent_db.model import attention, build_model
-from recurrent_db.objectives import build_objective
 from recurrent_db.objectives.one_step import OneStep
 from recurrent_db.optim.optimizer import build_optimizer
 from recurrent_db.store.checkpoint import Checkpoint, load_checkpoint
 from recurrent_db.store.folder import find_checkpoint, list_checkpoints
 from recurrent_db.training import trainer
-from recurrent_db.training.tasks import TextTask
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CUMULATIVE = {
@@ -202,14 +199,6 @@ def test_muon_learns_says_its_share_and_resumes_bit_for_bit(
     assert "exp_avg/embedding.weight" in state
     with pytest.raises(UserError, match=r"optim\.name was muon and is now adamw"):
         train(data, tmp_path / "cut", *options, "--optim.name", "adamw", resume="newest")
-
-
-@pytest.mark.parametrize(("asked", "short"), [(64, False), (2048, False), (100_000, True)])
-def test_a_validation_split_shorter_than_asked_is_said(data: Path, tmp_path: Path, asked: int, short: bool) -> None:
-    config = load_config(None, words(data, tmp_path / "run", "--eval.tokens", asked))
-    task = TextTask(config, Team("none", torch.device("cpu")))
-    line = " ".join(task.describe(task.build_model(build_objective(config), False)))
-    assert ("the validation split is short: " in line and "eval.tokens = 100,000" in line) == short
 
 
 def test_adamws_share_is_logged_and_not_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

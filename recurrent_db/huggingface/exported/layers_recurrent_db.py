@@ -169,14 +169,13 @@ class Attention(nn.Module):
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.n_heads, self.kv_heads, all_biased = heads, kv_heads, config.layer == "neox"
         self.qkv = nn.Linear(config.hidden_size, (heads + 2 * kv_heads) * size, bias=False)
-        shape = (2, heads, size) if kv_heads == heads else (heads + kv_heads, size)
-        self.qk_bias = nn.Parameter(torch.zeros(shape))
+        self.qk_bias = nn.Parameter(torch.zeros(heads + kv_heads, size))
         self.v_bias = nn.Parameter(torch.zeros(kv_heads, size)) if config.v_bias or all_biased else None
         self.q_norm, self.k_norm = (RMSNorm(size, config.norm_eps) if config.qk_norm else None for _ in range(2))
         self.proj = nn.Linear(heads * size, config.hidden_size, bias=all_biased)
 
     def forward(self, x_BTD: Tensor, here: Pass) -> Tensor:
-        bias, both = self.qk_bias.flatten(0, -2), self.n_heads + self.kv_heads
+        bias, both = self.qk_bias, self.n_heads + self.kv_heads
         qkv, dtype = self.qkv(x_BTD).unflatten(-1, (-1, bias.shape[-1])), wide(x_BTD.dtype)
         qk, v = qkv[:, :, :both] + bias, qkv[:, :, both:]
         if self.q_norm is not None and self.k_norm is not None:
