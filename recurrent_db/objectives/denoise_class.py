@@ -6,7 +6,7 @@ nats per image.
 
 Inference walks from sigma_max down to the last block. Each step reads out probabilities of the classes, whose mean embedding
 is the estimate for the next step. The answer is the mean of the probabilities of all steps: each block sees the image and is
-a classifier of its own, and their mean is better than any of them.
+a classifier of its own, and their mean scores better than any of them (docs/notebook.md).
 """
 
 from __future__ import annotations
@@ -38,14 +38,11 @@ def walk_log_probabilities(
             target's size hides from later blocks what earlier ones saw.
     """
     rng, images = Rng(seed, EVALUATION_STEP), batch.images_BCHW
-    width, sums = model.block(model.held()[0]).width, [torch.zeros(0)] * steps
-    for draw in range(max(1, draws)):
-        eps_BD = rng.normal(batch.sample_index_B, (width,), f"walk {draw}", images.device)
-        if not draws:
-            eps_BD = torch.zeros_like(eps_BD)
-        found = [logits_BC.float().softmax(-1) for logits_BC in model.read_outs(eps_BD, steps, images)]
-        sums = found if not draw else [sum_ + one for sum_, one in zip(sums, found, strict=True)]
-    return [(sum_ / max(1, draws)).clamp_min(1e-30).log() for sum_ in sums]
+    shape = (model.block(model.held()[0]).width,)
+    starts = [rng.normal(batch.sample_index_B, shape, f"walk {draw}", images.device) for draw in range(draws)]
+    starts = starts or [images.new_zeros(len(batch), *shape)]
+    walks = [[logits.float().softmax(-1) for logits in model.read_outs(eps_BD, steps, images)] for eps_BD in starts]
+    return [torch.stack(step).mean(0).clamp_min(1e-30).log() for step in zip(*walks, strict=True)]
 
 
 def mean_probability(log_probabilities: list[Tensor]) -> Tensor:
