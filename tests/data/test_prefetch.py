@@ -20,7 +20,7 @@ from helpers import MICRO, ROOT
 from recurrent_db.config import load_config
 from recurrent_db.data import Batch, Loader, TokenData, open_data, prefetch
 from recurrent_db.errors import UserError
-from recurrent_db.training import tasks, trainer
+from recurrent_db.training import loader_task, trainer
 
 CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ next(ahead)
 
 
 def train(data: Path, run: Path, monkeypatch: pytest.MonkeyPatch, thread: bool) -> int:
-    monkeypatch.setattr(tasks, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
+    monkeypatch.setattr(loader_task, "prefetch", lambda *arguments, **more: prefetch(*arguments, thread=thread, **more))
     words = ["--data.path", data, "--run.dir", run, "--budget.steps", 6, "--data.micro_batch_size", 3]
     return int(trainer.train(load_config(None, [*MICRO, *map(str, words)])))
 
